@@ -1,0 +1,59 @@
+"""What every configuration class builds on: strict pydantic models and human numbers.
+
+A configuration lives beside the code that it configures (`LightningConfig` with the lightning mixer, and so on);
+`longctx.recipe` composes them.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_INTEGER = re.compile(r"([+-]?[0-9][0-9_]*)(\.[0-9]+)?\s*(k|M|G|Ki|Mi|Gi)?")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
+
+
+class Config(BaseModel):
+    """Base of every configuration: unknown keys are errors, values are frozen and never silently converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def parse_integer(value: object) -> object:
+    """Read `"1Mi"`, `"64Ki"`, `"1.5M"`, `"1_000"` as an integer; anything that is not a string passes unchanged.
+
+    Raises ValueError where the text is no number or not a whole one.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _INTEGER.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not an integer; write 4096, '4_096', '4Ki' (4096) or '4k' (4000)")
+    whole, fraction, unit = match.groups()
+    scale = _UNITS[unit or ""]
+    if fraction is None:
+        return int(whole) * scale
+    digits = len(fraction) - 1
+    scaled, remainder = divmod(int(whole + fraction[1:]) * scale, 10**digits)
+    if remainder:
+        raise ValueError(f"{value!r} is not a whole number")
+    return scaled
+
+
+def parse_duration(value: object) -> object:
+    """Read `"90s"`, `"10m"`, `"1.5h"` as seconds; a number is seconds already."""
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise ValueError(f"{value!r} is not a duration; write '90s', '10m' or '1.5h'")
+        return float(match.group(1)) * _SECONDS[match.group(2)]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Integer = Annotated[int, BeforeValidator(parse_integer)]
+"""An integer that a recipe may also write with a unit: `"1Mi"`."""
+
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+"""Seconds, which a recipe may also write with a unit: `"10m"`."""

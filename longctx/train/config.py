@@ -1,0 +1,107 @@
+"""The parts of a recipe that the trainer owns."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from longctx.config import Config, Duration, Integer
+
+
+class TrainConfig(Config):
+    """`[train]`: how long, in which precision, at which memory."""
+
+    steps: Integer = Field(gt=0)
+    """Optimizer steps."""
+    sequences_per_step: Integer = Field(default=1, gt=0)
+    """Sequences in one optimizer step, over all ranks: a multiple of the data-parallel size; the rest is accumulated."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """`bf16`: parameters and activations in bfloat16, master weights, gradients' reduction and states in float32."""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """`block`: keep each block's input alone and recompute the block in the backward pass."""
+    loss_tile: Integer = Field(default=4096, gt=0)
+    """Tokens whose logits exist at one time: the loss needs `loss_tile * vocab_size` floats, whatever the sequence."""
+    clip: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
+    """Largest norm of the gradient, over all parameters."""
+    deterministic: bool = True
+    """Refuse operators that have no deterministic form, so that a resumed run repeats the uninterrupted one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is a GPU for every local rank, else the CPU."""
+
+
+class OptimizerConfig(Config):
+    """`[optimizer]`: AdamW (Loshchilov & Hutter 2019, decoupled weight decay), torch's fused implementation."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Applied to matrices; vectors (norms, biases) are not decayed."""
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> "OptimizerConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
+        return self
+
+
+class ScheduleConfig(Config):
+    """`[schedule]`: the learning rate over steps, as a factor of `optimizer.lr`."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`cosine`: to `final` at the last step. `wsd`: warm-up, stable, then a linear decay over the last `decay` steps."""
+    warmup: Integer = Field(default=0, ge=0)
+    """Steps of linear warm-up from 0."""
+    decay: Integer | None = Field(default=None, gt=0)
+    """Steps of the final decay; `wsd` needs it, the others refuse it."""
+    final: float = Field(default=0.1, ge=0, le=1)
+    """Factor at the last step."""
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> "ScheduleConfig":
+        if self.kind == "wsd" and self.decay is None:
+            raise ValueError("kind = 'wsd' needs decay, the number of steps at the end over which the rate falls")
+        if self.kind != "wsd" and self.decay is not None:
+            raise ValueError(f"decay belongs to kind = 'wsd', not to {self.kind!r}")
+        return self
+
+
+class ParallelConfig(Config):
+    """`[parallel]`: how ranks divide the work. `dp_replicate * dp_shard * cp` is the number of ranks."""
+
+    dp_replicate: Integer = Field(default=1, gt=0)
+    """Groups of ranks that each hold the whole model (hybrid sharding)."""
+    dp_shard: Integer | Literal["rest"] = "rest"
+    """Data-parallel ranks over which parameters are sharded; `rest`: what the other axes leave."""
+    cp: Integer = Field(default=1, gt=0)
+    """Ranks that split each sequence. Parameters are sharded over these too."""
+    layout: Literal["contiguous", "zigzag"] = "zigzag"
+    """Which tokens a context-parallel rank holds; `zigzag` balances the causal work of softmax layers."""
+    timeout: Duration = Field(default=600.0, gt=0)
+    """Seconds that a rank waits for another one before it stops with an error."""
+
+
+class EvaluationConfig(Config):
+    """`[evaluation]`: the loss on held-out documents."""
+
+    every: Integer = Field(gt=0)
+    """Steps between two evaluations; there is always one after the last step."""
+    sequences: Integer = Field(default=8, gt=0)
+    """Held-out sequences, the same ones each time."""
+
+
+class CheckpointConfig(Config):
+    """`[checkpoint]`: what survives a crash."""
+
+    every: Integer = Field(gt=0)
+    """Steps between two checkpoints; there is always one after the last step, and one at SIGTERM."""
+    keep: Integer = Field(default=2, gt=0)
+    """The newest ones that are kept."""
+
+
+class LoggingConfig(Config):
+    """`[logging]`: what is written while the run goes on."""
+
+    every: Integer = Field(default=1, gt=0)
+    """Steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside the JSON lines."""
