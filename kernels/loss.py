@@ -1,0 +1,70 @@
+"""Cross-entropy of a linear head, in tiles: no tensor of size tokens x vocabulary exists.
+
+The gradient of the loss to the logits is known as soon as the logits are, so that each tile's share of the gradients
+is made in the forward pass, and the logits are never computed twice (the manner of Hsu et al. 2024, Liger Kernel).
+"""
+
+from typing import Any
+
+import torch
+from longctx.kernels.recurrence import accumulation_dtype
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a token that has none."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(x.dtype)
+        nll = torch.zeros(labels.shape, dtype=dtype, device=x.device)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs_weight else None
+        for begin in range(0, labels.shape[0], tile):
+            part = slice(begin, begin + tile)
+            valid = labels[part] != IGNORE
+            targets = labels[part].clamp(min=0)[:, None]
+            logits = torch.matmul(x[part], weight.T).to(dtype)
+            lse = logits.logsumexp(dim=-1)
+            nll[part] = torch.where(valid, lse - logits.gather(-1, targets)[:, 0], 0.0)
+            if dx is None and dweight is None:
+                continue
+            dlogits = logits.sub_(lse[:, None]).exp_()
+            dlogits.scatter_add_(-1, targets, dlogits.new_full((1, 1), -1.0).expand(targets.shape))
+            dlogits = dlogits.mul_(valid[:, None]).to(x.dtype)
+            if dx is not None:
+                torch.matmul(dlogits, weight, out=dx[part])
+            if dweight is not None:
+                dweight += torch.matmul(dlogits.T, x[part])
+        ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        dloss = grads[0]
+        return (
+            None if dx is None else dx * dloss.to(dx.dtype),
+            None if dweight is None else dweight * dloss.to(dweight.dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """The summed negative log likelihood of `softmax(x weight^T)`, and each token's own.
+
+    Shapes: x `[T, D]`, weight `[N, D]`, labels `[T]` int64 with -100 for tokens that have none; `tile` tokens have
+    their logits in memory at one time. Returns the sum (a scalar, differentiable to x and weight) and the tokens'
+    values `[T]` (nats, 0 where there is no label, not differentiable), both in the accumulation dtype.
+
+    The gradients are scaled once by what flows into the sum: divide the sum by the number of labels, do not weight
+    the tokens.
+    """
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"linear_cross_entropy: labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+    total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile)  # type: ignore[no-untyped-call]
+    return total, nll
