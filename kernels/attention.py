@@ -57,15 +57,19 @@ class _CpuFlash:
         return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale
         )
+        if isinstance(mask, Tensor):
+            # The operator gives 0 for a query that sees nothing.
+            lse = lse.masked_fill(~mask.any(dim=1), float("-inf"))
+        return out, lse
 
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: BlockMask, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, out, lse, 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale
+            do, q, k, v, out, _finite(lse), 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale
         )
 
 
@@ -174,6 +178,10 @@ def _groups(q: Tensor, k: Tensor) -> int:
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """One block forward: out in q's dtype, lse in the accumulation dtype. Shapes in the module's docstring."""
     groups, backend = _groups(q, k), _backend(q, mask)
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        # The operators divide by the lengths.
+        nothing = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), device=q.device)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), nothing.to(accumulation_dtype(q.dtype))
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if groups == 1:
         out, lse = backend.forward(q.transpose(1, 2), keys, values, mask, scale)
@@ -192,6 +200,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One block backward, with the global out and lse of its queries: this block's share of dq, dk, dv."""
     groups, backend = _groups(q, k), _backend(q, mask)
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = k.dtype if groups == 1 else accumulation_dtype(k.dtype)

@@ -17,7 +17,7 @@ def draw(tq, tk, heads, kv_heads, dim=16, dtype=torch.float64, batch=2):
 
 def masks(tq, tk):
     ragged = torch.rand(tq, tk, generator=torch.Generator().manual_seed(1)) < 0.4
-    ragged[:, 0] = True
+    ragged[tq // 2] = False
     square = {"causal": (CAUSAL, torch.ones(tq, tk, dtype=torch.bool).tril())} if tq == tk else {}
     return {"full": (FULL, torch.ones(tq, tk, dtype=torch.bool)), "tensor": (ragged, ragged), **square}
 
@@ -87,6 +87,17 @@ def test_changing_a_key_leaves_earlier_outputs_bitwise_unchanged(t):
     after, _ = attention.forward(q, k, v, CAUSAL, 0.2)
     assert torch.equal(before[:, :t], after[:, :t])
     assert not torch.equal(before[:, t:], after[:, t:])
+
+
+@pytest.mark.parametrize(("tq", "tk"), [(0, 3), (3, 0)])
+def test_empty_blocks_are_zero_and_see_nothing(tq, tk):
+    q, k, v, do = draw(tq, tk, 4, 2)
+    out, lse = attention.forward(q, k, v, FULL, 1.0)
+    assert not out.any()
+    assert torch.isneginf(lse).all()
+    for got, like in zip(attention.backward(do, q, k, v, out, lse, FULL, 1.0), (q, k, v), strict=True):
+        assert got.shape == like.shape
+        assert not got.any()
 
 
 def test_head_counts_that_do_not_divide_are_refused():

@@ -1,0 +1,19 @@
+"""What the parity tests over ranks share."""
+
+import torch.distributed as dist
+from longctx.parallel.layout import Layout
+
+PACKINGS = {
+    "one document": (0, 48),
+    "ends inside slices": (0, 5, 17, 18, 31, 48),
+    "ends on slices": (0, 6, 12, 24, 36, 48),
+    "over all ranks but the ends": (0, 1, 47, 48),
+    "a token each": tuple(range(49)),
+}
+"""Packed sequences whose documents begin and end in all kinds of places."""
+
+
+def layout_here(bounds: tuple[int, ...], order: str, continued: int = 0) -> Layout:
+    """The layout over all ranks of the default group, as this rank sees it."""
+    size = dist.get_world_size()
+    return Layout(bounds, order, size, dist.get_rank(), dist.group.WORLD if size > 1 else None, continued)
