@@ -14,6 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+# torch 2.13 renames these two; the old names go on to work, with a warning.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 @dataclass
 class Traffic:
     """What a rank asked for: calls, and bytes that it received, by collective."""
@@ -66,7 +71,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
     size = dist.get_world_size(group)
     x = x.contiguous()
     out = x.new_empty(size, *x.shape)
-    work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True)
+    work = _all_gather(out.view(-1), x.view(-1), group=group, async_op=True)
     _count("all_gather", (size - 1) * x.numel() * x.element_size())
     return Pending(work, out, x)
 
@@ -76,7 +81,7 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
     size = dist.get_world_size(group)
     x = x.contiguous()
     out = torch.empty_like(x[0])
-    work = dist.reduce_scatter_tensor(out.view(-1), x.view(-1), group=group, async_op=True)
+    work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
     _count("reduce_scatter", (size - 1) * out.numel() * out.element_size())
     return Pending(work, out, x)
 

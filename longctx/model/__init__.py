@@ -1,0 +1,1 @@
+"""The model: a decoder whose layers are a pattern over mixers."""

@@ -1,0 +1,51 @@
+"""What a token mixer is to a model.
+
+A mixer maps `[B, T_local, D]` to `[B, T_local, D]` and lets tokens see earlier ones of the same document, wherever
+they lie: the layout says where. Its configuration names it and builds it.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from longctx.config import Config
+from longctx.parallel.layout import Layout
+
+
+class Mixer(nn.Module, ABC):
+    """A token mixer."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Shapes: x and the result `[B, T_local, D]`."""
+
+    @abstractmethod
+    def flops(self, layout: Layout) -> int:
+        """Multiplications and additions of one forward pass over this rank's tokens, only those that are needed."""
+
+
+class MixerConfig(Config, ABC):
+    """A mixer's table in a recipe, `[model.<name>]`."""
+
+    name: ClassVar[str]
+    letter: ClassVar[str]
+    """Its letter in `model.layers`."""
+
+    @abstractmethod
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> Mixer:
+        """The mixer of layer `layer` (from 0) of `depth`, for width `dim`; `eps` is the norms'.
+
+        Raises ValueError where the configuration does not fit the width.
+        """
+
+    @abstractmethod
+    def problems(self, dim: int) -> list[str]:
+        """What does not fit the width `dim`, in words, each beginning with the key it is about."""
+
+
+def head_dim_problems(dim: int, heads: int, head_dim: int | None) -> list[str]:
+    """The words for heads that do not divide the width where no head dim is given."""
+    if head_dim is None and dim % heads:
+        return [f"heads: {heads} heads do not divide dim {dim}; give head_dim, or another number of heads"]
+    return []

@@ -1,0 +1,94 @@
+"""The lightning layer of TransNormerLLM (Qin et al. 2023, section 3; Lightning Attention-2, 2024).
+
+    q, k = SiLU(x W_q), SiLU(x W_k)      v, u = x W_v, x W_u
+    S_t = lambda S_{t-1} + k_t v_t^T     o_t = S_t^T q_t
+    y = (SRMSNorm(o) * u) W_o
+
+No score scale and no denominator; SRMSNorm (no weight) runs over all heads together. lambda = exp(-s) is constant per
+head and layer: s_h is the ALiBi slope of head h, scaled by `1 - l / (L - 1) + 1e-5` in layer l of L, so that the last
+layers forget least.
+"""
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from longctx.config import Integer
+from longctx.kernels import lightning
+from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.model.layers import Linear, rms_norm
+from longctx.parallel.layout import Layout
+from longctx.parallel.scan import state_scan
+
+
+class LightningConfig(MixerConfig):
+    """`[model.lightning]`."""
+
+    name: ClassVar[str] = "lightning"
+    letter: ClassVar[str] = "L"
+
+    heads: Integer = Field(gt=0)
+    head_dim: Integer | None = Field(default=None, gt=0)
+    """Width of keys and of values per head; `dim / heads` where absent."""
+
+    def problems(self, dim: int) -> list[str]:
+        return head_dim_problems(dim, self.heads, self.head_dim)
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "Lightning":
+        return Lightning(self, dim, layer, depth, eps)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Slopes `2^(-8 (h+1) / H)` for H a power of two; else those of the power below, then every second one of the
+    power above (Press et al. 2022, the authors' interpolation)."""
+    if heads & (heads - 1) == 0:
+        return [2.0 ** (-8.0 * (head + 1) / heads) for head in range(heads)]
+    below = 2 ** math.floor(math.log2(heads))
+    return alibi_slopes(below) + alibi_slopes(2 * below)[0::2][: heads - below]
+
+
+def log_decays(heads: int, layer: int, depth: int) -> list[float]:
+    """`-s_h` in layer `layer` (from 0) of `depth`."""
+    factor = 1 - layer / max(depth - 1, 1) + 1e-5
+    return [-slope * factor for slope in alibi_slopes(heads)]
+
+
+class Lightning(Mixer):
+    """The layer; q, k, v and u come from one projection."""
+
+    log_decay: Tensor
+
+    def __init__(self, config: LightningConfig, dim: int, layer: int, depth: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = config.heads, eps
+        self.head_dim = config.head_dim or dim // config.heads
+        width = self.heads * self.head_dim
+        self.qkvu = Linear(dim, 4 * width)
+        self.out = Linear(width, dim, scale=(2 * depth) ** -0.5)
+        self.layer, self.depth = layer, depth
+        self.register_buffer("log_decay", torch.empty(self.heads), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Fill what is not a parameter; called again when the layer leaves the meta device."""
+        with torch.no_grad():
+            decays = torch.tensor(log_decays(self.heads, self.layer, self.depth), dtype=torch.float64, device="cpu")
+            self.log_decay.copy_(decays)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """See the module's docstring; `[B, T_local, D]` to the same."""
+        batch, length, _ = x.shape
+        q, k, v, u = self.qkvu(x).chunk(4, dim=-1)
+        shape = (batch, length, self.heads, self.head_dim)
+        q, k, v = F.silu(q).view(shape), F.silu(k).view(shape), v.unflatten(-1, shape[2:])
+        out, _ = state_scan(lightning, q, k, v, self.log_decay, layout)
+        return self.out(rms_norm(out.flatten(2), self.eps) * u)
+
+    def flops(self, layout: Layout) -> int:
+        """Projections, and per token and head a write and a read of the state."""
+        projections = self.qkvu.flops_per_token + self.out.flops_per_token
+        return layout.local_length * (projections + 4 * self.heads * self.head_dim**2)

@@ -1,0 +1,65 @@
+"""Causal softmax attention with grouped key/value heads and rotary positions, as in Llama."""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from longctx.config import Integer
+from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.model.layers import Linear
+from longctx.model.rotary import rotary_table, rotate
+from longctx.parallel.attention import all_gather_attention, score_elements
+from longctx.parallel.layout import Layout
+
+
+class SoftmaxConfig(MixerConfig):
+    """`[model.softmax]`."""
+
+    name: ClassVar[str] = "softmax"
+    letter: ClassVar[str] = "S"
+
+    heads: Integer = Field(gt=0)
+    kv_heads: Integer | None = Field(default=None, gt=0)
+    """Key/value heads, a divisor of `heads` (grouped-query attention); `heads` where absent."""
+    head_dim: Integer | None = Field(default=None, gt=0)
+    """`dim / heads` where absent."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+
+    def problems(self, dim: int) -> list[str]:
+        found = head_dim_problems(dim, self.heads, self.head_dim)
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
+        head_dim = self.head_dim or dim // self.heads
+        if not found and head_dim % 2:
+            found.append(f"head_dim: rotary positions turn pairs, so {head_dim} has to be even")
+        return found
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "Softmax":
+        return Softmax(self, dim, depth)
+
+
+class Softmax(Mixer):
+    """The layer; q, k and v come from one projection."""
+
+    def __init__(self, config: SoftmaxConfig, dim: int, depth: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.head_dim = config.head_dim or dim // config.heads
+        self.rope_theta = config.rope_theta
+        self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same; positions count from the start of each document."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
+        out = all_gather_attention(rotate(q, table), rotate(k, table), v, layout, self.head_dim**-0.5)
+        return self.out(out.flatten(2))
+
+    def flops(self, layout: Layout) -> int:
+        """Projections, and for each visible pair of tokens a score and a weighted value."""
+        projections = self.qkv.flops_per_token + self.out.flops_per_token
+        return layout.local_length * projections + 4 * self.heads * self.head_dim * score_elements(layout)

@@ -1,0 +1,92 @@
+"""The decoder: embedding, blocks of a mixer and a feed-forward before each of which the stream is normed, head.
+
+    h_0 = E[token]
+    h  <- h + mixer(norm(h)),  h <- h + ffn(norm(h))
+    logits = norm(h) H^T           (H = E where tied)
+
+Nothing of size tokens x vocabulary exists in training: `forward` with labels returns losses (longctx.kernels.loss).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from longctx.kernels.loss import linear_cross_entropy
+from longctx.model.config import ModelConfig
+from longctx.model.layers import Linear, RMSNorm
+from longctx.parallel.layout import Layout
+
+
+class Embedding(nn.Embedding):
+    """Rows drawn with standard deviation `1 / sqrt(D)`: logits of a normed stream start at unit scale where tied."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__(rows, dim)
+        self.init_std = dim**-0.5
+
+
+class Block(nn.Module):
+    """One layer: `h + mixer(norm(h))`, then `h + ffn(norm(h))`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer = config.mixer(layer).build(config.dim, layer, config.depth, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = config.feed_forward().build(config.dim, config.depth)
+        self.recompute = False
+        """Keep the block's input alone, and compute the block again in the backward pass."""
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, layout, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x, layout)
+
+    def _compute(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), layout)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """A language model over `vocab_size` tokens."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.embedding = Embedding(vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.dim, vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[N, D]`: the matrix that makes logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self, tokens: Tensor, layout: Layout, labels: Tensor | None = None, *, loss_tile: int = 4096
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `[B, T_local, N]`, or with labels the losses of this rank's tokens.
+
+        Shapes: tokens and labels `[B, T_local]` int64, labels already shifted, -100 where there is none. With labels:
+        the summed negative log likelihood (differentiable) and each token's own `[B, T_local]` (not), in nats and
+        float32; `loss_tile` tokens have their logits in memory at one time.
+        """
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, layout)
+        x = self.norm(x)
+        if labels is None:
+            return F.linear(x, self.head_weight)
+        total, nll = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), loss_tile)
+        return total, nll.view(labels.shape)
+
+    def flops(self, layout: Layout) -> int:
+        """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""
+        rows, dim = self.embedding.weight.shape
+        total = layout.local_length * 2 * rows * dim
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            total += block.mixer.flops(layout) + layout.local_length * block.ffn.flops_per_token
+        return total

@@ -1,0 +1,68 @@
+"""Feed-forward layers, by name. A new one is a class here and a name in `FFNS`."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longctx.config import Config, Integer
+from longctx.model.layers import Linear
+
+
+class FeedForward(nn.Module, ABC):
+    """A map of each token by itself."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, D]` to the same."""
+
+    @property
+    @abstractmethod
+    def flops_per_token(self) -> int:
+        """Forward multiplications and additions for one token."""
+
+
+class FeedForwardConfig(Config, ABC):
+    """A feed-forward's table in a recipe, `[model.<name>]`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def build(self, dim: int, depth: int) -> FeedForward:
+        """The layer for width `dim` in a model of `depth` layers."""
+
+
+class SwigluConfig(FeedForwardConfig):
+    """`[model.swiglu]`."""
+
+    name: ClassVar[str] = "swiglu"
+
+    hidden: Integer | None = Field(default=None, gt=0)
+    """Hidden width; where absent `8/3 dim`, rounded up to a multiple of 64."""
+
+    def build(self, dim: int, depth: int) -> "Swiglu":
+        hidden = self.hidden or -(-8 * dim // (3 * 64)) * 64
+        return Swiglu(dim, hidden, depth)
+
+
+class Swiglu(FeedForward):
+    """`(SiLU(x W_gate) * (x W_up)) W_down` (Shazeer 2020), gate and up in one matrix."""
+
+    def __init__(self, dim: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(dim, 2 * hidden)
+        self.down = Linear(hidden, dim, scale=(2 * depth) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, D]` to the same."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.gate_up.flops_per_token + self.down.flops_per_token
+
+
+FFNS: dict[str, type[FeedForwardConfig]] = {config.name: config for config in (SwigluConfig,)}

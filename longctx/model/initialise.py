@@ -1,0 +1,41 @@
+"""Initial weights that depend on the seed and on each parameter's name alone.
+
+Matrices from N(0, 1 / fan_in); those that write into the residual stream (`out`, `down`) scaled by a further
+`1 / sqrt(2 depth)`, so that the stream's variance does not grow with the depth (Radford et al. 2019); embedding rows
+from N(0, 1 / D), so that tied logits start at unit scale; norms 1. Every matrix is drawn in float32 on the CPU, one at a time, whatever
+the model's dtype, device and sharding: the same numbers on one rank and on N, and no rank holds the whole model.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    value = value.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        # Every rank drew the same values, so nothing has to be sent.
+        mesh, placements = parameter.device_mesh, parameter.placements
+        value = distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
+    parameter.copy_(value)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter and fill every buffer of a model that may be sharded, or fresh from the meta device."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            std = getattr(module, "init_std", None)
+            if std is None:
+                _fill(parameter, torch.ones(parameter.shape))
+            else:
+                _fill(parameter, torch.randn(parameter.shape, generator=_generator(seed, name)) * std)
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()

@@ -1,0 +1,35 @@
+"""The small layers that every model is made of."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, drawn at initialisation from N(0, `init_std`^2) (`longctx.model.initialise`)."""
+
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.init_std = scale * inputs**-0.5
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward multiplications and additions for one token."""
+        return 2 * self.in_features * self.out_features
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.eps) * self.weight
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """`x * rsqrt(mean(x^2) + eps)` over the last dimension, in float32 (float64 stays), cast back to x's dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)

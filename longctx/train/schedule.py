@@ -1,0 +1,22 @@
+"""The learning rate over steps, as a factor of the optimizer's own: a function of the step, so that nothing is saved."""
+
+import math
+
+from longctx.train.config import ScheduleConfig
+
+
+def factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The factor for step `step` (from 1) of `steps`.
+
+    Linear from 0 over `warmup` steps; then constant, or half a cosine down to `final` at the last step (Loshchilov &
+    Hutter 2017), or constant and then linear down to `final` over the last `decay` steps (WSD, Hu et al. 2024).
+    """
+    if step <= config.warmup:
+        return step / config.warmup
+    if config.kind == "constant":
+        return 1.0
+    if config.kind == "cosine":
+        progress = (step - config.warmup) / (steps - config.warmup)
+        return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress))
+    assert config.decay is not None
+    return 1 - (1 - config.final) * max(0.0, 1 - (steps - step) / config.decay)
