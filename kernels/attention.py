@@ -19,8 +19,9 @@ from enum import Enum
 from typing import Protocol
 
 import torch
-from longctx.kernels.recurrence import accumulation_dtype
 from torch import Tensor
+
+from longctx.kernels.recurrence import accumulation_dtype
 
 
 class Mask(Enum):

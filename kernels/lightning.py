@@ -22,8 +22,9 @@ accumulation dtype (float32, or float64 for float64 input) and cast once.
 from dataclasses import dataclass
 
 import torch
-from longctx.kernels.recurrence import Carry, Starts, accumulation_dtype, document_ids
 from torch import Tensor
+
+from longctx.kernels.recurrence import Carry, Starts, accumulation_dtype, document_ids
 
 CHUNK = 128
 """Tokens of a chunk. Measured on an AVX-512 core at 8 heads of 128: 64 and 256 are 4 and 7 % slower."""

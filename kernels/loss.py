@@ -7,8 +7,9 @@ is made in the forward pass, and the logits are never computed twice (the manner
 from typing import Any
 
 import torch
-from longctx.kernels.recurrence import accumulation_dtype
 from torch import Tensor
+
+from longctx.kernels.recurrence import accumulation_dtype
 
 IGNORE = -100
 """The label of a token that has none."""
@@ -22,6 +23,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs_weight else None
+        rows = torch.arange(min(tile, labels.shape[0]), device=x.device)
         for begin in range(0, labels.shape[0], tile):
             part = slice(begin, begin + tile)
             valid = labels[part] != IGNORE
@@ -32,7 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is None and dweight is None:
                 continue
             dlogits = logits.sub_(lse[:, None]).exp_()
-            dlogits.scatter_add_(-1, targets, dlogits.new_full((1, 1), -1.0).expand(targets.shape))
+            # One place a row, so that plain indexing is exact, and deterministic on every device.
+            dlogits[rows[: len(targets)], targets[:, 0]] -= 1
             dlogits = dlogits.mul_(valid[:, None]).to(x.dtype)
             if dx is not None:
                 torch.matmul(dlogits, weight, out=dx[part])

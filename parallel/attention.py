@@ -12,12 +12,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from longctx.kernels import attention
 from longctx.kernels.attention import CAUSAL, FULL, BlockMask
 from longctx.kernels.recurrence import accumulation_dtype, document_ids
 from longctx.parallel.collectives import all_gather, reduce_scatter
 from longctx.parallel.layout import Layout
-from torch import Tensor
 
 DOCUMENT_TILE = 256
 """Neighbouring documents that fit into a tile of so many tokens share one block, masked by document: a block each

@@ -13,9 +13,10 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from longctx.parallel.mesh import Mesh
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from longctx.parallel.mesh import Mesh
 
 Order = Literal["contiguous", "zigzag"]
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from longctx.kernels.recurrence import Carry, LinearRecurrence, accumulation_dtype, exclusive_scan
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
-from torch import Tensor
 
 
 def _exchange(carries: Sequence[Carry], layout: Layout) -> list[Carry]:

@@ -5,7 +5,7 @@ they lie: the layout says where. Its configuration names it and builds it.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -38,6 +38,10 @@ class MixerConfig(Config, ABC):
 
         Raises ValueError where the configuration does not fit the width.
         """
+
+    @abstractmethod
+    def shrunk(self) -> Self:
+        """The same kind of mixer, with few and narrow heads, to verify a model with at little cost."""
 
     @abstractmethod
     def problems(self, dim: int) -> list[str]:

@@ -38,6 +38,9 @@ class LightningConfig(MixerConfig):
     def problems(self, dim: int) -> list[str]:
         return head_dim_problems(dim, self.heads, self.head_dim)
 
+    def shrunk(self) -> "LightningConfig":
+        return LightningConfig(heads=min(self.heads, 4), head_dim=8)
+
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "Lightning":
         return Lightning(self, dim, layer, depth, eps)
 

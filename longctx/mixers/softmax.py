@@ -36,6 +36,10 @@ class SoftmaxConfig(MixerConfig):
             found.append(f"head_dim: rotary positions turn pairs, so {head_dim} has to be even")
         return found
 
+    def shrunk(self) -> "SoftmaxConfig":
+        group = self.heads // (self.kv_heads or self.heads)
+        return SoftmaxConfig(heads=2 * group, kv_heads=2, head_dim=8, rope_theta=self.rope_theta)
+
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "Softmax":
         return Softmax(self, dim, depth)
 

@@ -60,6 +60,13 @@ class _ModelConfig(Config):
         table: MixerConfig = getattr(self, MIXERS[self.pattern[layer]].name)
         return table
 
+    def shrunk(self) -> "ModelConfig":
+        """The same pattern once, narrow: for `longctx verify --shrink`."""
+        tables = {kind.name: getattr(self, kind.name) for kind in MIXERS.values()}
+        small: dict[str, Any] = {name: table.shrunk() for name, table in tables.items() if table is not None}
+        small[self.ffn] = self.feed_forward().shrunk()
+        return self.model_copy(update={"dim": 32, "depth": min(self.depth, len(self.layers)), **small})
+
     def feed_forward(self) -> FeedForwardConfig:
         """The configuration of the feed-forward layers."""
         table: FeedForwardConfig | None = getattr(self, self.ffn)

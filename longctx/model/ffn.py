@@ -1,7 +1,7 @@
 """Feed-forward layers, by name. A new one is a class here and a name in `FFNS`."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ class FeedForwardConfig(Config, ABC):
     name: ClassVar[str]
 
     @abstractmethod
+    def shrunk(self) -> Self:
+        """The same kind of layer, narrow, to verify a model with at little cost."""
+
+    @abstractmethod
     def build(self, dim: int, depth: int) -> FeedForward:
         """The layer for width `dim` in a model of `depth` layers."""
 
@@ -41,6 +45,9 @@ class SwigluConfig(FeedForwardConfig):
 
     hidden: Integer | None = Field(default=None, gt=0)
     """Hidden width; where absent `8/3 dim`, rounded up to a multiple of 64."""
+
+    def shrunk(self) -> "SwigluConfig":
+        return SwigluConfig(hidden=48)
 
     def build(self, dim: int, depth: int) -> "Swiglu":
         hidden = self.hidden or -(-8 * dim // (3 * 64)) * 64

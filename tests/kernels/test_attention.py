@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from longctx.kernels import attention, reference
 from longctx.kernels.attention import CAUSAL, FULL
 

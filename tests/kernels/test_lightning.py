@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from longctx.kernels import lightning, reference
 from longctx.kernels.recurrence import Carry, combine
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from longctx.kernels import reference
 from longctx.kernels.loss import IGNORE, linear_cross_entropy
 

@@ -1,6 +1,7 @@
 """What the parity tests over ranks share."""
 
 import torch.distributed as dist
+
 from longctx.parallel.layout import Layout
 
 PACKINGS = {

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from longctx.kernels import reference
 from longctx.parallel import attention
 from longctx.parallel.attention import all_gather_attention, causal_blocks, score_elements
 from longctx.parallel.collectives import counted
 from longctx.parallel.layout import Layout
-
 from tests.parallel.cases import PACKINGS, layout_here
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from longctx.parallel.layout import Layout, Slice, check_divisible
 
 ORDERS = st.sampled_from(["contiguous", "zigzag"])

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from longctx.parallel.agreement import RankError, agreement
 from longctx.parallel.local import LocalRankError, LocalRanks
 from longctx.parallel.mesh import Mesh

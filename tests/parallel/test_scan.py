@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
+
 from longctx.kernels import lightning, reference
 from longctx.parallel.collectives import counted
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import state_scan
-
 from tests.parallel.cases import PACKINGS, layout_here
 
 

@@ -1,0 +1,187 @@
+"""`longctx`: the command line.
+
+Commands import what they need when they run, so that `longctx --help` is there at once.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+import longctx
+from longctx.errors import UserError
+from longctx.launch.terminal import say, say_error
+
+
+class _Commands(TyperGroup):
+    """Runs a command; a UserError becomes its message and exit status 2, Ctrl-C exit status 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            # In a job every rank raises it; one message for each machine is enough, and this one may be the only
+            # machine where something is missing.
+            if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+                say_error(str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="longctx",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare text for training, and look at what was prepared.")
+app.add_typer(data_app, name="data")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"longctx {longctx.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=longctx.__doc__)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The options that stand before a command."""
+
+
+@app.command("train")
+def _train(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A file that ends in .toml, or the name of a recipe that is shipped."),
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=100.")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", show_default="one for each GPU, or 1", help="Ranks on this machine."),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Continue from the newest, from no, or from this checkpoint.")
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", show_default="runs/<name>", help="The run's directory.")
+    ] = None,
+) -> None:
+    """Train a recipe.
+
+    Starts its ranks itself; inside torchrun, or where a cluster has set RANK, WORLD_SIZE and MASTER_ADDR, it is one of
+    them. Ctrl-C or SIGTERM saves a checkpoint first.
+    """
+    from longctx.launch.train import train
+
+    raise typer.Exit(train(recipe, overrides or (), nproc=nproc, resume=resume, out=out))
+
+
+@app.command("verify")
+def _verify(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As for train.")] = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="A narrow model, one pattern deep, on a short sequence: seconds.")
+    ] = False,
+    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="The most ranks on this machine.")] = 4,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long one step may take.")] = 600.0,
+) -> None:
+    """Show that a recipe computes the same on N ranks as on one.
+
+    Loss, logits and every parameter's gradient on each layout that fits, against one rank; exit status 1 where a
+    difference is out of bounds.
+    """
+    from longctx.launch.verify import run
+
+    raise typer.Exit(run(recipe, overrides or (), shrunk=shrink, ranks=ranks, timeout=timeout))
+
+
+@data_app.command("prepare")
+def _data_prepare(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Text files, .jsonl, .parquet, or folders of them.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The corpus to write; it must not exist yet.")],
+    tokenizer: Annotated[str, typer.Option(metavar="bytes|FILE", help="Bytes, or a tokenizer.json.")] = "bytes",
+    eos: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="The tokenizer's end of document, where it cannot be found.")
+    ] = None,
+    join: Annotated[
+        Literal["none", "folder"], typer.Option(help="folder: one document of each input that is a folder.")
+    ] = "none",
+    on_error: Annotated[Literal["stop", "skip"], typer.Option(help="What a bad file, line or row does.")] = "stop",
+    column: Annotated[str, typer.Option(metavar="NAME", help="Where JSON lines and Parquet have the text.")] = "text",
+    suffix: Annotated[
+        list[str] | None, typer.Option(metavar=".EXT", help="Take these files of a folder alone. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave out what has this name in a folder. Repeatable.")
+    ] = None,
+    heldout: Annotated[float, typer.Option(metavar="SHARE", help="The share of documents kept for evaluation.")] = 0.02,
+    shard_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens in a shard.")] = "128Mi",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", show_default="one for each core", help="Tokenising processes.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Tokenise text into a corpus that recipes can train on."""
+    from longctx.data.prepare import prepare
+
+    manifest = prepare(
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        eos=eos,
+        join=join,
+        on_error=on_error,
+        column=column,
+        suffixes=suffix or (),
+        exclude=exclude or (),
+        heldout=heldout,
+        shard_tokens=_integer("--shard-tokens", shard_tokens),
+        workers=workers,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    splits = ", ".join(
+        f"{name} {split.documents:,} documents of {split.tokens:,} tokens" for name, split in manifest.splits.items()
+    )
+    say(f"{out}: {splits}. To look at it: longctx data inspect {out}")
+
+
+@data_app.command("inspect")
+def _data_inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `longctx data prepare` wrote.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
+) -> None:
+    """Show what a corpus holds: counts, lengths, sources, a sample."""
+    from rich.console import Console
+
+    from longctx.data.inspect import inspect
+
+    Console().print(inspect(directory, verify=verify))
+
+
+def _integer(option: str, text: str) -> int:
+    from longctx.config import parse_integer
+
+    try:
+        return int(str(parse_integer(text)))
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def main() -> None:
+    """The console script. Exit status: 1 for a failure, 2 for a user's mistake, 128 + the signal that stopped a run."""
+    app(prog_name="longctx")

@@ -1,0 +1,84 @@
+"""`longctx verify`: the table of differences between one rank and every layout."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from longctx.data.manifest import Manifest
+from longctx.errors import UserError
+from longctx.parallel.local import LocalRanks
+from longctx.recipe import Recipe, load
+from longctx.verify import Row, shrink, subject_of, verify
+
+BYTES_VOCABULARY = 320
+"""Rows of the embedding where neither the recipe nor a corpus says: the byte tokenizer's, rounded up."""
+
+
+def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, timeout: float) -> int:
+    """Verify the recipe `source` on up to `ranks` local ranks; the exit status, 1 where something is out of bounds."""
+    console = Console(highlight=False)
+    recipe = load(source, overrides)
+    subject = subject_of(recipe, _vocabulary(recipe))
+    if shrunk:
+        subject = shrink(subject)
+    console.print(
+        f"{recipe.name}{', shrunk' if shrunk else ''}: {subject.model.pattern}, dim {subject.model.dim}, "
+        f"{subject.length} tokens, vocabulary {subject.vocab_size}; gloo on the CPU, up to {ranks} ranks.\n"
+        "Relative differences to one rank in float64. Bounds: 1e-10 in float64; in the recipe's precision three times\n"
+        "what one rank itself differs, at least 1e-5.",
+        soft_wrap=True,
+    )
+    rows = []
+    columns = f"{'precision':9}  {'layout':48}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
+    console.print(f"[bold]{columns}[/bold]  of the parameter nearest its bound", soft_wrap=True)
+    with LocalRanks(ranks, timeout=timeout) as pool:
+        for row in verify(subject, pool):
+            rows.append(row)
+            worst = row.worst_gradient
+            values = [row.differences[name] for name in ("loss", "logits", worst)]
+            told = "[red]OUT OF BOUNDS[/red]" if row.failures else "[green]ok[/green]"
+            numbers = "  ".join(f"{value:8.1e}" for value in values)
+            console.print(f"{row.precision:9}  {row.case!s:48}  {numbers}  {worst}  {told}", soft_wrap=True)
+    if not rows:
+        raise UserError(
+            f"no layout of 2 or 4 ranks fits {subject.length} tokens on up to {ranks} ranks: give --ranks, or another "
+            "data.sequence_length"
+        )
+    console.print(_parameters(rows))
+    failed = [row for row in rows if row.failures]
+    for row in failed:
+        names = ", ".join(
+            f"{name} {row.differences[name]:.1e} (bound {row.bounds[name]:.0e})" for name in row.failures[:4]
+        )
+        more = f" and {len(row.failures) - 4} more" if len(row.failures) > 4 else ""
+        console.print(f"[red]{row.precision}, {row.case}[/red]: {names}{more}", soft_wrap=True)
+    if failed:
+        console.print(f"{len(failed)} of {len(rows)} rows are out of bounds: do not train this over ranks.")
+        return 1
+    console.print(f"All {len(rows)} rows are within bounds.")
+    return 0
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    if recipe.model.vocab_size is not None:
+        return recipe.model.vocab_size
+    try:
+        tokens = Manifest.load(recipe.data.path).tokenizer.vocab_size
+    except UserError:
+        return BYTES_VOCABULARY
+    return -(-tokens // 64) * 64
+
+
+def _parameters(rows: Sequence[Row]) -> Table:
+    """Each parameter's largest difference over the layouts, by precision."""
+    table = Table(title="Largest difference over all layouts", title_justify="left", box=None)
+    table.add_column("parameter")
+    precisions = list(dict.fromkeys(row.precision for row in rows))
+    for precision in precisions:
+        table.add_column(precision, justify="right")
+    for name in rows[0].differences:
+        if name not in ("loss", "logits"):
+            worst = [max(row.differences[name] for row in rows if row.precision == p) for p in precisions]
+            table.add_row(name, *(f"{value:.1e}" for value in worst))
+    return table

@@ -1,0 +1,6 @@
+"""`python -m longctx`: the command line."""
+
+from longctx.launch.main import main
+
+if __name__ == "__main__":
+    main()

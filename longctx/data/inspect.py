@@ -1,0 +1,113 @@
+"""`longctx data inspect`: what a prepared corpus holds, for a person to look at."""
+
+import heapq
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from longctx.data.corpus import Corpus
+from longctx.data.manifest import ERRORS_FILE, Manifest, SplitEntry
+from longctx.errors import UserError
+
+_BAR = 40
+_LONGEST = 5
+_ERRORS = 5
+_SAMPLE_TOKENS = 400
+
+
+def inspect(directory: Path | str, *, verify: bool = False) -> Group:
+    """Tokenizer, splits, lengths, the longest documents, what was skipped and a sample, to be printed by rich.
+
+    verify: read every shard and compare its SHA-256 with the manifest's.
+
+    Raises UserError where the directory is not a whole corpus.
+    """
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    if verify:
+        manifest.verify(directory)
+    parts: list[RenderableType] = [*_head(directory, manifest, verify)]
+    for name, split in manifest.splits.items():
+        if split.documents:
+            parts += ["", Text(f"{name}: documents by length in tokens", style="bold"), _histogram(split)]
+    corpus = Corpus(directory)
+    parts += ["", Text("longest documents of train", style="bold"), _longest(corpus)]
+    if manifest.errors:
+        parts += ["", Text("skipped when it was prepared", style="bold"), *_errors(directory, manifest)]
+    parts += ["", Text(f"sample: {corpus.source(0)}", style="bold"), Text(_sample(corpus))]
+    return Group(*parts)
+
+
+def _head(directory: Path, manifest: Manifest, verified: bool) -> Iterator[RenderableType]:
+    entry = manifest.tokenizer
+    end = f"{entry.eos_id}" if entry.eos is None else f"{entry.eos_id} ({entry.eos})"
+    checked = ", every shard's content verified" if verified else ""
+    yield Text(f"{directory}: format version {manifest.version}{checked}", style="bold")
+    yield Text(
+        f"tokenizer {entry.name}: vocabulary {entry.vocab_size:,}, end of document {end}, {entry.fingerprint[:16]}…"
+    )
+    for source in manifest.inputs:
+        yield Text(
+            f"from {source.path}: {source.files:,} files, {source.documents:,} documents, {source.tokens:,} tokens"
+        )
+    for reason, count in manifest.passed_over.items():
+        yield Text(f"passed over: {count:,} {reason}")
+    table = Table("split", box=None)
+    for column in ("documents", "tokens", "mean length", "shards", "MB"):
+        table.add_column(column, justify="right")
+    for name, split in manifest.splits.items():
+        mean = split.tokens // max(1, split.documents)
+        megabytes = sum(shard.bytes for shard in split.shards) / 1e6
+        row = (f"{split.documents:,}", f"{split.tokens:,}", f"{mean:,}", f"{len(split.shards)}", f"{megabytes:,.1f}")
+        table.add_row(name, *row)
+    yield table
+
+
+def _histogram(split: SplitEntry) -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    first = next(k for k, count in enumerate(split.lengths) if count)
+    most = max(split.lengths)
+    for k, count in islice(enumerate(split.lengths), first, None):
+        # At least one mark for one document: a few very long ones may be the point of the corpus.
+        marks = -(-count * _BAR // most)
+        table.add_row(f"{2**k:,} – {2 ** (k + 1) - 1:,}", Text("█" * marks), f"{count:,}")
+    return table
+
+
+def _longest(corpus: Corpus) -> Table:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column()
+    for document in heapq.nlargest(_LONGEST, range(corpus.documents), key=corpus.lengths.__getitem__):
+        table.add_row(f"{corpus.lengths[document]:,}", Text(corpus.source(document)))
+    return table
+
+
+def _errors(directory: Path, manifest: Manifest) -> Iterator[Text]:
+    for kind, count in sorted(manifest.errors.items()):
+        yield Text(f"{count:,} {kind}")
+    path = directory / ERRORS_FILE
+    try:
+        with open(path, encoding="utf-8") as stream:
+            named = [json.loads(line) for line in islice(stream, _ERRORS)]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; copy it back, or prepare the corpus again") from None
+    for one in named:
+        yield Text(f"  {one['where']}: {one['kind']}: {one['detail']}")
+    if (more := sum(manifest.errors.values()) - len(named)) > 0:
+        yield Text(f"  and {more:,} more, in {path}")
+
+
+def _sample(corpus: Corpus) -> str:
+    tokenizer = corpus.manifest.open_tokenizer(corpus.directory)
+    length = int(corpus.lengths[0])
+    text = tokenizer.decode(corpus.read(0, 0, min(length, _SAMPLE_TOKENS)))
+    return text if length <= _SAMPLE_TOKENS else text + " …"

@@ -1,0 +1,212 @@
+"""Documents packed into sequences of exactly T tokens.
+
+The documents of an epoch, in the epoch's order, are laid end to end; the epochs follow one another without a seam; and
+sequence i holds tokens [i·T, (i+1)·T) of that endless stream. So no token is ever skipped or read twice in an epoch,
+whatever T; a document is continued in the next sequence where this one ends; and the tail of an epoch shares its
+sequence with the head of the next.
+
+Sequence i is a function of (corpus, seed, shuffling, T, i): a checkpoint's cursor is the one integer i, on any number
+of ranks. Change the corpus, the seed, the shuffling or T, and i means other tokens: compare
+`SequenceStream.fingerprint` on resume.
+
+The order of an epoch is random and yet nearly sequential on the disk: row groups are permuted, then documents are
+permuted within windows of `shuffle_window` tokens of those row groups. Its random numbers are PCG64's raw output,
+which numpy keeps the same across versions and machines (unlike `Generator.permutation`).
+"""
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence as Sized
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+import torch
+
+from longctx.data.config import DataConfig
+from longctx.data.corpus import Corpus, Index
+from longctx.errors import UserError
+
+NO_LABEL = -100
+SHUFFLE_WINDOW = 2**24
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One packed sequence of exactly T tokens."""
+
+    tokens: torch.Tensor
+    """int64 [T]."""
+    labels: torch.Tensor
+    """int64 [T]: the token that follows in the same document, also where it lies in the next sequence; -100 after a
+    document's last one, its end token."""
+    cu_seqlens: torch.Tensor
+    """int64 [N+1]: 0 = c_0 < c_1 < … < c_N = T; a document that continues from the sequence before starts anew at 0."""
+    index: int
+    """Its number in the stream."""
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The order of one epoch: `documents` int64 [D], and where each begins and the last ends, `starts` int64 [D+1]."""
+
+    documents: Index
+    starts: Index
+
+
+class SequenceStream:
+    """The endless stream of a corpus's sequences, indexed from 0. Safe to share by threads."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        sequence_length: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        shuffle_window: int = SHUFFLE_WINDOW,
+    ) -> None:
+        """Cut `corpus` into sequences of `sequence_length` tokens.
+
+        seed: at least 0; without `shuffle`, documents keep their order and neither seed nor window matters.
+        shuffle_window: tokens within which documents are mixed.
+
+        Raises UserError where the corpus holds less than one sequence.
+        """
+        if sequence_length <= 0 or seed < 0 or shuffle_window <= 0:
+            raise UserError(
+                f"sequence_length {sequence_length} and shuffle_window {shuffle_window} must be above 0, "
+                f"seed {seed} at least 0"
+            )
+        self.corpus = corpus
+        self.sequence_length = sequence_length
+        self._order = (seed, shuffle_window) if shuffle else None
+        self._tokens = corpus.tokens
+        if self._tokens < sequence_length:
+            raise UserError(
+                f"{corpus.directory}: the split {corpus.split!r} holds {self._tokens} tokens, less than one sequence "
+                f"of {sequence_length}; prepare more text or choose a shorter sequence_length"
+            )
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of the corpus."""
+        return self._tokens
+
+    @property
+    def sequences_per_epoch(self) -> float:
+        """Not a whole number in general: sequence i begins in epoch `int(i / sequences_per_epoch)`."""
+        return self._tokens / self.sequence_length
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, hexadecimal, of all that decides what sequence i holds."""
+        order = "stored" if self._order is None else "seed {} window {}".format(*self._order)
+        text = f"{self.corpus.fingerprint} sequences of {self.sequence_length}, order {order}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __getitem__(self, index: int) -> Sequence:
+        """Sequence number `index`, which may be any from 0 on.
+
+        Raises UserError naming the shard where the corpus cannot be read.
+        """
+        if index < 0:
+            raise IndexError(f"sequence {index}: a stream begins at 0 and has no end")
+        length = self.sequence_length
+        tokens = torch.empty(length, dtype=torch.int64)
+        labels = torch.empty(length, dtype=torch.int64)
+        ends: list[int] = [0]
+        filled = 0
+        while filled < length:
+            number, position = divmod(index * length + filled, self._tokens)
+            epoch = self._epoch(number)
+            place = int(np.searchsorted(epoch.starts, position, side="right")) - 1
+            while filled < length and place < len(epoch.documents):
+                document = int(epoch.documents[place])
+                start = position - int(epoch.starts[place])
+                filled_to = min(length, filled + int(self.corpus.lengths[document]) - start)
+                self._copy(document, start, tokens[filled:filled_to], labels[filled:filled_to])
+                position += filled_to - filled
+                filled = filled_to
+                ends.append(filled)
+                place += 1
+        return Sequence(tokens, labels, torch.tensor(ends, dtype=torch.int64), index)
+
+    def _copy(self, document: int, start: int, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fill `tokens` [n] from a document's token `start` on, and `labels` [n] from the one after."""
+        count = len(tokens)
+        stop = min(start + count + 1, int(self.corpus.lengths[document]))
+        values = self.corpus.read(document, start, stop)
+        tokens.numpy()[:] = values[:count]
+        labels.numpy()[: stop - start - 1] = values[1:]
+        labels.numpy()[stop - start - 1 :] = NO_LABEL
+
+    def _epoch(self, number: int) -> _Epoch:
+        with self._lock:
+            if number not in self._epochs:
+                documents = self._permutation(number)
+                starts = np.zeros(len(documents) + 1, dtype=np.int64)
+                np.cumsum(self.corpus.lengths[documents], out=starts[1:])
+                self._epochs[number] = _Epoch(documents, starts)
+                if len(self._epochs) > 2:  # a sequence may lie across two
+                    self._epochs.popitem(last=False)
+            self._epochs.move_to_end(number)
+            return self._epochs[number]
+
+    def _permutation(self, epoch: int) -> Index:
+        """Documents in the order of an epoch, int64 [D]."""
+        groups = self.corpus.row_groups
+        if self._order is None:
+            return np.arange(self.corpus.documents, dtype=np.int64)
+        seed, window = self._order
+        random = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+        by_group = np.argsort(random.random_raw(len(groups) - 1), kind="stable")
+        group_tokens = np.add.reduceat(self.corpus.lengths, groups[:-1])
+        before = np.cumsum(group_tokens[by_group]) - group_tokens[by_group]
+        window_of_group = np.empty(len(by_group), dtype=np.int64)
+        window_of_group[by_group] = before // window
+        window_of_document = np.repeat(window_of_group, np.diff(groups))
+        return np.lexsort((random.random_raw(self.corpus.documents), window_of_document)).astype(np.int64, copy=False)
+
+
+class _First(Sized[Sequence]):
+    """The first `count` sequences of a stream, read when they are asked for."""
+
+    def __init__(self, stream: SequenceStream, count: int) -> None:
+        self._stream = stream
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sequence]: ...
+    def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
+        numbers = range(self._count)[index]
+        return self._stream[numbers] if isinstance(numbers, int) else [self._stream[number] for number in numbers]
+
+
+def train_stream(config: DataConfig, *, seed: int) -> SequenceStream:
+    """The stream that a recipe's `[data]` asks for.
+
+    Raises UserError where the directory is not a whole corpus or holds less than one sequence.
+    """
+    if config.shuffle_window == "none":
+        return SequenceStream(Corpus(config.path), config.sequence_length, seed=seed, shuffle=False)
+    # Two windows: the one that is read and, at a seam, the next.
+    corpus = Corpus(config.path, cache_tokens=2 * config.shuffle_window)
+    return SequenceStream(corpus, config.sequence_length, seed=seed, shuffle_window=config.shuffle_window)
+
+
+def heldout_sequences(corpus: Corpus, sequence_length: int, count: int) -> Sized[Sequence]:
+    """The first `count` sequences of `corpus` in its stored order, the same ones each time; read when asked for.
+
+    Where the corpus holds fewer, all whole ones that it holds: see `len`. Raises UserError where it holds none.
+    """
+    stream = SequenceStream(corpus, sequence_length, seed=0, shuffle=False)
+    return _First(stream, min(count, corpus.tokens // sequence_length))

@@ -1,0 +1,174 @@
+"""`manifest.json`: what a prepared corpus holds, and the check that all of it is there."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import Field, ValidationError
+
+from longctx.config import Config
+from longctx.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from longctx.errors import UserError
+
+SplitName = Literal["train", "heldout"]
+
+FORMAT: Final = "longctx-data"
+VERSION: Final = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+ERRORS_FILE = "errors.jsonl"
+
+
+class TokenizerEntry(Config):
+    """The tokenizer that made the corpus."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of what defines the ids; of a Hugging Face tokenizer, of its `tokenizer.json`."""
+    vocab_size: int
+    eos_id: int
+    eos: str | None
+    """The end token as it is spelled; none for bytes."""
+    file: str | None
+    """The copy of `tokenizer.json` beside the manifest; none for bytes."""
+
+
+class ShardEntry(Config):
+    """A Parquet file."""
+
+    file: str
+    """Relative to the manifest's directory."""
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class SplitEntry(Config):
+    """A split, in the order of its shards."""
+
+    documents: int
+    tokens: int
+    lengths: tuple[int, ...]
+    """Documents by length: entry k counts those of 2^k to 2^(k+1) - 1 tokens, end token included."""
+    shards: tuple[ShardEntry, ...]
+
+
+class InputEntry(Config):
+    """What came of one input, both splits together."""
+
+    path: str
+    name: str
+    files: int
+    documents: int
+    tokens: int
+
+
+class Options(Config):
+    """The options of `longctx data prepare` that decide what is in the corpus."""
+
+    join: Literal["none", "folder"]
+    on_error: Literal["stop", "skip"]
+    column: str
+    suffixes: tuple[str, ...]
+    exclude: tuple[str, ...]
+    heldout: float
+
+
+class Manifest(Config):
+    """What `longctx data prepare` wrote."""
+
+    format: Literal["longctx-data"] = FORMAT
+    version: Literal[1] = VERSION
+    tokenizer: TokenizerEntry
+    options: Options
+    splits: dict[SplitName, SplitEntry]
+    inputs: tuple[InputEntry, ...]
+    passed_over: dict[str, int] = Field(default_factory=dict)
+    """Files and folders that were not read, by reason."""
+    errors: dict[str, int] = Field(default_factory=dict)
+    """Skipped input by kind; `errors.jsonl` names each."""
+
+    def save(self, directory: Path) -> None:
+        """Write `manifest.json` to the disk."""
+        with open(directory / MANIFEST_FILE, "w", encoding="utf-8") as stream:
+            stream.write(self.model_dump_json(indent=2) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "Manifest":
+        """Read `directory`'s manifest and check that its files are there in their sizes, without reading them.
+
+        Raises UserError naming what is missing or cut short, and what to do.
+        """
+        directory = Path(directory)
+        again = f"prepare it (again) with `longctx data prepare INPUT… --out {directory}`"
+        if not directory.is_dir():
+            raise UserError(f"data directory {directory} does not exist; {again}")
+        path = directory / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{directory} is not a prepared corpus: it has no {MANIFEST_FILE}; {again}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, not JSON: {error}; {again}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path}: not the manifest of a prepared corpus (no format {FORMAT!r}); {again}")
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{path}: format version {content.get('version')!r}, where this longctx reads {VERSION}; {again}"
+            )
+        try:
+            manifest = cls.model_validate_json(json.dumps(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{path}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; {again}") from None
+        for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+            file = directory / shard.file
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise UserError(f"shard {file}: {error.strerror}; copy it back, or {again}") from None
+            if size != shard.bytes:
+                raise UserError(
+                    f"shard {file}: has {size} bytes where the manifest says {shard.bytes}; copy it again, or {again}"
+                )
+        return manifest
+
+    def open_tokenizer(self, directory: Path | str) -> ByteTokenizer | HuggingFaceTokenizer:
+        """The tokenizer that made the corpus in `directory`.
+
+        Raises UserError where its file is missing or another one now lies in its place.
+        """
+        entry = self.tokenizer
+        if entry.file is None:
+            return ByteTokenizer()
+        path = Path(directory) / entry.file
+        tokenizer = HuggingFaceTokenizer(path, entry.eos)
+        if tokenizer.fingerprint != entry.fingerprint:
+            raise UserError(f"{path}: is not the tokenizer that made this corpus; restore the file or prepare again")
+        return tokenizer
+
+    def fingerprint(self, split: SplitName) -> str:
+        """SHA-256 of the split's tokenizer and shards: another one means other tokens or another order."""
+        digest = hashlib.sha256(f"{self.tokenizer.fingerprint} {self.tokenizer.eos_id}".encode())
+        for shard in self.splits[split].shards:
+            digest.update(shard.sha256.encode())
+        return digest.hexdigest()
+
+    def verify(self, directory: Path | str) -> None:
+        """Read every shard and compare its SHA-256; raises UserError naming the first that differs."""
+        for shard in (shard for split in self.splits.values() for shard in split.shards):
+            file = Path(directory) / shard.file
+            with open(file, "rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != shard.sha256:
+                raise UserError(
+                    f"shard {file}: its content is damaged (SHA-256 {found}, manifest {shard.sha256}); "
+                    f"copy it again, or prepare the corpus again"
+                )

@@ -1,0 +1,54 @@
+"""How far a preparation is: a bar on a terminal, plain lines elsewhere, on standard error."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY = 10.0
+
+
+class PreparationProgress:
+    """Shows bytes read of `total`, documents, tokens and tokens per second; nothing at all when not `shown`."""
+
+    def __init__(self, total: int, *, shown: bool, console: Console | None = None) -> None:
+        self._total = max(1, total)
+        self._shown = shown
+        self._console = console or Console(stderr=True)
+        self._read = 0.0
+        self._started = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if shown and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("preparing"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[counts]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("preparing", total=self._total, counts="")
+
+    def __enter__(self) -> "PreparationProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, read: float, documents: int, tokens: int) -> None:
+        """`read` more bytes of the input; documents and tokens so far."""
+        self._read += read
+        now = time.monotonic()
+        rate = tokens / max(now - self._started, 1e-3)
+        counts = f"{documents:,} documents, {tokens:,} tokens, {rate / 1e6:.1f} M tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._read, counts=counts)
+        elif self._shown and now - self._printed >= _LINE_EVERY:
+            self._printed = now
+            self._console.print(f"prepared {min(1.0, self._read / self._total):.0%}: {counts}", highlight=False)

@@ -1,0 +1,60 @@
+"""From the stream of sequences to this rank's batches, the next step's read while this one is computed."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from longctx.data.loader import Sequence, SequenceStream
+from longctx.parallel.layout import Layout, Order
+from longctx.parallel.mesh import Mesh
+from longctx.train.engine import Batch
+
+
+def to_batch(sequence: Sequence, mesh: Mesh, order: Order, device: torch.device) -> Batch:
+    """This rank's part of a sequence. Labels were shifted before: a slice's last label lies on another rank."""
+    layout = Layout.on(mesh, sequence.cu_seqlens.tolist(), order)
+    tokens, labels = (layout.shard(x[None]).to(device) for x in (sequence.tokens, sequence.labels))
+    return Batch(tokens, labels, layout)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Sequences read so far, over all ranks: where a run stands in its data, on any number of ranks."""
+
+    sequences: int
+
+    def step(self, sequences_per_step: int, dp: int, dp_rank: int) -> range:
+        """The numbers of the sequences that a data-parallel rank reads in the next step."""
+        return range(self.sequences + dp_rank, self.sequences + sequences_per_step, dp)
+
+    def after(self, sequences_per_step: int) -> "Cursor":
+        """The cursor after that step."""
+        return Cursor(self.sequences + sequences_per_step)
+
+
+class Prefetcher:
+    """Reads a step's sequences in a thread while the step before is computed."""
+
+    def __init__(self, stream: SequenceStream, make: Callable[[Sequence], Batch]) -> None:
+        self._stream, self._make = stream, make
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._pending: dict[tuple[int, ...], Future[list[Sequence]]] = {}
+
+    def _read(self, numbers: Iterable[int]) -> list[Sequence]:
+        return [self._stream[number] for number in numbers]
+
+    def request(self, numbers: range) -> None:
+        """Begin to read these."""
+        self._pending[tuple(numbers)] = self._thread.submit(self._read, numbers)
+
+    def take(self, numbers: range) -> list[Batch]:
+        """These sequences' batches. Raises UserError where the corpus cannot be read."""
+        if tuple(numbers) not in self._pending:
+            self.request(numbers)
+        return [self._make(sequence) for sequence in self._pending.pop(tuple(numbers)).result()]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)

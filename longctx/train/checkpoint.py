@@ -1,0 +1,190 @@
+"""Checkpoints that are complete or absent, written while training goes on.
+
+A save copies this rank's state to CPU memory on the caller's thread, and one background thread writes the copy with
+`torch.distributed.checkpoint` over a gloo group of its own, into a folder beside its final name; when every rank has
+written, rank 0 renames it. A run that is killed at any moment leaves a folder named `….partial`, which nobody reads and
+the next save removes.
+
+`dcp.async_save` is not used: see docs/checkpoints.md for what it does at interpreter exit.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from longctx.errors import UserError
+
+_NAME = re.compile(r"step-(\d{8})")
+_TRAINER = "trainer.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint says beside the tensors."""
+
+    step: int
+    sequences: int
+    """Sequences read so far, over all ranks."""
+    tokens: int
+    """Tokens trained on so far."""
+    data: str
+    """Fingerprint of the stream of sequences: corpus, order and sequence length."""
+    model: dict[str, Any]
+    """The model's configuration, with the size of its vocabulary."""
+
+
+class Checkpointer:
+    """The checkpoints of one run. Every rank makes one, and every rank calls every method."""
+
+    def __init__(self, folder: Path, keep: int, timeout: float) -> None:
+        """`folder` holds `step-<8 digits>`; the newest `keep` stay; `timeout` seconds for a rank that is waited for."""
+        self.folder, self.keep = folder, keep
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
+        # Plain copies into buffers that the next save uses again: no pinned or shared memory, no thread of its own.
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, tensors: dict[str, Any], state: TrainerState) -> None:
+        """Begin to write `step-<state.step>`; the tensors may change when this returns.
+
+        Waits for the save before, and raises what became of it (`wait`).
+        """
+        self.wait()
+        staged = self._stager.stage(tensors)
+        self._pending = self._thread.submit(self._write, staged, state)
+
+    def wait(self) -> None:
+        """Wait for the save under way. Raises UserError, on every rank, where it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+            self._stager.close()
+
+    def _on_rank_zero(self, what: str, action: Callable[[], None]) -> None:
+        """Do it on rank 0, and learn on every rank whether it went well."""
+        outcome: list[str | None] = [None]
+        if dist.get_rank(self._group) == 0:
+            try:
+                action()
+            except OSError as error:
+                outcome = [str(error)]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise UserError(f"{what}: {outcome[0]}; earlier checkpoints are as they were")
+
+    def _write(self, staged: dict[str, Any], state: TrainerState) -> None:
+        final = self.folder / f"step-{state.step:08d}"
+        partial = final.with_name(final.name + ".partial")
+
+        def prepare() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*.partial"):
+                shutil.rmtree(left)
+
+        def publish() -> None:
+            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+            text = json.dumps({"state": asdict(state), "files": sizes}, indent=1)
+            (partial / _TRAINER).write_text(text, encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync(self.folder)
+            for old in list_checkpoints(self.folder)[: -self.keep]:
+                # Renamed first, so that a half-removed folder is not taken for a checkpoint.
+                doomed = old.rename(old.with_name(old.name + ".partial"))
+                shutil.rmtree(doomed)
+
+        what = f"checkpoint {final} could not be written"
+        self._on_rank_zero(what, prepare)
+        try:
+            writer = dcp.FileSystemWriter(partial, sync_files=True)
+            dcp.save(staged, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:
+            raise UserError(f"{what}: {_causes(error)}; earlier checkpoints are as they were") from error
+        self._on_rank_zero(what, publish)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _causes(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _TRAINER).is_file())
+
+
+def read_state(path: Path) -> TrainerState:
+    """What a checkpoint says beside its tensors.
+
+    Raises UserError where it is no checkpoint or a file of it is missing or cut short.
+    """
+    try:
+        content = json.loads((path / _TRAINER).read_text(encoding="utf-8"))
+        state, files = TrainerState(**content["state"]), content["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a checkpoint of longctx: {_TRAINER} cannot be read ({error})") from error
+    for name, size in files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            told = "is missing" if found is None else f"has {found} bytes"
+            others = ", ".join(str(other) for other in list_checkpoints(path.parent) if other != path) or "none"
+            raise UserError(
+                f"checkpoint {path} is damaged: {name} {told}, and was written with {size}. "
+                f"Give an older one with --resume PATH (there: {others})"
+            )
+    return state
+
+
+def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Read a checkpoint into `tensors`, in place, whatever the number of ranks that wrote it.
+
+    Raises UserError where it cannot be read.
+    """
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+    except CheckpointException as error:
+        raise UserError(f"checkpoint {path} cannot be read: {_causes(error)}") from error
+
+
+def check_same_model(path: Path, state: TrainerState, model: dict[str, Any]) -> None:
+    """Raise UserError, naming every difference, where the checkpoint is of another model than `model`."""
+    differences = [
+        f"{key}: {state.model.get(key)!r} there, {model.get(key)!r} here"
+        for key in sorted({*state.model, *model})
+        if state.model.get(key) != model.get(key)
+    ]
+    if differences:
+        raise UserError(
+            f"checkpoint {path} is of another model: {'; '.join(differences)}. "
+            "Train this one into another directory (--out), or begin anew (--resume never --out …)"
+        )

@@ -1,0 +1,70 @@
+"""The loss on held-out documents, over all and by position in the context."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longctx.data.loader import Sequence as Packed
+from longctx.data.loader import SequenceStream
+from longctx.kernels.loss import IGNORE
+from longctx.parallel.collectives import all_reduce
+from longctx.train.engine import Batch, TorchEngine
+from longctx.train.metrics import EvaluationMetrics, PositionLoss
+
+
+def _bucket(positions: Tensor) -> Tensor:
+    """0 for position 0, then one bucket for each power of two: [1, 2), [2, 4), ..."""
+    exponents: Tensor = torch.frexp(positions.to(torch.float64))[1].to(torch.int64)
+    return exponents
+
+
+def evaluate(
+    engine: TorchEngine, sequences: Sequence[Packed], make: Callable[[Packed], Batch], step: int
+) -> EvaluationMetrics:
+    """The mean loss over all labels of `sequences` (nats), and by how many tokens of its document precede a token's.
+
+    `make` turns a sequence into this rank's batch. Every rank has to call it; the result is the same on all.
+    """
+    dp, dp_rank = engine.mesh.dp, engine.mesh.dp_rank
+    length = len(sequences[0].tokens)
+    buckets = max(1, length).bit_length() + 1
+    sums = torch.zeros(2, buckets, dtype=torch.float64)
+    # FSDP's collectives are those of all ranks, so all compute equally often: the surplus has no labels.
+    for first in range(0, len(sequences), dp):
+        number = first + dp_rank
+        batch = make(sequences[min(number, len(sequences) - 1)])
+        if number >= len(sequences):
+            batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+        nll = engine.losses(batch)[0].double().cpu()
+        valid = batch.labels[0].cpu() != IGNORE
+        places = _bucket(batch.layout.positions)[valid]
+        sums[0].index_add_(0, places, nll[valid])
+        sums[1].index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
+    sums = all_reduce(sums.to(engine.device), dist.group.WORLD).cpu()
+    losses, counts = sums.tolist()
+    edges = [0, *(2**n for n in range(buckets))]
+    positions = tuple(
+        PositionLoss(edges[n], edges[n + 1], losses[n] / counts[n] if counts[n] else math.nan, int(counts[n]))
+        for n in range(buckets)
+        if edges[n] < length
+    )
+    return EvaluationMetrics(step, sum(losses) / max(sum(counts), 1), positions)
+
+
+def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:
+    """The held-out loss (nats a token) of token frequencies alone: what a model that ignores its context reaches.
+
+    Frequencies are counted, one added to each, in the first `tokens` of the training stream.
+    """
+    counts = torch.ones(vocab_size, dtype=torch.float64)
+    for number in range(max(1, tokens // stream.sequence_length)):
+        counts += torch.bincount(stream[number].tokens, minlength=vocab_size)
+    surprise = -torch.log(counts / counts.sum())
+    seen = torch.zeros(vocab_size, dtype=torch.float64)
+    for sequence in heldout:
+        seen += torch.bincount(sequence.labels[sequence.labels != IGNORE], minlength=vocab_size)
+    return float((seen * surprise).sum() / seen.sum())

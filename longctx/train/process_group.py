@@ -1,0 +1,60 @@
+"""The process group of a run, and what its failure means."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import UserError
+from longctx.parallel.agreement import RankError
+from longctx.train.config import TrainConfig
+
+
+def device_type(config: TrainConfig) -> str:
+    """`cpu` or `cuda`, for the ranks of this machine.
+
+    Raises UserError where CUDA is asked for and there is not a GPU for every local rank.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and gpus < local_ranks:
+        raise UserError(f"train.device: 'cuda' needs a GPU for each of {local_ranks} local ranks; there are {gpus}")
+    return "cuda" if config.device != "cpu" and gpus >= local_ranks else "cpu"
+
+
+@contextmanager
+def process_group(kind: str, timeout: float) -> Iterator[None]:
+    """The default process group, from torchrun's environment; a rank alone needs none of it.
+
+    Collectives wait for at most `timeout` seconds. Leaving the block ends the group.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    device = None
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def peers_needed(what: str) -> Iterator[None]:
+    """Turn the failure of a collective inside the block into a RankError that says `what` was under way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            raise RankError(
+                f"{what}: rank {dist.get_rank()} lost contact with another rank, which died or did not answer in "
+                "time. --resume auto continues from the last complete checkpoint."
+            ) from error
+        raise

@@ -1,0 +1,327 @@
+"""Training a recipe: what every rank runs.
+
+Each step, every rank of a data-parallel group reads the same sequences, keeps its own slices of them, and the engine
+makes one optimizer step of all ranks'. The cursor in the data is the number of sequences read, so that a run goes on
+with the same tokens on any number of ranks.
+"""
+
+import importlib.metadata
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from longctx.data.corpus import Corpus
+from longctx.data.loader import Sequence as Packed
+from longctx.data.loader import heldout_sequences, train_stream
+from longctx.errors import UserError
+from longctx.parallel.agreement import agreement
+from longctx.parallel.collectives import all_gather
+from longctx.parallel.mesh import Mesh
+from longctx.recipe import Recipe, check, dump
+from longctx.train import machine, plots
+from longctx.train.batches import Cursor, Prefetcher, to_batch
+from longctx.train.checkpoint import (
+    Checkpointer,
+    TrainerState,
+    check_same_model,
+    list_checkpoints,
+    load_tensors,
+    read_state,
+)
+from longctx.train.display import Display, make_display
+from longctx.train.engine import Batch, TorchEngine
+from longctx.train.evaluate import evaluate, unigram_loss
+from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
+from longctx.train.process_group import device_type, peers_needed, process_group
+from longctx.train.schedule import factor
+
+VOCABULARY_MULTIPLE = 64
+"""A vocabulary that the recipe does not size is rounded up to this, so that matrices are of a shape that is fast."""
+
+
+def train(recipe: Recipe, *, out: Path, resume: str) -> None:
+    """Train `recipe` into the directory `out`; every rank of a job calls it.
+
+    `resume`: `auto` (from the newest checkpoint in `out`, if there is one), `never`, or a checkpoint's directory.
+    Raises UserError, on every rank, for what the user can mend.
+    """
+    kind = device_type(recipe.train)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory costs time, and nothing here reads what it did not write.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    with process_group(kind, recipe.parallel.timeout):
+        check(recipe, dist.get_world_size())
+        with ExitStack() as stack:
+            _Trainer(recipe, out, resume, kind, stack).run()
+            stack.close()
+            # Every collective's tensors are released before the group is: what frees them late is a thread of gloo,
+            # which the interpreter may no longer let in (docs/checkpoints.md).
+            dist.barrier()
+
+
+class _Reporter:
+    """Metrics and display on rank 0; nothing elsewhere."""
+
+    def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
+        self._out = out
+        self._writer: MetricsWriter | None = None
+        self._display: Display | None = None
+        if dist.get_rank() == 0:
+            self._writer = MetricsWriter(out, recipe.logging.tensorboard, after_step=step)
+            self._display = make_display()
+
+    def start(self, info: RunInfo) -> None:
+        if self._writer and self._display:
+            self._writer.run(info)
+            self._display.start(info)
+
+    def step(self, metrics: StepMetrics) -> None:
+        if self._writer and self._display:
+            self._writer.step(metrics)
+            self._display.step(metrics)
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        if self._writer and self._display:
+            self._writer.evaluation(metrics)
+            self._display.evaluation(metrics)
+
+    def message(self, text: str) -> None:
+        if self._display:
+            self._display.message(text)
+
+    def pictures(self) -> None:
+        if self._writer:
+            plots.draw(self._out / FILE_NAME, self._out / "pictures")
+
+    def close(self) -> None:
+        if self._writer and self._display:
+            self._display.close()
+            self._writer.close()
+
+
+class _Trainer:
+    def __init__(self, recipe: Recipe, out: Path, resume: str, kind: str, stack: ExitStack) -> None:
+        self.recipe, self.out = recipe, out
+        ranks = dist.get_world_size()
+        parallel = recipe.parallel
+        shard = ranks // (parallel.dp_replicate * parallel.cp) if parallel.dp_shard == "rest" else parallel.dp_shard
+        self.mesh = Mesh.build(kind, dp_replicate=parallel.dp_replicate, dp_shard=shard, cp=parallel.cp)
+        with agreement():
+            self.stream = train_stream(recipe.data, seed=recipe.seed)
+            self.heldout = self._open_heldout()
+            self.vocab_size = self._vocabulary()
+            self.model = {**recipe.model.model_dump(), "vocab_size": self.vocab_size}
+            source, state = self._find_checkpoint(resume)
+        self.engine = TorchEngine(
+            recipe.model, recipe.train, recipe.optimizer, self.mesh, vocab_size=self.vocab_size, seed=recipe.seed
+        )
+        self.device = self.engine.device
+        self.checkpointer = Checkpointer(out / "checkpoints", recipe.checkpoint.keep, parallel.timeout)
+        stack.callback(self.checkpointer.close)
+        if source is not None:
+            self._load(source)
+        self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
+        self.prefetcher = Prefetcher(self.stream, self._batch)
+        stack.callback(self.prefetcher.close)
+        with agreement():
+            if dist.get_rank() == 0:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
+            self.reporter = _Reporter(recipe, out, self.done)
+        stack.callback(self.reporter.close)
+        self.resumed_from = source
+        self.stopped_by: int | None = None
+        self.saved = self.done if source is not None else -1
+
+    def _open_heldout(self) -> Sequence[Packed] | None:
+        if self.recipe.evaluation is None:
+            return None
+        corpus = Corpus(self.recipe.data.path, "heldout")
+        return heldout_sequences(corpus, self.recipe.data.sequence_length, self.recipe.evaluation.sequences)
+
+    def _vocabulary(self) -> int:
+        tokens, rows = self.stream.corpus.manifest.tokenizer.vocab_size, self.recipe.model.vocab_size
+        if rows is None:
+            return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        if rows < tokens:
+            raise UserError(f"model.vocab_size: {rows} rows, but the corpus's tokenizer has {tokens} tokens")
+        return rows
+
+    def _find_checkpoint(self, resume: str) -> tuple[Path | None, TrainerState]:
+        """Where to go on from, checked against this run, and the state there."""
+        fresh = TrainerState(0, 0, 0, self.stream.fingerprint, self.model)
+        there = list_checkpoints(self.out / "checkpoints")
+        if resume == "never":
+            if there:
+                raise UserError(
+                    f"{self.out} holds checkpoints of an earlier run, the newest {there[-1]}: go on from it with "
+                    "--resume auto, or give another directory with --out"
+                )
+            return None, fresh
+        path = Path(resume) if resume != "auto" else (there[-1] if there else None)
+        if path is None:
+            return None, fresh
+        state = read_state(path)
+        check_same_model(path, state, self.model)
+        if state.data != self.stream.fingerprint:
+            raise UserError(
+                f"checkpoint {path} was trained on other data, another seed, shuffle_window or sequence_length: step "
+                f"{state.step} of it says nothing about where to go on in {self.recipe.data.path}. Restore these, or "
+                "begin a run of its own (--out)"
+            )
+        return path, state
+
+    def _tensors(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.engine.model, self.engine.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def _load(self, path: Path) -> None:
+        tensors = self._tensors()
+        load_tensors(path, tensors)
+        set_state_dict(
+            self.engine.model,
+            self.engine.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )
+
+    def _save(self) -> None:
+        if self.saved != self.done:
+            state = TrainerState(self.done, self.cursor.sequences, self.tokens, self.stream.fingerprint, self.model)
+            self.checkpointer.save(self._tensors(), state)
+            self.saved = self.done
+
+    def _batch(self, sequence: Packed) -> Batch:
+        return to_batch(sequence, self.mesh, self.recipe.parallel.layout, self.device)
+
+    def _numbers(self, cursor: Cursor) -> range:
+        return cursor.step(self.recipe.train.sequences_per_step, self.mesh.dp, self.mesh.dp_rank)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = number
+
+    def _gather(self, *values: float) -> torch.Tensor:
+        """Every rank's values: `[ranks, n]` float64."""
+        row = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return all_gather(row, dist.group.WORLD).wait().cpu()
+
+    def _start(self) -> None:
+        dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
+        self.matmul_rate = float(self._gather(machine.matmul_rate(self.device, dtype)).sum())
+        sample = self._batch(self.stream[self.cursor.sequences])
+        flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp * sample.layout.length)
+        unigram = None
+        if self.heldout is not None and dist.get_rank() == 0:
+            unigram = unigram_loss(self.stream, self.heldout, self.vocab_size)
+        axes = {"dp_replicate": self.mesh.dp_replicate, "dp_shard": self.mesh.dp_shard, "cp": self.mesh.cp}
+        info = RunInfo(
+            parameters=self.engine.parameters,
+            ranks=dist.get_world_size(),
+            mesh=axes,
+            device=machine.device_name(self.device),
+            precision=self.recipe.train.precision,
+            flops_per_token=flops,
+            matmul_rate=self.matmul_rate,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+            step=self.done,
+            unigram_loss=unigram,
+        )
+        self.reporter.start(info)
+        if self.resumed_from is not None:
+            self.reporter.message(f"Resumed from {self.resumed_from} after step {self.done}.")
+
+    def _training_flops(self, batches: Sequence[Batch]) -> float:
+        """What training on these needs on this rank: forward, and twice as much backward, recomputation not counted."""
+        return 3.0 * sum(self.engine.model.flops(batch.layout) for batch in batches)
+
+    def run(self) -> None:
+        steps = self.recipe.train.steps
+        if self.done >= steps:
+            self.reporter.message(f"{self.resumed_from} is of step {self.done}; train.steps is {steps}: nothing to do.")
+            return
+        signal.signal(signal.SIGTERM, self._stop)
+        with peers_needed("at the start"):
+            self._start()
+        average: float | None = None
+        while self.done < steps:
+            step = self.done + 1
+            with peers_needed(f"step {step}"):
+                metrics, stop = self._step(step, average)
+                average = metrics.seconds if average is None else 0.9 * average + 0.1 * metrics.seconds
+                if step % self.recipe.logging.every == 0 or step == steps:
+                    self.reporter.step(metrics)
+                evaluation = self.recipe.evaluation
+                if evaluation is not None and (step % evaluation.every == 0 or step == steps):
+                    self._evaluate()
+                if stop:
+                    break
+                if step % self.recipe.checkpoint.every == 0:
+                    self._save()
+        with peers_needed("at the end"):
+            self._save()
+            self.checkpointer.wait()
+            self._finish()
+
+    def _step(self, step: int, average: float | None) -> tuple[StepMetrics, bool]:
+        """One optimizer step: its metrics, and whether some rank was asked to stop."""
+        began = time.perf_counter()
+        recipe = self.recipe
+        batches = self.prefetcher.take(self._numbers(self.cursor))
+        following = self.cursor.after(recipe.train.sequences_per_step)
+        if step < recipe.train.steps:
+            self.prefetcher.request(self._numbers(following))
+        lr = recipe.optimizer.lr * factor(recipe.schedule, step, recipe.train.steps)
+        result = self.engine.step(batches, lr)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise UserError(
+                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}, so training "
+                "stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a "
+                "longer schedule.warmup or a smaller train.clip"
+            )
+        tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
+        self.done, self.cursor, self.tokens = step, following, self.tokens + tokens
+        memory = machine.peak_memory_bytes(self.device)
+        rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by is not None))
+        seconds = time.perf_counter() - began
+        metrics = StepMetrics(
+            step=step,
+            steps=recipe.train.steps,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens=self.tokens,
+            tokens_per_second=tokens / seconds,
+            utilisation=float(rows[:, 0].sum()) / seconds / self.matmul_rate,
+            memory_bytes=int(rows[:, 1].max()),
+            seconds=seconds,
+            seconds_left=(recipe.train.steps - step) * (average or seconds),
+        )
+        return metrics, bool(rows[:, 2].any())
+
+    def _evaluate(self) -> None:
+        assert self.heldout is not None
+        self.reporter.evaluation(evaluate(self.engine, self.heldout, self._batch, self.done))
+
+    def _finish(self) -> None:
+        where = self.checkpointer.folder / f"step-{self.done:08d}"
+        if self.done < self.recipe.train.steps:
+            self.reporter.message(
+                f"Stopped by a signal after step {self.done}; {where} is complete, and the same command goes on."
+            )
+            return
+        self.reporter.pictures()
+        self.reporter.message(
+            f"Done. Checkpoint: {where}\nMetrics: {self.out / FILE_NAME}\nPictures: {self.out / 'pictures'}"
+        )

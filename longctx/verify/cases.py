@@ -1,0 +1,69 @@
+"""The layouts that a verification runs, and the sequences it runs them on."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from longctx.parallel.layout import Order, check_divisible
+
+SEQUENCES = 2
+"""Sequences in the one step that is compared."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spread a step over ranks."""
+
+    cp: int
+    order: Order
+    packed: bool
+    dp_shard: int = 1
+    dp_replicate: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that it takes."""
+        return self.dp_replicate * self.dp_shard * self.cp
+
+    def __str__(self) -> str:
+        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp}
+        words = [f"{name} {size}" for name, size in axes.items() if size > 1]
+        if self.cp > 1:
+            words.append(self.order)
+        return (", ".join(words) or "one rank") + (", packed" if self.packed else ", one document")
+
+
+def reference(packed: bool) -> Case:
+    """One rank, which everything is compared with."""
+    return Case(cp=1, order="contiguous", packed=packed)
+
+
+def cases(length: int, most_ranks: int) -> Iterator[Case]:
+    """The layouts that fit a sequence of `length` tokens and `most_ranks` ranks: cp 2 and 4, with and without dp."""
+    for packed in (False, True):
+        if most_ranks >= SEQUENCES:
+            yield Case(1, "contiguous", packed, dp_shard=SEQUENCES)
+        for order in ("contiguous", "zigzag"):
+            for cp, dp_shard, dp_replicate in ((2, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2)):
+                case = Case(cp, order, packed, dp_shard, dp_replicate)
+                if case.ranks <= most_ranks and _fits(length, case):
+                    yield case
+
+
+def _fits(length: int, case: Case) -> bool:
+    try:
+        check_divisible(length, case.order, case.cp)
+    except ValueError:
+        return False
+    return True
+
+
+def documents(length: int, packed: bool, seed: int) -> tuple[int, ...]:
+    """Where documents begin and end in a sequence: one, or several of very different lengths, some of one token."""
+    if not packed or length < 4:
+        return (0, length)
+    chance = random.Random(seed)
+    bounds = {0, length, 1, length - 1, length // 2, length // 2 + 1}
+    while len(bounds) < min(length, 12):
+        bounds.add(int(length * chance.random() ** 2))
+    return tuple(sorted(bounds))

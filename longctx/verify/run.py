@@ -1,0 +1,122 @@
+"""`longctx verify`: does this recipe's model compute the same on N ranks as on one?
+
+Every layout that fits runs one step, forward and backward, in float64 and in the recipe's precision, and is compared
+with one rank. In float64 the relative difference `|x - ref| / |ref|` (norms) of the loss, the logits and every
+parameter's gradient has to be within 1e-10. In the recipe's precision the truth is the float64 result of one rank, and
+a layout may be as far from it as one rank is, times `SLACK`, and at least 1e-5: rounding differs from layout to layout,
+and nothing else may.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.model.config import ModelConfig
+from longctx.parallel.local import LocalRanks
+from longctx.recipe import Recipe
+from longctx.verify.cases import Case, cases, reference
+from longctx.verify.measure import Measured, Precision, Subject, measure, whole_logits
+
+BOUND_FP64 = 1e-10
+BOUND = 1e-5
+SLACK = 3.0
+SHRUNK_LENGTH = 256
+SHRUNK_VOCABULARY = 128
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a step computed, whole."""
+
+    loss: Tensor
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything that is compared, by name."""
+        return {"loss": self.loss, "logits": self.logits, **self.gradients}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case in a precision: the relative difference and the bound of everything that is compared, by name."""
+
+    case: Case
+    precision: Precision
+    differences: dict[str, float]
+    bounds: dict[str, float]
+
+    @property
+    def failures(self) -> list[str]:
+        """The names that are out of bounds; a NaN is."""
+        return [name for name, value in self.differences.items() if not value <= self.bounds[name]]
+
+    @property
+    def worst_gradient(self) -> str:
+        """The parameter whose gradient is nearest to, or furthest beyond, its bound."""
+        names = [name for name in self.differences if name not in ("loss", "logits")]
+        return max(names, key=lambda name: _nan_is_worst(self.differences[name] / self.bounds[name]))
+
+
+def _nan_is_worst(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+def relative(x: Tensor, ref: Tensor) -> float:
+    """`|x - ref| / |ref|`; where the reference is 0, `|x|`."""
+    norm = ref.norm()
+    return float((x - ref).norm() / (norm if norm > 0 else 1.0))
+
+
+def shrink(subject: Subject) -> Subject:
+    """The same kind of model, narrow, one pattern deep, on a short sequence: seconds instead of minutes."""
+    model: ModelConfig = subject.model.shrunk()
+    return Subject(
+        model,
+        subject.train,
+        min(subject.vocab_size, SHRUNK_VOCABULARY),
+        min(subject.length, SHRUNK_LENGTH),
+        subject.seed,
+    )
+
+
+def subject_of(recipe: Recipe, vocab_size: int) -> Subject:
+    """What a recipe trains, for a vocabulary of that size."""
+    return Subject(recipe.model, recipe.train, vocab_size, recipe.data.sequence_length, recipe.seed)
+
+
+def verify(
+    subject: Subject,
+    ranks: LocalRanks,
+    *,
+    measure: Callable[[Subject, Case, Precision], Measured] = measure,
+) -> Iterator[Row]:
+    """Run every case and compare; a row as each is done, float64 first.
+
+    `measure` is what runs on each rank.
+    """
+
+    def values(case: Case, precision: Precision) -> Values:
+        parts = ranks.run(measure, subject, case, precision, size=case.ranks)
+        gradients = next(part.gradients for part in parts if part.gradients)
+        loss = torch.tensor(parts[0].loss, dtype=torch.float64)
+        return Values(loss, whole_logits(parts, subject, case), gradients)
+
+    todo = list(cases(subject.length, ranks.size))
+    truth = {packed: values(reference(packed), "fp64").named() for packed in (False, True)}
+    for case in todo:
+        got = values(case, "fp64").named()
+        differences = {name: relative(got[name], ref) for name, ref in truth[case.packed].items()}
+        yield Row(case, "fp64", differences, dict.fromkeys(differences, BOUND_FP64))
+    precision: Precision = subject.train.precision
+    own = {}
+    for packed in (False, True):
+        got = values(reference(packed), precision).named()
+        own[packed] = {name: relative(got[name], ref) for name, ref in truth[packed].items()}
+    for case in todo:
+        got = values(case, precision).named()
+        differences = {name: relative(got[name], ref) for name, ref in truth[case.packed].items()}
+        bounds = {name: max(BOUND, SLACK * own[case.packed][name]) for name in differences}
+        yield Row(case, precision, differences, bounds)

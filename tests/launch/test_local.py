@@ -1,0 +1,208 @@
+"""How a job of local ranks ends: its exit status, what is said, and that nothing is left running."""
+
+import os
+import pty
+import signal
+import socket
+
+import pytest
+
+from longctx.launch import local
+from longctx.launch.local import threads_per_rank
+
+
+def test_ranks_find_torchruns_environment(start, tmp_path):
+    assert start("describe", 3, env={"OMP_NUM_THREADS": "7"}).wait()[0] == 0
+    for rank in range(3):
+        assert (tmp_path / f"rank-{rank}.txt").read_text() == f"{rank} {rank} 3 3 127.0.0.1 7"
+
+
+def test_ranks_share_the_cores_unless_told_otherwise(start, tmp_path, monkeypatch):
+    assert start("describe", 2).wait()[0] == 0
+    assert (tmp_path / "rank-1.txt").read_text().split()[-1] == str(threads_per_rank(2))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    monkeypatch.setattr(local.psutil, "cpu_count", lambda logical: 8)
+    assert [threads_per_rank(ranks) for ranks in (1, 2, 4, 7)] == [6, 3, 1, 1]
+    monkeypatch.setattr(local.psutil, "cpu_count", lambda logical: 4)
+    assert threads_per_rank(2) == 2  # two hyperthreads on a core are one core
+
+
+def test_the_port_is_free_for_rank_0_and_nobody_else_gets_it():
+    with local._free_port() as port, socket.socket() as rank_0, socket.socket() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        rank_0.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rank_0.bind(("", port))
+        rank_0.listen()
+
+
+# What is shown
+
+
+def test_rank_0_has_the_terminal_and_the_others_a_log(start, tmp_path):
+    ours, theirs = pty.openpty()
+    launcher = start("talk", stdout=theirs, stderr=theirs)
+    assert launcher.wait()[0] == 0
+    os.close(theirs)
+    assert os.read(ours, 4096).decode().splitlines() == ["stdout of 0, a terminal: True", "stderr of 0"]
+    os.close(ours)
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "stdout of 1, a terminal: False\nstderr of 1\n"
+    assert not (tmp_path / "logs" / "rank-0.log").exists()
+
+
+def test_a_log_keeps_what_earlier_runs_wrote(start, tmp_path):
+    for _ in range(2):
+        start("talk").wait()
+    assert (tmp_path / "logs" / "rank-1.log").read_text().count("stderr of 1\n") == 2
+
+
+# Errors
+
+
+def test_a_user_error_of_every_rank_is_said_once(start):
+    status, stdout, stderr = start("user_error", 3).wait()
+    assert status == 2
+    assert stdout == ""
+    assert stderr == "error: data.path: there is no such directory [as rank 0 sees it]\n"
+
+
+def test_a_user_error_of_one_rank_stops_the_others(start):
+    launcher = start("user_error_on_1", settle=0.5)
+    assert launcher.wait() == (2, "", "error: only here\n")
+    assert launcher.seconds() < 10
+
+
+@pytest.mark.parametrize("function", ["crash_on_1", "crash_on_both"])
+def test_an_error_is_shown_once_with_the_traceback_of_its_cause(start, tmp_path, function):
+    launcher = start(function)
+    status, _, stderr = launcher.wait()
+    assert status == 1
+    lines = stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[1].endswith(f"in {function}")
+    assert lines[-2:] == [
+        "KeyError: 'the cause'",
+        "error: rank 1 failed with the error above, and the others were stopped. ADVICE",
+    ]
+    assert stderr.count("Traceback") == 1
+    assert "KeyError: 'the cause'" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert launcher.seconds() < 10
+
+
+def test_a_rank_that_exits_without_an_error_is_named_with_its_log(start, tmp_path):
+    status, _, stderr = start("exit_3_on_1", settle=0.2).wait()
+    assert status == 1
+    assert stderr == (
+        "error: rank 1 exited with status 3, and the others were stopped; "
+        f"its output: {tmp_path}/logs/rank-1.log. ADVICE\n"
+    )
+
+
+def test_a_job_that_cannot_be_found_is_a_failure(start):
+    status, _, stderr = start("no_such_function", 1).wait()
+    assert status == 1
+    assert "has no attribute 'no_such_function'" in stderr
+
+
+# Killed ranks
+
+
+@pytest.mark.parametrize("function", ["hang", "lose_peer"])
+def test_a_killed_rank_is_named_and_the_others_are_stopped(start, tmp_path, function):
+    launcher = start(function, settle=0.5)
+    pids = launcher.pids()
+    os.kill(pids[1], signal.SIGKILL)
+    status, _, stderr = launcher.wait()
+    assert status == 1
+    assert stderr == (
+        "error: rank 1 was killed by SIGKILL (where nobody sent it: by the kernel, for want of memory; see dmesg), "
+        f"and the others were stopped; its output: {tmp_path}/logs/rank-1.log. ADVICE\n"
+    )
+    assert launcher.seconds() < 10
+    assert not any(map(launcher.is_running, pids))
+
+
+def test_what_a_rank_started_ends_with_it(start, tmp_path):
+    launcher = start("leave_a_child", 1)
+    assert launcher.wait()[0] == 0
+    child = int((tmp_path / "child-0").read_text())
+    launcher.wait_until(lambda: not launcher.is_running(child))
+
+
+def test_ranks_die_with_a_launcher_that_is_killed(start):
+    launcher = start("ignore_sigterm")
+    pids = launcher.pids()
+    launcher.process.kill()
+    launcher.wait_until(lambda: not any(map(launcher.is_running, pids)))
+
+
+# Signals to the launcher
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_ranks_save_before_a_signal_ends_the_job(start, tmp_path, number, status):
+    launcher = start("save_at_sigterm")
+    launcher.pids()
+    launcher.process.send_signal(number)
+    launcher.process.send_signal(number if number != signal.SIGINT else signal.SIGTERM)
+    found, _, stderr = launcher.wait()
+    assert found == status
+    assert (tmp_path / "saved-0").exists()
+    assert (tmp_path / "saved-1").exists()
+    assert stderr.endswith(f"stopped by {signal.Signals(number).name}. ADVICE\n")
+
+
+def test_ctrl_c_in_the_terminal_reaches_the_ranks_once_and_as_sigterm(start, tmp_path):
+    launcher = start("save_at_sigterm", start_new_session=True)
+    launcher.pids()
+    os.killpg(launcher.process.pid, signal.SIGINT)  # what a terminal does: the whole foreground group
+    assert launcher.wait()[0] == 130
+    assert (tmp_path / "saved-0").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once(start):
+    launcher = start("ignore_sigterm", save=60)
+    pids = launcher.pids()
+    launcher.process.send_signal(signal.SIGINT)
+    line = launcher.process.stderr.readline()
+    assert line == "SIGINT: the ranks save and stop, within 60 s; press Ctrl-C again to stop at once\n"
+    launcher.process.send_signal(signal.SIGINT)
+    status, _, stderr = launcher.wait()
+    assert status == 130
+    assert stderr == "stopped by SIGINT; ranks 0, 1 ended without saving. ADVICE\n"
+    assert not any(map(launcher.is_running, pids))
+
+
+def test_ranks_that_do_not_save_in_time_are_killed(start):
+    launcher = start("ignore_sigterm", save=0.3)
+    pids = launcher.pids()
+    launcher.process.terminate()
+    assert launcher.wait()[0] == 143
+    assert not any(map(launcher.is_running, pids))
+
+
+def test_ranks_that_are_not_ready_to_save_end_at_sigterm(start):
+    launcher = start("hang")
+    launcher.pids()
+    launcher.process.terminate()
+    status, _, stderr = launcher.wait()
+    assert status == 143
+    assert stderr.endswith("stopped by SIGTERM; ranks 0, 1 ended without saving. ADVICE\n")
+
+
+def test_a_save_that_fails_is_a_failure(start):
+    launcher = start("fail_at_sigterm")
+    launcher.pids()
+    launcher.process.terminate()
+    status, _, stderr = launcher.wait()
+    assert status == 1
+    assert "OSError: no space left" in stderr
+
+
+def test_a_signal_that_the_launcher_ignores_stays_ignored(start):
+    launcher = start("hang", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
+    pids = launcher.pids()
+    launcher.process.send_signal(signal.SIGHUP)
+    launcher.process.terminate()
+    assert launcher.wait()[0] == 143
+    assert not any(map(launcher.is_running, pids))

@@ -1,0 +1,227 @@
+"""The command line: what each command calls, what it says, and its exit status."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+import longctx
+from longctx.errors import UserError
+from longctx.launch import main as commands
+from longctx.launch import train as training
+from longctx.recipe import Recipe, load
+
+RECIPE = """
+name = "tiny"
+[model]
+layers = "L"
+depth = 2
+dim = 16
+lightning.heads = 2
+[data]
+path = "corpus"
+sequence_length = 64
+[train]
+steps = 4
+device = "cpu"
+[evaluation]
+every = 2
+[checkpoint]
+every = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    return "tiny.toml"
+
+
+def run(*arguments):
+    """Exit status and stderr, and stdout where it is alone."""
+    result = CliRunner().invoke(commands.app, list(map(str, arguments)))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stderr or result.stdout
+
+
+# The command itself
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from longctx.launch.main import app; import contextlib\n"
+        "with contextlib.suppress(SystemExit): app(['--help'])\n"
+        "assert not {'torch', 'numpy', 'pyarrow', 'pydantic'} & sys.modules.keys()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_module_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "longctx", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"longctx {longctx.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["train"], ["train", "r.toml", "--nproc", "0"], ["data", "prepare"]])
+def test_wrong_usage_is_status_2(arguments):
+    assert run(*arguments)[0] == 2
+
+
+def test_a_user_error_is_its_text_alone_and_status_2(monkeypatch):
+    def fail(*arguments, **options):
+        raise UserError("a.toml:3: [train] " + "x" * 200)
+
+    monkeypatch.setattr(training, "train", fail)
+    assert run("train", "a.toml") == (2, f"error: a.toml:3: [train] {'x' * 200}\n")
+
+
+def test_a_user_error_in_a_job_is_said_once_for_each_machine(monkeypatch):
+    def fail(*arguments, **options):
+        raise UserError("told")
+
+    monkeypatch.setattr(training, "train", fail)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run("train", "a.toml") == (2, "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run("train", "a.toml") == (2, "error: told\n")
+
+
+def test_ctrl_c_is_status_130(monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    assert run("train", "a.toml")[0] == 130
+
+
+# train
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The jobs that would have been started, each with the status 7."""
+    jobs = []
+
+    def run_ranks(entry, arguments, **options):
+        jobs.append((entry, json.loads(json.dumps(arguments)), options))
+        return 7
+
+    monkeypatch.setattr(training, "run_ranks", run_ranks)
+    return jobs
+
+
+def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, monkeypatch):
+    assert run("train", recipe, "train.steps=5", "parallel.cp=2", "--nproc", "2", "--out", "here")[0] == 7
+    ((entry, arguments, options),) = started
+    assert options["ranks"] == 2
+    assert str(options["logs"]) == "here/logs"
+
+    called = []
+    trainer = types.ModuleType("longctx.train.trainer")
+    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume))
+    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
+    assert entry == "longctx.launch.train:run_rank"
+    training.run_rank(**arguments)
+    assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto")]
+
+
+def test_train_names_the_run_after_the_recipe_and_uses_one_rank_on_a_cpu(recipe, started):
+    run("train", recipe)
+    ((_, arguments, options),) = started
+    assert (arguments["out"], options["ranks"]) == ("runs/tiny", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["train.stps=3"], "command line: train.stps: unknown key; did you mean 'steps'?"),
+        (["parallel.cp=2", "data.sequence_length=62"], "data.sequence_length: 62 tokens do not divide"),
+        (["parallel.cp=2"], "start a multiple of 2 (--nproc 2 on one machine)"),
+        (["--nproc", "2"], "train.sequences_per_step: 1 sequences do not divide over 2 data-parallel ranks"),
+        (["--resume", "gone"], "--resume gone: there is no such directory"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_rank_starts(recipe, started, arguments, text):
+    status, stderr = run("train", recipe, *arguments)
+    assert (status, started) == (2, [])
+    assert text in stderr
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    assert run("train", recipe, "--out", "file") == (
+        2,
+        "error: file/logs: cannot be made: Not a directory; choose another --out\n",
+    )
+
+
+def test_inside_a_job_this_process_is_the_rank(recipe, started, monkeypatch):
+    called = []
+    trainer = types.ModuleType("longctx.train.trainer")
+    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume))
+    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert run("train", recipe, "parallel.cp=2", "--resume", "never")[0] == 0
+    ((found, out, resume),) = called
+    assert isinstance(found, Recipe)
+    assert (out, resume, started) == ("runs/tiny", "never", [])
+
+    status, stderr = run("train", recipe, "--nproc", "2")
+    assert status == 2
+    assert "already one rank of 2" in stderr
+    assert "parallel: dp_replicate * cp = 1 * 4" in run("train", recipe, "parallel.cp=4")[1]
+    monkeypatch.delenv("MASTER_ADDR")
+    assert "MASTER_ADDR is not" in run("train", recipe)[1]
+
+
+def test_an_error_inside_a_job_is_left_for_torchrun(recipe, tmp_path, monkeypatch):
+    def fail(recipe, out, resume):
+        raise KeyError("the cause")
+
+    trainer = types.ModuleType("longctx.train.trainer")
+    trainer.train = fail
+    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
+    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in (names | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}).items():
+        monkeypatch.setenv(name, value)
+    assert isinstance(CliRunner().invoke(commands.app, ["train", recipe]).exception, KeyError)
+    assert "the cause" in (tmp_path / "error.json").read_text()
+
+
+# data
+
+
+def test_a_corpus_is_prepared_and_inspected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some text " * 50)
+    (folder / "b.md").write_text("left out " * 50)
+    arguments = ("data", "prepare", "texts", "--out", "corpus", "--suffix", ".txt", "--heldout", "0")
+    status, said = run(*arguments, "--shard-tokens", "1Ki", "--no-progress")
+    assert status == 0
+    assert "corpus: train 1 documents of 501 tokens" in said
+    assert said.endswith("To look at it: longctx data inspect corpus\n")
+    status, shown = run("data", "inspect", "corpus", "--verify")
+    assert status == 0
+    assert "some text" in shown
+
+    assert run(*arguments)[0] == 2  # it is there already
+    assert run(*arguments, "--overwrite", "--no-progress")[0] == 0
+    status, stderr = run(*arguments, "--shard-tokens", "many")
+    assert status == 2
+    assert "error: --shard-tokens: 'many' is not an integer" in stderr
+    assert run("data", "inspect", "texts")[0] == 2
