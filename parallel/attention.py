@@ -162,4 +162,4 @@ def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale:
         raise ValueError(f"attention: {q.shape[1]} tokens, but the layout gives this rank {layout.local_length}")
     if layout.continued:
         raise ValueError("attention: the layout's first document is continued, and its earlier keys are not here")
-    return _AllGatherAttention.apply(q, k, v, layout, scale)  # type: ignore[no-untyped-call, no-any-return]
+    return _AllGatherAttention.apply(q, k, v, layout, scale)  # type: ignore[no-untyped-call]

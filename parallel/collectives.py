@@ -65,8 +65,8 @@ class Pending:
         return self._out
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Every rank's `x`, stacked in the order of ranks: `[W, *x.shape]`."""
+def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+    """Every rank's `x`, stacked in the order of ranks: `[W, *x.shape]`. `group` None: all ranks."""
     size = dist.get_world_size(group)
     x = x.contiguous()
     out = x.new_empty(size, *x.shape)

@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -69,7 +70,7 @@ def _character_boundary(data: bytes) -> int:
     for cut in range(len(data) - 1, len(data) - 5, -1):
         if data[cut] & 0xC0 != 0x80:
             # The byte at `cut` begins a character, which may be complete: then nothing is lost by cutting before it.
-            return len(data)
+            return cut
     return len(data)
 
 
@@ -126,6 +127,8 @@ _encoder: Encoder | None = None  # a worker process's own
 
 def _start_worker(tokenizer: str, eos: str | None) -> None:
     global _encoder
+    # Ctrl-C reaches the whole process group: the parent answers it, and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process a core: the tokenizer's own threads would only compete with the other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(open_tokenizer(tokenizer, eos))

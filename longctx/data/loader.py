@@ -14,10 +14,10 @@ permuted within windows of `shuffle_window` tokens of those row groups. Its rand
 which numpy keeps the same across versions and machines (unlike `Generator.permutation`).
 """
 
+import collections.abc
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 from typing import overload
 
@@ -172,7 +172,7 @@ class SequenceStream:
         return np.lexsort((random.random_raw(self.corpus.documents), window_of_document)).astype(np.int64, copy=False)
 
 
-class _First(Sized[Sequence]):
+class _First(collections.abc.Sequence[Sequence]):
     """The first `count` sequences of a stream, read when they are asked for."""
 
     def __init__(self, stream: SequenceStream, count: int) -> None:
@@ -203,7 +203,7 @@ def train_stream(config: DataConfig, *, seed: int) -> SequenceStream:
     return SequenceStream(corpus, config.sequence_length, seed=seed, shuffle_window=config.shuffle_window)
 
 
-def heldout_sequences(corpus: Corpus, sequence_length: int, count: int) -> Sized[Sequence]:
+def heldout_sequences(corpus: Corpus, sequence_length: int, count: int) -> collections.abc.Sequence[Sequence]:
     """The first `count` sequences of `corpus` in its stored order, the same ones each time; read when asked for.
 
     Where the corpus holds fewer, all whole ones that it holds: see `len`. Raises UserError where it holds none.

@@ -2,8 +2,9 @@
 
 Matrices from N(0, 1 / fan_in); those that write into the residual stream (`out`, `down`) scaled by a further
 `1 / sqrt(2 depth)`, so that the stream's variance does not grow with the depth (Radford et al. 2019); embedding rows
-from N(0, 1 / D), so that tied logits start at unit scale; norms 1. Every matrix is drawn in float32 on the CPU, one at a time, whatever
-the model's dtype, device and sharding: the same numbers on one rank and on N, and no rank holds the whole model.
+from N(0, 1 / D), so that tied logits start at unit scale; norms 1. Every matrix is drawn in float32 on the CPU, one at
+a time, whatever the model's dtype, device and sharding: the same numbers on one rank and on N, and no rank holds the
+whole model.
 """
 
 import hashlib

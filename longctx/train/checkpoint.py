@@ -64,6 +64,7 @@ class Checkpointer:
         """
         self.wait()
         staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
         self._pending = self._thread.submit(self._write, staged, state)
 
     def wait(self) -> None:

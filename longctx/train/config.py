@@ -13,7 +13,8 @@ class TrainConfig(Config):
     steps: Integer = Field(gt=0)
     """Optimizer steps."""
     sequences_per_step: Integer = Field(default=1, gt=0)
-    """Sequences in one optimizer step, over all ranks: a multiple of the data-parallel size; the rest is accumulated."""
+    """Sequences in one optimizer step, over all ranks: a multiple of the data-parallel size, and where it is more
+    than that, gradients are accumulated."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """`bf16`: parameters and activations in bfloat16, master weights, gradients' reduction and states in float32."""
     activation_checkpointing: Literal["none", "block"] = "none"
@@ -48,7 +49,7 @@ class ScheduleConfig(Config):
     """`[schedule]`: the learning rate over steps, as a factor of `optimizer.lr`."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`cosine`: to `final` at the last step. `wsd`: warm-up, stable, then a linear decay over the last `decay` steps."""
+    """`cosine`: down to `final` at the last step. `wsd`: warm-up, stable, then linear over the last `decay` steps."""
     warmup: Integer = Field(default=0, ge=0)
     """Steps of linear warm-up from 0."""
     decay: Integer | None = Field(default=None, gt=0)

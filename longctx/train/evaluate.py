@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longctx.data.loader import Sequence as Packed
@@ -44,7 +43,7 @@ def evaluate(
         places = _bucket(batch.layout.positions)[valid]
         sums[0].index_add_(0, places, nll[valid])
         sums[1].index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
-    sums = all_reduce(sums.to(engine.device), dist.group.WORLD).cpu()
+    sums = all_reduce(sums.to(engine.device)).cpu()
     losses, counts = sums.tolist()
     edges = [0, *(2**n for n in range(buckets))]
     positions = tuple(

@@ -1,4 +1,4 @@
-"""The learning rate over steps, as a factor of the optimizer's own: a function of the step, so that nothing is saved."""
+"""The learning rate over steps, as a factor of the optimizer's own: a function of the step, so nothing is saved."""
 
 import math
 

@@ -60,7 +60,7 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Filling fresh memory costs time, and nothing here reads what it did not write.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by property
     with process_group(kind, recipe.parallel.timeout):
         check(recipe, dist.get_world_size())
         with ExitStack() as stack:
@@ -215,7 +215,7 @@ class _Trainer:
     def _gather(self, *values: float) -> torch.Tensor:
         """Every rank's values: `[ranks, n]` float64."""
         row = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return all_gather(row, dist.group.WORLD).wait().cpu()
+        return all_gather(row).wait().cpu()
 
     def _start(self) -> None:
         dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32

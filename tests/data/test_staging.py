@@ -1,5 +1,6 @@
 """A prepared directory is complete or absent, whatever ends the run."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -66,7 +67,11 @@ def test_workers_end_with_a_killed_run(folder, tmp_path):
     worker = psutil.Process(int((tmp_path / "worker").read_text()))
     process.kill()
     process.wait()
-    worker.wait(timeout=10)
+    try:
+        worker.wait(timeout=10)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
 
 
 def test_what_exists_is_not_touched(folder, tmp_path):
