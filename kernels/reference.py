@@ -70,3 +70,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logp = torch.log_softmax(x @ weight.T, dim=-1)
     picked = logp.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     return torch.where(labels >= 0, -picked, torch.zeros_like(picked))
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * scale
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`gate * sigmoid(gate) * up`, gate and up the halves of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate / (1 + torch.exp(-gate)) * up

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels import lightning
+from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.model.layers import Linear, rms_norm
+from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import state_scan
 
@@ -85,11 +86,12 @@ class Lightning(Mixer):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         batch, length, _ = x.shape
-        q, k, v, u = self.qkvu(x).chunk(4, dim=-1)
-        shape = (batch, length, self.heads, self.head_dim)
-        q, k, v = F.silu(q).view(shape), F.silu(k).view(shape), v.unflatten(-1, shape[2:])
+        width = self.heads * self.head_dim
+        qk, v, u = self.qkvu(x).split([2 * width, width, width], dim=-1)
+        q, k = F.silu(qk).view(batch, length, 2 * self.heads, self.head_dim).chunk(2, dim=2)
+        v = v.unflatten(-1, (self.heads, self.head_dim))
         out, _ = state_scan(lightning, q, k, v, self.log_decay, layout)
-        return self.out(rms_norm(out.flatten(2), self.eps) * u)
+        return self.out(rms_norm(out.flatten(2), u, self.eps))
 
     def flops(self, layout: Layout) -> int:
         """Projections, and per token and head a write and a read of the state."""

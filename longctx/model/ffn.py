@@ -5,14 +5,18 @@ from typing import ClassVar, Self
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from longctx.config import Config, Integer
+from longctx.kernels.ffn import tiled_swiglu
+from longctx.kernels.pointwise import swiglu
 from longctx.model.layers import Linear
 
 
 class FeedForward(nn.Module, ABC):
     """A map of each token by itself."""
+
+    tile: int | None = None
+    """Tokens whose hidden activations exist at one time, made again in the backward pass; None: all, kept."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -64,8 +68,9 @@ class Swiglu(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, D]` to the same."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        if self.tile is not None:
+            return tiled_swiglu(x, self.gate_up.weight, self.down.weight, self.tile)
+        return self.down(swiglu(self.gate_up(x)))
 
     @property
     def flops_per_token(self) -> int:

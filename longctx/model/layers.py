@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from longctx.kernels.pointwise import rms_norm
+
 
 class Linear(nn.Linear):
     """A matrix without bias, drawn at initialisation from N(0, `init_std`^2) (`longctx.model.initialise`)."""
@@ -26,10 +28,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.eps) * self.weight
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """`x * rsqrt(mean(x^2) + eps)` over the last dimension, in float32 (float64 stays), cast back to x's dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

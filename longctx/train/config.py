@@ -19,6 +19,9 @@ class TrainConfig(Config):
     """`bf16`: parameters and activations in bfloat16, master weights, gradients' reduction and states in float32."""
     activation_checkpointing: Literal["none", "block"] = "none"
     """`block`: keep each block's input alone and recompute the block in the backward pass."""
+    ffn_tile: Annotated[Integer, Field(gt=0)] | Literal["none"] = "none"
+    """Tokens whose feed-forward activations exist at one time; the backward pass makes them again. `none`: all of a
+    rank's tokens, kept."""
     loss_tile: Integer = Field(default=4096, gt=0)
     """Tokens whose logits exist at one time: the loss needs `loss_tile * vocab_size` floats, whatever the sequence."""
     clip: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
