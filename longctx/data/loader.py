@@ -204,9 +204,10 @@ def train_stream(config: DataConfig, *, seed: int) -> SequenceStream:
 
 
 def heldout_sequences(corpus: Corpus, sequence_length: int, count: int) -> collections.abc.Sequence[Sequence]:
-    """The first `count` sequences of `corpus` in its stored order, the same ones each time; read when asked for.
+    """`count` sequences of `corpus`, the same ones each time; read when asked for.
 
-    Where the corpus holds fewer, all whole ones that it holds: see `len`. Raises UserError where it holds none.
+    Documents in an order of chance that is always the same: neighbours in the stored order are often alike. Where the
+    corpus holds fewer, all whole ones that it holds: see `len`. Raises UserError where it holds none.
     """
-    stream = SequenceStream(corpus, sequence_length, seed=0, shuffle=False)
+    stream = SequenceStream(corpus, sequence_length, seed=0)
     return _First(stream, min(count, corpus.tokens // sequence_length))

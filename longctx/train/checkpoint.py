@@ -22,12 +22,17 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from longctx.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8})")
 _TRAINER = "trainer.json"
+_AFTER_FAILURE = "Earlier checkpoints are as they were; mend this, and go on from the newest with --resume auto"
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,11 @@ class Checkpointer:
         if dist.get_rank(self._group) == 0:
             try:
                 action()
-            except OSError as error:
+            except (OSError, UserError) as error:
                 outcome = [str(error)]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0] is not None:
-            raise UserError(f"{what}: {outcome[0]}; earlier checkpoints are as they were")
+            raise UserError(f"{what}: {outcome[0]}. {_AFTER_FAILURE}")
 
     def _write(self, staged: dict[str, Any], state: TrainerState) -> None:
         final = self.folder / f"step-{state.step:08d}"
@@ -104,29 +109,58 @@ class Checkpointer:
 
         def publish() -> None:
             sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+            unseen = sorted({part.relative_path for part in written.storage_data.values()} - sizes.keys())
+            if unseen:
+                raise UserError(
+                    f"rank 0 does not see {', '.join(unseen)}, which other ranks wrote: the run's directory (--out) "
+                    "has to be on a file system that all machines share"
+                )
             text = json.dumps({"state": asdict(state), "files": sizes}, indent=1)
             (partial / _TRAINER).write_text(text, encoding="utf-8")
+            _sync(partial / _TRAINER)
+            _sync(partial)
             if final.exists():
-                shutil.rmtree(final)
+                _remove(final)
             partial.rename(final)
             _sync(self.folder)
-            for old in list_checkpoints(self.folder)[: -self.keep]:
-                # Renamed first, so that a half-removed folder is not taken for a checkpoint.
-                doomed = old.rename(old.with_name(old.name + ".partial"))
-                shutil.rmtree(doomed)
+            there = list_checkpoints(self.folder)
+            place = there.index(final)
+            # Later ones are of an attempt that was given up when the run went back to an earlier checkpoint; kept, the
+            # next start would take them for the newest.
+            for path in (*there[place + 1 :], *there[: max(0, place + 1 - self.keep)]):
+                _remove(path)
 
         what = f"checkpoint {final} could not be written"
         self._on_rank_zero(what, prepare)
         try:
-            writer = dcp.FileSystemWriter(partial, sync_files=True)
-            dcp.save(staged, storage_writer=writer, process_group=self._group)
+            written: Metadata = dcp.save(staged, storage_writer=_Writer(partial), process_group=self._group)
         except CheckpointException as error:
-            raise UserError(f"{what}: {_causes(error)}; earlier checkpoints are as they were") from error
+            raise UserError(f"{what}: {_causes(error)}. {_AFTER_FAILURE}") from error
         self._on_rank_zero(what, publish)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+class _Writer(dcp.FileSystemWriter):
+    """Says why a file could not be written: torch's word for a full disk is `unexpected pos 704 vs 598`."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; renamed first, so that what is left of it after a crash is not taken for one."""
+    doomed = path.with_name(f"{path.name}.removed.partial")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -141,7 +175,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _TRAINER).is_file())
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def read_state(path: Path) -> TrainerState:
@@ -153,17 +187,26 @@ def read_state(path: Path) -> TrainerState:
         content = json.loads((path / _TRAINER).read_text(encoding="utf-8"))
         state, files = TrainerState(**content["state"]), content["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint of longctx: {_TRAINER} cannot be read ({error})") from error
+        raise UserError(
+            f"{path} is no checkpoint, or a damaged one: {_TRAINER} cannot be read ({error}). {_others(path)}"
+        ) from error
     for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             told = "is missing" if found is None else f"has {found} bytes"
-            others = ", ".join(str(other) for other in list_checkpoints(path.parent) if other != path) or "none"
             raise UserError(
-                f"checkpoint {path} is damaged: {name} {told}, and was written with {size}. "
-                f"Give an older one with --resume PATH (there: {others})"
+                f"checkpoint {path} is damaged: {name} {told}, and was written with {size}. {_others(path)}"
             )
     return state
+
+
+def _others(path: Path) -> str:
+    """What to do where the checkpoint `path` cannot be used."""
+    folders = (path.parent, path, path / "checkpoints")  # the last two: where a run's own directory was given
+    others = [str(other) for folder in folders for other in list_checkpoints(folder) if other != path]
+    if others:
+        return f"Give another one with --resume PATH (there: {', '.join(others)})"
+    return "There is no other one beside it: begin anew in another directory (--out)"
 
 
 def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
@@ -174,7 +217,7 @@ def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
     try:
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
     except CheckpointException as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_causes(error)}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {_causes(error)}. {_others(path)}") from error
 
 
 def check_same_model(path: Path, state: TrainerState, model: dict[str, Any]) -> None:

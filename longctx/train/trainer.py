@@ -124,6 +124,7 @@ class _Trainer:
             self.vocab_size = self._vocabulary()
             self.model = {**recipe.model.model_dump(), "vocab_size": self.vocab_size}
             source, state = self._find_checkpoint(resume)
+        self._check_same_start(state)
         self.engine = TorchEngine(
             recipe.model, recipe.train, recipe.optimizer, self.mesh, vocab_size=self.vocab_size, seed=recipe.seed
         )
@@ -173,6 +174,11 @@ class _Trainer:
         path = Path(resume) if resume != "auto" else (there[-1] if there else None)
         if path is None:
             return None, fresh
+        if there and path.resolve().parent != there[-1].resolve().parent:
+            raise UserError(
+                f"{self.out} holds checkpoints of its own, the newest {there[-1]}: go on from it with --resume auto, "
+                f"or give another directory with --out to begin from {path}"
+            )
         state = read_state(path)
         check_same_model(path, state, self.model)
         if state.data != self.stream.fingerprint:
@@ -182,6 +188,22 @@ class _Trainer:
                 "begin a run of its own (--out)"
             )
         return path, state
+
+    def _check_same_start(self, state: TrainerState) -> None:
+        """Raise UserError on every rank where ranks read different data, or go on from different steps."""
+        starts: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(starts, (self.stream.fingerprint, state.step))
+        for rank, (data, step) in enumerate(starts):
+            if data != starts[0][0]:
+                raise UserError(
+                    f"{self.recipe.data.path} is another corpus on rank {rank} than on rank 0: copy the same one to "
+                    "every machine"
+                )
+            if step != starts[0][1]:
+                raise UserError(
+                    f"rank 0 begins after step {starts[0][1]} and rank {rank} after step {step}, by the checkpoints "
+                    f"that each sees: {self.out} has to be on a file system that all machines share"
+                )
 
     def _tensors(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.engine.model, self.engine.optimizer)

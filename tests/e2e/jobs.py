@@ -1,0 +1,112 @@
+"""Whole training jobs for the tests: a tiny recipe and its corpus, and `longctx train` in a process of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from longctx.data.prepare import prepare
+from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE = """
+name = "tiny"
+seed = 3
+[model]
+layers = "LS"
+depth = 2
+dim = 16
+lightning.heads = 2
+softmax.heads = 2
+softmax.kv_heads = 1
+[data]
+path = "corpus"
+sequence_length = 64
+[train]
+steps = 20
+device = "cpu"
+[optimizer]
+lr = 1e-2
+[schedule]
+warmup = 4
+[parallel]
+cp = 2
+timeout = "30s"
+[checkpoint]
+every = 5
+[logging]
+tensorboard = false
+"""
+
+
+def write_corpus(path: Path, *, documents: int = 40, heldout: float = 0.25, salt: int = 0) -> Path:
+    """Prepare `documents` of a few hundred bytes each at `path`; another `salt` gives other texts."""
+    texts = path.with_name(path.name + "-texts")
+    texts.mkdir()
+    for number in range(documents):
+        words = (f"{salt + (number * number + word) % 97:x}" for word in range(60 + 7 * number))
+        (texts / f"{number:03}.txt").write_text(" ".join(words))
+    prepare([texts], path, heldout=heldout, progress=False)
+    return path
+
+
+def write_workplace(folder: Path) -> Path:
+    """Write `tiny.toml` and the `corpus` that it names into `folder`; returns the folder."""
+    write_corpus(folder / "corpus")
+    (folder / "tiny.toml").write_text(RECIPE)
+    return folder
+
+
+class Job:
+    """`longctx train tiny.toml` in `folder`, into its `out`."""
+
+    def __init__(self, folder: Path, *arguments: str, ranks: int = 2, entry: str | None = None) -> None:
+        """`entry`: a function of `tests.e2e.entries` that the ranks run in place of the trainer's own."""
+        self.folder = folder
+        command = [sys.executable, "-m", "longctx"] if entry is None else [sys.executable, "-m", "tests.e2e.start"]
+        command += [] if entry is None else [entry]
+        command += ["train", "tiny.toml", *arguments, "--out", "out", "--nproc", str(ranks)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=100)
+        finally:
+            self.process.kill()
+        return self.process.returncode, stdout, stderr
+
+    def ranks(self) -> list[int]:
+        """The processes of the ranks that run, in order."""
+        children = [p for p in psutil.Process(self.process.pid).children() if "longctx.launch.rank" in p.cmdline()]
+        return [p.pid for p in sorted(children, key=lambda p: int(p.environ()["RANK"]))]
+
+    def metrics(self) -> Metrics:
+        return read_metrics(self.folder / "out" / FILE_NAME)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait while the job runs; an end before that is an error with what the job said."""
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end, "it did not happen in time"
+            if self.process.poll() is not None:
+                raise AssertionError(f"the job ended: {self.wait()}")
+            time.sleep(0.01)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the metrics hold `step`."""
+        path = self.folder / "out" / FILE_NAME
+        self.wait_until(lambda: path.exists() and any(m.step >= step for m in read_metrics(path).steps))
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """What lies in the run's folder of checkpoints."""
+    return sorted(path.name for path in (folder / "out" / "checkpoints").iterdir())

@@ -1,0 +1,39 @@
+"""A configuration of every registered mixer, for the properties that all of them have."""
+
+import torch
+
+from longctx.mixers import MIXERS, Mixer, MixerConfig
+from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.initialise import initialise
+
+DIM = 12
+
+CONFIGS: dict[str, MixerConfig] = {
+    "L": LightningConfig(heads=3, head_dim=5),
+    "S": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4),
+}
+"""By letter: head widths that are no powers of two, and heads that do not make up the model's width."""
+
+
+def config_of(letter: str) -> MixerConfig:
+    """The mixer's entry in `CONFIGS`, which every registered one must have."""
+    assert letter in CONFIGS, (
+        f"{MIXERS[letter].name} ({letter}) is registered, but tests/mixers/cases.py has no configuration of it: add "
+        "one, and what every mixer has to fulfil is tested of it"
+    )
+    return CONFIGS[letter]
+
+
+def built(letter: str, dtype: torch.dtype = torch.float64, *, layer: int = 1, depth: int = 4) -> Mixer:
+    """The mixer of one layer with weights of chance, the same ones on every rank."""
+    mixer = config_of(letter).build(DIM, layer, depth, 1e-5).to(dtype)
+    initialise(mixer, seed=3)
+    return mixer
+
+
+def draw(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """An input of a mixer and a gradient of its output, `[batch, length, DIM]`."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(batch, length, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x.to(dtype), dy.to(dtype)

@@ -1,0 +1,119 @@
+"""What every registered mixer has to fulfil."""
+
+import itertools
+
+import pytest
+import torch
+
+from longctx.mixers import MIXERS
+from longctx.parallel.layout import Layout
+from tests.mixers.cases import DIM, built, config_of, draw
+from tests.parallel.cases import PACKINGS, layout_here
+
+each_mixer = pytest.mark.parametrize("letter", MIXERS)
+CASES = list(itertools.product(PACKINGS.values(), ["contiguous", "zigzag"]))
+
+
+def on_rank(letter, dtype):
+    answers = []
+    for bounds, order in CASES:
+        layout = layout_here(bounds, order)
+        mixer = built(letter, dtype)
+        x, dy = map(layout.shard, draw(bounds[-1], dtype))
+        x.requires_grad_()
+        y = mixer(x, layout)
+        y.backward(dy)
+        answers.append((y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}))
+    return answers
+
+
+@each_mixer
+@pytest.mark.parametrize(("size", "dtype", "bound"), [(2, torch.float64, 1e-10), (4, torch.float32, 1e-5)])
+def test_every_layout_equals_one_rank(ranks, letter, size, dtype, bound):
+    answers = ranks.run(on_rank, letter, dtype, size=size)
+    for number, (bounds, order) in enumerate(CASES):
+        mixer, (x, dy) = built(letter), draw(bounds[-1])
+        x.requires_grad_()
+        y = mixer(x, Layout(bounds))
+        y.backward(dy)
+        outs, dxs, dweights = zip(*(answer[number] for answer in answers), strict=True)
+        layout = Layout(bounds, order, size)
+        pairs = [("y", layout.unshard(outs), y.detach()), ("dx", layout.unshard(dxs), x.grad)]
+        pairs += [(name, sum(d[name].double() for d in dweights), p.grad) for name, p in mixer.named_parameters()]
+        for name, got, want in pairs:
+            assert (got - want).norm() <= bound * want.norm(), f"{name} {bounds} {order}"
+
+
+@each_mixer
+@pytest.mark.parametrize("bounds", PACKINGS.values(), ids=PACKINGS.keys())
+def test_a_packed_document_is_as_it_would_be_alone(letter, bounds):
+    mixer, (x, _) = built(letter), draw(bounds[-1])
+    packed = mixer(x, Layout(bounds))
+    alone = [mixer(x[:, begin:end], Layout((0, end - begin))) for begin, end in itertools.pairwise(bounds)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-11, atol=1e-12)
+
+
+def outputs_around(letter, order, times):
+    layout = layout_here((0, 17, 48), order)
+    mixer, (x, _) = built(letter, torch.float32), draw(48, torch.float32)
+    outs = [mixer(layout.shard(x), layout).detach()]
+    for t in times:
+        changed = x.clone()
+        changed[:, t] = 50 * torch.randn(2, DIM, generator=torch.Generator().manual_seed(t))
+        outs.append(mixer(layout.shard(changed), layout).detach())
+    return outs
+
+
+@each_mixer
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_changing_a_token_leaves_earlier_outputs_on_all_ranks_bitwise_unchanged(ranks, letter, order):
+    times = (0, 11, 16, 30, 47)
+    layout = Layout((0, 17, 48), order, 4)
+    answers = ranks.run(outputs_around, letter, order, times, size=4)
+    before, *after = (layout.unshard(parts) for parts in zip(*answers, strict=True))
+    for t, changed in zip(times, after, strict=True):
+        assert torch.equal(before[:, :t], changed[:, :t]), t
+        assert not torch.equal(before[:, t], changed[:, t]), t
+        # It reaches the last token of its document, and no other document.
+        assert not torch.equal(before[:, 16 if t < 17 else 47], changed[:, 16 if t < 17 else 47]), t
+        assert t >= 17 or torch.equal(before[:, 17:], changed[:, 17:]), t
+
+
+@each_mixer
+def test_the_input_may_be_strided_and_is_not_changed(letter):
+    mixer, (x, _) = built(letter), draw(20)
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    kept = strided.clone()
+    torch.testing.assert_close(mixer(strided, Layout((0, 20))), mixer(x, Layout((0, 20))))
+    assert torch.equal(strided, kept)
+
+
+@each_mixer
+def test_bfloat16_stays_near_float64(letter):
+    exact, (x, _) = built(letter), draw(48)
+    low = built(letter, torch.bfloat16)
+    got = low(x.bfloat16(), Layout((0, 9, 48)))
+    want = exact(x.bfloat16().double(), Layout((0, 9, 48)))
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - want).norm() < 2e-2 * want.norm()
+
+
+@each_mixer
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_the_ranks_work_adds_up_to_that_of_one(letter, order):
+    mixer, bounds = built(letter), PACKINGS["ends inside slices"]
+    shares = [mixer.flops(Layout(bounds, order, 4, rank)) for rank in range(4)]
+    assert sum(shares) == mixer.flops(Layout(bounds))
+
+
+@each_mixer
+def test_shrunk_is_the_same_kind_of_mixer_and_fits_the_width_that_is_verified_with(letter):
+    small = config_of(letter).shrunk()
+    assert type(small) is MIXERS[letter]
+    assert small.problems(32) == []
+    assert small.build(32, 0, 1, 1e-5)(torch.zeros(1, 3, 32), Layout((0, 3))).shape == (1, 3, 32)
+
+
+def test_letters_and_names_are_of_one_mixer_each():
+    assert all(kind.letter == letter and len(letter) == 1 for letter, kind in MIXERS.items())
+    assert len({kind.name for kind in MIXERS.values()}) == len(MIXERS)

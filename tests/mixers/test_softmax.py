@@ -1,0 +1,86 @@
+"""The softmax layer against a dense one whose positions turn complex numbers."""
+
+import itertools
+
+import pytest
+import torch
+
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.initialise import initialise
+from longctx.parallel.layout import Layout
+
+
+def turned(x, positions, theta):
+    """RoPE by its definition: channels i and i + D/2 are a complex number, turned by `position * theta^(-2i/D)`."""
+    half = x.shape[-1] // 2
+    number = torch.complex(x[..., :half], x[..., half:])
+    angles = positions[:, None].double() * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    number = number * torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
+    return torch.cat([number.real, number.imag], dim=-1)
+
+
+def dense(x, layer, heads, kv_heads, head_dim, theta, bounds):
+    """Head by head with a whole score matrix; the rows of the one projection are q, k, v, in this order."""
+    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    q, k, v = ((x @ w.T).unflatten(-1, (-1, head_dim)) for w in layer.qkv.weight.split(sizes))
+    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)])
+    documents = torch.cat([torch.full((e - b,), n) for n, (b, e) in enumerate(itertools.pairwise(bounds))])
+    mask = (documents[:, None] == documents[None, :]).tril()
+    q, k = turned(q, positions, theta), turned(k, positions, theta)
+    outs = []
+    for head in range(heads):
+        key = head // (heads // kv_heads)
+        scores = torch.einsum("bqd,bkd->bqk", q[:, :, head], k[:, :, key]) / head_dim**0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        outs.append(weights @ v[:, :, key])
+    return torch.cat(outs, dim=-1) @ layer.out.weight.T
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, None, None), (6, 2, 6), (4, 1, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("theta", [10_000.0, 30.0])
+@pytest.mark.parametrize("bounds", [(0, 40), (0, 1, 13, 39, 40)], ids=["one document", "packed"])
+def test_layer_equals_a_dense_one(heads, kv_heads, head_dim, theta, bounds):
+    config = SoftmaxConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope_theta=theta)
+    mixer = config.build(12, 0, 2, 1e-5).double()
+    initialise(mixer, seed=5)
+    # Wide inputs, so that the weights are far from equal and a wrong position shows.
+    x = 3 * torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = dense(x, mixer, heads, kv_heads or heads, head_dim or 12 // heads, theta, bounds)
+    torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+
+
+def test_moving_a_document_changes_nothing_but_the_distances_within_it_do():
+    mixer = SoftmaxConfig(heads=2).build(8, 0, 1, 1e-5).double()
+    initialise(mixer, seed=5)
+    x = 3 * torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = torch.cat([torch.ones(1, 5, 8, dtype=torch.float64), x], dim=1)
+    torch.testing.assert_close(mixer(moved, Layout((0, 5, 17)))[:, 5:], mixer(x, Layout((0, 12))))
+    swapped = x[:, [1, 0, *range(2, 12)]]
+    assert (mixer(swapped, Layout((0, 12)))[:, -1] - mixer(x, Layout((0, 12)))[:, -1]).norm() > 1e-3
+
+
+def test_flops_are_the_projections_and_two_products_for_each_pair_that_is_seen():
+    mixer = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4).build(10, 0, 1, 1e-5)
+    seen = (3 * 4 + 7 * 8) // 2
+    assert mixer.flops(Layout((0, 3, 10))) == 10 * (2 * 10 * 40 + 2 * 24 * 10) + seen * 6 * (2 * 4 + 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"heads": 5}, "heads: 5 heads do not divide dim 12"),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads: 4 query heads are not a multiple of 3"),
+        ({"heads": 2, "kv_heads": 4}, "kv_heads: 2 query heads are not a multiple of 4"),
+        ({"heads": 4}, "head_dim: rotary positions turn pairs, so 3 has to be even"),
+        ({"heads": 4, "head_dim": 5}, "head_dim: rotary positions turn pairs, so 5 has to be even"),
+    ],
+)
+def test_heads_that_do_not_fit_are_named_with_their_key(arguments, words):
+    (problem,) = SoftmaxConfig(**arguments).problems(12)
+    assert problem.startswith(words)
+
+
+def test_shrunk_keeps_groups_of_query_heads_and_the_base_of_the_positions():
+    small = SoftmaxConfig(heads=32, kv_heads=8, head_dim=128, rope_theta=5e5).shrunk()
+    assert small.heads // small.kv_heads == 4
+    assert small.rope_theta == 5e5

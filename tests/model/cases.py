@@ -1,0 +1,37 @@
+"""The models that the tests are made with."""
+
+import torch
+
+from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.config import ModelConfig
+from longctx.model.decoder import Decoder
+from longctx.model.ffn import SwigluConfig
+from longctx.model.initialise import initialise
+
+VOCABULARY = 29
+
+
+def hybrid(**changes: object) -> ModelConfig:
+    """A lightning layer, a softmax layer with grouped heads, and so on; no width is a power of two."""
+    fields: dict[str, object] = {
+        "layers": "LS",
+        "depth": 3,
+        "dim": 12,
+        "lightning": LightningConfig(heads=3),
+        "softmax": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4),
+        "swiglu": SwigluConfig(hidden=10),
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def decoder(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:
+    """The model on one rank."""
+    model = Decoder(config, VOCABULARY).to(dtype)
+    initialise(model, seed=7)
+    return model
+
+
+def tokens(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Tokens of chance, `[batch, length]`."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,87 @@
+"""The model's table: every mistake in one message, each with its key."""
+
+import pytest
+from pydantic import ValidationError
+
+from longctx.mixers import MIXERS
+from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.config import ModelConfig
+from longctx.model.decoder import Decoder
+from longctx.model.ffn import SwigluConfig
+from tests.mixers.cases import config_of
+from tests.model.cases import hybrid
+
+
+def refused(**changes):
+    with pytest.raises(ValidationError) as caught:
+        hybrid(**changes)
+    (error,) = caught.value.errors()
+    return error["msg"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": ""}, "layers: give a pattern of L (lightning), S (softmax)"),
+        ({"layers": "LXS"}, "layers: 'X' in 'LXS' is no mixer; there are L (lightning), S (softmax)"),
+        ({"softmax": None}, "layers: S needs the table [model.softmax]"),
+        ({"layers": "LLS", "depth": 2}, "softmax: no layer of 'LLS' (2 deep) is S; remove it"),
+        ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),
+        ({"softmax": SoftmaxConfig(heads=4, kv_heads=3)}, "softmax.kv_heads: 4 query heads are not a multiple of 3"),
+        ({"ffn": "mlp"}, "ffn: there is no 'mlp'; there are swiglu"),
+    ],
+)
+def test_a_mistake_is_told_with_its_key(changes, words):
+    assert words in refused(**changes)
+
+
+def test_all_mistakes_are_in_one_message():
+    message = refused(layers="LYX", lightning=LightningConfig(heads=5), ffn="mlp")
+    keys = ["layers: 'X'", "layers: 'Y'", "lightning.heads: ", "softmax: ", "ffn: "]
+    places = [message.index(key) for key in keys]
+    assert places == sorted(places)
+
+
+def test_wrong_types_and_unknown_keys_are_told_together():
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig(layers="L", depth=0, dim="1.5", lightnin=LightningConfig(heads=1), norm_eps=0.0)
+    assert {error["loc"] for error in caught.value.errors()} == {("depth",), ("dim",), ("lightnin",), ("norm_eps",)}
+
+
+@pytest.mark.parametrize(("layers", "depth", "pattern"), [("LLLS", 6, "LLLSLL"), ("L", 3, "LLL"), ("LS", 1, "L")])
+def test_the_pattern_is_repeated_over_the_depth(layers, depth, pattern):
+    tables = {kind.name: config_of(letter) if letter in pattern else None for letter, kind in MIXERS.items()}
+    config = hybrid(layers=layers, depth=depth, **tables)
+    assert config.pattern == pattern
+    assert [config.mixer(layer).letter for layer in range(depth)] == list(pattern)
+
+
+def test_every_registered_mixer_has_a_table_of_its_name():
+    for letter, kind in MIXERS.items():
+        config = ModelConfig(layers=letter, depth=1, dim=12, **{kind.name: config_of(letter)})
+        assert config.mixer(0) == config_of(letter)
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth"), [("LLLS", 12), ("LLLLLLLS", 4), ("SL", 2), ("SSS", 1), ("LS", 1), ("LLLS", 6)]
+)
+@pytest.mark.parametrize("heads", [(1, None), (6, 1), (24, 8), (7, 7)], ids=str)
+def test_shrunk_keeps_the_pattern_and_is_a_valid_small_model(layers, depth, heads):
+    pattern = (layers * depth)[:depth]
+    config = ModelConfig(
+        layers=layers,
+        depth=depth,
+        dim=4096,
+        lightning=LightningConfig(heads=heads[0], head_dim=128) if "L" in pattern else None,
+        softmax=SoftmaxConfig(heads=heads[0], kv_heads=heads[1], head_dim=128) if "S" in pattern else None,
+        norm_eps=1e-3,
+        tie_embeddings=False,
+    )
+    small = config.shrunk()
+    # A copy is not validated, so do it here.
+    assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
+    assert small.pattern == pattern[: len(layers)]
+    assert (small.norm_eps, small.tie_embeddings, small.ffn) == (1e-3, False, "swiglu")
+    assert isinstance(small.feed_forward(), SwigluConfig)
+    assert sum(p.numel() for p in Decoder(small, 128).parameters()) < 300_000

@@ -1,0 +1,143 @@
+"""The decoder: its losses, packed documents, causality over ranks, what memory is traded for, its work."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from longctx.kernels.reference import causal_document_mask
+from longctx.mixers import lightning, softmax
+from longctx.parallel.layout import Layout
+from tests.model.cases import VOCABULARY, decoder, hybrid, tokens
+from tests.parallel.cases import PACKINGS, layout_here
+
+BOUNDS = (0, 1, 17, 30)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("loss_tile", [1, 7, 4096])
+def test_losses_are_the_cross_entropy_of_the_logits(tied, loss_tile):
+    model, layout = decoder(hybrid(tie_embeddings=tied)), Layout(BOUNDS)
+    x, labels = tokens(30, batch=2), tokens(30, batch=2, seed=1)
+    labels[:, ::4] = -100
+    logits = model(x, layout)
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view(2, 30)
+    want_grads = torch.autograd.grad(want.sum(), list(model.parameters()))
+    total, nll = model(x, layout, labels, loss_tile=loss_tile)
+    torch.testing.assert_close(nll, want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, want.sum(), rtol=1e-12, atol=1e-12)
+    for grad, want_grad in zip(torch.autograd.grad(total, list(model.parameters())), want_grads, strict=True):
+        torch.testing.assert_close(grad, want_grad, rtol=1e-10, atol=1e-11)
+
+
+def test_tied_embeddings_are_one_matrix_and_untied_ones_two():
+    tied, untied = decoder(hybrid()), decoder(hybrid(tie_embeddings=False))
+    assert tied.head_weight is tied.embedding.weight
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (tied, untied)]
+    assert sizes[1] - sizes[0] == VOCABULARY * 12
+    with torch.no_grad():
+        untied.head.weight.zero_()
+    assert not untied(tokens(5), Layout((0, 5))).any()
+
+
+@pytest.mark.parametrize("bounds", PACKINGS.values(), ids=PACKINGS.keys())
+def test_packed_documents_are_as_they_would_be_one_by_one(bounds):
+    model, x = decoder(hybrid()), tokens(bounds[-1])
+    alone = [model(x[:, begin:end], Layout((0, end - begin))) for begin, end in itertools.pairwise(bounds)]
+    torch.testing.assert_close(model(x, Layout(bounds)), torch.cat(alone, dim=1), rtol=1e-10, atol=1e-11)
+
+
+def logits_around(bounds, order, times):
+    layout = layout_here(bounds, order)
+    model, x = decoder(hybrid(depth=4), torch.float32), tokens(bounds[-1])
+    answers = []
+    with torch.no_grad():
+        for t in (None, *times):
+            changed = x.clone()
+            if t is not None:
+                changed[:, t] = (changed[:, t] + 11) % VOCABULARY
+            answers.append(model(layout.shard(changed), layout))
+    return answers
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("bounds", [(0, 48), (0, 17, 48)], ids=["one document", "packed"])
+def test_changing_a_token_leaves_earlier_logits_on_all_ranks_bitwise_unchanged(ranks, bounds, order):
+    times = (0, 13, 17, 36, 47)
+    layout = Layout(bounds, order, 4)
+    answers = ranks.run(logits_around, bounds, order, times, size=4)
+    before, *after = (layout.unshard(parts) for parts in zip(*answers, strict=True))
+    for t, changed in zip(times, after, strict=True):
+        assert torch.equal(before[:, :t], changed[:, :t]), t
+        assert not torch.equal(before[:, t], changed[:, t]), t
+        end = min(bound for bound in bounds if bound > t)
+        assert not torch.equal(before[:, end - 1], changed[:, end - 1]), t
+        assert torch.equal(before[:, end:], changed[:, end:]), t
+
+
+def loss_and_gradients(model, x, labels):
+    total, _ = model(x, Layout(BOUNDS), labels)
+    return total.detach(), torch.autograd.grad(total, list(model.parameters()))
+
+
+@pytest.mark.parametrize(("recompute", "tile"), [(True, None), (False, 1), (False, 7), (False, 1000), (True, 7)])
+def test_trading_time_for_memory_changes_no_gradient(recompute, tile):
+    model, x, labels = decoder(hybrid()), tokens(30, batch=2), tokens(30, batch=2, seed=1)
+    want, want_grads = loss_and_gradients(model, x, labels)
+    for block in model.blocks:
+        block.recompute, block.ffn.tile = recompute, tile
+    total, grads = loss_and_gradients(model, x, labels)
+    torch.testing.assert_close(total, want, rtol=1e-13, atol=0)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, want_grad, rtol=1e-11, atol=1e-13)
+
+
+def kept_bytes(model, x, labels):
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, _ = model(x, Layout((0, x.shape[1])), labels)
+    total.backward()
+    return sum(kept.values())
+
+
+def test_recomputing_and_tiles_keep_less_for_the_backward_pass():
+    model, x, labels = decoder(hybrid()), tokens(200), tokens(200, seed=1)
+    everything = kept_bytes(model, x, labels)
+    for block in model.blocks:
+        block.ffn.tile = 100
+    # Of 3 layers: gates, values and their product, of hidden width 10, in float64.
+    assert everything - kept_bytes(model, x, labels) >= 3 * 200 * 3 * 10 * 8
+    for block in model.blocks:
+        block.recompute = True
+    # The stream before each of 3 blocks and after, its last norm's scale, what the loss keeps, and the weights.
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    assert kept_bytes(model, x, labels) <= 8 * (weights + 200 * 12 * (3 + 3))
+
+
+def test_without_gradients_nothing_is_recomputed():
+    model, x = decoder(hybrid()), tokens(30)
+    for block in model.blocks:
+        block.recompute = True
+    with torch.no_grad():
+        assert not model(x, Layout(BOUNDS)).requires_grad
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_of_every_product_that_is_needed(tied, monkeypatch):
+    """Torch counts what runs outside of the mixers' cores; the cores run more than they need, in chunks and masks."""
+    model = decoder(hybrid(depth=4, tie_embeddings=tied))
+    x, layout = tokens(30), Layout(BOUNDS)
+    monkeypatch.setattr(lightning, "state_scan", lambda recurrence, q, k, v, gates, layout: (v, None))
+    monkeypatch.setattr(softmax, "all_gather_attention", lambda q, k, v, layout, scale: q)
+    with FlopCounterMode(display=False) as counter:
+        model(x, layout)
+    states = 2 * 30 * 3 * 2 * (2 * 4 * 4)
+    pairs = 2 * int(causal_document_mask(BOUNDS).sum()) * 6 * 2 * (2 * 4)
+    assert model.flops(layout) == counter.get_total_flops() + states + pairs

@@ -1,0 +1,41 @@
+"""Rotary positions, against complex numbers."""
+
+import cmath
+
+import pytest
+import torch
+
+from longctx.model.rotary import rotary_table, rotate
+
+POSITIONS = (0, 1, 1000, 2**20 + 1, 2**23 + 5)
+
+
+def turned(x, positions, theta):
+    """Channels i and i + D/2 as one number, turned by `position * theta^(-2i/D)`, in Python's own numbers."""
+    half = len(x[0]) // 2
+    rows = [
+        [complex(row[i], row[i + half]) * cmath.exp(1j * p * theta ** (-2 * i / (2 * half))) for i in range(half)]
+        for row, p in zip(x, positions, strict=True)
+    ]
+    return torch.tensor([[z.real for z in row] + [z.imag for z in row] for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-8), (torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)], ids=str
+)
+def test_pairs_are_turned_by_their_angle_at_a_million_too(dtype, bound):
+    x = torch.randn(len(POSITIONS), 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    table = rotary_table(torch.tensor(POSITIONS), 10, 500.0)
+    got = rotate(x[None, :, None], table)[0, :, 0]
+    assert got.dtype == dtype
+    want = turned(x.double().tolist(), POSITIONS, 500.0)
+    assert (got.double() - want).norm() < bound * want.norm()
+
+
+def test_scores_depend_on_distances_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    score = lambda at, to: (  # noqa: E731
+        rotate(q, rotary_table(torch.tensor([at]), 8, 1e4)) * rotate(k, rotary_table(torch.tensor([to]), 8, 1e4))
+    ).sum()
+    torch.testing.assert_close(score(7, 3), score(2**20 + 4, 2**20), rtol=1e-7, atol=1e-8)
+    assert abs(score(7, 3) - score(7, 2)) > 1e-3

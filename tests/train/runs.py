@@ -1,0 +1,147 @@
+"""A tiny recipe with its corpus, and training it on ranks of the pool, where starting costs nothing."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from longctx.data.prepare import prepare
+from longctx.errors import UserError
+from longctx.recipe import load
+from longctx.train import machine, trainer
+from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
+
+RECIPE = """
+name = "tiny"
+seed = 3
+[model]
+layers = "LS"
+depth = 2
+dim = 16
+lightning.heads = 2
+softmax.heads = 2
+softmax.kv_heads = 1
+[data]
+path = "corpus"
+sequence_length = 64
+[train]
+steps = 20
+sequences_per_step = 2
+device = "cpu"
+[optimizer]
+lr = 3e-3
+[schedule]
+warmup = 4
+[parallel]
+cp = 2
+timeout = "30s"
+[checkpoint]
+every = 5
+keep = 4
+[logging]
+tensorboard = false
+"""
+
+
+def write_corpus(path: Path, *, heldout: float = 0.25, salt: int = 0) -> Path:
+    """Prepare forty documents of 200 to 1000 bytes at `path`; another `salt` gives other texts."""
+    texts = path.with_name(path.name + "-texts")
+    texts.mkdir()
+    for number in range(40):
+        words = (f"{salt + (number * number + word) % 97:x}" for word in range(60 + 7 * number))
+        (texts / f"{number:03}.txt").write_text(" ".join(words))
+    prepare([texts], path, heldout=heldout, progress=False)
+    return path
+
+
+def write_workplace(folder: Path) -> Path:
+    """Write `tiny.toml` and the `corpus` that it names into `folder`; returns the folder."""
+    write_corpus(folder / "corpus")
+    (folder / "tiny.toml").write_text(RECIPE)
+    return folder
+
+
+def train(
+    workplace: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> object:
+    """On a rank: train `tiny.toml` of `workplace` into `out`, in the process group that the pool has made.
+
+    `around`: what is entered meanwhile; what that gives is returned.
+    """
+    recipe = load(workplace / "tiny.toml", [f"data.path={workplace / 'corpus'}", *overrides])
+    with (
+        patch.object(trainer, "process_group", lambda kind, timeout: nullcontext()),
+        patch.object(machine, "matmul_rate", lambda device, dtype: 1e9),
+        around() as entered,
+    ):
+        trainer.train(recipe, out=out, resume=resume)
+    return entered
+
+
+def mistake(
+    workplace: Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    only_rank: int | None = None,
+) -> str:
+    """On a rank: the message of the UserError that `train` has to end with.
+
+    only_rank: the one that has the overrides.
+    """
+    if only_rank is not None and dist.get_rank() != only_rank:
+        overrides = ()
+    try:
+        train(workplace, out, overrides, resume, around)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("it trained")
+
+
+def metrics(out: Path) -> Metrics:
+    """What the run in `out` measured."""
+    return read_metrics(out / FILE_NAME)
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each step."""
+    found = metrics(out).steps
+    assert [step.step for step in found] == list(range(1, len(found) + 1))
+    return [step.loss for step in found]
+
+
+def checkpoints(out: Path) -> list[str]:
+    """What lies in the run's folder of checkpoints."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, whole, by name: parameters and the optimizer's state."""
+    reader = dcp.FileSystemReader(checkpoint)
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def went_on_to_be_killed(run: Path, out: Path, step: int) -> Path:
+    """A copy of the finished `run` as kill -9 leaves one whose newest checkpoint is of `step`; returns `out`."""
+    shutil.copytree(run, out)
+    for checkpoint in (out / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return out

@@ -1,0 +1,355 @@
+"""Training on ranks: a resumed run repeats the uninterrupted one, options change what runs, mistakes are told first."""
+
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from longctx.model import ffn
+from longctx.model.decoder import Block
+from longctx.recipe import load
+from longctx.train.trainer import _Trainer
+from tests.train.runs import (
+    checkpoints,
+    losses,
+    metrics,
+    mistake,
+    tensors,
+    train,
+    went_on_to_be_killed,
+    write_corpus,
+    write_workplace,
+)
+
+CP2 = ("parallel.cp=2",)
+DP2 = ("parallel.cp=1", "parallel.dp_shard=2", "train.sequences_per_step=4")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return write_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, workplace) -> Path:
+    """20 uninterrupted steps on 2 context-parallel ranks, 2 sequences accumulated in each; checkpoints at 5, 10, …"""
+    ranks.run(train, workplace, workplace / "whole", ["evaluation.every=10"], size=2)
+    return workplace / "whole"
+
+
+# A run from its start to its end
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole, workplace):
+    found = metrics(whole)
+    assert [step.step for step in found.steps] == list(range(1, 21))
+    assert found.steps[-1].loss < found.steps[0].loss - 0.5
+    assert [evaluation.step for evaluation in found.evaluations] == [10, 20]
+    assert found.evaluations[1].loss < found.evaluations[0].loss
+    assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2}
+    assert found.steps[-1].tokens == 20 * 2 * 64
+    assert checkpoints(whole) == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
+    for picture in ("loss.png", "loss_by_position.png"):
+        assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recipe_beside_the_checkpoints_is_the_one_that_ran(whole, workplace):
+    overrides = [f"data.path={workplace / 'corpus'}", "evaluation.every=10"]
+    assert load(whole / "recipe.toml") == load(workplace / "tiny.toml", overrides)
+
+
+def test_a_run_that_is_done_is_left_alone(ranks, whole, workplace, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    ranks.run(train, workplace, out, size=2)
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert checkpoints(out) == checkpoints(whole)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (2, CP2),
+        (2, DP2),
+        (4, ("parallel.dp_replicate=2", "parallel.cp=2", "parallel.layout=contiguous")),
+    ],
+    ids=["cp 2, accumulating", "dp 2, accumulating", "4 ranks, replicated"],
+)
+def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, workplace, tmp_path, size, overrides):
+    ranks.run(train, workplace, tmp_path / "whole", overrides, size=size)
+    out = went_on_to_be_killed(tmp_path / "whole", tmp_path / "out", 10)
+    ranks.run(train, workplace, out, overrides, size=size)
+    found, expected = metrics(out), metrics(tmp_path / "whole")
+    assert [run.step for run in found.runs] == [0, 10]
+    for name in ("step", "loss", "lr", "grad_norm", "tokens"):
+        assert [getattr(step, name) for step in found.steps] == [getattr(step, name) for step in expected.steps]
+    there = tensors(tmp_path / "whole" / "checkpoints" / "step-00000020")
+    for name, tensor in tensors(out / "checkpoints" / "step-00000020").items():
+        assert torch.equal(tensor, there[name]), name
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (1, ("parallel.cp=1",)),
+        (2, ("parallel.layout=contiguous",)),
+        (2, ("parallel.cp=1", "parallel.dp_shard=2")),
+        (2, ("parallel.cp=1", "parallel.dp_replicate=2")),
+        (4, ("parallel.cp=4",)),
+        (4, ("parallel.cp=2", "parallel.dp_shard=2")),
+    ],
+    ids=["1 rank", "contiguous", "dp_shard 2", "dp_replicate 2", "cp 4", "dp_shard 2, cp 2"],
+)
+def test_resumed_on_other_ranks_every_number_is_the_same_to_rounding(
+    ranks, whole, workplace, tmp_path, size, overrides
+):
+    out = went_on_to_be_killed(whole, tmp_path / "out", 10)
+    ranks.run(train, workplace, out, overrides, size=size)
+    assert losses(out)[:10] == losses(whole)[:10]
+    assert losses(out)[10:] == pytest.approx(losses(whole)[10:], rel=1e-5)
+    there = tensors(whole / "checkpoints" / "step-00000020")
+    for name, tensor in tensors(out / "checkpoints" / "step-00000020").items():
+        if name.startswith("model."):
+            assert torch.linalg.vector_norm(tensor - there[name]) <= 1e-4 * torch.linalg.vector_norm(there[name]), name
+
+
+def test_a_resumed_run_reads_the_sequences_that_follow(ranks, whole, workplace, tmp_path):
+    """The losses above would not show it on a corpus whose sequences are all alike."""
+    reads = ranks.run(train, workplace, tmp_path / "first", ["train.steps=3"], "auto", sequences_read, size=2)
+    out = went_on_to_be_killed(whole, tmp_path / "out", 15)
+    again = ranks.run(train, workplace, out, ["parallel.cp=1", "parallel.dp_shard=2"], "auto", sequences_read, size=2)
+    assert reads == [[0, 1, 2, 3, 4, 5]] * 2
+    assert again == [[30, 32, 34, 36, 38], [31, 33, 35, 37, 39]]
+
+
+@contextmanager
+def sequences_read() -> Iterator[list[int]]:
+    """The numbers of the sequences of which batches are made for steps."""
+    numbers: list[int] = []
+    numbers_of = _Trainer._numbers
+
+    def noted(self, cursor):
+        found = numbers_of(self, cursor)
+        if numbers[-len(found) :] != list(found):  # asked for ahead of the step, and again at the step
+            numbers.extend(found)
+        return found
+
+    with patch.object(_Trainer, "_numbers", noted):
+        yield numbers
+
+
+def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(ranks, whole, workplace, tmp_path):
+    """Else the next start would take a checkpoint of the attempt that was given up for the newest."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    back = str(out / "checkpoints" / "step-00000005")
+    overrides = ["checkpoint.every=3", "optimizer.lr=1e-4", "train.steps=9", "schedule.warmup=0"]
+    ranks.run(train, workplace, out, overrides, back, size=2)
+    assert checkpoints(out) == ["step-00000005", "step-00000006", "step-00000009"]
+    assert losses(out)[:5] == losses(whole)[:5]
+    assert len(losses(out)) == 9
+
+
+def test_a_checkpoint_of_another_run_begins_a_new_one(ranks, whole, workplace, tmp_path):
+    start = str(whole / "checkpoints" / "step-00000015")
+    ranks.run(train, workplace, tmp_path / "out", [], start, size=2)
+    assert [step.step for step in metrics(tmp_path / "out").steps] == [16, 17, 18, 19, 20]
+    assert [step.loss for step in metrics(tmp_path / "out").steps] == losses(whole)[15:]
+
+
+def test_sigterm_saves_at_the_end_of_the_step_even_where_one_rank_alone_gets_it(ranks, whole, workplace, tmp_path):
+    out = tmp_path / "out"
+    ranks.run(train, workplace, out, [], "auto", sigterm_on_rank_1_in_step_7, size=2)
+    assert checkpoints(out) == ["step-00000005", "step-00000007"]
+    assert not (out / "pictures").exists()
+    ranks.run(train, workplace, out, size=2)
+    assert losses(out) == losses(whole)
+
+
+@contextmanager
+def sigterm_on_rank_1_in_step_7() -> Iterator[None]:
+    step_of = _Trainer._step
+
+    def step(self, number, average):
+        if number == 7 and self.mesh.cp_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(self, number, average)
+
+    with patch.object(_Trainer, "_step", step):
+        yield
+
+
+# What an option changes
+
+
+@contextmanager
+def work_counted() -> Iterator[Counter[str]]:
+    """How often a block is computed, in which dtype, and how often its feed-forward is computed in tiles of how many."""
+    counts: Counter[str] = Counter()
+    compute, tiled = Block._compute, ffn.tiled_swiglu
+
+    def counted(self, x, layout):
+        counts[str(x.dtype)] += 1
+        return compute(self, x, layout)
+
+    def counted_tiles(x, gate_up, down, tile):
+        counts[f"tiles of {tile}"] += 1
+        return tiled(x, gate_up, down, tile)
+
+    with patch.object(Block, "_compute", counted), patch.object(ffn, "tiled_swiglu", counted_tiles):
+        yield counts
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "work", "rel"),
+    [
+        (2, [], {"torch.float32": 12}, 0.0),
+        (2, ["train.precision=bf16"], {"torch.bfloat16": 12}, 1e-2),
+        (2, ["train.activation_checkpointing=block"], {"torch.float32": 24}, 0.0),
+        (2, ["train.ffn_tile=24"], {"torch.float32": 12, "tiles of 24": 12}, 1e-6),
+        (
+            4,
+            ["parallel.dp_shard=2", "train.precision=bf16", "train.activation_checkpointing=block", "train.ffn_tile=8"],
+            {"torch.bfloat16": 12, "tiles of 8": 12},
+            1e-2,
+        ),
+    ],
+    ids=["fp32", "bf16", "activation_checkpointing", "ffn_tile", "all of them"],
+)
+def test_an_option_of_training_changes_what_runs_and_not_the_losses(
+    ranks, whole, workplace, tmp_path, size, overrides, work, rel
+):
+    """3 steps of 2 blocks over 2 sequences, which 2 data-parallel ranks divide."""
+    overrides = ["train.steps=3", "schedule.kind=constant", "schedule.warmup=3", *overrides]
+    plain = workplace / "three"
+    if not plain.exists():
+        ranks.run(train, workplace, plain, overrides[:3], size=2)
+    assert ranks.run(train, workplace, tmp_path / "out", overrides, "auto", work_counted, size=size) == [work] * size
+    assert losses(tmp_path / "out") == pytest.approx(losses(plain), rel=rel, abs=0)
+    if rel > 1e-5:
+        assert losses(tmp_path / "out") != losses(plain)
+
+
+# Mistakes: told before the first step, on every rank, in the same words
+
+
+def refusals(ranks, workplace, out, *arguments, size=2) -> str:
+    """The message with which all ranks refuse to train; the run's directory is as it was."""
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    messages = ranks.run(mistake, workplace, out, *arguments, size=size)
+    assert messages == [messages[0]] * size
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    return messages[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=/nowhere"], "/nowhere"),
+        (["model.vocab_size=100"], "model.vocab_size: 100 rows, but the corpus's tokenizer has 257 tokens"),
+        (["data.sequence_length=64Ki"], "less than one sequence of 65536"),
+        (["parallel.cp=1", "parallel.dp_shard=1"], "there are 2 ranks; start 1"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_what_is_there(ranks, workplace, tmp_path, overrides, message):
+    assert message in refusals(ranks, workplace, tmp_path / "out", overrides)
+
+
+def test_what_one_rank_lacks_is_told_on_every_rank(ranks, workplace, tmp_path):
+    arguments = (["data.path=/nowhere"], "auto", nothing, 1)
+    assert "/nowhere" in refusals(ranks, workplace, tmp_path / "out", *arguments)
+
+
+def test_another_corpus_on_one_rank(ranks, workplace, tmp_path):
+    other = write_corpus(tmp_path / "other", salt=1)
+    arguments = ([f"data.path={other}"], "auto", nothing, 1)
+    assert "is another corpus on rank 1 than on rank 0" in refusals(ranks, workplace, tmp_path / "out", *arguments)
+
+
+def test_checkpoints_that_one_rank_alone_sees(ranks, whole, workplace, tmp_path):
+    out = went_on_to_be_killed(whole, tmp_path / "out", 5)
+    told = ranks.run(mistake_elsewhere_on_rank_1, workplace, out, tmp_path / "elsewhere", size=2)
+    assert "rank 0 begins after step 5 and rank 1 after step 0" in told[0]
+    assert "on a file system that all machines share" in told[1]
+
+
+def mistake_elsewhere_on_rank_1(workplace: Path, out: Path, elsewhere: Path) -> str:
+    return mistake(workplace, elsewhere if torch.distributed.get_rank() == 1 else out)
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+def test_held_out_documents_that_are_not_there(ranks, workplace, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", heldout=0.0)
+    overrides = [f"data.path={corpus}", "evaluation.every=5"]
+    assert "the split 'heldout' holds no document" in refusals(ranks, workplace, tmp_path / "out", overrides)
+
+
+def test_a_shard_cut_short(ranks, workplace, tmp_path):
+    corpus = shutil.copytree(workplace / "corpus", tmp_path / "corpus")
+    shard = corpus / "train" / "shard-00000.parquet"
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert f"shard {shard}" in refusals(ranks, workplace, tmp_path / "out", [f"data.path={corpus}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "resume", "messages"),
+    [
+        (["model.dim=32"], "auto", ["of another model: dim: 16 there, 32 here", "--out"]),
+        (["model.layers=SL", "model.vocab_size=512"], "auto", ["layers: 'LS' there, 'SL' here; vocab_size: 320 there"]),
+        (["seed=4"], "auto", ["was trained on other data, another seed"]),
+        (["data.sequence_length=32"], "auto", ["was trained on other data, another seed"]),
+        ([], "never", ["holds checkpoints of an earlier run, the newest", "--resume auto", "--out"]),
+        ([], "{workplace}/corpus", ["/corpus is no checkpoint", "trainer.json", "begin anew in another directory"]),
+    ],
+    ids=["dim", "layers", "seed", "sequence_length", "never", "no checkpoint"],
+)
+def test_checkpoints_that_do_not_fit_the_run(ranks, whole, workplace, overrides, resume, messages):
+    out = whole
+    if "corpus" in resume:
+        out, resume = workplace / "nothing-yet", resume.format(workplace=workplace)
+    told = refusals(ranks, workplace, out, overrides, resume)
+    for message in messages:
+        assert message in told
+
+
+def test_a_checkpoint_from_elsewhere_for_a_run_that_has_its_own(ranks, whole, workplace, tmp_path):
+    out = went_on_to_be_killed(whole, tmp_path / "out", 5)
+    told = refusals(ranks, workplace, out, [], str(whole / "checkpoints" / "step-00000020"))
+    assert f"{out} holds checkpoints of its own, the newest {out / 'checkpoints' / 'step-00000005'}" in told
+
+
+def test_a_damaged_checkpoint_is_refused_and_another_is_named(ranks, whole, workplace, tmp_path):
+    out = went_on_to_be_killed(whole, tmp_path / "out", 10)
+    shard = out / "checkpoints" / "step-00000010" / "__1_0.distcp"
+    os.truncate(shard, 100)
+    told = refusals(ranks, workplace, out)
+    assert "__1_0.distcp has 100 bytes" in told
+    assert f"--resume PATH (there: {out / 'checkpoints' / 'step-00000005'})" in told
+    ranks.run(train, workplace, out, [], str(out / "checkpoints" / "step-00000005"), size=2)
+    assert losses(out) == losses(whole)
+
+
+# Mistakes that show later
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(ranks, workplace, tmp_path):
+    overrides = ["optimizer.lr=1e30", "checkpoint.every=1", "schedule.warmup=0"]
+    told = ranks.run(mistake, workplace, tmp_path / "out", overrides, size=2)
+    assert told[0] == told[1]
+    step = int(told[0].removeprefix("step ").partition(":")[0])
+    assert step >= 2
+    assert "lower optimizer.lr" in told[0]
+    assert checkpoints(tmp_path / "out")[-1] == f"step-{step - 1:08d}"
+    assert len(losses(tmp_path / "out")) == step - 1
