@@ -11,7 +11,17 @@ ANOTHER = Name a newer Python: make $(or $(MAKECMDGOALS),install) PYTHON=python3
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install test test-all lint format types tree clean
+# Python's own standard library, as source: text that every machine has. Left out are its tests, and tables that
+# programs wrote.
+STDLIB = $$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
+PREPARE = $(PY) -m longctx data prepare "$(STDLIB)" --suffix .py --exclude site-packages --exclude test \
+    --exclude encodings --exclude pydoc_data --on-error skip
+
+# On GPUs a rank each splits the sequences; without one, two ranks share the CPU.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+RANKS := $(if $(filter-out 0,$(GPUS)),--nproc $(GPUS) parallel.cp=$(GPUS),--nproc 2)
+
+.PHONY: help install quickstart million test test-all lint format types docs tree clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,6 +41,17 @@ install: .venv/installed ## Make .venv: the pinned dependencies, longctx as an e
 	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
+quickstart: .venv/installed ## Train a small hybrid on Python's own source, on 2 ranks (minutes), with its curves
+	@test -f data/stdlib/manifest.json || $(PREPARE) --heldout 0.05 --out data/stdlib
+	@$(PY) -m longctx train quickstart $(RANKS)
+	@echo "Next: make million (a sequence of 1,048,576 tokens), or see that ranks change nothing:"
+	@echo "  $(PY) -m longctx verify quickstart --shrink"
+
+million: .venv/installed ## Train on one sequence of 1,048,576 tokens, on 2 ranks, for a few steps
+	@test -f data/million/manifest.json || $(PREPARE) --join folder --out data/million
+	@$(PY) -m longctx train million $(RANKS)
+	@echo "Next: a recipe of your own. docs/recipes.md has the keys, README.md the commands for a cluster."
+
 test: lint types ## Check all: style, layers, types, and the tests (under 10 minutes on 2 cores)
 	@$(PY) -m pytest
 
@@ -46,6 +67,9 @@ lint: .venv/installed tree ## Check style, format, and which folder imports whic
 types: .venv/installed tree ## Check the types with mypy
 	@cd build/tree && ../../$(PY) -m mypy --config-file ../../pyproject.toml --no-error-summary -p longctx \
 	    | sed -E 's#^longctx/(kernels|parallel|moe|recipes|launch)/#\1/#'
+
+docs: .venv/installed ## Make docs/recipes.md anew from the code
+	@$(PY) -c 'from longctx.recipe.reference import reference; print(reference(), end="")' > docs/recipes.md
 
 tree: .venv/installed
 	@$(PY) .ci/tree.py build/tree

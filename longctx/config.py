@@ -18,7 +18,7 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
 class Config(BaseModel):
     """Base of every configuration: unknown keys are errors, values are frozen and never silently converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def parse_integer(value: object) -> object:

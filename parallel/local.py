@@ -23,8 +23,10 @@ class LocalRankError(RuntimeError):
     """A rank raised, died, or did not answer in time; the text holds the tracebacks."""
 
 
-def _serve(pipe: Connection, threads: int) -> None:
+def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> None:
     torch.set_num_threads(threads)
+    if setup is not None:
+        setup()
     while True:
         try:
             task = pipe.recv()
@@ -49,9 +51,11 @@ def _serve(pipe: Connection, threads: int) -> None:
 class LocalRanks:
     """Up to `size` ranks on this machine, as processes that live until `close()`."""
 
-    def __init__(self, size: int, *, timeout: float = 60.0) -> None:
+    def __init__(self, size: int, *, timeout: float = 60.0, setup: Callable[[], None] | None = None) -> None:
+        """`timeout` seconds for a collective; `setup` is called once in each process as it starts."""
         self.size = size
         self.timeout = timeout
+        self.setup = setup
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
 
@@ -66,7 +70,7 @@ class LocalRanks:
         threads = max(1, len(os.sched_getaffinity(0)) // self.size)
         for _ in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, threads), daemon=True)
+            process = context.Process(target=_serve, args=(there, threads, self.setup), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)

@@ -27,12 +27,13 @@ from longctx.parallel.scan import state_scan
 
 
 class LightningConfig(MixerConfig):
-    """`[model.lightning]`."""
+    """`[model.lightning]`: linear attention with a constant decay per head (letter L)."""
 
     name: ClassVar[str] = "lightning"
     letter: ClassVar[str] = "L"
 
     heads: Integer = Field(gt=0)
+    """Heads, each with its own decay."""
     head_dim: Integer | None = Field(default=None, gt=0)
     """Width of keys and of values per head; `dim / heads` where absent."""
 

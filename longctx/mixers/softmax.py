@@ -14,12 +14,13 @@ from longctx.parallel.layout import Layout
 
 
 class SoftmaxConfig(MixerConfig):
-    """`[model.softmax]`."""
+    """`[model.softmax]`: causal softmax attention with rotary positions (letter S)."""
 
     name: ClassVar[str] = "softmax"
     letter: ClassVar[str] = "S"
 
     heads: Integer = Field(gt=0)
+    """Query heads."""
     kv_heads: Integer | None = Field(default=None, gt=0)
     """Key/value heads, a divisor of `heads` (grouped-query attention); `heads` where absent."""
     head_dim: Integer | None = Field(default=None, gt=0)

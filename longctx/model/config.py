@@ -10,6 +10,8 @@ from longctx.model.ffn import FFNS, FeedForwardConfig
 
 
 class _ModelConfig(Config):
+    """`[model]`: the decoder's shape. Each mixer that the pattern names has a table of its own."""
+
     layers: str
     """A pattern of mixers' letters, repeated over the depth: `LLLS` is three lightning layers and a softmax layer."""
     depth: Integer = Field(gt=0)
@@ -19,6 +21,7 @@ class _ModelConfig(Config):
     ffn: str = "swiglu"
     """The feed-forward's name."""
     norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square before its root, in every norm."""
     tie_embeddings: bool = True
     """One matrix for the input embedding and the output head."""
     vocab_size: Integer | None = Field(default=None, gt=0)
@@ -79,4 +82,6 @@ else:
     _TABLES: dict[str, Any] = {
         kind.name: (kind | None, Field(default=None)) for kind in (*MIXERS.values(), *FFNS.values())
     }
-    ModelConfig = create_model("ModelConfig", __base__=_ModelConfig, __module__=__name__, **_TABLES)
+    ModelConfig = create_model(
+        "ModelConfig", __base__=_ModelConfig, __module__=__name__, __doc__=_ModelConfig.__doc__, **_TABLES
+    )

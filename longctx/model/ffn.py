@@ -43,7 +43,7 @@ class FeedForwardConfig(Config, ABC):
 
 
 class SwigluConfig(FeedForwardConfig):
-    """`[model.swiglu]`."""
+    """`[model.swiglu]`: the gated feed-forward; may be absent."""
 
     name: ClassVar[str] = "swiglu"
 

@@ -36,8 +36,11 @@ class OptimizerConfig(Config):
     """`[optimizer]`: AdamW (Loshchilov & Hutter 2019, decoupled weight decay), torch's fused implementation."""
 
     lr: float = Field(default=3e-4, gt=0)
+    """Learning rate where the schedule's factor is 1."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean square."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Applied to matrices; vectors (norms, biases) are not decayed."""
 
@@ -57,8 +60,8 @@ class ScheduleConfig(Config):
     """Steps of linear warm-up from 0."""
     decay: Integer | None = Field(default=None, gt=0)
     """Steps of the final decay; `wsd` needs it, the others refuse it."""
-    final: float = Field(default=0.1, ge=0, le=1)
-    """Factor at the last step."""
+    final: float | None = Field(default=None, ge=0, le=1)
+    """Factor at the last step: 0.1 where absent; `constant` refuses it."""
 
     @model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> "ScheduleConfig":
@@ -66,6 +69,8 @@ class ScheduleConfig(Config):
             raise ValueError("kind = 'wsd' needs decay, the number of steps at the end over which the rate falls")
         if self.kind != "wsd" and self.decay is not None:
             raise ValueError(f"decay belongs to kind = 'wsd', not to {self.kind!r}")
+        if self.kind == "constant" and self.final is not None:
+            raise ValueError("final belongs to schedules that end lower than they began, not to 'constant'")
         return self
 
 
@@ -85,7 +90,7 @@ class ParallelConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """`[evaluation]`: the loss on held-out documents."""
+    """`[evaluation]`: the loss on held-out documents. Without this table nothing is evaluated."""
 
     every: Integer = Field(gt=0)
     """Steps between two evaluations; there is always one after the last step."""

@@ -4,6 +4,9 @@ import math
 
 from longctx.train.config import ScheduleConfig
 
+FINAL = 0.1
+"""The factor at the last step where the recipe does not say."""
+
 
 def factor(config: ScheduleConfig, step: int, steps: int) -> float:
     """The factor for step `step` (from 1) of `steps`.
@@ -15,8 +18,9 @@ def factor(config: ScheduleConfig, step: int, steps: int) -> float:
         return step / config.warmup
     if config.kind == "constant":
         return 1.0
+    final = FINAL if config.final is None else config.final
     if config.kind == "cosine":
         progress = (step - config.warmup) / (steps - config.warmup)
-        return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
     assert config.decay is not None
-    return 1 - (1 - config.final) * max(0.0, 1 - (steps - step) / config.decay)
+    return 1 - (1 - final) * max(0.0, 1 - (steps - step) / config.decay)

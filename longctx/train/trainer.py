@@ -196,8 +196,7 @@ class _Trainer:
         for rank, (data, step) in enumerate(starts):
             if data != starts[0][0]:
                 raise UserError(
-                    f"{self.recipe.data.path} is another corpus on rank {rank} than on rank 0: copy the same one to "
-                    "every machine"
+                    f"data.path: rank {rank} reads another corpus there than rank 0; copy the same one to every machine"
                 )
             if step != starts[0][1]:
                 raise UserError(
