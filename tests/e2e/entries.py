@@ -17,7 +17,7 @@ def lazy_switching(**arguments: Any) -> None:
 
 
 def slow_writing(**arguments: Any) -> None:
-    """From the second checkpoint on, a rank's tensors take half a minute to write."""
+    """From the second checkpoint on, a rank's tensors take four seconds to write."""
     writes = 0
     write_data = FileSystemWriter.write_data
 
@@ -26,7 +26,7 @@ def slow_writing(**arguments: Any) -> None:
         writes += 1
         written = write_data(writer, *parts)
         if writes > 1:
-            time.sleep(30)
+            time.sleep(4)
         return written
 
     with patch.object(FileSystemWriter, "write_data", slowly):

@@ -1,4 +1,4 @@
-"""Whole training jobs for the tests: a tiny recipe and its corpus, and `longctx train` in a process of its own."""
+"""`longctx train` of the tests' tiny recipe (`tests.train.runs`), as a user starts it: in processes of its own."""
 
 import os
 import subprocess
@@ -9,57 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from longctx.data.prepare import prepare
 from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-
-RECIPE = """
-name = "tiny"
-seed = 3
-[model]
-layers = "LS"
-depth = 2
-dim = 16
-lightning.heads = 2
-softmax.heads = 2
-softmax.kv_heads = 1
-[data]
-path = "corpus"
-sequence_length = 64
-[train]
-steps = 20
-device = "cpu"
-[optimizer]
-lr = 1e-2
-[schedule]
-warmup = 4
-[parallel]
-cp = 2
-timeout = "30s"
-[checkpoint]
-every = 5
-[logging]
-tensorboard = false
-"""
-
-
-def write_corpus(path: Path, *, documents: int = 40, heldout: float = 0.25, salt: int = 0) -> Path:
-    """Prepare `documents` of a few hundred bytes each at `path`; another `salt` gives other texts."""
-    texts = path.with_name(path.name + "-texts")
-    texts.mkdir()
-    for number in range(documents):
-        words = (f"{salt + (number * number + word) % 97:x}" for word in range(60 + 7 * number))
-        (texts / f"{number:03}.txt").write_text(" ".join(words))
-    prepare([texts], path, heldout=heldout, progress=False)
-    return path
-
-
-def write_workplace(folder: Path) -> Path:
-    """Write `tiny.toml` and the `corpus` that it names into `folder`; returns the folder."""
-    write_corpus(folder / "corpus")
-    (folder / "tiny.toml").write_text(RECIPE)
-    return folder
 
 
 class Job:
@@ -105,8 +57,3 @@ class Job:
         """Wait until the metrics hold `step`."""
         path = self.folder / "out" / FILE_NAME
         self.wait_until(lambda: path.exists() and any(m.step >= step for m in read_metrics(path).steps))
-
-
-def checkpoints(folder: Path) -> list[str]:
-    """What lies in the run's folder of checkpoints."""
-    return sorted(path.name for path in (folder / "out" / "checkpoints").iterdir())

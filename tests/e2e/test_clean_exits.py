@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.e2e.jobs import Job, checkpoints, write_workplace
+from tests.e2e.jobs import Job
+from tests.train.runs import checkpoints, write_workplace
 
 
 @pytest.mark.slow
@@ -12,12 +13,12 @@ def test_every_job_exits_cleanly(tmp_path, entry, jobs):
     write_workplace(tmp_path)
     failed = {}
     for number in range(jobs):
-        arguments = ("train.steps=4", "schedule.warmup=0", "checkpoint.every=1", "logging.tensorboard=true")
+        arguments = ("train.steps=4", "checkpoint.every=1", "checkpoint.keep=2", "logging.tensorboard=true")
         status, _, stderr = Job(tmp_path, *arguments, entry=entry).wait()
         said = stderr + (tmp_path / "out" / "logs" / "rank-1.log").read_text()
         if status != 0 or "terminate called" in said:
             failed[number] = said
         else:
-            assert checkpoints(tmp_path) == ["step-00000003", "step-00000004"]
+            assert checkpoints(tmp_path / "out") == ["step-00000003", "step-00000004"]
         (tmp_path / "out").rename(tmp_path / f"out-{number}")
     assert not failed, f"{len(failed)} of {jobs} jobs did not exit cleanly"

@@ -37,7 +37,7 @@ device = "cpu"
 [optimizer]
 lr = 3e-3
 [schedule]
-warmup = 4
+warmup = 2
 [parallel]
 cp = 2
 timeout = "30s"
