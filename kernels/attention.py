@@ -11,8 +11,10 @@ Shapes: q, out, do `[B, Tq, H, D]`; k, v `[B, Tk, H_kv, D]` with H a multiple of
 sees nothing. `mask` is `FULL`, `CAUSAL` (Tq = Tk, a query sees the keys up to its own place) or a bool tensor
 `[Tq, Tk]`, True where a query sees a key.
 
-Backends: the CPU flash operator of torch; on CUDA torch's FlashAttention for bf16 and fp16; elsewhere (float32 and
-float64 on CUDA, masks there) a tiled form in torch operators, exact and slower. Each returns its true lse.
+Backends: the CPU flash operator of torch, always in float32 or float64 (in bf16 it compiles and keeps a kernel for each
+new shape: packed documents of 700 different lengths took 1.2 GB that never came back); on CUDA torch's FlashAttention
+for bf16 and fp16; elsewhere (float32 and float64 on CUDA, masks there) a tiled form in torch operators, exact and
+slower. Each returns its true lse.
 """
 
 from enum import Enum
@@ -169,6 +171,13 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     _merge_(out.transpose(1, 2), lse, block_out.transpose(1, 2), block_lse)
 
 
+def _computed(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype in which the device computes attention."""
+    if tensors[0].device.type == "cpu":
+        return [x.to(accumulation_dtype(x.dtype)) for x in tensors]
+    return list(tensors)
+
+
 def _groups(q: Tensor, k: Tensor) -> int:
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:
@@ -183,17 +192,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> t
         # The operators divide by the lengths.
         nothing = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), device=q.device)
         return q.new_zeros(*q.shape[:3], v.shape[3]), nothing.to(accumulation_dtype(q.dtype))
+    dtype = q.dtype
+    q, k, v = _computed(q, k, v)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     if groups == 1:
         out, lse = backend.forward(q.transpose(1, 2), keys, values, mask, scale)
-        return out.transpose(1, 2), lse
+        return out.transpose(1, 2).to(dtype), lse
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulation_dtype(q.dtype), device=q.device)
     for group in range(groups):
         # The group-th query head of every key head: as many heads as k and v have, so nothing is repeated.
         part, lse[:, group::groups] = backend.forward(q[:, :, group::groups].transpose(1, 2), keys, values, mask, scale)
         out[:, :, group::groups] = part.transpose(1, 2)
-    return out, lse
+    return out.to(dtype), lse
 
 
 def backward(
@@ -203,6 +214,8 @@ def backward(
     groups, backend = _groups(q, k), _backend(q, mask)
     if q.shape[1] == 0 or k.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dtypes = q.dtype, k.dtype, v.dtype
+    do, q, k, v, out = _computed(do, q, k, v, out)
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dtype = k.dtype if groups == 1 else accumulation_dtype(k.dtype)
@@ -222,4 +235,4 @@ def backward(
         dq[heads] = dq_part.transpose(1, 2)
         dk += dk_part.transpose(1, 2)
         dv += dv_part.transpose(1, 2)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2])
