@@ -1,4 +1,4 @@
-"""What ranks run in place of `longctx.launch.train:run_rank`: the same, with one thing made wrong or rare made usual."""
+"""What ranks run in place of `longctx.launch.train:run_rank`: the same, with what is rare made usual."""
 
 import sys
 import time

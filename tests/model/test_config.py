@@ -23,8 +23,8 @@ def refused(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": ""}, "layers: give a pattern of L (lightning), S (softmax)"),
-        ({"layers": "LXS"}, "layers: 'X' in 'LXS' is no mixer; there are L (lightning), S (softmax)"),
+        ({"layers": ""}, "layers: give a pattern of L (lightning), "),
+        ({"layers": "LXS"}, "layers: 'X' in 'LXS' is no mixer; there are L (lightning), "),
         ({"softmax": None}, "layers: S needs the table [model.softmax]"),
         ({"layers": "LLS", "depth": 2}, "softmax: no layer of 'LLS' (2 deep) is S; remove it"),
         ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),

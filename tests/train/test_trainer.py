@@ -194,7 +194,7 @@ def sigterm_on_rank_1_in_step_7() -> Iterator[None]:
 
 @contextmanager
 def work_counted() -> Iterator[Counter[str]]:
-    """How often a block is computed, in which dtype, and how often its feed-forward is computed in tiles of how many."""
+    """How often a block is computed and in which dtype, and its feed-forward in tiles of how many tokens."""
     counts: Counter[str] = Counter()
     compute, tiled = Block._compute, ffn.tiled_swiglu
 

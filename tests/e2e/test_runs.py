@@ -1,0 +1,109 @@
+"""`longctx train` from the outside: exit statuses, what is said, and that a run goes on, however it was ended."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from longctx.launch.main import app
+from tests.e2e.jobs import Job
+from tests.train.runs import RECIPE, checkpoints, losses, train, write_workplace
+
+STEPS = ("train.steps=120", "checkpoint.every=10", "checkpoint.keep=2")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return write_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+def newest(out: Path) -> int:
+    return max(int(name.removeprefix("step-")) for name in checkpoints(out) if not name.endswith(".partial"))
+
+
+def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_does(ranks, workplace):
+    out = workplace / "out"
+
+    # SIGTERM: saved at the end of the step.
+    job = Job(workplace, *STEPS)
+    job.wait_for_step(20)
+    job.process.send_signal(signal.SIGTERM)
+    status, _, stderr = job.wait()
+    assert status == 128 + signal.SIGTERM
+    assert "SIGTERM: the ranks save and stop" in stderr
+    assert "Traceback" not in stderr
+    stopped = job.metrics().steps[-1].step
+    assert 20 <= stopped < 120
+    assert newest(out) == stopped
+
+    # kill -9 of one rank: the other stops, and what was complete stays so.
+    job = Job(workplace, *STEPS)
+    job.wait_for_step(stopped + 20)
+    killed = time.monotonic()
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    status, _, stderr = job.wait()
+    assert status == 1
+    assert time.monotonic() - killed < 20
+    assert stderr.count("error: ") == 1
+    assert "rank 1 was killed by SIGKILL" in stderr
+    assert "--resume auto continues from the last complete checkpoint" in stderr
+    assert "Traceback" not in stderr
+    saved = newest(out)
+    assert stopped < saved <= job.metrics().steps[-1].step < 120
+
+    # The same command goes on to the end.
+    status, stdout, stderr = Job(workplace, *STEPS).wait()
+    assert (status, stderr) == (0, "")
+    assert f"Resumed from out/checkpoints/step-{saved:08d} after step {saved}." in stdout
+    assert checkpoints(out) == ["step-00000110", "step-00000120"]
+    assert [run.step for run in job.metrics().runs] == [0, stopped, saved]
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["loss.png"]
+    ranks.run(train, workplace, workplace / "whole", STEPS, size=2)
+    assert losses(out) == losses(workplace / "whole")
+
+
+def test_a_checkpoint_that_is_being_written_when_a_rank_is_killed_is_not_there(ranks, tmp_path):
+    write_workplace(tmp_path)
+    partial = tmp_path / "out" / "checkpoints" / "step-00000004.partial"
+    job = Job(tmp_path, "train.steps=8", "checkpoint.every=2", entry="slow_writing")
+    job.wait_until(lambda: (partial / "__0_0.distcp").exists() and (partial / "__1_0.distcp").exists())
+    os.kill(job.ranks()[0], signal.SIGKILL)
+    status, _, stderr = job.wait()
+    assert status == 1
+    assert "rank 0 was killed by SIGKILL" in stderr
+    assert checkpoints(tmp_path / "out") == ["step-00000002", "step-00000004.partial"]
+    ranks.run(train, tmp_path, tmp_path / "out", ["train.steps=8", "checkpoint.every=2"], size=2)
+    assert [run.step for run in job.metrics().runs] == [0, 2]
+    assert checkpoints(tmp_path / "out") == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+
+
+def test_a_mistake_that_the_ranks_find_is_said_once(ranks, workplace):
+    ranks.run(train, workplace, workplace / "three" / "out", ["train.steps=3"], size=2)
+    (workplace / "three" / "tiny.toml").write_text((workplace / "tiny.toml").read_text())
+    (workplace / "three" / "corpus").symlink_to(workplace / "corpus")
+    status, stdout, stderr = Job(workplace / "three", "model.dim=32").wait()
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: checkpoint out/checkpoints/step-00000003 is of another model: dim: 16 there, 32 ")
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.dimm=32"], "model.dimm"),
+        (["data.sequence_length=66"], "data.sequence_length: 66 tokens do not divide into 2 * cp = 4 slices"),
+        (["model.lightning.heads=3"], "lightning.heads: 3 heads do not divide dim 16"),
+        (["--resume", "out/checkpoints/step-00000009"], "--resume out/checkpoints/step-00000009: there is no such dir"),
+    ],
+)
+def test_a_mistake_in_the_recipe_is_said_before_any_rank_starts(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    result = CliRunner().invoke(app, ["train", "tiny.toml", "--nproc", "2", "--out", "out", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+"""Which layouts a verification runs, and on which sequences."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longctx.kernels.loss import IGNORE
+from longctx.parallel.layout import check_divisible
+from longctx.train.config import TrainConfig
+from longctx.verify.cases import SEQUENCES, Case, cases, documents
+from longctx.verify.measure import Subject, sequence
+from tests.model.cases import hybrid
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_every_case_fits_the_ranks_and_the_sequence(length, most_ranks):
+    found = list(cases(length, most_ranks))
+    assert len(set(found)) == len(found)
+    for case in found:
+        assert case.ranks <= most_ranks
+        assert SEQUENCES % (case.dp_shard * case.dp_replicate) == 0
+        check_divisible(length, case.order, case.cp)
+
+
+def test_on_four_ranks_everything_is_there():
+    found = set(cases(64, 4))
+    want = {Case(1, "contiguous", packed, dp_shard=2) for packed in (False, True)}
+    for order, packed in itertools.product(("contiguous", "zigzag"), (False, True)):
+        want |= {Case(2, order, packed), Case(4, order, packed)}
+        want |= {Case(2, order, packed, dp_shard=2), Case(2, order, packed, dp_replicate=2)}
+    assert found == want
+
+
+def test_what_does_not_fit_is_left_out():
+    assert list(cases(64, 1)) == []
+    assert {str(case) for case in cases(63, 4)} == {"dp_shard 2, one document", "dp_shard 2, packed"}
+    # 2 tokens split over 2 ranks in one way: zigzag needs 4.
+    assert {case.order for case in cases(2, 2) if case.cp == 2} == {"contiguous"}
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        (Case(1, "contiguous", False), "one rank, one document"),
+        (Case(4, "zigzag", True), "cp 4, zigzag, packed"),
+        (Case(2, "contiguous", False, 2, 1), "dp_shard 2, cp 2, contiguous, one document"),
+        (Case(2, "zigzag", True, 1, 2), "dp_replicate 2, cp 2, zigzag, packed"),
+    ],
+)
+def test_a_case_says_what_it_is(case, words):
+    assert str(case) == words
+
+
+@given(st.integers(1, 300), st.booleans(), st.integers(0, 5))
+def test_documents_cover_the_sequence(length, packed, seed):
+    bounds = documents(length, packed, seed)
+    assert (bounds[0], bounds[-1]) == (0, length)
+    assert all(left < right for left, right in itertools.pairwise(bounds))
+    assert packed or len(bounds) == 2
+    if packed and length >= 4:
+        assert min(right - left for left, right in itertools.pairwise(bounds)) == 1
+        assert len(bounds) >= min(length, 12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_labels_follow_in_their_document_and_the_last_token_has_none(packed):
+    subject = Subject(hybrid(), TrainConfig(steps=1), vocab_size=29, length=40, seed=3)
+    (x, labels, bounds), again = sequence(subject, 1, packed), sequence(subject, 1, packed)
+    assert torch.equal(x, again[0])
+    assert not torch.equal(x, sequence(subject, 0, packed)[0])
+    for begin, end in itertools.pairwise(bounds):
+        assert torch.equal(labels[0, begin : end - 1], x[0, begin + 1 : end])
+        assert labels[0, end - 1] == IGNORE

@@ -1,0 +1,151 @@
+"""Verification: passes where ranks agree, and names what is wrong where one of them computes something else."""
+
+import math
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longctx.mixers import lightning
+from longctx.parallel.layout import Layout
+from longctx.train.config import TrainConfig
+from longctx.verify import run
+from longctx.verify.cases import Case
+from longctx.verify.measure import Measured, Subject, measure
+from longctx.verify.run import Row, relative, shrink, verify
+from tests.model.cases import VOCABULARY, decoder, hybrid
+
+SUBJECT = Subject(hybrid(), TrainConfig(steps=1), VOCABULARY, length=32, seed=1)
+INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
+
+
+def only(monkeypatch, *chosen):
+    monkeypatch.setattr(run, "cases", lambda length, most_ranks: iter(chosen))
+
+
+def fp64_failures(ranks, function):
+    """By case, what is out of bounds in float64."""
+    chosen = len(list(run.cases(SUBJECT.length, ranks.size)))
+    return {str(row.case): row.failures for row in islice(verify(SUBJECT, ranks, measure=function), chosen)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, monkeypatch):
+    chosen = [Case(2, "zigzag", True), Case(4, "contiguous", False), Case(2, "contiguous", True, dp_replicate=2)]
+    only(monkeypatch, *chosen)
+    subject = Subject(SUBJECT.model, TrainConfig(steps=1, precision=precision), VOCABULARY, 32, 1)
+    rows = list(verify(subject, ranks))
+    assert [(row.case, row.precision) for row in rows] == [(c, p) for p in ("fp64", precision) for c in chosen]
+    for row in rows:
+        assert row.failures == []
+        assert row.differences.keys() == {"loss", "logits", *(name for name, _ in decoder(hybrid()).named_parameters())}
+        # Some rounding there is: these are really other computations.
+        assert row.differences[row.worst_gradient] > 0
+    assert all(max(row.differences.values()) < 1e-12 for row in rows if row.precision == "fp64")
+
+
+@pytest.mark.slow
+def test_every_case_passes(ranks):
+    rows = list(verify(SUBJECT, ranks))
+    assert len(rows) == 2 * len(list(run.cases(32, 4)))
+    assert [(str(row.case), row.precision, row.failures) for row in rows if row.failures] == []
+
+
+def with_another_decay_on_rank_1(subject, case, precision):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            right = lightning.log_decays
+            patch.setattr(lightning, "log_decays", lambda *args: [1.001 * decay for decay in right(*args)])
+        return measure(subject, case, precision)
+
+
+def with_shifted_positions_on_rank_1(subject, case, precision):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            right = Layout.positions.func
+            patch.setattr(Layout, "positions", property(lambda layout: right(layout) + 1))
+        return measure(subject, case, precision)
+
+
+def without_documents_starts_on_rank_1(subject, case, precision):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(Layout, "starts", lambda layout, part: ())
+        return measure(subject, case, precision)
+
+
+def with_nan_on_rank_1(subject, case, precision):
+    measured = measure(subject, case, precision)
+    if dist.get_rank() == 1:
+        next(iter(measured.logits.values()))[0, 0] = math.nan
+    return measured
+
+
+EVERY_PACKING = [Case(2, order, packed) for order in ("contiguous", "zigzag") for packed in (False, True)]
+
+
+def test_a_wrong_decay_on_one_rank_is_found_everywhere(ranks, monkeypatch):
+    only(monkeypatch, *EVERY_PACKING, Case(1, "contiguous", False, dp_shard=2))
+    failures = fp64_failures(ranks, with_another_decay_on_rank_1)
+    assert len(failures) == 5
+    for case, names in failures.items():
+        assert {"loss", "logits", INPUT_OF["L"], "embedding.weight"} <= set(names), case
+
+
+def test_a_wrong_position_on_one_rank_is_found_where_documents_cross_ranks(ranks, monkeypatch):
+    only(monkeypatch, Case(2, "contiguous", False), Case(2, "zigzag", False), Case(4, "zigzag", True))
+    for case, names in fp64_failures(ranks, with_shifted_positions_on_rank_1).items():
+        assert {"loss", "logits", INPUT_OF["S"], "embedding.weight"} <= set(names), case
+
+
+def test_documents_that_one_rank_does_not_separate_are_found(ranks, monkeypatch):
+    only(monkeypatch, *EVERY_PACKING)
+    failures = fp64_failures(ranks, without_documents_starts_on_rank_1)
+    assert len(failures) == 4
+    for case, names in failures.items():
+        assert ({"loss", "logits", INPUT_OF["L"]} <= set(names)) if "packed" in case else (names == []), case
+
+
+def test_one_nan_is_out_of_bounds(ranks, monkeypatch):
+    only(monkeypatch, Case(2, "zigzag", False))
+    assert fp64_failures(ranks, with_nan_on_rank_1) == {"cp 2, zigzag, one document": ["logits"]}
+
+
+def test_failures_are_the_names_beyond_their_bounds():
+    differences = {"loss": 1e-6, "logits": math.nan, "a": 2e-5, "b": 1e-5, "c": math.nan}
+    row = Row(Case(2, "zigzag", False), "fp32", differences, dict.fromkeys(differences, 1e-5))
+    assert row.failures == ["logits", "a", "c"]
+    assert row.worst_gradient == "c"
+    row = Row(row.case, "fp32", {"loss": 1.0, "logits": 1.0, "a": 2.0, "b": 1.0}, {"a": 1.0, "b": 0.1})
+    assert row.worst_gradient == "b"
+
+
+def ladder(subject, case, precision):
+    """One rank is 1e-4 off in float32, and N ranks as many times as much as there are ranks."""
+    size = {"fp64": 0.0, "fp32": 1e-4 * case.ranks}[precision]
+    ones = torch.ones(4, dtype=torch.float64)
+    logits = {number: (1 + size) * torch.ones(subject.length // case.cp, 2).double() for number in range(2)}
+    return Measured(1 + size, logits, dist.get_rank(), {"w": (1 + size) * ones})
+
+
+def test_lower_precisions_may_be_three_times_as_far_off_as_one_rank(ranks, monkeypatch):
+    only(monkeypatch, Case(2, "contiguous", False), Case(4, "contiguous", False))
+    rows = [row for row in verify(SUBJECT, ranks, measure=ladder) if row.precision == "fp32"]
+    assert [row.failures for row in rows] == [[], ["loss", "logits", "w"]]
+    assert rows[0].bounds["w"] == pytest.approx(3e-4)
+    assert rows[0].differences == pytest.approx(dict.fromkeys(("loss", "logits", "w"), 2e-4))
+
+
+def test_relative_is_the_norm_of_the_difference_by_that_of_the_reference():
+    assert relative(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.0])) == 5
+    assert relative(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 2.0])) == pytest.approx(2 / 13**0.5)
+    assert relative(torch.zeros(2), torch.zeros(2)) == 0
+    assert math.isnan(relative(torch.tensor([math.nan]), torch.ones(1)))
+
+
+def test_shrink_keeps_the_kind_and_bounds_the_size():
+    small = shrink(Subject(hybrid(depth=30, dim=768), SUBJECT.train, 50_000, 2**20, 9))
+    assert (small.model.pattern, small.vocab_size, small.length, small.seed) == ("LS", 128, 256, 9)
+    assert shrink(replace(SUBJECT, length=40)).length == 40
