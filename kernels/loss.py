@@ -17,7 +17,7 @@ IGNORE = -100
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, tile: int, scale: Tensor) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(x.dtype)
         nll = torch.zeros(labels.shape, dtype=dtype, device=x.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
@@ -26,7 +26,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = torch.arange(min(tile, labels.shape[0]), device=x.device)
         for begin in range(0, labels.shape[0], tile):
             part = slice(begin, begin + tile)
-            valid = labels[part] != IGNORE
+            valid = labels[part] >= 0
             targets = labels[part].clamp(min=0)[:, None]
             logits = torch.matmul(x[part], weight.T).to(dtype)
             lse = logits.logsumexp(dim=-1)
@@ -36,38 +36,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlogits = logits.sub_(lse[:, None]).exp_()
             # One place a row, so that plain indexing is exact, and deterministic on every device.
             dlogits[rows[: len(targets)], targets[:, 0]] -= 1
-            dlogits = dlogits.mul_(valid[:, None]).to(x.dtype)
+            dlogits = dlogits.mul_(valid[:, None] * scale).to(x.dtype)
             if dx is not None:
                 torch.matmul(dlogits, weight, out=dx[part])
             if dweight is not None:
                 dweight += torch.matmul(dlogits.T, x[part])
-        ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
+        ctx.save_for_backward(dx, dweight)
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
-        return nll.sum(), nll
+        return nll.sum() * scale, nll
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         dloss = grads[0]
         return (
-            None if dx is None else dx * dloss.to(dx.dtype),
-            None if dweight is None else dweight * dloss.to(dweight.dtype),
+            None if dx is None else dx * dloss,
+            None if dweight is None else (dweight * dloss).to(ctx.dtype),
+            None,
             None,
             None,
         )
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """The summed negative log likelihood of `softmax(x weight^T)`, and each token's own.
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, tile: int, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`scale` times the summed negative log likelihood of `softmax(x weight^T)`, and each token's own.
 
-    Shapes: x `[T, D]`, weight `[N, D]`, labels `[T]` int64 with -100 for tokens that have none; `tile` tokens have
-    their logits in memory at one time. Returns the sum (a scalar, differentiable to x and weight) and the tokens'
-    values `[T]` (nats, 0 where there is no label, not differentiable), both in the accumulation dtype.
+    Shapes: x `[T, D]`, weight `[N, D]`, labels `[T]` int64, negative (-100) for tokens that have none; `tile` tokens
+    have their logits in memory at one time. Returns the scaled sum (a scalar, differentiable to x and weight) and the
+    tokens' unscaled values `[T]` (nats, 0 where there is no label, not differentiable), both in the accumulation dtype.
 
-    The gradients are scaled once by what flows into the sum: divide the sum by the number of labels, do not weight
-    the tokens.
+    Divide by the number of labels with `scale`, not afterwards: it multiplies the gradients before they are rounded to
+    bf16, where a factor that comes later would itself be rounded to 8 bits.
     """
     if labels.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy: labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
-    total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile)  # type: ignore[no-untyped-call]
+    scale = torch.as_tensor(scale, dtype=accumulation_dtype(x.dtype), device=x.device)
+    total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile, scale)  # type: ignore[no-untyped-call]
     return total, nll

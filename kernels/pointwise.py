@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
         per_channel = scale.dim() == 1
         scales = scale if per_channel else scale.reshape(-1, width)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dscale = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dscale = x.new_empty(0 if per_channel else x.shape)
         dchannel = torch.zeros(width, dtype=dtype, device=x.device)
         for tile in _tiles(rows):
             wide, grad = rows[tile].to(dtype), grad_rows[tile].to(dtype)

@@ -184,4 +184,11 @@ def _integer(option: str, text: str) -> int:
 
 def main() -> None:
     """The console script. Exit status: 1 for a failure, 2 for a user's mistake, 128 + the signal that stopped a run."""
-    app(prog_name="longctx")
+    try:
+        app(prog_name="longctx")
+    except SystemExit as end:
+        if "RANK" not in os.environ or not isinstance(end.code, int):
+            raise
+        from longctx.launch.rank import leave
+
+        leave(end.code)

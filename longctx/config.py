@@ -10,7 +10,8 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-_INTEGER = re.compile(r"([+-]?[0-9][0-9_]*)(\.[0-9]+)?\s*(k|M|G|Ki|Mi|Gi)?")
+# At most 18 digits on each side of the point: what is longer is no count of anything.
+_INTEGER = re.compile(r"([+-]?[0-9]{1,3}(?:_?[0-9]){0,17})(\.[0-9]{1,18})?\s*(k|M|G|Ki|Mi|Gi)?")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
 
@@ -18,7 +19,9 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
 class Config(BaseModel):
     """Base of every configuration: unknown keys are errors, values are frozen and never silently converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def parse_integer(value: object) -> object:

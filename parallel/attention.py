@@ -6,7 +6,7 @@ keys live. With grouped heads the payload is small: `2 * B * T_local * H_kv * D`
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -56,12 +56,17 @@ def _document_pieces(layout: Layout, begin: int, end: int) -> list[tuple[int, in
     return list(pairwise([begin, *layout.cu_seqlens[first:last], end]))
 
 
-@lru_cache(maxsize=16)
 def causal_blocks(layout: Layout) -> tuple[Block, ...]:
     """The blocks that this rank computes under the causal mask within documents; made once per batch.
 
     No block has an empty mask. A query's blocks follow each other, those of the earlier keys first.
     """
+    return _plan(replace(layout, group=None))
+
+
+# Without the group: what is kept here must not keep a process group alive.
+@lru_cache(maxsize=16)
+def _plan(layout: Layout) -> tuple[Block, ...]:
     blocks = []
     for part, at in zip(layout.slices, layout.local, strict=True):
         shift = at.start - part.begin
@@ -92,9 +97,10 @@ def score_elements(layout: Layout) -> int:
 
 def _in_sequence_order(k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """All ranks' k and v `[B, T, H_kv, D]`."""
-    if layout.group is None:
+    group = layout.peers
+    if group is None:
         return k, v
-    rows = all_gather(torch.stack([k, v]), layout.group).wait()
+    rows = all_gather(torch.stack([k, v]), group).wait()
     return layout.unshard(rows[:, 0].unbind()), layout.unshard(rows[:, 1].unbind())
 
 
@@ -141,12 +147,13 @@ class _AllGatherAttention(torch.autograd.Function):
             dq[:, queries] += dq_part
             dkv[0, :, seen] += dk_part
             dkv[1, :, seen] += dv_part
-        if layout.group is not None:
+        group = layout.peers
+        if group is not None:
             rows = [
                 torch.cat([dkv[:, :, part.begin : part.end] for part in layout.slices_of(rank)], dim=2)
                 for rank in range(layout.size)
             ]
-            dkv = reduce_scatter(torch.stack(rows), layout.group).wait()
+            dkv = reduce_scatter(torch.stack(rows), group).wait()
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
 
 

@@ -89,6 +89,16 @@ class Layout:
         return cls(tuple(int(c) for c in cu_seqlens), order, mesh.cp, mesh.cp_rank, group)
 
     @property
+    def peers(self) -> ProcessGroup | None:
+        """The group to exchange with, None where one rank holds everything.
+
+        Raises ValueError for a layout over several ranks that was made without their group, to be looked at.
+        """
+        if self.size > 1 and self.group is None:
+            raise ValueError(f"this layout is over {self.size} ranks and has no process group to reach them by")
+        return self.group if self.size > 1 else None
+
+    @property
     def length(self) -> int:
         """T: the tokens of the whole sequence."""
         return self.cu_seqlens[-1]

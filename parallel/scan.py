@@ -19,11 +19,12 @@ from longctx.parallel.layout import Layout
 
 def _exchange(carries: Sequence[Carry], layout: Layout) -> list[Carry]:
     """The carries of all slices in sequence order, from every rank's own in local order: one all-gather."""
-    if layout.group is None:
+    group = layout.peers
+    if group is None:
         return list(carries)
     first = carries[0]
     payload = torch.stack([torch.cat([c.log_decay.flatten(), c.state.flatten()]) for c in carries])
-    rows = all_gather(payload, layout.group).wait()
+    rows = all_gather(payload, group).wait()
     gathered = []
     for rank, place in map(layout.owner, range(layout.pieces)):
         log_decay, state = rows[rank, place].split([first.log_decay.numel(), first.state.numel()])

@@ -30,16 +30,17 @@ class SoftmaxConfig(MixerConfig):
 
     def problems(self, dim: int) -> list[str]:
         found = head_dim_problems(dim, self.heads, self.head_dim)
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
         head_dim = self.head_dim or dim // self.heads
         if not found and head_dim % 2:
             found.append(f"head_dim: rotary positions turn pairs, so {head_dim} has to be even")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
         return found
 
     def shrunk(self) -> "SoftmaxConfig":
-        group = self.heads // (self.kv_heads or self.heads)
-        return SoftmaxConfig(heads=2 * group, kv_heads=2, head_dim=8, rope_theta=self.rope_theta)
+        kv_heads = self.kv_heads or self.heads
+        few, group = min(kv_heads, 2), min(self.heads // kv_heads, 4)
+        return SoftmaxConfig(heads=few * group, kv_heads=few, head_dim=8, rope_theta=self.rope_theta)
 
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "Softmax":
         return Softmax(self, dim, depth)

@@ -45,7 +45,8 @@ class _ModelConfig(Config):
                 problems += [f"{kind.name}.{problem}" for problem in table.problems(self.dim)]
         if self.ffn not in FFNS:
             problems.append(f"ffn: there is no {self.ffn!r}; there are {', '.join(FFNS)}")
-        problems += [f"{name}: ffn is {self.ffn!r}; remove this table" for name in FFNS if self._unused(name)]
+        else:
+            problems += [f"{name}: ffn is {self.ffn!r}; remove this table" for name in FFNS if self._unused(name)]
         if problems:
             raise ValueError("; ".join(problems))
         return self

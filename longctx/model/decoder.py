@@ -65,13 +65,19 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
-        self, tokens: Tensor, layout: Layout, labels: Tensor | None = None, *, loss_tile: int = 4096
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        labels: Tensor | None = None,
+        *,
+        loss_tile: int = 4096,
+        scale: Tensor | float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, T_local, N]`, or with labels the losses of this rank's tokens.
 
         Shapes: tokens and labels `[B, T_local]` int64, labels already shifted, -100 where there is none. With labels:
-        the summed negative log likelihood (differentiable) and each token's own `[B, T_local]` (not), in nats and
-        float32; `loss_tile` tokens have their logits in memory at one time.
+        `scale` times the summed negative log likelihood (differentiable) and each token's own `[B, T_local]` (not), in
+        nats and float32; `loss_tile` tokens have their logits in memory at one time.
         """
         x = self.embedding(tokens)
         for block in self.blocks:
@@ -79,7 +85,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.head_weight)
-        total, nll = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), loss_tile)
+        total, nll = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), loss_tile, scale)
         return total, nll.view(labels.shape)
 
     def flops(self, layout: Layout) -> int:

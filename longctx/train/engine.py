@@ -107,10 +107,12 @@ class TorchEngine:
         labels = all_reduce(labels.to(self.device)).clamp(min=1)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            total, _ = self.model(batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile)
-            (total / labels.to(total.dtype)).backward()
-            summed += total.detach()
-        return (all_reduce(summed) / labels).item()
+            loss, _ = self.model(
+                batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile, scale=1 / labels
+            )
+            loss.backward()
+            summed += loss.detach()
+        return all_reduce(summed).item()
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step over all ranks' `batches` at the learning rate `lr`."""

@@ -51,7 +51,7 @@ def evaluate(
         for n in range(buckets)
         if edges[n] < length
     )
-    return EvaluationMetrics(step, sum(losses) / max(sum(counts), 1), positions)
+    return EvaluationMetrics(step, sum(losses) / sum(counts) if sum(counts) else math.nan, positions)
 
 
 def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:
@@ -66,4 +66,4 @@ def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: 
     seen = torch.zeros(vocab_size, dtype=torch.float64)
     for sequence in heldout:
         seen += torch.bincount(sequence.labels[sequence.labels != IGNORE], minlength=vocab_size)
-    return float((seen * surprise).sum() / seen.sum())
+    return float((seen * surprise).sum() / seen.sum())  # NaN where no token has a label

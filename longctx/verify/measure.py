@@ -40,12 +40,16 @@ class Measured:
 
 
 def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Tokens and labels `[1, T]` of a sequence of chance, and its documents."""
+    """Tokens and labels `[1, T]` of a sequence of chance, and its documents.
+
+    Every sequence has another number of labels: a mean over ranks in place of one over labels would show.
+    """
     generator = torch.Generator().manual_seed(subject.seed + number)
     tokens = torch.randint(0, subject.vocab_size, (1, subject.length), generator=generator)
     bounds = documents(subject.length, packed, subject.seed + number)
     labels = torch.roll(tokens, -1, dims=1)
     labels[:, [end - 1 for end in bounds[1:]]] = IGNORE
+    labels[:, : number * subject.length // 3] = IGNORE
     return tokens, labels, bounds
 
 

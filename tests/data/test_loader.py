@@ -164,7 +164,9 @@ def test_heldout_sequences_are_the_same_each_time(tmp_path):
     assert len(few) == 2
     assert [sequence.tokens.tolist() for sequence in few] == [sequence.tokens.tolist() for sequence in again]
     whole = torch.cat([sequence.tokens for sequence in heldout_sequences(corpus, 43, 1)]).tolist()
-    assert sorted(whole) == sorted(token for n, size in enumerate((10, 3, 30)) for token in document_of(n, size).tolist())
+    assert sorted(whole) == sorted(
+        token for n, size in enumerate((10, 3, 30)) for token in document_of(n, size).tolist()
+    )
     assert torch.equal(few[-1].tokens, few[1].tokens)
     assert [sequence.index for sequence in heldout_sequences(corpus, 8, 99)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="'heldout' holds 43 tokens, less than one sequence of 44"):

@@ -69,7 +69,7 @@ def test_flops_are_the_projections_and_two_products_for_each_pair_that_is_seen()
     ("arguments", "words"),
     [
         ({"heads": 5}, "heads: 5 heads do not divide dim 12"),
-        ({"heads": 4, "kv_heads": 3}, "kv_heads: 4 query heads are not a multiple of 3"),
+        ({"heads": 6, "kv_heads": 4}, "kv_heads: 6 query heads are not a multiple of 4"),
         ({"heads": 2, "kv_heads": 4}, "kv_heads: 2 query heads are not a multiple of 4"),
         ({"heads": 4}, "head_dim: rotary positions turn pairs, so 3 has to be even"),
         ({"heads": 4, "head_dim": 5}, "head_dim: rotary positions turn pairs, so 5 has to be even"),
@@ -78,6 +78,16 @@ def test_flops_are_the_projections_and_two_products_for_each_pair_that_is_seen()
 def test_heads_that_do_not_fit_are_named_with_their_key(arguments, words):
     (problem,) = SoftmaxConfig(**arguments).problems(12)
     assert problem.startswith(words)
+
+
+def test_two_mistakes_are_both_told():
+    problems = SoftmaxConfig(heads=4, kv_heads=3, head_dim=5).problems(12)
+    assert [problem.split(":")[0] for problem in problems] == ["head_dim", "kv_heads"]
+
+
+def test_shrunk_has_few_heads_also_where_all_share_their_keys():
+    small = SoftmaxConfig(heads=32, kv_heads=1).shrunk()
+    assert (small.heads, small.kv_heads) == (4, 1)
 
 
 def test_shrunk_keeps_groups_of_query_heads_and_the_base_of_the_positions():

@@ -90,7 +90,7 @@ def test_blocks_cover_exactly_what_the_mask_shows(inner, order, size, tile):
         for rank in range(size):
             layout = Layout(bounds, order, size, rank)
             tokens = layout.shard(torch.arange(96), dim=0)
-            causal_blocks.cache_clear()
+            attention._plan.cache_clear()
             for block in causal_blocks(layout):
                 queries, keys = tokens[block.q_begin : block.q_end], torch.arange(block.k_begin, block.k_end)
                 mask = block.mask(torch.device("cpu"))
@@ -99,7 +99,7 @@ def test_blocks_cover_exactly_what_the_mask_shows(inner, order, size, tile):
                     mask = torch.ones(shape, dtype=torch.bool) if not block.causal else torch.ones(shape).tril().bool()
                 assert mask.any()
                 seen[queries[:, None], keys[None, :]] += mask
-    causal_blocks.cache_clear()
+    attention._plan.cache_clear()
     assert torch.equal(seen, want.long())
     assert sum(score_elements(Layout(bounds, order, size, rank)) for rank in range(size)) == want.sum()
 

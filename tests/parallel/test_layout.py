@@ -83,6 +83,12 @@ def test_fewer_tokens_than_ranks_are_refused_with_what_would_work():
         check_divisible(3, "contiguous", 4)
 
 
+def test_a_layout_over_ranks_without_their_group_cannot_be_computed_on():
+    assert Layout((0, 8)).peers is None
+    with pytest.raises(ValueError, match="over 2 ranks and has no process group"):
+        _ = Layout((0, 8), "contiguous", size=2, rank=1).peers
+
+
 def test_shard_and_unshard_refuse_what_does_not_fit():
     layout = Layout((0, 8), "contiguous", size=2, rank=0)
     with pytest.raises(ValueError, match="has 7 tokens, the layout 8"):

@@ -71,6 +71,10 @@ def test_labels_follow_in_their_document_and_the_last_token_has_none(packed):
     (x, labels, bounds), again = sequence(subject, 1, packed), sequence(subject, 1, packed)
     assert torch.equal(x, again[0])
     assert not torch.equal(x, sequence(subject, 0, packed)[0])
+    unlabelled = 40 // 3
     for begin, end in itertools.pairwise(bounds):
+        begin = max(begin, unlabelled)
         assert torch.equal(labels[0, begin : end - 1], x[0, begin + 1 : end])
         assert labels[0, end - 1] == IGNORE
+    assert (labels[0, :unlabelled] == IGNORE).all()
+    assert (sequence(subject, 0, packed)[1] != IGNORE).sum() > (labels != IGNORE).sum()

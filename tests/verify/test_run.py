@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from longctx.mixers import lightning
 from longctx.parallel.layout import Layout
+from longctx.train import engine
 from longctx.train.config import TrainConfig
 from longctx.verify import run
-from longctx.verify.cases import Case
+from longctx.verify.cases import Case, reference
 from longctx.verify.measure import Measured, Subject, measure
 from longctx.verify.run import Row, relative, shrink, verify
 from tests.model.cases import VOCABULARY, decoder, hybrid
@@ -37,7 +38,9 @@ def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, m
     only(monkeypatch, *chosen)
     subject = Subject(SUBJECT.model, TrainConfig(steps=1, precision=precision), VOCABULARY, 32, 1)
     rows = list(verify(subject, ranks))
-    assert [(row.case, row.precision) for row in rows] == [(c, p) for p in ("fp64", precision) for c in chosen]
+    alone = [(reference(packed), precision) for packed in (False, True)]
+    want = [*((c, "fp64") for c in chosen), *alone, *((c, precision) for c in chosen)]
+    assert [(row.case, row.precision) for row in rows] == want
     for row in rows:
         assert row.failures == []
         assert row.differences.keys() == {"loss", "logits", *(name for name, _ in decoder(hybrid()).named_parameters())}
@@ -108,6 +111,21 @@ def test_documents_that_one_rank_does_not_separate_are_found(ranks, monkeypatch)
         assert ({"loss", "logits", INPUT_OF["L"]} <= set(names)) if "packed" in case else (names == []), case
 
 
+def with_a_mean_over_ranks(subject, case, precision):
+    """The loss of each data-parallel rank divided by its own labels, and the mean of those: a common mistake."""
+    with pytest.MonkeyPatch.context() as patch:
+        whole = engine.all_reduce
+        if case.dp_shard * case.dp_replicate > 1:
+            patch.setattr(engine, "all_reduce", lambda x: x * dist.get_world_size() if x.dim() == 0 else whole(x))
+        return measure(subject, case, precision)
+
+
+def test_a_mean_over_data_parallel_ranks_instead_of_over_labels_is_found(ranks, monkeypatch):
+    only(monkeypatch, Case(1, "contiguous", False, dp_shard=2))
+    ((_, names),) = fp64_failures(ranks, with_a_mean_over_ranks).items()
+    assert {"loss", "embedding.weight"} <= set(names)
+
+
 def test_one_nan_is_out_of_bounds(ranks, monkeypatch):
     only(monkeypatch, Case(2, "zigzag", False))
     assert fp64_failures(ranks, with_nan_on_rank_1) == {"cp 2, zigzag, one document": ["logits"]}
@@ -118,6 +136,8 @@ def test_failures_are_the_names_beyond_their_bounds():
     row = Row(Case(2, "zigzag", False), "fp32", differences, dict.fromkeys(differences, 1e-5))
     assert row.failures == ["logits", "a", "c"]
     assert row.worst_gradient == "c"
+    infinite = Row(row.case, "fp32", {"loss": math.inf}, {"loss": math.inf})
+    assert infinite.failures == ["loss"]
     row = Row(row.case, "fp32", {"loss": 1.0, "logits": 1.0, "a": 2.0, "b": 1.0}, {"a": 1.0, "b": 0.1})
     assert row.worst_gradient == "b"
 
@@ -132,7 +152,7 @@ def ladder(subject, case, precision):
 
 def test_lower_precisions_may_be_three_times_as_far_off_as_one_rank(ranks, monkeypatch):
     only(monkeypatch, Case(2, "contiguous", False), Case(4, "contiguous", False))
-    rows = [row for row in verify(SUBJECT, ranks, measure=ladder) if row.precision == "fp32"]
+    rows = [r for r in verify(SUBJECT, ranks, measure=ladder) if r.precision == "fp32" and r.case.ranks > 1]
     assert [row.failures for row in rows] == [[], ["loss", "logits", "w"]]
     assert rows[0].bounds["w"] == pytest.approx(3e-4)
     assert rows[0].differences == pytest.approx(dict.fromkeys(("loss", "logits", "w"), 2e-4))
