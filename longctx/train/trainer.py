@@ -28,7 +28,7 @@ from longctx.parallel.agreement import agreement
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.mesh import Mesh
 from longctx.recipe import Recipe, check, dump
-from longctx.train import machine, plots
+from longctx.train import machine
 from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.checkpoint import (
     Checkpointer,
@@ -66,8 +66,7 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> None:
         with ExitStack() as stack:
             _Trainer(recipe, out, resume, kind, stack).run()
             stack.close()
-            # Every collective's tensors are released before the group is: what frees them late is a thread of gloo,
-            # which the interpreter may no longer let in (docs/checkpoints.md).
+            # The groups end on all ranks together: one that left earlier would look like a rank that died.
             dist.barrier()
 
 
@@ -103,6 +102,9 @@ class _Reporter:
 
     def pictures(self) -> None:
         if self._writer:
+            # matplotlib takes a second to import, which every rank would spend at the start.
+            from longctx.train import plots
+
             plots.draw(self._out / FILE_NAME, self._out / "pictures")
 
     def close(self) -> None:

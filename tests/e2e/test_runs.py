@@ -12,7 +12,7 @@ from longctx.launch.main import app
 from tests.e2e.jobs import Job
 from tests.train.runs import RECIPE, checkpoints, losses, train, write_workplace
 
-STEPS = ("train.steps=120", "checkpoint.every=10", "checkpoint.keep=2")
+STEPS = ("train.steps=80", "train.sequences_per_step=1", "checkpoint.every=5", "checkpoint.keep=2")
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +29,19 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
 
     # SIGTERM: saved at the end of the step.
     job = Job(workplace, *STEPS)
-    job.wait_for_step(20)
+    job.wait_for_step(10)
     job.process.send_signal(signal.SIGTERM)
     status, _, stderr = job.wait()
     assert status == 128 + signal.SIGTERM
     assert "SIGTERM: the ranks save and stop" in stderr
     assert "Traceback" not in stderr
     stopped = job.metrics().steps[-1].step
-    assert 20 <= stopped < 120
+    assert 10 <= stopped < 80
     assert newest(out) == stopped
 
     # kill -9 of one rank: the other stops, and what was complete stays so.
     job = Job(workplace, *STEPS)
-    job.wait_for_step(stopped + 20)
+    job.wait_for_step(stopped + 10)
     killed = time.monotonic()
     os.kill(job.ranks()[1], signal.SIGKILL)
     status, _, stderr = job.wait()
@@ -52,13 +52,13 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
     assert "--resume auto continues from the last complete checkpoint" in stderr
     assert "Traceback" not in stderr
     saved = newest(out)
-    assert stopped < saved <= job.metrics().steps[-1].step < 120
+    assert stopped < saved <= job.metrics().steps[-1].step < 80
 
     # The same command goes on to the end.
     status, stdout, stderr = Job(workplace, *STEPS).wait()
     assert (status, stderr) == (0, "")
     assert f"Resumed from out/checkpoints/step-{saved:08d} after step {saved}." in stdout
-    assert checkpoints(out) == ["step-00000110", "step-00000120"]
+    assert checkpoints(out) == ["step-00000075", "step-00000080"]
     assert [run.step for run in job.metrics().runs] == [0, stopped, saved]
     assert sorted(path.name for path in (out / "pictures").iterdir()) == ["loss.png"]
     ranks.run(train, workplace, workplace / "whole", STEPS, size=2)
