@@ -5,8 +5,10 @@ What verification, benchmarks and the tests run on.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,10 +19,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 
 
 class LocalRankError(RuntimeError):
     """A rank raised, died, or did not answer in time; the text holds the tracebacks."""
+
+
+def _forget_meshes() -> None:
+    """Empty what DTensor remembers of meshes that are gone.
+
+    Two meshes of equal shape and names are equal to it, and so an operation on a new one may come back on an old one,
+    whose groups no longer exist or, worse, whose groups' names have been given to others.
+    """
+    debug._clear_sharding_prop_cache()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed.tensor"):
+            for value in list(vars(module).values()):
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
 
 
 def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> None:
@@ -43,6 +60,7 @@ def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> 
                 answer = (True, function(*arguments))
             finally:
                 dist.destroy_process_group()
+                _forget_meshes()
         except BaseException:  # noqa: BLE001 - told to the caller, who raises it
             answer = (False, traceback.format_exc())
         pipe.send(answer)

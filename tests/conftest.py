@@ -1,5 +1,6 @@
 """What all tests share: ranks that are started once, and memory that is poisoned."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,14 @@ import torch
 
 from longctx.parallel.local import LocalRanks
 from tests.poison import poison
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """Shells start what runs in the background with SIGINT ignored, and the processes that tests send it to inherit
+    that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longctx.data.manifest import MANIFEST_FILE
 from longctx.errors import UserError
+from longctx.files import sync
 
 _LOCK = ".lock"
 
@@ -71,7 +72,7 @@ def staging(path: Path) -> Iterator[Path]:
         with naming_disk_errors(path):
             _sync_folders(partial)
             _replace(partial, path)
-            _sync(path.parent)
+            sync(path.parent)
             # Only now: without its lock, another run would take the directory for a dead one's.
             (path / _LOCK).unlink()
     finally:
@@ -116,12 +117,4 @@ def _replace(partial: Path, path: Path) -> None:
 
 def _sync_folders(path: Path) -> None:
     for folder, _, _ in os.walk(path):
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(Path(folder))

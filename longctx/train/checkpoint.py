@@ -9,7 +9,6 @@ the next save removes.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from longctx.errors import UserError
+from longctx.files import sync
 
 _NAME = re.compile(r"step-(\d{8})")
 _TRAINER = "trainer.json"
@@ -117,12 +117,12 @@ class Checkpointer:
                 )
             text = json.dumps({"state": asdict(state), "files": sizes}, indent=1)
             (partial / _TRAINER).write_text(text, encoding="utf-8")
-            _sync(partial / _TRAINER)
-            _sync(partial)
+            sync(partial / _TRAINER)
+            sync(partial)
             if final.exists():
                 _remove(final)
             partial.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             there = list_checkpoints(self.folder)
             place = there.index(final)
             # Later ones are of an attempt that was given up when the run went back to an earlier checkpoint; kept, the
@@ -156,15 +156,6 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f"{path.name}.removed.partial")
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _causes(error: CheckpointException) -> str:

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from longctx.parallel.agreement import RankError, agreement
 from longctx.parallel.local import LocalRankError, LocalRanks
@@ -84,3 +85,18 @@ def test_mesh_puts_cp_innermost(ranks):
 def test_mesh_sizes_that_do_not_multiply_are_refused_with_the_arithmetic():
     with LocalRanks(2) as pool, pytest.raises(LocalRankError, match="dp_shard 3 x cp 1 = 3, but there are 2 ranks"):
         pool.run(mesh_of, {"dp_shard": 3})
+
+
+def sum_over_shards(extra_groups):
+    """The whole of a sharded sum, on a mesh whose groups' names depend on how many were made before it."""
+    for _ in range(extra_groups):
+        dist.new_group([0])
+    mesh = Mesh.build("cpu", dp_replicate=2, cp=2).shard
+    shards = distribute_tensor(torch.arange(8.0), mesh, [Replicate(), Shard(0)])
+    return (shards + shards).full_tensor().tolist()
+
+
+def test_meshes_of_an_earlier_call_are_forgotten(ranks):
+    want = [2.0 * x for x in range(8)]
+    for extra in (5, 0, 3):
+        assert ranks.run(sum_over_shards, extra, size=4) == [want] * 4
