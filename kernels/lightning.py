@@ -27,7 +27,7 @@ from torch import Tensor
 from longctx.kernels.recurrence import Carry, Starts, accumulation_dtype, document_ids
 
 CHUNK = 128
-"""Tokens of a chunk. Measured on an AVX-512 core at 8 heads of 128: 64 and 256 are 4 and 7 % slower."""
+"""Tokens of a chunk. On an AVX-512 core at 8 heads of 128, 64 and 256 are within a tenth of it either way."""
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,14 @@ def _data_prepare(
     heldout: Annotated[float, typer.Option(metavar="SHARE", help="The share of documents kept for evaluation.")] = 0.02,
     shard_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens in a shard.")] = "128Mi",
     workers: Annotated[
-        int | None, typer.Option(metavar="N", show_default="one for each core", help="Tokenising processes.")
+        int | None,
+        typer.Option(metavar="N", show_default="one for each core", help="Tokenising processes; bytes need one."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Tokenise text into a corpus that recipes can train on."""
+    from longctx.data.manifest import ERRORS_FILE
     from longctx.data.prepare import prepare
 
     manifest = prepare(
@@ -157,6 +159,9 @@ def _data_prepare(
     splits = ", ".join(
         f"{name} {split.documents:,} documents of {split.tokens:,} tokens" for name, split in manifest.splits.items()
     )
+    if manifest.errors:
+        skipped = ", ".join(f"{count:,} {kind}" for kind, count in manifest.errors.items())
+        say(f"Skipped: {skipped}; {out / ERRORS_FILE} names each.")
     say(f"{out}: {splits}. To look at it: longctx data inspect {out}")
 
 

@@ -215,6 +215,12 @@ def test_a_corpus_is_prepared_and_inspected(tmp_path, monkeypatch):
     assert status == 0
     assert "corpus: train 1 documents of 501 tokens" in said
     assert said.endswith("To look at it: longctx data inspect corpus\n")
+    assert "Skipped" not in said
+    (folder / "empty.txt").write_text("")
+    status, said = run(*arguments, "--overwrite", "--on-error", "skip", "--no-progress")
+    assert status == 0, said
+    assert "Skipped: 1 empty; corpus/errors.jsonl names each.\n" in said
+    (folder / "empty.txt").unlink()
     status, shown = run("data", "inspect", "corpus", "--verify")
     assert status == 0
     assert "some text" in shown

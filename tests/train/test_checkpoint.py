@@ -26,7 +26,6 @@ from longctx.train.checkpoint import (
     load_tensors,
     read_state,
 )
-from longctx.train.checkpoint import __name__ as MODULE
 
 MODEL = {"dim": 16, "vocab_size": 320}
 
@@ -244,7 +243,7 @@ def files_of_rank_1_elsewhere() -> Iterator[None]:
     def elsewhere(self, path, mode):
         return stream(self, "/dev/null" if dist.get_rank() == 1 else path, mode)
 
-    with patch.object(FileSystem, "create_stream", elsewhere), patch(f"{MODULE}.os.fsync"):
+    with patch.object(FileSystem, "create_stream", elsewhere), patch("os.fsync"):
         yield
 
 
