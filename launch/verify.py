@@ -11,8 +11,8 @@ from longctx.parallel.local import LocalRanks
 from longctx.recipe import Recipe, load
 from longctx.verify import Row, shrink, subject_of, verify
 
-BYTES_VOCABULARY = 320
-"""Rows of the embedding where neither the recipe nor a corpus says: the byte tokenizer's, rounded up."""
+BYTES_TOKENS = 257
+"""Tokens where no corpus says how many: the byte tokenizer's."""
 
 
 def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, timeout: float) -> int:
@@ -56,13 +56,11 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
 
 
 def _vocabulary(recipe: Recipe) -> int:
-    if recipe.model.vocab_size is not None:
-        return recipe.model.vocab_size
     try:
         tokens = Manifest.load(recipe.data.path).tokenizer.vocab_size
     except UserError:
-        return BYTES_VOCABULARY
-    return -(-tokens // 64) * 64
+        tokens = BYTES_TOKENS
+    return recipe.model.vocabulary_rows(tokens)
 
 
 def _parameters(rows: Sequence[Row]) -> Table:

@@ -65,7 +65,3 @@ class Mesh:
     def cp_group(self) -> dist.ProcessGroup:
         """The ranks that split this rank's sequences."""
         return self.sequence.get_group("cp")
-
-    def describe(self) -> str:
-        """One line for logs."""
-        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x cp {self.cp}"

@@ -27,8 +27,8 @@ import torch
 from longctx.data.config import DataConfig
 from longctx.data.corpus import Corpus, Index
 from longctx.errors import UserError
+from longctx.kernels.loss import IGNORE
 
-NO_LABEL = -100
 SHUFFLE_WINDOW = 2**24
 
 
@@ -142,7 +142,7 @@ class SequenceStream:
         values = self.corpus.read(document, start, stop)
         tokens.numpy()[:] = values[:count]
         labels.numpy()[: stop - start - 1] = values[1:]
-        labels.numpy()[stop - start - 1 :] = NO_LABEL
+        labels.numpy()[stop - start - 1 :] = IGNORE
 
     def _epoch(self, number: int) -> _Epoch:
         with self._lock:

@@ -8,6 +8,9 @@ from longctx.config import Config, Integer
 from longctx.mixers import MIXERS, MixerConfig
 from longctx.model.ffn import FFNS, FeedForwardConfig
 
+VOCABULARY_MULTIPLE = 64
+"""A vocabulary that the recipe does not size is rounded up to this, so that matrices are of a shape that is fast."""
+
 
 class _ModelConfig(Config):
     """`[model]`: the decoder's shape. Each mixer that the pattern names has a table of its own."""
@@ -58,6 +61,12 @@ class _ModelConfig(Config):
     def pattern(self) -> str:
         """The letter of every layer."""
         return (self.layers * self.depth)[: self.depth]
+
+    def vocabulary_rows(self, tokens: int) -> int:
+        """Rows of the embedding for a tokenizer of `tokens` tokens."""
+        if self.vocab_size is not None:
+            return self.vocab_size
+        return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def mixer(self, layer: int) -> MixerConfig:
         """The configuration of a layer's mixer."""

@@ -45,9 +45,6 @@ from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, R
 from longctx.train.process_group import device_type, peers_needed, process_group
 from longctx.train.schedule import factor
 
-VOCABULARY_MULTIPLE = 64
-"""A vocabulary that the recipe does not size is rounded up to this, so that matrices are of a shape that is fast."""
-
 
 def train(recipe: Recipe, *, out: Path, resume: str) -> None:
     """Train `recipe` into the directory `out`; every rank of a job calls it.
@@ -155,9 +152,8 @@ class _Trainer:
         return heldout_sequences(corpus, self.recipe.data.sequence_length, self.recipe.evaluation.sequences)
 
     def _vocabulary(self) -> int:
-        tokens, rows = self.stream.corpus.manifest.tokenizer.vocab_size, self.recipe.model.vocab_size
-        if rows is None:
-            return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        tokens = self.stream.corpus.manifest.tokenizer.vocab_size
+        rows = self.recipe.model.vocabulary_rows(tokens)
         if rows < tokens:
             raise UserError(f"model.vocab_size: {rows} rows, but the corpus's tokenizer has {tokens} tokens")
         return rows
