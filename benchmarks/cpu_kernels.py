@@ -1,8 +1,6 @@
-"""What the CPU kernels reach, beside the machine's own matmul rate: `python benchmarks/cpu_kernels.py [--tokens N]`.
+"""What the pointwise CPU kernels save, beside torch's own: `python benchmarks/cpu_kernels.py [--tokens N]`.
 
-One thread (a rank's share in a two-rank run on two cores), float32, median of repeats. FLOPs are those that are needed:
-for a token and head of the lightning recurrence, half a chunk of scores and of weighted values, a read and a write of
-the state.
+One thread (a rank's share in a two-rank run on two cores), median of repeats.
 """
 
 import argparse
@@ -14,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longctx.kernels import lightning
 from longctx.kernels.pointwise import rms_norm, swiglu
 
-HEADS, DIM = 8, 128
+DIM = 128
 REPEATS = 5
 
 
@@ -45,22 +42,6 @@ def backward_of(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callab
     return run
 
 
-def recurrence(tokens: int, rate: float) -> None:
-    """The lightning recurrence."""
-    q, k, v, do = (torch.randn(1, tokens, HEADS, DIM) for _ in range(4))
-    decay = -(2.0 ** -torch.arange(1.0, HEADS + 1))
-    state = torch.zeros(1, HEADS, DIM, DIM)
-    chunk, square = lightning.CHUNK * DIM, DIM * DIM
-    passes: dict[str, tuple[Callable[[], object], int]] = {
-        "summarize": (lambda: lightning.summarize(k, v, decay, ()), 2 * square),
-        "apply": (lambda: lightning.apply(q, k, v, decay, (), state), 2 * chunk + 4 * square),
-        "apply_grad": (lambda: lightning.apply_grad(q, k, v, decay, (), do, state, state), 5 * chunk + 10 * square),
-    }
-    for name, (run, flops) in passes.items():
-        reached = flops * HEADS * tokens / seconds(run)
-        print(f"lightning {name:11} {reached / 1e9:7.1f} GFLOP/s   {reached / rate:5.0%} of the matmul rate")
-
-
 def pointwise(tokens: int, dtype: torch.dtype) -> None:
     """RMSNorm and the gated unit, forward and backward, against torch's own operators."""
     x, weight = torch.randn(tokens, DIM, dtype=dtype), torch.ones(DIM, dtype=dtype)
@@ -79,11 +60,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     tokens = parser.parse_args().tokens
     torch.set_num_threads(1)
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    rate = 2 * 2048**3 / seconds(lambda: a @ b)
-    print(f"torch {torch.__version__}, 1 thread, {tokens} tokens, {HEADS} heads of {DIM}")
-    print(f"matmul 2048, float32: {rate / 1e9:.1f} GFLOP/s")
-    recurrence(tokens, rate)
+    print(f"torch {torch.__version__}, 1 thread, {tokens} tokens")
     for dtype in (torch.float32, torch.bfloat16):
         pointwise(tokens, dtype)
 

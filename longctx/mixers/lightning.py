@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels import lightning
+from longctx.kernels.library import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.model.layers import Linear
@@ -91,7 +91,7 @@ class Lightning(Mixer):
         qk, v, u = self.qkvu(x).split([2 * width, width, width], dim=-1)
         q, k = F.silu(qk).view(batch, length, 2 * self.heads, self.head_dim).chunk(2, dim=2)
         v = v.unflatten(-1, (self.heads, self.head_dim))
-        out, _ = state_scan(lightning, q, k, v, self.log_decay, layout)
+        out, _ = state_scan(ADDITIVE, q, k, v, (self.log_decay,), layout)
         return self.out(rms_norm(out.flatten(2), u, self.eps))
 
     def flops(self, layout: Layout) -> int:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from longctx.kernels import lightning, reference
+from longctx.kernels import reference
+from longctx.kernels.linear import linear_attention
 
 naive = pytest.importorskip("fla.ops.simple_gla.naive", reason="pip install 'longctx[compare]' to compare with fla")
 
@@ -24,11 +25,10 @@ def test_simple_gla_with_a_constant_gate_is_the_lightning_recurrence(length):
     want, want_state = naive.naive_recurrent_simple_gla(
         q, k, v, gates, scale=1.0, initial_state=state, output_final_state=True
     )
-    out, final = reference.lightning(q, k, v, log_decay, initial_state=state)
+    out, final = reference.linear_recurrence(q, k, v, log_decay, initial_state=state)
     torch.testing.assert_close(out, want.to(out.dtype), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(final, want_state, rtol=1e-5, atol=1e-4)
 
-    out = lightning.apply(q, k, v, log_decay, (), state)
-    final = lightning.summarize(k, v, log_decay, ()).carry_over(state)
+    out, final = linear_attention(q, k, v, log_decay, initial_state=state, final_state=True)
     torch.testing.assert_close(out, want.to(out.dtype), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(final, want_state, rtol=1e-5, atol=1e-4)

@@ -16,7 +16,7 @@ def by_the_equations(x, layer, slopes, factor, bounds):
     silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
     q, k, v = (z.unflatten(-1, (heads, -1)) for z in (silu(x @ w_q.T), silu(x @ w_k.T), x @ w_v.T))
     decays = -torch.tensor(slopes, dtype=x.dtype) * factor
-    o = reference.lightning(q, k, v, decays, bounds[:-1])[0].flatten(2)
+    o = reference.linear_recurrence(q, k, v, decays, starts=bounds[:-1])[0].flatten(2)
     normed = o / (o.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt()
     return (normed * (x @ w_u.T)) @ layer.out.weight.T
 

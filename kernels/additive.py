@@ -1,0 +1,218 @@
+"""The additive recurrence: linear attention without decay, with a scalar decay per head, or with one per channel of K.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
+
+The gates are `()`, no decay (basic linear attention), or `(g,)`, logarithms at most 0: `[H]`, constant per head
+(lightning attention, retention), `[B, T, H]` (simple GLA, Mamba-2) or `[B, T, H, K]` (GLA, HGRN-2).
+
+The four functions of `longctx.kernels.recurrence.LinearRecurrence` in torch operators, for any device. A segment is
+walked in chunks: inside a chunk the masked quadratic form, between chunks the state. With P the decayed scores of a
+chunk and the factors of `longctx.kernels.decay` (Qin et al. 2024, Lightning Attention-2, algorithms 1 and 2; Yang et
+al. 2024, Gated Linear Attention, section 4):
+
+    O  = P V + (reads Q) S            P  = pairs(Q, K)
+    S' = keeps S + (writes K)^T V
+
+    dV = P^T dO + (writes K) dS'      dP = dO V^T
+    dQ = dpairs/dQ + reads (dO S^T)
+    dK = dpairs/dK + writes (V dS'^T)
+    dS = keeps dS' + (reads Q)^T dO
+
+Everything is multiplied in the accumulation dtype (float32, or float64 for float64 input) and cast once. Backward, the
+states between chunks are made again a few chunks at a time, so that only those at the starts of such blocks are kept.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.chunks import Chunk, Heads, Walk, chunks, walk_back
+from longctx.kernels.decay import Decay, Decays, GateSums
+from longctx.kernels.recurrence import Carry, Gates, Segment
+
+CHUNK = 128
+"""Tokens of a chunk."""
+VECTOR_CHUNK = 64
+"""Tokens of a chunk where the decay is a vector: its halving has a level more for each doubling."""
+TOGETHER = 8
+"""(batch, head) pairs that are multiplied together."""
+BLOCK = 16
+"""Chunks whose states are held at once in the backward pass."""
+
+
+class _Additive(Walk):
+    """One pass over the segments of a recurrence."""
+
+    def __init__(self, k: Tensor, v: Tensor, gates: Gates) -> None:
+        super().__init__(k, v, gates, TOGETHER)
+        self.decays = Decays(gates[0] if gates else None, self)
+
+    def chunks(self, segment: Segment) -> list[Chunk]:
+        size = VECTOR_CHUNK if self.decays.vector else CHUNK
+        return chunks(segment, size, halving=self.decays.vector)
+
+    def transitions(self, segments: Sequence[Segment], gates: Gates) -> Tensor:
+        """The logarithms of the segments' transitions, `[N, B, H]` or `[N, B, H, K]`."""
+        gate = gates[0] if gates else torch.zeros(1, dtype=self.dtype, device=self.scratch.device)
+        if gate.dim() == 1:
+            totals = [gate.to(self.dtype).mul(s.size).expand(self.batch, -1) for s in segments]
+        else:
+            totals = [gate[:, s.at].sum(dim=1, dtype=torch.float64).to(self.dtype) for s in segments]
+        totals = [total.repeat_interleave(self.heads // total.shape[1], dim=1) for total in totals]
+        reset = zip(totals, segments, strict=True)
+        return torch.stack([torch.full_like(t, float("-inf")) if s.starts else t for t, s in reset])
+
+    def write(self, state: Tensor, keys: Tensor, values: Tensor, decay: Decay) -> None:
+        """S' from S, in place."""
+        written = self.scaled("written", keys, decay.writes)
+        state.mul_(decay.keeps).baddbmm_(written.transpose(1, 2), values)
+
+
+def segment_length(heads: int, length: int, device: torch.device) -> int:
+    """One segment, as long as there are tokens: torch operators fill a CPU with a chunk of several heads."""
+    del heads, device
+    return max(length, 1)
+
+
+def summarize(k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment]) -> Carry:
+    """Pass 1. Shapes as in `LinearRecurrence`, the gates as in the module's docstring."""
+    walk = _Additive(k, v, gates)
+    states = walk.states(segments, walk.value_dim)
+    for number, segment in enumerate(segments):
+        # What precedes a segment's last document cannot leave it.
+        begin = segment.begin + (segment.starts[-1] if segment.starts else 0)
+        live = [chunk for chunk in walk.chunks(segment) if chunk.end > begin]
+        for heads in walk.groups():
+            state = walk.state(states[number], heads)
+            for chunk in live:
+                keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
+                walk.write(state, keys, values, walk.decays.of(heads, chunk))
+            walk.put_state(states[number], heads, state)
+    return Carry(walk.transitions(segments, gates), states)
+
+
+def apply(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Pass 2."""
+    walk = _Additive(k, v, gates)
+    out = walk.outputs(q, v)
+    ends = walk.states(segments, walk.value_dim)
+    for number, segment in enumerate(segments):
+        parts = walk.chunks(segment)
+        for heads in walk.groups():
+            state = walk.state(states[number], heads)
+            for chunk in parts:
+                keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
+                decay = walk.decays.of(heads, chunk)
+                for nth in range(walk.repeats(q)):
+                    queries = walk.load("q", q, heads, chunk, nth)
+                    scores = decay.pairs(queries, keys, walk.scratch("scores", heads.count, chunk.size, chunk.size))
+                    result = walk.product("o", scores, values)
+                    walk.store(
+                        out, heads, chunk, result.baddbmm_(walk.scaled("read", queries, decay.reads), state), nth
+                    )
+                walk.write(state, keys, values, decay)
+            walk.put_state(ends[number], heads, state)
+    return out, ends
+
+
+def summarize_grad(q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor) -> Carry:
+    """Pass 1 backward; of k and v only the shapes are used."""
+    walk = _Additive(k, v, gates)
+    dstates = walk.states(segments, walk.value_dim)
+    for number, segment in enumerate(segments):
+        # What follows a segment's first start never read the state that came in.
+        end = segment.begin + segment.starts[0] if segment.starts else segment.end
+        live = [chunk for chunk in walk.chunks(segment) if chunk.begin < end]
+        for heads in walk.groups():
+            dstate = walk.state(dstates[number], heads)
+            for chunk in reversed(live):
+                decay = walk.decays.of(heads, chunk)
+                dstate.mul_(decay.keeps)
+                for nth in range(walk.repeats(q)):
+                    queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
+                    dstate.baddbmm_(walk.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+            walk.put_state(dstates[number], heads, dstate)
+    return Carry(walk.transitions(segments, gates), dstates)
+
+
+class _Backward:
+    """Pass 2 backward: the gradients, filled a block of chunks at a time, from the last to the first."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, do: Tensor, gate_grads: bool) -> None:
+        self.walk = walk = _Additive(k, v, gates)
+        self.q, self.k, self.v, self.do = q, k, v, do
+        self.dq, self.dk, self.dv = (walk.gradient(x) for x in (q, k, v))
+        self.dg: Tensor | None = None
+        self.constant = walk.decays.constant
+        if gates and gate_grads:
+            g = gates[0].new_empty(walk.heads) if self.constant else gates[0]
+            shape = (walk.heads,) if self.constant else g.shape if g.dim() == 4 else (*g.shape, 1)
+            self.dg = torch.zeros(shape, dtype=walk.dtype, device=g.device)
+
+    def advance(self, heads: Heads, chunk: Chunk, state: Tensor) -> None:
+        """The state behind a chunk from that before it, in place."""
+        walk = self.walk
+        keys, values = walk.load("k", self.k, heads, chunk), walk.load("v", self.v, heads, chunk)
+        walk.write(state, keys, values, walk.decays.of(heads, chunk))
+
+    def chunk(self, heads: Heads, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
+        """The gradients of a chunk; `dstate` becomes that of the state before it, in place."""
+        walk, square = self.walk, (heads.count, chunk.size, chunk.size)
+        decay = walk.decays.of(heads, chunk)
+        keys, values = walk.load("k", self.k, heads, chunk), walk.load("v", self.v, heads, chunk)
+        dk = walk.product("dk", values, dstate.transpose(1, 2)).mul_(decay.writes)
+        dv = walk.product("dv", walk.scaled("written", keys, decay.writes), dstate)
+        sums = None if self.dg is None else GateSums(walk, decay, keys, dk, state, dstate)
+        dstate.mul_(decay.keeps)
+        for nth in range(walk.repeats(self.q)):
+            queries, grads = walk.load("q", self.q, heads, chunk, nth), walk.load("do", self.do, heads, chunk, nth)
+            scores = decay.pairs(queries, keys, walk.scratch("scores", *square))
+            dv.baddbmm_(scores.transpose(1, 2), grads)
+            dq = walk.product("dq", grads, state.transpose(1, 2)).mul_(decay.reads)
+            if sums is not None:
+                sums.read.addcmul_(queries, dq)
+            dscores = walk.product("dscores", grads, values.transpose(1, 2))
+            decay.pairs_grad(dscores, scores, queries, keys, dq, dk, None if sums is None else sums.dg)
+            dstate.baddbmm_(walk.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+            walk.store(self.dq, heads, chunk, dq, nth)
+        walk.store(self.dk, heads, chunk, dk)
+        walk.store(self.dv, heads, chunk, dv)
+        if sums is not None:
+            self._store_gates(heads, chunk, sums.finish())
+
+    def _store_gates(self, heads: Heads, chunk: Chunk, dg: Tensor) -> None:
+        assert self.dg is not None
+        if self.constant:
+            self.dg[heads.first : heads.last] += dg.sum(dim=(1, 2)).view(-1, heads.last - heads.first).sum(dim=0)
+        else:
+            self.walk.store(self.dg, heads, chunk, dg)
+
+    def gates(self, gates: Gates) -> tuple[Tensor | None, ...]:
+        """The gradients of the gates, in their shapes."""
+        if self.dg is None:
+            return tuple(None for _ in gates)
+        like = gates[0]
+        dg = self.dg.view(like.shape[0], -1).sum(dim=1) if self.constant else self.dg.view(like.shape)
+        return (dg.to(like.dtype),)
+
+
+def apply_grad(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    segments: Sequence[Segment],
+    do: Tensor,
+    states: Tensor,
+    dends: Tensor,
+    gate_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor]:
+    """Pass 2 backward."""
+    backward = _Backward(q, k, v, gates, do, gate_grads)
+    parts = [backward.walk.chunks(segment) for segment in segments]
+    dstates = walk_back(backward.walk, parts, states, dends, backward.advance, backward.chunk, BLOCK)
+    dq, dk, dv = (d.to(x.dtype) for d, x in zip((backward.dq, backward.dk, backward.dv), (q, k, v), strict=True))
+    return dq, dk, dv, backward.gates(gates), dstates

@@ -1,0 +1,213 @@
+"""Linear attention on one device, and the scan that it shares with sequences that lie over ranks.
+
+A sequence is cut into pieces, and a piece into segments. Forward: every segment is summarized, the summaries of a
+piece are combined, `Plan.gather` brings those of all pieces together, and each segment is applied with the state that
+it receives. Backward alike, from the last piece to the first. On one device there is one piece and nothing to gather.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.arguments import check_cu_seqlens, check_state
+from longctx.kernels.library import ADDITIVE, DELTA
+from longctx.kernels.recurrence import (
+    Carry,
+    Gates,
+    LinearRecurrence,
+    Segment,
+    accumulation_dtype,
+    combine,
+    exclusive_scan,
+    state_heads,
+)
+
+
+def _nothing_to_gather(carries: Sequence[Carry]) -> list[Carry]:
+    return list(carries)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the tokens at hand make up a sequence.
+
+    `pieces` are this device's, in the order in which they lie here, `numbers` their places among all `count` pieces of
+    the sequence. `gather` takes the carries of this device's pieces, in that order, and returns those of all pieces in
+    the order of the sequence.
+    """
+
+    pieces: tuple[Segment, ...]
+    numbers: tuple[int, ...] = (0,)
+    count: int = 1
+    gather: Callable[[Sequence[Carry]], list[Carry]] = _nothing_to_gather
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial_state: Tensor,
+        recurrence: LinearRecurrence,
+        plan: Plan,
+        *gates: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        size = recurrence.segment_length(q.shape[0] * initial_state.shape[1], q.shape[1], q.device)
+        cut = [piece.cut(size) for piece in plan.pieces]
+        segments = [segment for piece in cut for segment in piece]
+        if plan.count == 1 and len(segments) == 1:
+            states = initial_state[None]
+            out, ends = recurrence.apply(q, k, v, gates, segments, states)
+            final = ends[0]
+        else:
+            carries = _split(recurrence.summarize(k, v, gates, segments), cut)
+            received = exclusive_scan(plan.gather([reduce(combine, piece) for piece in carries]), initial_state)
+            firsts = [received[number] for number in plan.numbers]
+            parts = [exclusive_scan(piece, first)[:-1] for piece, first in zip(carries, firsts, strict=True)]
+            states, final = torch.stack([state for part in parts for state in part]), received[-1]
+            out, _ = recurrence.apply(q, k, v, gates, segments, states)
+        ctx.save_for_backward(q, k, v, states, *gates)
+        ctx.recurrence, ctx.plan, ctx.cut, ctx.segments = recurrence, plan, cut, segments
+        ctx.set_materialize_grads(False)
+        # Another tensor than the one that came in, where there is no token to change it.
+        return out, final.clone() if final is initial_state else final
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, states, *gates = ctx.saved_tensors
+        recurrence, plan = ctx.recurrence, ctx.plan
+        gates = tuple(gates)
+        if do is None:
+            do = v.new_zeros((*q.shape[:2], max(q.shape[2], states.shape[2]), v.shape[3]))
+        dfinal = torch.zeros_like(states[0]) if dfinal is None else dfinal
+        alone = plan.count == 1 and len(ctx.segments) == 1
+        dinitial: Tensor | None = None
+        if alone:
+            dends = dfinal[None]
+        else:
+            carries = _split(recurrence.summarize_grad(q, k, v, gates, ctx.segments, do), ctx.cut)
+            backward = [list(reversed(piece)) for piece in carries]
+            gathered = plan.gather([reduce(combine, piece) for piece in backward])
+            flowing = exclusive_scan(reversed(gathered), dfinal)
+            firsts = [flowing[plan.count - 1 - number] for number in plan.numbers]
+            parts = [exclusive_scan(piece, first)[:-1] for piece, first in zip(backward, firsts, strict=True)]
+            dends = torch.stack([dend for part in parts for dend in reversed(part)])
+            dinitial = flowing[-1]
+        gate_grads = any(ctx.needs_input_grad[6:])
+        dq, dk, dv, dgates, dstates = recurrence.apply_grad(q, k, v, gates, ctx.segments, do, states, dends, gate_grads)
+        dinitial = dstates[0] if alone else dinitial
+        return dq, dk, dv, dinitial if ctx.needs_input_grad[3] else None, None, None, *dgates
+
+
+def _split(carry: Carry, cut: Sequence[Sequence[Segment]]) -> list[list[Carry]]:
+    """The carries of each piece's segments, from those of all."""
+    numbers = iter(range(sum(len(piece) for piece in cut)))
+    return [[carry[next(numbers)] for _ in piece] for piece in cut]
+
+
+def scan(
+    recurrence: LinearRecurrence,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    plan: Plan,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A linear recurrence over the tokens of a plan: o `[B, T, Ho, V]` in v's dtype and the state after the sequence.
+
+    Shapes as in `LinearRecurrence`. initial_state `[B, H, K, V]` in the accumulation dtype is what the first piece
+    receives, zero by default. Differentiable in q, k, v, the gates and initial_state.
+    """
+    recurrence.check(q, k, v, gates)
+    if initial_state is None:
+        shape = (q.shape[0], state_heads(k, v, gates), q.shape[3], v.shape[3])
+        initial_state = torch.zeros(shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+    check_state("initial_state", initial_state, q, k, v, gates)
+    out, final = _Scan.apply(q, k, v, initial_state, recurrence, plan, *gates)  # type: ignore[no-untyped-call]
+    return out, final
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    cu_seqlens: Sequence[int] | None = None,
+    continued: bool = False,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: Tensor | None = None,
+    final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Every linear mixer of this library on one device: `S_t = A_t S_{t-1} + k_t w_t^T`, `o_t = scale S_t^T q_t`.
+
+    Without beta `A_t = diag(exp(log_decay_t))` and `w_t = v_t`: basic linear attention (no log_decay), lightning
+    attention and retention (`[H]`), simple GLA and Mamba-2 (`[B, T, H]`), GLA and HGRN-2 (`[B, T, H, K]`). With beta
+    the delta rule, `A_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t))`, `w_t = beta_t v_t`: DeltaNet, Gated DeltaNet
+    (log_decay `[B, T, H]`), KDA (`[B, T, H, K]`). `longctx.kernels.reference.linear_recurrence` says it token by token.
+
+    Shapes: q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]` of one dtype; beta `[B, T, H]`. The most heads of
+    k, v and the gates are those of the state; each of these and q may have a divisor of them, q also a multiple, and
+    nothing is repeated in memory. `cu_seqlens` are the cumulated lengths of packed documents; each of them begins with
+    an empty state, except the first where it is `continued` from initial_state `[B, H, K, V]` (float32, or float64 for
+    float64 tokens), which without cu_seqlens the sequence always is. `normalize` divides o_t by `scale sum_j a_tj + eps`, a_tj
+    the weights that multiply the values (Katharopoulos et al. 2020, eq. 4): a value channel of ones, so that the states
+    have V + 1 channels; it needs features that are not negative.
+
+    Returns o `[B, T, max(Hq, H), V]` and, where `final_state`, the state after the last token. Differentiable in every
+    tensor. Raises ValueError where an argument does not fit, naming it.
+    """
+    gates = tuple(x for x in (beta, log_decay) if x is not None)
+    recurrence = ADDITIVE if beta is None else DELTA
+    length = q.shape[1] if q.dim() > 1 else 0
+    starts: tuple[int, ...] = ()
+    if cu_seqlens is not None:
+        bounds = tuple(int(c) for c in cu_seqlens)
+        check_cu_seqlens(bounds, length)
+        starts = bounds[1:-1] if continued else bounds[:-1]
+        if initial_state is not None and not continued:
+            raise ValueError("initial_state is given, but the first document is not `continued` and would drop it")
+    if scale != 1.0:
+        q = q * scale
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    out, final = scan(recurrence, q, k, v, gates, Plan((Segment(0, length, starts),)), initial_state)
+    if normalize:
+        out = out[..., :-1] / (out[..., -1:] + eps)
+    return out, final if final_state else None
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None, beta: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of generation: o `[B, max(Hq, H), V]` and the new state, for the state `[B, H, K, V]` before it.
+
+    Shapes: q `[B, Hq, K]`, k `[B, Hk, K]`, v `[B, Hv, V]`, log_decay `[H]`, `[B, H]` or `[B, H, K]`, beta `[B, H]`. The
+    same equations as `linear_attention` with scale 1, computed in the state's dtype; differentiable by autograd.
+    """
+    heads = state.shape[1]
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.to(state.dtype).repeat_interleave(heads // x.shape[1], dim=1)
+
+    keys, values = grouped(k), grouped(v)
+    if log_decay is not None:
+        decay = grouped(log_decay[None] if log_decay.dim() == 1 else log_decay).exp()
+        state = state * (decay[..., None] if decay.dim() == 3 else decay[..., None, None])
+    if beta is not None:
+        values = grouped(beta)[..., None] * (values - torch.einsum("bhk,bhkv->bhv", keys, state))
+    state = state + keys[..., None] * values[..., None, :]
+    queries = grouped(q) if q.shape[1] < heads else q.to(state.dtype)
+    queries = queries.unflatten(1, (heads, -1))
+    out = torch.einsum("bhrk,bhkv->bhrv", queries, state).flatten(1, 2)
+    return out.to(v.dtype), state
