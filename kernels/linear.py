@@ -134,6 +134,20 @@ def scan(
     return out, final
 
 
+DENOMINATOR_EPS = 1e-6
+"""Added to the denominator."""
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """v `[..., V]` with a channel of ones, whose output is the sum of an output's weights."""
+    return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+
+
+def divided(out: Tensor, eps: float = DENOMINATOR_EPS) -> Tensor:
+    """Outputs `[..., V]` divided by the sums of their weights, from those of `with_ones`, `[..., V + 1]`."""
+    return out[..., :-1] / (out[..., -1:] + eps)
+
+
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -145,7 +159,7 @@ def linear_attention(
     cu_seqlens: Sequence[int] | None = None,
     continued: bool = False,
     normalize: bool = False,
-    eps: float = 1e-6,
+    eps: float = DENOMINATOR_EPS,
     initial_state: Tensor | None = None,
     final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -160,9 +174,9 @@ def linear_attention(
     k, v and the gates are those of the state; each of these and q may have a divisor of them, q also a multiple, and
     nothing is repeated in memory. `cu_seqlens` are the cumulated lengths of packed documents; each of them begins with
     an empty state, except the first where it is `continued` from initial_state `[B, H, K, V]` (float32, or float64 for
-    float64 tokens), which without cu_seqlens the sequence always is. `normalize` divides o_t by `scale sum_j a_tj + eps`, a_tj
-    the weights that multiply the values (Katharopoulos et al. 2020, eq. 4): a value channel of ones, so that the states
-    have V + 1 channels; it needs features that are not negative.
+    float64 tokens), which without cu_seqlens the sequence always is. `normalize` divides o_t by
+    `scale sum_j a_tj + eps`, a_tj the weights that multiply the values (Katharopoulos et al. 2020, eq. 4): a value
+    channel of ones, so that the states have V + 1 channels; it needs features that are not negative.
 
     Returns o `[B, T, max(Hq, H), V]` and, where `final_state`, the state after the last token. Differentiable in every
     tensor. Raises ValueError where an argument does not fit, naming it.
@@ -180,10 +194,10 @@ def linear_attention(
     if scale != 1.0:
         q = q * scale
     if normalize:
-        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        v = with_ones(v)
     out, final = scan(recurrence, q, k, v, gates, Plan((Segment(0, length, starts),)), initial_state)
     if normalize:
-        out = out[..., :-1] / (out[..., -1:] + eps)
+        out = divided(out, eps)
     return out, final if final_state else None
 
 

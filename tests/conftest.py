@@ -1,10 +1,15 @@
 """What all tests share: ranks that are started once, and memory that is poisoned."""
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton's kernels are defined: without a GPU they run in its interpreter, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from longctx.parallel.local import LocalRanks
 from tests.poison import poison

@@ -1,0 +1,302 @@
+"""The Triton kernels on a GPU: checked, tuned, timed. `bash benchmarks/gpu.sh` runs it with all that it needs.
+
+    python benchmarks/gpu_kernels.py --check                         forward and backward against float64, only
+    python benchmarks/gpu_kernels.py --out DIR --seconds 400         tune, save, and print the table
+
+Times are medians of repeats by CUDA events, the second-level cache flushed before each. The floor of a row is what must
+move at least: q, k, v, decay in and o out (forward), with do in and dq, dk, dv, ddecay out and the inputs again
+(forward and backward), at the bandwidth that a copy of 1 GiB reached in the same run. Softmax attention has the same
+floor, without a decay; that it does more is the point of linear attention.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from longctx.kernels import triton_additive, tuning
+from longctx.kernels.linear import linear_attention
+from longctx.kernels.recurrence import Segment
+
+DEVICE = torch.device("cuda")
+REPEATS = 5
+SOFTMAX_LONGEST = 65536
+MIXERS = {"constant": "lightning", "scalar": "simple GLA", "vector": "GLA"}
+Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One sequence of `tokens`, `heads` of `dim`."""
+
+    tokens: int
+    heads: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"T {self.tokens // 1024}K  H {self.heads}  d {self.dim}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, times in ms."""
+
+    shape: Shape
+    what: str
+    forward: float
+    both: float
+    forward_share: float
+    both_share: float
+
+
+# The most important first: what does not fit the time is dropped from the end.
+SHAPES = [
+    Shape(65536, 16, 128),
+    Shape(8192, 64, 128),
+    Shape(1048576, 8, 128),
+    Shape(65536, 16, 64),
+    Shape(8192, 8, 128),
+    Shape(262144, 32, 128),
+    Shape(1048576, 8, 64),
+    Shape(8192, 64, 64),
+    Shape(65536, 64, 128),
+    Shape(8192, 8, 64),
+]
+
+
+def log_decay(decay: str, shape: Shape) -> Tensor:
+    """Decays of e^-0.01 to e^-0.3 or so, float32."""
+    if decay == "constant":
+        return -(2.0 ** -torch.arange(2.0, 2 + shape.heads, device=DEVICE).clamp(max=10))
+    channels = (shape.dim,) if decay == "vector" else ()
+    return F.logsigmoid(torch.randn(1, shape.tokens, shape.heads, *channels, device=DEVICE) + 4)
+
+
+def draw(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v, do."""
+    return [
+        torch.randn(1, shape.tokens, shape.heads, shape.dim, dtype=dtype, device=DEVICE) * (0.1 if i == 1 else 1)
+        for i in range(4)
+    ]
+
+
+def check() -> None:
+    """Forward and backward against float64, which takes the torch operators, over segments with documents."""
+    failed = False
+    for decay in tuning.DECAYS:
+        for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+            torch.manual_seed(0)
+            shape = Shape(2500, 3, 48)
+            q, k, v, do = draw(shape, dtype)
+            results = []
+            for wide in (dtype, torch.float64):
+                leaves = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
+                gate = log_decay(decay, shape) if not results else results[0][0]
+                leaf = gate.detach().to(torch.float64 if wide == torch.float64 else torch.float32).requires_grad_()
+                out, _ = linear_attention(*leaves, leaf, cu_seqlens=(0, 700, 1500, 2500))
+                out.backward(do.to(wide))
+                results.append((gate, out, *(x.grad for x in leaves), leaf.grad))
+            for name, got, want in zip(("o", "dq", "dk", "dv", "dg"), results[0][1:], results[1][1:], strict=True):
+                error = ((got.double() - want).norm() / want.norm()).item()
+                # The gradient of a constant decay is a small difference of the tokens' large terms.
+                allowed = bound * (100 if decay == "constant" and name == "dg" else 5 if name == "dg" else 1)
+                near = error < allowed
+                failed = failed or not near
+                print(f"{decay:9} {dtype!s:15} {name:3} {error:.1e}{'' if near else '  TOO FAR'}")
+    if failed:
+        raise SystemExit("the kernels differ from float64")
+
+
+def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
+    """Median time of a call; two of them warm up."""
+    run()
+    run()
+    times = []
+    for _ in range(REPEATS):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth(flush: Tensor) -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.zeros(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), flush) * 1000
+
+
+def pass_of(name: str, decay: str, dim: int) -> Callable[[], object]:
+    """A call whose time tells that of one of tuning.KERNELS."""
+    shape = Shape(32768, 16, dim)
+    q, k, v, do = draw(shape)
+    gates = (log_decay(decay, shape),)
+    segments = Segment(0, shape.tokens).cut(triton_additive.segment_length(shape.heads, shape.tokens, DEVICE))
+    if name == "summary":
+        return lambda: triton_additive.summarize(k, v, gates, segments)
+    states = triton_additive.summarize(k, v, gates, segments).state
+    if name == "apply":
+        return lambda: triton_additive.apply(q, k, v, gates, segments, states)
+    gate_grads = decay != "constant"
+    return lambda: triton_additive.apply_grad(q, k, v, gates, segments, do, states, states, gate_grads)
+
+
+def before(deadline: float) -> Callable[[object], bool]:
+    """Whether there is time for another attempt."""
+    return lambda _: time.monotonic() < deadline
+
+
+def tune(seconds: float) -> None:
+    """Measure tile sizes in bf16, a share of the time for each kernel; the sizes near the table's are tried first."""
+    finish = time.monotonic() + seconds
+    jobs = [(name, decay, dim) for dim in (128, 64) for decay in tuning.DECAYS for name in tuning.KERNELS]
+    while jobs:
+        (name, decay, dim), *jobs = jobs
+        together = tuning.choose(f"dk_dv/{decay}", dim, dim, torch.bfloat16, DEVICE)
+        fused = together["block_k"] >= dim and together["block_v"] >= dim
+        if name in (("dk", "dv") if fused else ("dk_dv",)):
+            continue
+        deadline = time.monotonic() + (finish - time.monotonic()) / (len(jobs) + 1)
+        kernel = f"{name}/{decay}"
+        attempts = takewhile(before(deadline), tuning.candidates(kernel, dim, dim, torch.bfloat16, DEVICE))
+        best = tuning.tune(kernel, dim, dim, torch.bfloat16, DEVICE, pass_of(name, decay, dim), attempts)
+        print(f"tuned {kernel:17} {dim:4}  {best}")
+
+
+def floor_bytes(shape: Shape, decay: str | None) -> tuple[int, int]:
+    """Bytes that must move, forward, and forward and backward."""
+    tensor = 2 * shape.tokens * shape.heads * shape.dim
+    gate = {"scalar": 4 * shape.tokens * shape.heads, "vector": 2 * tensor}.get(decay or "", 0)
+    return 4 * tensor + gate, 11 * tensor + 3 * gate
+
+
+def ours(decay: str) -> Run:
+    """The kernels here."""
+    return lambda q, k, v, g: linear_attention(q, k, v, g)[0]
+
+
+def peer(decay: str) -> tuple[str, Run] | None:
+    """fla's operator of the same recurrence, None where fla is not installed."""
+    try:
+        if decay == "constant":
+            lightning = importlib.import_module("fla.ops.lightning_attn").chunk_lightning_attn
+            return "fla chunk_lightning_attn", lambda q, k, v, g: lightning(q, k, v, layer_idx=0, num_layers=12)[0]
+        if decay == "scalar":
+            simple = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+            return "fla chunk_simple_gla", lambda q, k, v, g: simple(q, k, v, g=g, scale=1.0)[0]
+        gla = importlib.import_module("fla.ops.gla").chunk_gla
+        return "fla chunk_gla", lambda q, k, v, g: gla(q, k, v, g=g, scale=1.0)[0]
+    except ImportError:
+        return None
+
+
+def softmax(backend: SDPBackend) -> Run:
+    """Causal attention of torch; heads before tokens is its order, and the views cost nothing."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    return run
+
+
+def entries() -> Iterator[tuple[Shape, str | None, str, Run]]:
+    """What to measure, the most important first."""
+    for shape in SHAPES:
+        for decay, mixer in MIXERS.items():
+            yield shape, decay, f"longctx {mixer}", ours(decay)
+            other = peer(decay)
+            if other is not None:
+                yield shape, decay, *other
+        if shape.tokens <= SOFTMAX_LONGEST:
+            yield shape, None, "torch softmax, flash", softmax(SDPBackend.FLASH_ATTENTION)
+            yield shape, None, "torch softmax, cuDNN", softmax(SDPBackend.CUDNN_ATTENTION)
+
+
+def measure(shape: Shape, decay: str | None, what: str, run: Run, bandwidth: float, flush: Tensor) -> Row:
+    """Forward, and forward with backward. The constant decay has no gradient, as in the models."""
+    q, k, v, do = draw(shape)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    if decay is not None:
+        inputs.append(log_decay(decay, shape).requires_grad_(decay != "constant"))
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(*inputs)
+
+    def both() -> None:
+        out = run(*inputs)
+        torch.autograd.grad(out, [x for x in inputs if x.requires_grad], do)
+
+    times = milliseconds(forward, flush), milliseconds(both, flush)
+    floors = [size / bandwidth * 1000 for size in floor_bytes(shape, decay)]
+    return Row(shape, what, *times, floors[0] / times[0], floors[1] / times[1])
+
+
+def table(finish: float, bandwidth: float, flush: Tensor) -> tuple[list[Row], list[str]]:
+    """The rows that the time allows, and what was left out and why."""
+    rows, dropped = [], []
+    for shape, decay, what, run in entries():
+        name = f"{shape}  {what}"
+        if time.monotonic() > finish:
+            dropped.append(f"{name}: no time left")
+            continue
+        try:
+            rows.append(measure(shape, decay, what, run, bandwidth, flush))
+        except Exception as error:  # noqa: BLE001 - a peer that fails is a line of the report, not the end of it
+            dropped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}")
+        torch.cuda.empty_cache()
+    return rows, dropped
+
+
+def main() -> None:
+    """Tune, measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--seconds", type=float, default=400)
+    arguments = parser.parse_args()
+    if arguments.check:
+        return check()
+    began = time.monotonic()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    tune(0.45 * arguments.seconds)
+    tuning.save(arguments.out / "tuning.json")
+    bandwidth = copy_bandwidth(flush)
+    # The last row may begin just before this time, and its kernels take seconds to compile.
+    rows, dropped = table(began + 0.93 * arguments.seconds, bandwidth, flush)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_bytes_per_second": bandwidth,
+        "rows": [asdict(row) for row in rows],
+        "dropped": dropped,
+    }
+    (arguments.out / "table.json").write_text(json.dumps(report, indent=1) + "\n")
+    for line in dropped:
+        print(f"left out: {line}")
+    print(f"\n{report['device']}, torch {torch.__version__}, bf16; a copy reaches {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'':22} {'':26} {'forward':>20} {'forward + backward':>20}")
+    for row in rows:
+        times = f"{row.forward:9.2f} ms {row.forward_share:7.0%} {row.both:9.2f} ms {row.both_share:7.0%}"
+        print(f"{row.shape!s:22} {row.what:26} {times}")
+
+
+if __name__ == "__main__":
+    main()
