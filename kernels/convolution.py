@@ -139,13 +139,13 @@ def _backward(
     dshift = x.new_zeros(0 if bias is None else x.shape[2], dtype=dtype)
     for number, (first, last) in enumerate(zip(bounds[::2], bounds[1::2], strict=True)):
         batches, tokens = _tiles(x, last - first)
-        hidden = [_hidden(starts, first, first + begin, first + end, width) for begin, end in tokens]
         for batch in batches:
             segment, dsegment, grads = x[batch, first:last], dx[batch, first:last], dy[batch, first:last]
             # The last W - 1 tokens of a tile have gradients from the next one too: they wait for it.
             waiting = torch.zeros(segment.shape[0], width - 1, x.shape[2], dtype=dtype, device=x.device)
-            for (begin, end), unseen in zip(tokens, hidden, strict=True):
-                tile = _Tile(segment, before[number, batch], begin, end, unseen)
+            for begin, end in tokens:
+                hidden = _hidden(starts, first, first + begin, first + end, width)
+                tile = _Tile(segment, before[number, batch], begin, end, hidden)
                 grad = grads[:, begin:end].to(dtype)
                 if activation == "silu":
                     grad = torch.ops.aten.silu_backward(grad, tile.summed(rows, shift))

@@ -7,7 +7,6 @@ it receives. Backward alike, from the last piece to the first. On one device the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from longctx.kernels.recurrence import (
     LinearRecurrence,
     Segment,
     accumulation_dtype,
-    combine,
     exclusive_scan,
     state_heads,
 )
+from longctx.kernels.segments import scan_segments, whole
 
 
 def _nothing_to_gather(carries: Sequence[Carry]) -> list[Carry]:
@@ -67,10 +66,7 @@ class _Scan(torch.autograd.Function):
             final = ends[0]
         else:
             carries = _split(recurrence.summarize(k, v, gates, segments), cut)
-            received = exclusive_scan(plan.gather([reduce(combine, piece) for piece in carries]), initial_state)
-            firsts = [received[number] for number in plan.numbers]
-            parts = [exclusive_scan(piece, first)[:-1] for piece, first in zip(carries, firsts, strict=True)]
-            states, final = torch.stack([state for part in parts for state in part]), received[-1]
+            states, final = _scanned(carries, plan, initial_state, reverse=False)
             out, _ = recurrence.apply(q, k, v, gates, segments, states)
         ctx.save_for_backward(q, k, v, states, *gates)
         ctx.recurrence, ctx.plan, ctx.cut, ctx.segments = recurrence, plan, cut, segments
@@ -92,23 +88,32 @@ class _Scan(torch.autograd.Function):
             dends = dfinal[None]
         else:
             carries = _split(recurrence.summarize_grad(q, k, v, gates, ctx.segments, do), ctx.cut)
-            backward = [list(reversed(piece)) for piece in carries]
-            gathered = plan.gather([reduce(combine, piece) for piece in backward])
-            flowing = exclusive_scan(reversed(gathered), dfinal)
-            firsts = [flowing[plan.count - 1 - number] for number in plan.numbers]
-            parts = [exclusive_scan(piece, first)[:-1] for piece, first in zip(backward, firsts, strict=True)]
-            dends = torch.stack([dend for part in parts for dend in reversed(part)])
-            dinitial = flowing[-1]
+            dends, dinitial = _scanned(carries, plan, dfinal, reverse=True)
         gate_grads = any(ctx.needs_input_grad[6:])
         dq, dk, dv, dgates, dstates = recurrence.apply_grad(q, k, v, gates, ctx.segments, do, states, dends, gate_grads)
         dinitial = dstates[0] if alone else dinitial
         return dq, dk, dv, dinitial if ctx.needs_input_grad[3] else None, None, None, *dgates
 
 
-def _split(carry: Carry, cut: Sequence[Sequence[Segment]]) -> list[list[Carry]]:
+def _split(carry: Carry, cut: Sequence[Sequence[Segment]]) -> list[Carry]:
     """The carries of each piece's segments, from those of all."""
-    numbers = iter(range(sum(len(piece) for piece in cut)))
-    return [[carry[next(numbers)] for _ in piece] for piece in cut]
+    sizes = [len(piece) for piece in cut]
+    parts = zip(carry.transition.split(sizes), carry.state.split(sizes), strict=True)
+    return [Carry(transition, state) for transition, state in parts]
+
+
+def _scanned(carries: Sequence[Carry], plan: Plan, state: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """What each segment receives, `[N, B, H, K, V]`, and what comes out behind the whole sequence.
+
+    carries: those of the segments of each of this device's pieces. In reverse, the sequence runs from its end.
+    """
+    if plan.count == 1:
+        return scan_segments(carries[0], state, reverse=reverse)
+    gathered = plan.gather([whole(piece, reverse=reverse) for piece in carries])
+    received = exclusive_scan(reversed(gathered) if reverse else gathered, state)
+    places = [plan.count - 1 - number if reverse else number for number in plan.numbers]
+    parts = [scan_segments(c, received[p], reverse=reverse)[0] for c, p in zip(carries, places, strict=True)]
+    return torch.cat(parts), received[-1]
 
 
 def scan(

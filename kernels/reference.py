@@ -56,6 +56,32 @@ def linear_recurrence(
     return torch.stack(out, dim=1) if out else q.new_zeros(batch, 0, q.shape[2], v.shape[-1]), state
 
 
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    starts: tuple[int, ...] = (),
+    before: Tensor | None = None,
+) -> Tensor:
+    """`y_t = activation(bias + sum_{i < W} weight[:, i] x_{t - (W - 1) + i})`, token by token (causal_conv1d's order).
+
+    A token sees those before it from the start of its document on; the first document goes on from `before`.
+    Shapes: x `[B, T, D]`, weight `[D, W]`, bias `[D]`, before `[B, W - 1, D]`, zeros by default; activation None or
+    "silu". Returns `[B, T, D]`.
+    """
+    taps, out = weight.shape[1], []
+    line = x if before is None else torch.cat([before, x], dim=1)
+    first = x.shape[1] - line.shape[1]
+    for t in range(x.shape[1]):
+        begin = max((start for start in starts if start <= t), default=first)
+        y = torch.zeros_like(x[:, t]) if bias is None else bias.expand_as(x[:, t])
+        for seen in range(max(begin, t - taps + 1), t + 1):
+            y = y + weight[:, taps - 1 - (t - seen)] * line[:, seen - first]
+        out.append(y / (1 + torch.exp(-y)) if activation == "silu" else y)
+    return torch.stack(out, dim=1) if out else torch.zeros_like(x)
+
+
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`softmax(scale q k^T + mask) v` with the whole score matrix, and the log-sum-exp of its rows.
 

@@ -1,9 +1,32 @@
 """Token mixers, by their letters in `model.layers`. A new one is a file here and a name in `MIXERS`."""
 
 from longctx.mixers.base import Mixer, MixerConfig
+from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
+from longctx.mixers.gla import GlaConfig
+from longctx.mixers.hgrn2 import Hgrn2Config
+from longctx.mixers.lightnet import LightNetConfig
 from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.linear import LinearConfig
+from longctx.mixers.mamba2 import Mamba2Config
+from longctx.mixers.retention import RetentionConfig
+from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 
-MIXERS: dict[str, type[MixerConfig]] = {config.letter: config for config in (LightningConfig, SoftmaxConfig)}
+_CONFIGS: tuple[type[MixerConfig], ...] = (
+    LightningConfig,
+    SoftmaxConfig,
+    LinearConfig,
+    RetentionConfig,
+    SimpleGlaConfig,
+    Mamba2Config,
+    GlaConfig,
+    Hgrn2Config,
+    LightNetConfig,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    KdaConfig,
+)
+
+MIXERS: dict[str, type[MixerConfig]] = {config.letter: config for config in _CONFIGS}
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig"]

@@ -2,7 +2,8 @@
 
 Matrices from N(0, 1 / fan_in); those that write into the residual stream (`out`, `down`) scaled by a further
 `1 / sqrt(2 depth)`, so that the stream's variance does not grow with the depth (Radford et al. 2019); embedding rows
-from N(0, 1 / D), so that tied logits start at unit scale; norms 1. Every matrix is drawn in float32 on the CPU, one at
+from N(0, 1 / D), so that tied logits start at unit scale; norms 1; what a module's `initial(name, shape, generator)`
+says (decays, biases, convolutions). Every matrix is drawn in float32 on the CPU, one at
 a time, whatever the model's dtype, device and sharding: the same numbers on one rank and on N, and no rank holds the
 whole model.
 """
@@ -33,8 +34,11 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Draw every parameter and fill every buffer of a model that may be sharded, or fresh from the meta device."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            std = getattr(module, "init_std", None)
-            if std is None:
+            std, initial = getattr(module, "init_std", None), getattr(module, "initial", None)
+            if initial is not None:
+                local = name.removeprefix(f"{prefix}.")
+                _fill(parameter, initial(local, parameter.shape, _generator(seed, name)))
+            elif std is None:
                 _fill(parameter, torch.ones(parameter.shape))
             else:
                 _fill(parameter, torch.randn(parameter.shape, generator=_generator(seed, name)) * std)

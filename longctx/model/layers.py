@@ -29,3 +29,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class SelfInitialised(nn.Module):
+    """A layer whose parameters say themselves what they begin as, to `longctx.model.initialise` too."""
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The first value of the parameter `name`, float32 on the CPU."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill this layer's own parameters, with torch's global generator."""
+        for name, parameter in self.named_parameters(recurse=False):
+            with torch.device("cpu"):
+                value = self.initial(name, parameter.shape, torch.default_generator)
+            parameter.copy_(value)

@@ -3,7 +3,15 @@
 import torch
 
 from longctx.mixers import MIXERS, Mixer, MixerConfig
+from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
+from longctx.mixers.gla import GlaConfig
+from longctx.mixers.hgrn2 import Hgrn2Config
+from longctx.mixers.lightnet import LightNetConfig
 from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.linear import LinearConfig
+from longctx.mixers.mamba2 import Mamba2Config
+from longctx.mixers.retention import RetentionConfig
+from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
 
@@ -12,6 +20,16 @@ DIM = 12
 CONFIGS: dict[str, MixerConfig] = {
     "L": LightningConfig(heads=3, head_dim=5),
     "S": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4),
+    "B": LinearConfig(heads=6, kv_heads=3, head_dim=5, feature_map="hedgehog"),
+    "R": RetentionConfig(heads=3, head_dim=6),
+    "I": SimpleGlaConfig(heads=3, head_dim=5, value_dim=7),
+    "M": Mamba2Config(heads=4, head_dim=5, state_dim=7, groups=2),
+    "G": GlaConfig(heads=3, head_dim=5, value_dim=7, gate_rank=4, conv=3),
+    "H": Hgrn2Config(heads=3, head_dim=5, value_dim=7),
+    "N": LightNetConfig(heads=3, head_dim=5, value_dim=7, gate_rank=4),
+    "D": DeltaNetConfig(heads=3, head_dim=5, negative_eigenvalues=True),
+    "E": GatedDeltaNetConfig(heads=3, head_dim=5),
+    "K": KdaConfig(heads=3, head_dim=5, value_dim=7, conv=0),
 }
 """By letter: head widths that are no powers of two, and heads that do not make up the model's width."""
 

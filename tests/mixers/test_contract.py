@@ -31,6 +31,7 @@ def on_rank(letter, dtype):
 @pytest.mark.parametrize(("size", "dtype", "bound"), [(2, torch.float64, 1e-10), (4, torch.float32, 1e-5)])
 def test_every_layout_equals_one_rank(ranks, letter, size, dtype, bound):
     answers = ranks.run(on_rank, letter, dtype, size=size)
+    largest: dict[str, float] = {}
     for number, (bounds, order) in enumerate(CASES):
         mixer, (x, dy) = built(letter), draw(bounds[-1])
         x.requires_grad_()
@@ -41,7 +42,11 @@ def test_every_layout_equals_one_rank(ranks, letter, size, dtype, bound):
         pairs = [("y", layout.unshard(outs), y.detach()), ("dx", layout.unshard(dxs), x.grad)]
         pairs += [(name, sum(d[name].double() for d in dweights), p.grad) for name, p in mixer.named_parameters()]
         for name, got, want in pairs:
-            assert (got - want).norm() <= bound * want.norm(), f"{name} {bounds} {order}"
+            # In float32 a gradient that is 0 but for rounding (a mean over one token has none for its weights) is
+            # measured against the largest that the parameter has had, in float64 against itself.
+            largest[name] = max(largest.get(name, 0.0), want.norm().item())
+            scale = largest[name] if dtype == torch.float32 else want.norm()
+            assert (got - want).norm() <= bound * scale, f"{name} {bounds} {order}"
 
 
 @each_mixer

@@ -1,0 +1,143 @@
+"""The delta rule and its gated forms: DeltaNet, Gated DeltaNet and Kimi Delta Attention.
+
+q, k, v = SiLU(conv(x W_q)), SiLU(conv(x W_k)), SiLU(conv(x W_v)), q and k made unit vectors, q over sqrt(K)
+b = sigmoid(x W_b), one per head (twice that with `negative_eigenvalues`)
+S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T      o_t = S_t^T q_t
+
+DeltaNet (Yang et al. 2024): a = 1                                              y = RMSNorm per head of o, W_o
+Gated DeltaNet (Yang et al. 2025): log a = -exp(A) softplus(x W_a + c), per head      ... * SiLU(x W_g), W_o
+KDA (Kimi Linear, 2025): log a = -exp(A) softplus(x W_1 W_2 + c), per channel   ... * sigmoid(x W_3 W_4), W_o
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from longctx.config import Integer
+from longctx.kernels.library import DELTA
+from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, StepDecay, unit
+from longctx.model.layers import Linear
+from longctx.parallel.layout import Layout
+from longctx.parallel.scan import state_scan
+
+
+class _DeltaConfig(HeadsConfig):
+    """The keys that the three have in common."""
+
+    conv: Integer = Field(default=4, ge=0, le=8)
+    """Tokens of the short convolution on q, k and v, which SiLU follows; 0 for none."""
+    negative_eigenvalues: bool = False
+    """Let b reach 2 instead of 1, so that a transition can change signs (Grazzi et al. 2024)."""
+
+
+class DeltaNetConfig(_DeltaConfig):
+    """`[model.deltanet]`: the delta rule without decay (letter D)."""
+
+    name: ClassVar[str] = "deltanet"
+    letter: ClassVar[str] = "D"
+
+    def shrunk(self) -> "DeltaNetConfig":
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "DeltaNet":
+        return DeltaNet(self, dim, depth, eps)
+
+
+class GatedDeltaNetConfig(_DeltaConfig):
+    """`[model.gated_deltanet]`: the delta rule with a decay per head (letter E)."""
+
+    name: ClassVar[str] = "gated_deltanet"
+    letter: ClassVar[str] = "E"
+
+    value_dim: Integer | None = Field(default=None, gt=0)
+    """Width of values per head; twice that of keys where absent."""
+
+    def shrunk(self) -> "GatedDeltaNetConfig":
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "GatedDeltaNet":
+        return GatedDeltaNet(self, dim, depth, eps)
+
+
+class KdaConfig(_DeltaConfig):
+    """`[model.kda]`: Kimi Delta Attention, the delta rule with a decay per channel (letter K)."""
+
+    name: ClassVar[str] = "kda"
+    letter: ClassVar[str] = "K"
+
+    value_dim: Integer | None = Field(default=None, gt=0)
+    """Width of values per head; that of keys where absent."""
+
+    def shrunk(self) -> "KdaConfig":
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "Kda":
+        return Kda(self, dim, depth, eps)
+
+
+class _Delta(LinearMixer):
+    """What the three have in common."""
+
+    writes = 2
+
+    def __init__(self, config: _DeltaConfig, dim: int, depth: int, value_dim: int) -> None:
+        self.head_dim, self.limit = config.key_dim(dim), 2.0 if config.negative_eigenvalues else 1.0
+        width = config.heads * self.head_dim
+        super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
+        self.beta = Linear(dim, config.heads)
+
+    def read(self, x: Tensor, layout: Layout, *decay: Tensor) -> Tensor:
+        """o `[B, T_local, H, V]` by the rule, with the logarithms of the decays if there are any."""
+        q, k, v = self.project(x, layout)
+        if self.conv is None:
+            q, k, v = (nn.functional.silu(y) for y in (q, k, v))
+        q, k = unit(q) * self.head_dim**-0.5, unit(k)
+        beta = self.limit * self.beta(x).sigmoid()
+        out, _ = state_scan(DELTA, q, k, v, (beta, *decay), layout)
+        return out
+
+
+class DeltaNet(_Delta):
+    """The layer; see the module's docstring."""
+
+    def __init__(self, config: DeltaNetConfig, dim: int, depth: int, eps: float) -> None:
+        super().__init__(config, dim, depth, config.key_dim(dim))
+        self.norm = HeadNorm(self.head_dim, eps)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same."""
+        return self.out(self.norm(self.read(x, layout)).flatten(2))
+
+
+class GatedDeltaNet(_Delta):
+    """The layer; see the module's docstring."""
+
+    def __init__(self, config: GatedDeltaNetConfig, dim: int, depth: int, eps: float) -> None:
+        value_dim = config.value_dim or 2 * config.key_dim(dim)
+        super().__init__(config, dim, depth, value_dim)
+        self.step, self.decay = Linear(dim, config.heads), StepDecay(config.heads, config.heads)
+        self.gate = Linear(dim, config.heads * value_dim)
+        self.norm = HeadNorm(value_dim, eps, "silu")
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same."""
+        log_decay, _ = self.decay(self.step(x))
+        return self.out(self.norm(self.read(x, layout, log_decay), self.gate(x)).flatten(2))
+
+
+class Kda(_Delta):
+    """The layer; see the module's docstring. The low-rank matrices have the width of a head."""
+
+    def __init__(self, config: KdaConfig, dim: int, depth: int, eps: float) -> None:
+        value_dim = config.value_dim or config.key_dim(dim)
+        super().__init__(config, dim, depth, value_dim)
+        width = config.heads * self.head_dim
+        self.step, self.decay = LowRank(dim, value_dim, width), StepDecay(config.heads, width)
+        self.gate = LowRank(dim, value_dim, config.heads * value_dim, bias=True)
+        self.norm = HeadNorm(value_dim, eps, "sigmoid")
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same."""
+        log_decay, _ = self.decay(self.step(x).unflatten(-1, (self.heads, self.head_dim)))
+        return self.out(self.norm(self.read(x, layout, log_decay), self.gate(x)).flatten(2))

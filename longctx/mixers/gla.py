@@ -1,0 +1,70 @@
+"""Gated linear attention (Yang et al. 2024, sections 4.3 and 4.4): a data-dependent decay for each channel of K.
+
+q, k, v = x W_q / sqrt(K), x W_k, x W_v
+log_decay = log(sigmoid(x W_1 W_2 + b)) / 16, one per head and channel of K
+S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T      o_t = S_t^T q_t
+y = (RMSNorm per head of o * SiLU(x W_g)) W_o
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from longctx.config import Integer
+from longctx.kernels.library import ADDITIVE
+from longctx.mixers.base import head_dim_problems
+from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, log_sigmoid
+from longctx.model.layers import Linear
+from longctx.parallel.layout import Layout
+from longctx.parallel.scan import state_scan
+
+
+class GlaConfig(HeadsConfig):
+    """`[model.gla]`: gated linear attention, with a data-dependent decay per channel (letter G)."""
+
+    name: ClassVar[str] = "gla"
+    letter: ClassVar[str] = "G"
+
+    head_dim: Integer | None = Field(default=None, gt=0)
+    """Width of keys per head; `dim / (2 heads)` where absent."""
+    value_dim: Integer | None = Field(default=None, gt=0)
+    """Width of values per head; twice that of keys where absent."""
+    conv: Integer = Field(default=0, ge=0, le=8)
+    """Tokens of a short convolution on q, k and v, followed by SiLU; 0 for none."""
+    gate_rank: Integer = Field(default=16, gt=0)
+    """Rank of the matrix that makes the decays."""
+    gate_divisor: float = Field(default=16.0, gt=0)
+    """Divides the logarithm of the sigmoid: the larger, the slower the state fades at first."""
+
+    def problems(self, dim: int) -> list[str]:
+        return head_dim_problems(dim, 2 * self.heads, self.head_dim)
+
+    def key_dim(self, dim: int) -> int:
+        return self.head_dim or dim // (2 * self.heads)
+
+    def shrunk(self) -> "GlaConfig":
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12, "gate_rank": 4})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "Gla":
+        return Gla(self, dim, depth, eps)
+
+
+class Gla(LinearMixer):
+    """The layer."""
+
+    def __init__(self, config: GlaConfig, dim: int, depth: int, eps: float) -> None:
+        self.head_dim, self.gate_divisor = config.key_dim(dim), config.gate_divisor
+        value_dim = config.value_dim or 2 * self.head_dim
+        width = config.heads * self.head_dim
+        super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
+        self.decay = LowRank(dim, config.gate_rank, width, bias=True)
+        self.gate = Linear(dim, config.heads * value_dim)
+        self.norm = HeadNorm(value_dim, eps, "silu")
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """See the module's docstring; `[B, T_local, D]` to the same."""
+        q, k, v = self.project(x, layout)
+        log_decay = log_sigmoid(self.decay(x), self.gate_divisor).view(k.shape)
+        out, _ = state_scan(ADDITIVE, q * self.head_dim**-0.5, k, v, (log_decay,), layout)
+        return self.out(self.norm(out, self.gate(x)).flatten(2))

@@ -1,0 +1,64 @@
+"""LightNet (Qin et al. 2024, You Only Scan Once, section 3): keys normalised by a running softmax over the sequence.
+
+q, v = SiLU(x W_q), x W_v        z_t = log sum_{s <= t} exp(x_s W_k), for each channel of K
+S_t = diag(exp(z_{t-1} - z_t)) S_{t-1} + exp(x_t W_k - z_t) v_t^T        o_t = S_t^T q_t / sqrt(K)
+y = (RMSNorm(o) * SiLU(x W_1 W_2)) W_o
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from longctx.config import Integer
+from longctx.kernels.library import ADDITIVE
+from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank
+from longctx.parallel.layout import Layout
+from longctx.parallel.prefix import log_cumsum_exp
+from longctx.parallel.scan import state_scan
+
+
+class LightNetConfig(HeadsConfig):
+    """`[model.lightnet]`: linear attention whose keys are a running softmax (letter N)."""
+
+    name: ClassVar[str] = "lightnet"
+    letter: ClassVar[str] = "N"
+
+    value_dim: Integer | None = Field(default=None, gt=0)
+    """Width of values per head; that of keys where absent."""
+    conv: Integer = Field(default=0, ge=0, le=8)
+    """Tokens of a short convolution on q, k and v, followed by SiLU; 0 for none."""
+    gate_rank: Integer = Field(default=128, gt=0)
+    """Rank of the matrix that makes the output gate."""
+
+    def shrunk(self) -> "LightNetConfig":
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12, "gate_rank": 4})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "LightNet":
+        return LightNet(self, dim, depth, eps)
+
+
+class LightNet(LinearMixer):
+    """The layer."""
+
+    def __init__(self, config: LightNetConfig, dim: int, depth: int, eps: float) -> None:
+        self.head_dim = config.key_dim(dim)
+        width, value_width = config.heads * self.head_dim, config.heads * (config.value_dim or self.head_dim)
+        super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv)
+        self.gate = LowRank(dim, config.gate_rank, value_width)
+        self.norm = HeadNorm(value_width, eps, "silu")
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """See the module's docstring; `[B, T_local, D]` to the same."""
+        q, k, v = self.project(x, layout)
+        logits = k.to(accumulation_dtype(k.dtype)).flatten(2)
+        z, before = log_cumsum_exp(logits, layout)
+        # Where a document begins there is nothing before, and the recurrence drops the state by itself.
+        log_decay = torch.where(before == float("-inf"), 0.0, before - z).clamp(max=0.0)
+        keys = torch.exp(logits - z)
+        q = F.silu(q) * self.head_dim**-0.5
+        out, _ = state_scan(ADDITIVE, q, keys.view(k.shape).to(k.dtype), v, (log_decay.view(k.shape),), layout)
+        return self.out(self.norm(out.flatten(2), self.gate(x)))

@@ -1,0 +1,89 @@
+"""Basic linear attention (Katharopoulos et al. 2020): a feature map in the place of the exponential, and no decay.
+
+q, k = phi(x W_q), phi(x W_k)      S_t = S_{t-1} + k_t v_t^T      o_t = S_t^T q_t [/ (sum_j k_j . q_t + eps)]
+y = o W_o        or, without the denominator, RMSNorm per head of o before W_o
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from longctx.config import Integer
+from longctx.kernels.library import ADDITIVE
+from longctx.kernels.linear import divided, with_ones
+from longctx.mixers.base import Mixer
+from longctx.mixers.features import NOT_NEGATIVE, feature_map
+from longctx.mixers.parts import HeadNorm, HeadsConfig
+from longctx.model.layers import Linear
+from longctx.parallel.layout import Layout
+from longctx.parallel.scan import state_scan
+
+
+class LinearConfig(HeadsConfig):
+    """`[model.linear]`: basic linear attention, without decay (letter B)."""
+
+    name: ClassVar[str] = "linear"
+    letter: ClassVar[str] = "B"
+
+    kv_heads: Integer | None = Field(default=None, gt=0)
+    """Key/value heads, a divisor of `heads`, which have the states; `heads` where absent."""
+    feature_map: Literal["identity", "relu", "silu", "elu1", "hedgehog"] = "elu1"
+    """What acts on queries and keys; `hedgehog` is learned, and doubles the keys' width."""
+    normalize: bool = True
+    """Divide each output by the sum of its weights; else it is normed per head."""
+
+    def problems(self, dim: int) -> list[str]:
+        found = super().problems(dim)
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
+        if self.normalize and self.feature_map not in NOT_NEGATIVE:
+            found.append(
+                f"normalize: {self.feature_map} has negative features, whose sum may be 0; set normalize = false or "
+                f"take one of {', '.join(NOT_NEGATIVE)}"
+            )
+        return found
+
+    def shrunk(self) -> "LinearConfig":
+        kv_heads = self.kv_heads or self.heads
+        few, group = min(kv_heads, 2), min(self.heads // kv_heads, 4)
+        return self.model_copy(update={"heads": few * group, "kv_heads": few, "head_dim": 8})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "BasicLinear":
+        return BasicLinear(self, dim, depth, eps)
+
+
+class BasicLinear(Mixer):
+    """The layer."""
+
+    def __init__(self, config: LinearConfig, dim: int, depth: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.head_dim = config.key_dim(dim)
+        self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.feature_q, self.feature_dim = feature_map(config.feature_map, self.heads, self.head_dim)
+        self.feature_k, _ = feature_map(config.feature_map, self.kv_heads, self.head_dim)
+        self.norm = None if config.normalize else HeadNorm(self.head_dim, eps)
+        self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """See the module's docstring; `[B, T_local, D]` to the same."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = self.feature_q(q), self.feature_k(k)
+        if self.norm is None:
+            out, _ = state_scan(ADDITIVE, q, k, with_ones(v), (), layout)
+            o = divided(out)
+        else:
+            out, _ = state_scan(ADDITIVE, q, k, v, (), layout)
+            o = self.norm(out)
+        return self.out(o.flatten(2))
+
+    def flops(self, layout: Layout) -> int:
+        """Projections, and per token a write for each state and a read for each query head."""
+        projections = self.qkv.flops_per_token + self.out.flops_per_token
+        channels = self.head_dim + (self.norm is None)
+        learned = [f for f in (self.feature_q, self.feature_k) if any(True for _ in f.parameters())]
+        maps = sum(2 * heads * self.head_dim**2 for heads, _ in zip((self.heads, self.kv_heads), learned, strict=False))
+        states = 2 * (self.heads + self.kv_heads) * self.feature_dim * channels
+        return layout.local_length * (projections + maps + states)

@@ -1,0 +1,103 @@
+"""Mamba-2 (Dao & Gu 2024, section 7): a state-space model with a scalar decay per head, by its dual form.
+
+    z, u, dt = x W_z, SiLU(conv(x W_u)), x W_dt            u = (v, k, q): in the paper's names x, B, C
+    dt = softplus(dt + dt_bias)      log_decay = -exp(A_log) dt
+    S_t = exp(log_decay_t) S_{t-1} + k_t (dt_t v_t)^T      o_t = S_t^T q_t + D v_t
+    y = RMSNorm(o * SiLU(z)) W_o
+
+Heads of a group share q and k; the norm is over all heads together.
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longctx.config import Integer
+from longctx.kernels.library import ADDITIVE
+from longctx.mixers.base import Mixer, MixerConfig
+from longctx.mixers.parts import ShortConvolution, StepDecay
+from longctx.model.layers import Linear, RMSNorm
+from longctx.parallel.layout import Layout
+from longctx.parallel.scan import state_scan
+
+
+class Mamba2Config(MixerConfig):
+    """`[model.mamba2]`: Mamba-2's state-space layer (letter M)."""
+
+    name: ClassVar[str] = "mamba2"
+    letter: ClassVar[str] = "M"
+
+    heads: Integer = Field(gt=0)
+    """Heads, each with a decay and a state of its own."""
+    head_dim: Integer | None = Field(default=None, gt=0)
+    """Width of values per head (the paper's P); `2 dim / heads` where absent."""
+    state_dim: Integer = Field(default=128, gt=0)
+    """Width of keys (the paper's N)."""
+    groups: Integer = Field(default=1, gt=0)
+    """Groups of heads that share queries and keys; a divisor of `heads`."""
+    conv: Integer = Field(default=4, ge=1, le=8)
+    """Tokens of the short convolution."""
+
+    def problems(self, dim: int) -> list[str]:
+        found = []
+        if self.head_dim is None and 2 * dim % self.heads:
+            found.append(f"heads: {self.heads} heads do not divide 2 * dim {2 * dim}; give head_dim, or another number")
+        if self.heads % self.groups:
+            found.append(f"groups: {self.groups} groups do not divide {self.heads} heads")
+        return found
+
+    def shrunk(self) -> "Mamba2Config":
+        groups = min(self.groups, 2)
+        return self.model_copy(update={"heads": 2 * groups, "groups": groups, "head_dim": 8, "state_dim": 12})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "Mamba2":
+        return Mamba2(self, dim, depth, eps)
+
+
+class Skip(nn.Module):
+    """`D v`, one D per head, at first 1."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads))
+
+    def forward(self, v: Tensor) -> Tensor:
+        """`[B, T, H, V]` to the same."""
+        return v * self.weight[:, None]
+
+
+class Mamba2(Mixer):
+    """The layer; z, u and dt come from one projection."""
+
+    def __init__(self, config: Mamba2Config, dim: int, depth: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.groups, self.state_dim = config.heads, config.groups, config.state_dim
+        self.head_dim = config.head_dim or 2 * dim // config.heads
+        self.width = self.heads * self.head_dim
+        mixed = self.width + 2 * self.groups * self.state_dim
+        self.inner = Linear(dim, self.width + mixed + self.heads)
+        self.conv = ShortConvolution(mixed, config.conv, bias=True)
+        self.decay = StepDecay(self.heads, self.heads)
+        self.skip = Skip(self.heads)
+        self.norm = RMSNorm(self.width, eps)
+        self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """See the module's docstring; `[B, T_local, D]` to the same."""
+        keys = self.groups * self.state_dim
+        z, u, dt = self.inner(x).split([self.width, self.width + 2 * keys, self.heads], dim=-1)
+        v, k, q = self.conv(u, layout).split([self.width, keys, keys], dim=-1)
+        v, k, q = (y.unflatten(-1, (heads, -1)) for y, heads in ((v, self.heads), (k, self.groups), (q, self.groups)))
+        log_decay, step = self.decay(dt)
+        written = (v * step[..., None]).to(v.dtype)
+        out, _ = state_scan(ADDITIVE, q, k, written, (log_decay,), layout)
+        o = out + self.skip(v)
+        return self.out(self.norm(o.flatten(2) * F.silu(z)))
+
+    def flops(self, layout: Layout) -> int:
+        """Projections and convolution, and per token and head a write and a read of the state."""
+        per_token = sum(module.flops_per_token for module in (self.inner, self.conv, self.out))
+        return layout.local_length * (per_token + 4 * self.heads * self.head_dim * self.state_dim)

@@ -1,0 +1,169 @@
+"""What the linear mixers are put together from."""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longctx.config import Integer
+from longctx.kernels.pointwise import rms_norm
+from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.model.layers import Linear, SelfInitialised
+from longctx.parallel.convolution import short_convolution
+from longctx.parallel.layout import Layout
+
+
+class HeadsConfig(MixerConfig):
+    """The keys of a mixer with heads of equal width."""
+
+    heads: Integer = Field(gt=0)
+    """Heads, each with a state of its own."""
+    head_dim: Integer | None = Field(default=None, gt=0)
+    """Width of keys per head; `dim / heads` where absent."""
+
+    def problems(self, dim: int) -> list[str]:
+        return head_dim_problems(dim, self.heads, self.head_dim)
+
+    def key_dim(self, dim: int) -> int:
+        """K for a model of width `dim`."""
+        return self.head_dim or dim // self.heads
+
+
+class ShortConvolution(SelfInitialised):
+    """A causal convolution of each channel over `width` tokens, then SiLU; documents do not see each other."""
+
+    def __init__(self, channels: int, width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The first value of a parameter: uniform up to `width^-1/2`, as torch's convolutions."""
+        bound = self.weight.shape[1] ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same."""
+        return short_convolution(x, self.weight, self.bias, layout, activation="silu")
+
+    @property
+    def flops_per_token(self) -> int:
+        """A product and a sum for each tap."""
+        return 2 * self.weight.numel()
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head's output, times a weight per channel; where there is a gate, times its activation."""
+
+    def __init__(self, value_dim: int, eps: float, activation: str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(value_dim))
+        self.eps, self.activation = eps, activation
+
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`[B, T, H, V]` to the same; gate of the same shape, or `[B, T, H V]`."""
+        normed = rms_norm(o, self.weight, self.eps)
+        if gate is None:
+            return normed
+        gate = F.silu(gate) if self.activation == "silu" else torch.sigmoid(gate)
+        return normed * gate.view(normed.shape)
+
+
+class LowRank(SelfInitialised):
+    """A matrix as the product of two narrow ones, with a bias where asked for."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.down, self.up = Linear(inputs, rank), Linear(rank, outputs)
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.reset_parameters()
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The first value of the bias."""
+        return torch.zeros(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., outputs]`."""
+        y = self.up(self.down(x))
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of both matrices."""
+        return self.down.flops_per_token + self.up.flops_per_token
+
+
+class StepDecay(SelfInitialised):
+    """`log_decay = -exp(A_log) dt`, `dt = softplus(x + dt_bias)` (Dao & Gu 2024, Mamba-2, section 7).
+
+    exp(A_log), one for each head, begins uniform in [1, 16]; dt_bias, for each channel of x, where dt is log-uniform in
+    [0.001, 0.1]. Computed in the accumulation dtype.
+    """
+
+    def __init__(self, heads: int, channels: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The first value of a parameter."""
+        uniform = torch.rand(shape, generator=generator)
+        if name == "A_log":
+            return (1 + 15 * uniform).log()
+        dt = torch.exp(math.log(0.001) + uniform * (math.log(0.1) - math.log(0.001)))
+        return dt + torch.log(-torch.expm1(-dt))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x `[B, T, H]` or `[B, T, H, K]`: the logarithms of the decays, and dt, in the same shape."""
+        dtype = accumulation_dtype(x.dtype)
+        dt = F.softplus(x.to(dtype) + self.dt_bias.to(dtype).view(x.shape[2:]))
+        rate = self.A_log.to(dtype).exp()
+        return -(rate if x.dim() == 3 else rate[:, None]) * dt, dt
+
+
+def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
+    """`log(sigmoid(x)) / divisor` in the accumulation dtype: decays near 1 (Yang et al. 2024, GLA, section 4.3)."""
+    return F.logsigmoid(x.to(accumulation_dtype(x.dtype))) / divisor
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the accumulation dtype and cast once."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    return (wide * (wide.square().sum(dim=-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+class LinearMixer(Mixer):
+    """A mixer whose q, k and v come from one projection, perhaps through a short convolution.
+
+    `q_width`, `k_width`, `v_width` are channels of all heads together. A subclass says what its gates are and which
+    recurrence reads them; whatever of it has `flops_per_token` is counted.
+    """
+
+    writes = 1
+    """Times that a token's state is gone over to write: 2 with the delta rule."""
+
+    def __init__(self, dim: int, depth: int, heads: int, widths: tuple[int, int, int], conv: int) -> None:
+        super().__init__()
+        self.heads, self.widths = heads, widths
+        self.qkv = Linear(dim, sum(widths))
+        self.conv = ShortConvolution(sum(widths), conv) if conv else None
+        self.out = Linear(widths[2], dim, scale=(2 * depth) ** -0.5)
+
+    def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v by heads, `[B, T_local, H, K]` and `[B, T_local, H, V]`, after the convolution if there is one."""
+        qkv = self.qkv(x)
+        if self.conv is not None:
+            qkv = self.conv(qkv, layout)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.widths, dim=-1))
+        return q, k, v
+
+    def flops(self, layout: Layout) -> int:
+        """Projections and convolutions, and per token and head the writes and a read of the state."""
+        per_token = sum(getattr(module, "flops_per_token", 0) for module in self.children())
+        key_dim, value_dim = self.widths[1] // self.heads, self.widths[2] // self.heads
+        return layout.local_length * (per_token + 2 * (self.writes + 1) * self.heads * key_dim * value_dim)

@@ -1,0 +1,59 @@
+"""Linear attention with a data-dependent decay per head (simple GLA; the gate of Gated RFA, Peng et al. 2021).
+
+q, k, v = SiLU(conv(x W_q)) / sqrt(K), SiLU(conv(x W_k)), SiLU(conv(x W_v))
+log_decay = log(sigmoid(x W_a)) / 16, one per head
+S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T      o_t = S_t^T q_t
+y = (RMSNorm per head of o * SiLU(x W_g)) W_o
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from longctx.config import Integer
+from longctx.kernels.library import ADDITIVE
+from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, log_sigmoid
+from longctx.model.layers import Linear
+from longctx.parallel.layout import Layout
+from longctx.parallel.scan import state_scan
+
+
+class SimpleGlaConfig(HeadsConfig):
+    """`[model.simple_gla]`: linear attention with a data-dependent decay per head (letter I)."""
+
+    name: ClassVar[str] = "simple_gla"
+    letter: ClassVar[str] = "I"
+
+    value_dim: Integer | None = Field(default=None, gt=0)
+    """Width of values per head; that of keys where absent."""
+    conv: Integer = Field(default=4, ge=0, le=8)
+    """Tokens of the short convolution on q, k and v; 0 for none."""
+    gate_divisor: float = Field(default=16.0, gt=0)
+    """Divides the logarithm of the sigmoid: the larger, the slower the state fades at first."""
+
+    def shrunk(self) -> "SimpleGlaConfig":
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12})
+
+    def build(self, dim: int, layer: int, depth: int, eps: float) -> "SimpleGla":
+        return SimpleGla(self, dim, depth, eps)
+
+
+class SimpleGla(LinearMixer):
+    """The layer."""
+
+    def __init__(self, config: SimpleGlaConfig, dim: int, depth: int, eps: float) -> None:
+        self.head_dim, self.gate_divisor = config.key_dim(dim), config.gate_divisor
+        value_dim = config.value_dim or self.head_dim
+        width = config.heads * self.head_dim
+        super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
+        self.decay = Linear(dim, config.heads)
+        self.gate = Linear(dim, config.heads * value_dim)
+        self.norm = HeadNorm(value_dim, eps, "silu")
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """See the module's docstring; `[B, T_local, D]` to the same."""
+        q, k, v = self.project(x, layout)
+        log_decay = log_sigmoid(self.decay(x), self.gate_divisor)
+        out, _ = state_scan(ADDITIVE, q * self.head_dim**-0.5, k, v, (log_decay,), layout)
+        return self.out(self.norm(out, self.gate(x)).flatten(2))
