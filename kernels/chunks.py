@@ -20,14 +20,18 @@ class Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """The buffer of this name in a shape; what it held under another one is lost."""
-        size = torch.Size(shape).numel()
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
-        return buffer[:size].view(shape)
+        view = self._views.get((name, shape))
+        if view is None:
+            size = torch.Size(shape).numel()
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.numel() < size:
+                buffer = self._buffers[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+            view = self._views[name, shape] = buffer[:size].view(shape)
+        return view
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def chunks(segment: Segment, size: int, *, halving: bool) -> list[Chunk]:
 
     `halving`: their rows are a power of two, for what splits a chunk into halves again and again.
     """
-    parts = segment.cut(size)
+    parts = segment.cut(size) if segment.size else []
     return [Chunk(p.begin, p.end, p.starts, power_of_two(p.size) if halving else p.size) for p in parts]
 
 

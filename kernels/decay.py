@@ -22,6 +22,10 @@ from longctx.kernels.chunks import Chunk, Heads, Scratch, Walk
 from longctx.kernels.recurrence import document_ids
 
 
+LEAST = -1e4
+"""A logarithm whose exponential is 0."""
+
+
 class Documents:
     """Which tokens of a chunk see which, `[C, C]`, and which touch the state, `[C, 1]`: ones and zeros."""
 
@@ -147,13 +151,19 @@ class VectorDecay(Decay):
         self._g, self._scratch = g, scratch
 
     def _reads(self) -> Tensor:
-        return torch.cumsum(self._g, dim=1).exp_()
+        if "_levels" in self.__dict__:
+            return self._scratch("prefix", *self._g.shape).exp_()
+        return self._summed(self.documents.lower).exp_()
 
     def _writes(self) -> Tensor:
-        # The sum behind each token, from the end.
-        behind = torch.zeros_like(self._g, memory_format=torch.contiguous_format)
-        behind[:, :-1] = self._g[:, 1:].flip(1).cumsum(dim=1).flip(1)
-        return behind.exp_()
+        if "_levels" in self.__dict__:
+            return self._scratch("suffix", *self._g.shape).exp_()
+        # The sum behind each token.
+        return self._summed(self.documents.strictly_lower.T).exp_()
+
+    def _summed(self, ones: Tensor) -> Tensor:
+        """`ones @ g`: sums over tokens, as a product of matrices, which is faster than a running sum."""
+        return torch.bmm(ones.expand(self._g.shape[0], -1, -1), self._g)
 
     def _keeps(self) -> Tensor:
         return self._g.sum(dim=1).exp_()[..., None]
@@ -194,7 +204,8 @@ class VectorDecay(Decay):
 
     def pairs(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
         out.zero_()
-        out.diagonal(dim1=1, dim2=2).copy_((x * y).sum(dim=2))
+        product = torch.mul(x, y, out=self._scratch("product", *x.shape))
+        torch.sum(product, dim=2, out=out.diagonal(dim1=1, dim2=2))
         for half, right, left in self._levels:
             ends, begins = self._halves(x, y, half, right, left)
             block = self._scratch("block", ends.shape[0], half, half)
@@ -218,16 +229,23 @@ class VectorDecay(Decay):
             source = self._blocks(d, half)
             block = self._scratch("block", *source.shape).copy_(source).view(-1, half, half)
             shape = (x.shape[0], -1, 2, half, x.shape[2])
-            dends = torch.bmm(block, begins, out=self._scratch("dends", *ends.shape))
-            dbegins = torch.bmm(block.transpose(1, 2), ends, out=self._scratch("dbegins", *ends.shape))
+            # Of single tokens a matrix is a number.
+            multiply = torch.mul if half == 1 else torch.bmm
+            dends = multiply(block, begins, out=self._scratch("dends", *ends.shape))
+            dbegins = multiply(block.transpose(1, 2), ends, out=self._scratch("dbegins", *ends.shape))
             dx.view(shape)[:, :, 1].addcmul_(dends.view(right.shape), right)
             dy.view(shape)[:, :, 0].addcmul_(dbegins.view(left.shape), left)
             if dg is not None:
                 # A decay of the right half acts on what is read at its token or later, one of the left half on what
                 # was written before it.
+                read, written = dends.mul_(ends), dbegins.mul_(begins)
+                if half == 1:
+                    dg.view(shape)[:, :, 1] += read.view(right.shape)
+                    continue
                 later, before = self.documents.lower[:half, :half].T, self.documents.strictly_lower[:half, :half]
-                dg.view(shape)[:, :, 1] += torch.matmul(later, dends.mul_(ends)).view(right.shape)
-                dg.view(shape)[:, :, 0] += torch.matmul(before, dbegins.mul_(begins)).view(left.shape)
+                blocks = ends.shape[0]
+                dg.view(shape)[:, :, 1] += torch.bmm(later.expand(blocks, -1, -1), read).view(right.shape)
+                dg.view(shape)[:, :, 0] += torch.bmm(before.expand(blocks, -1, -1), written).view(left.shape)
 
 
 class Decays:
@@ -260,6 +278,8 @@ class Decays:
             return self._shared[key]
         documents = self._documents(chunk)
         g = self._walk.load("log_decay", self._log_decay, heads, chunk)
+        # exp of the least is 0 in every dtype; what is below it, and -inf, would only cost the sums their precision.
+        g = torch.clamp(g, min=LEAST, out=self._walk.scratch("clamped", *g.shape))
         if self.vector:
             return VectorDecay(g, documents, self._walk.scratch)
         decay = ScalarDecay(g, documents, self._walk.scratch)
@@ -283,13 +303,15 @@ class GateSums:
         self.read = walk.scratch("reads", *keys.shape).zero_()
         """What each token reads of the state that came in, times its gradient: `[G, C, K]`, to be added to."""
         self._written = torch.mul(keys, dk, out=walk.scratch("writes", *keys.shape))
-        self._kept = (state * dstate).sum(dim=2)[:, None] * decay.keeps.transpose(1, 2)
+        product = torch.mul(state, dstate, out=walk.scratch("kept", *state.shape))
+        self._kept = product.sum(dim=2)[:, None] * decay.keeps.transpose(1, 2)
 
     def finish(self) -> Tensor:
         """`[G, C, 1]` or `[G, C, K]`."""
         read, written, kept, documents = self.read, self._written, self._kept, self._decay.documents
         if self.dg.shape[2] == 1:
             read, written, kept = (x.sum(dim=2, keepdim=True) for x in (read, written, kept))
-        self.dg += torch.matmul(documents.lower.T, read)
-        self.dg += torch.matmul(documents.strictly_lower, written)
+        groups = self.dg.shape[0]
+        self.dg.baddbmm_(documents.lower.T.expand(groups, -1, -1), read)
+        self.dg.baddbmm_(documents.strictly_lower.expand(groups, -1, -1), written)
         return self.dg.add_(kept)

@@ -46,7 +46,9 @@ class Segment:
         return slice(self.begin, self.end)
 
     def cut(self, size: int) -> "list[Segment]":
-        """The segment in parts of at most `size` tokens, in order."""
+        """The segment in parts of at most `size` tokens, in order; without a token, itself."""
+        if self.size == 0:
+            return [self]
         parts = []
         for begin in range(0, self.size, size):
             end = min(begin + size, self.size)

@@ -5,7 +5,7 @@
     S_t = exp(log_decay_t) S_{t-1} + k_t (dt_t v_t)^T      o_t = S_t^T q_t + D v_t
     y = RMSNorm(o * SiLU(z)) W_o
 
-Heads of a group share q and k; the norm is over all heads together.
+Heads of a group share q and k, and the norm is over the heads of a group together.
 """
 
 from typing import ClassVar
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
+from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig
 from longctx.mixers.parts import ShortConvolution, StepDecay
 from longctx.model.layers import Linear, RMSNorm
@@ -69,6 +70,21 @@ class Skip(nn.Module):
         return v * self.weight[:, None]
 
 
+class GroupedNorm(RMSNorm):
+    """RMSNorm of each group of channels by itself, with a weight for every channel."""
+
+    def __init__(self, dim: int, groups: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, D]` to the same."""
+        if self.groups == 1:
+            return super().forward(x)
+        parts = x.unflatten(-1, (self.groups, -1))
+        return rms_norm(parts, parts.new_ones(parts.shape[-1]), self.eps).flatten(2) * self.weight
+
+
 class Mamba2(Mixer):
     """The layer; z, u and dt come from one projection."""
 
@@ -82,7 +98,7 @@ class Mamba2(Mixer):
         self.conv = ShortConvolution(mixed, config.conv, bias=True)
         self.decay = StepDecay(self.heads, self.heads)
         self.skip = Skip(self.heads)
-        self.norm = RMSNorm(self.width, eps)
+        self.norm = GroupedNorm(self.width, self.groups, eps)
         self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:

@@ -2,9 +2,18 @@
 
 import torch
 
-from tests.compare.peers import check, in_float64, redraw
+from tests.compare.peers import check, in_float64
 
 DIM = 12
+
+
+def redraw(module):
+    """Weights of chance for every parameter, so that none is one that changes nothing (a scale of 1, a bias of 0)."""
+    generator = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        fan_in = p[0].numel() if p.dim() == 2 else 1
+        p.data = 0.6 * fan_in**-0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return module
 
 
 def built(kind, config, layer=0):
@@ -12,6 +21,14 @@ def built(kind, config, layer=0):
     with in_float64():
         layer = kind(config, layer)
     return redraw(layer.double().eval())
+
+
+def causal_convolution(x, weight, bias=None):
+    """Depthwise over the tokens: `y_t = sum_j weight_j x_{t-J+1+j} + bias`, for x `[B, T, D]` and weight `[D, J]`."""
+    taps = weight.shape[1]
+    padded = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x], dim=1)
+    out = sum(padded[:, j : j + x.shape[1]] * weight[:, j] for j in range(taps))
+    return out if bias is None else out + bias
 
 
 def unit(x):
@@ -54,7 +71,7 @@ def check_layer(theirs, written_out, layer, ours, length):
 
 
 def check_generation(read, written_out, layer, by_steps, prompt, steps):
-    """A prompt and then one token at a time through their cache; `read` takes the layer, tokens and the cache."""
+    """A prompt and then one token at a time through their cache; `read` takes tokens, and has the cache."""
     x, _ = draw(prompt + steps)
     with torch.no_grad():
         with in_float64():

@@ -15,7 +15,6 @@ from longctx.kernels.recurrence import state_heads
 LENGTHS = [1, 45, 130]
 """One token, less than any chunk of ours or of a peer, and chunks with a rest."""
 
-
 OLDEST = {"fla": "0.6", "transformers": "5.23"}
 """Before 5.23 transformers normalizes Mamba-2 over all groups at once, and its kernel functions differ."""
 
@@ -96,23 +95,6 @@ OURS = {"reference": by_reference, "chunks": by_chunks, "steps": by_steps}
 each_of_ours = pytest.mark.parametrize("ours", OURS.values(), ids=OURS.keys())
 
 
-def redraw(module):
-    """Weights of chance for every parameter, so that none is one that changes nothing (a scale of 1, a bias of 0)."""
-    generator = torch.Generator().manual_seed(0)
-    for p in module.parameters():
-        fan_in = p[0].numel() if p.dim() == 2 else 1
-        p.data = 0.6 * fan_in**-0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-    return module
-
-
-def causal_convolution(x, weight, bias=None):
-    """Depthwise over the tokens: `y_t = sum_j weight_j x_{t-J+1+j} + bias`, for x `[B, T, D]` and weight `[D, J]`."""
-    taps = weight.shape[1]
-    padded = torch.cat([x.new_zeros(x.shape[0], taps - 1, x.shape[2]), x], dim=1)
-    out = sum(padded[:, j : j + x.shape[1]] * weight[:, j] for j in range(taps))
-    return out if bias is None else out + bias
-
-
 def with_gradients(function, leaves, cotangents):
     """The outputs of a function of named tensors, and the gradient of each tensor under its name with a d."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
@@ -124,9 +106,9 @@ def with_gradients(function, leaves, cotangents):
 
 
 def check(got, want, bound):
-    """Every tensor of one dictionary is that of the other, in norm and relative."""
+    """Every tensor of one dictionary is that of the other: the same shape and dtype, and within a share of its norm."""
     assert got.keys() == want.keys()
     for name, x in want.items():
-        assert got[name].shape == x.shape, name
+        assert (got[name].shape, got[name].dtype) == (x.shape, x.dtype), name
         distance = (got[name].double() - x.double()).norm().item()
         assert distance <= bound * x.double().norm().item(), (name, distance / max(x.norm().item(), 1e-300))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.compare.layers import DIM, built, check_generation, check_layer, rms_norm, unit
-from tests.compare.peers import LENGTHS, by_chunks, by_steps, causal_convolution, peer, without_kernels
+from tests.compare.layers import DIM, built, causal_convolution, check_generation, check_layer, rms_norm, unit
+from tests.compare.peers import LENGTHS, by_chunks, by_steps, peer, without_kernels
 
 olmo = peer("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
 

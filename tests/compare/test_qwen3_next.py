@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.compare.layers import DIM, built, check_generation, check_layer, rms_norm, unit
+from tests.compare.layers import DIM, built, causal_convolution, check_generation, check_layer, rms_norm, unit
 from tests.compare.peers import (
     LENGTHS,
     by_chunks,
     by_steps,
-    causal_convolution,
     check,
     each_of_ours,
     in_float64,

@@ -91,6 +91,19 @@ def test_generating_token_by_token_is_the_same(kind, heads):
     torch.testing.assert_close(state, end, rtol=1e-11, atol=1e-12)
 
 
+@each_kind
+def test_a_sequence_without_a_token_leaves_the_state_as_it_is(kind):
+    case = draw(kind, 3).cut(0, 0)
+    leaves = [x.clone().requires_grad_() for x in (*case.tokens, case.state)]
+    q, k, v, *gates, state = leaves
+    out, end = linear_attention(q, k, v, **named_gates(case, gates), initial_state=state, final_state=True)
+    assert out.shape == (2, 0, 3, 7)
+    assert torch.equal(end, case.state)
+    torch.autograd.backward([out, end], [case.do, case.dend])
+    assert torch.equal(state.grad, case.dend)
+    assert all(x.grad is None or not x.grad.any() for x in leaves[:-1])
+
+
 def test_normalized_outputs_are_weighted_means_of_the_values():
     case = draw("scalar", 30)
     q, k = case.q.exp(), case.k.exp()

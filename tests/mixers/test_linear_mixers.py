@@ -114,7 +114,8 @@ def mamba2(m, x, c):
     v, k, q = heads(v, c.heads), heads(k, c.groups), heads(q, c.groups)
     dt = torch.log1p(torch.exp(dt + m.decay.dt_bias))
     o = recurrence(q, k, v * dt[..., None], -m.decay.A_log.exp() * dt) + m.skip.weight[:, None] * v
-    return (normed(o.flatten(2) * silu(z)) * m.norm.weight) @ m.out.weight.T
+    gated = normed((o.flatten(2) * silu(z)).unflatten(-1, (c.groups, -1))).flatten(2)
+    return (gated * m.norm.weight) @ m.out.weight.T
 
 
 def hgrn2(m, x, c):

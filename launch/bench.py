@@ -1,0 +1,170 @@
+"""`longctx bench kernels`: the tables of the kernels beside their peers and the machine's limits."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from longctx.bench.kernels import KERNELS
+from longctx.bench.measure import Measured
+from longctx.bench.run import ROW_SECONDS, Benchmark, Options, Report, Row, ScalingRow, gib
+from longctx.errors import UserError
+from longctx.launch.terminal import say
+
+WIDTH = 132
+"""Columns of the tables, whatever the terminal has: one that is cut cannot be read."""
+KERNELS_SAY = (
+    "FLOPs are those that are needed, as a share of the best rate of batched products; bytes are those that have to\n"
+    "move, as a share of the rate of copying."
+)
+PEERS_SAY = (
+    "Same inputs. The ratio is their seconds by ours, the share our memory by theirs; the difference is the largest\n"
+    "relative one, of the output and the gradients."
+)
+SCALING_SAY = "Tokens per second on a short and on a long sequence, with as many heads as the long one has memory for."
+
+
+def bench_kernels(options: Options, json_file: Path | None) -> int:
+    """Measure, print, write; the exit status, 1 where a peer computes something else than we do."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; take --device cpu")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; make it first")
+    report = Benchmark(options, say).run()
+    console = Console(highlight=False, markup=False, width=WIDTH)
+    console.print(_header(report), soft_wrap=True)
+    _print(console, "Kernels", KERNELS_SAY, _kernels(report.rows))
+    if report.peers:
+        versions = ", ".join(sorted({f"{row.distribution} {row.version}" for row in report.peers}))
+        _print(console, "Peers", f"{PEERS_SAY} {versions}.", _peers(report))
+    if report.scaling:
+        _print(console, "Scaling", SCALING_SAY, _scaling(report.scaling))
+    for line in report.notes:
+        console.print(line, soft_wrap=True)
+    for line in report.disagreements:
+        console.print(line, style="red", soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    return 1 if report.disagreements else 0
+
+
+def _print(console: Console, title: str, text: str, table: Table) -> None:
+    console.print(f"\n{title}", style="bold")
+    console.print(text, soft_wrap=True)
+    console.print(table)
+
+
+def chosen(names: Sequence[str]) -> tuple[str, ...]:
+    """The kernels of these names, in the order of the tables; all where none is named. Raises UserError."""
+    unknown = [name for name in names if name not in KERNELS]
+    if unknown:
+        raise UserError(f"--only {unknown[0]}: there is no such kernel; there are {', '.join(KERNELS)}")
+    return tuple(name for name in KERNELS if not names or name in names)
+
+
+def _header(report: Report) -> str:
+    machine, options = report.machine, report.options
+    batched = ", ".join(f"{shape} {rate / 1e9:.1f}" for shape, rate in machine.batched.items())
+    return (
+        f"{machine.name}, {_count(machine.cores, 'core')}, {_count(machine.threads, 'thread')}; "
+        f"torch {machine.torch}, Python {machine.python}; "
+        f"{machine.dtype}; {options.tokens:,} tokens, {options.heads} heads of {options.head_dim}.\n"
+        f"Limits: matmul {machine.matmul / 1e9:.1f} GFLOP/s; batched {batched} GFLOP/s;\n"
+        f"copy {machine.copy / 1e9:.1f} GB/s, read and written.\n"
+        f"Each measurement in a process of its own: the median of up to {options.repeats} runs after one that warms "
+        f"up, as many as end\nwithin {ROW_SECONDS:g} s, at least one. Memory is the peak of the first run beyond the "
+        "inputs, results included."
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _passes(backward: bool) -> str:
+    return "fwd+bwd" if backward else "fwd"
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(box=None)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _memory(measured: Measured) -> str:
+    if measured.memory is None:
+        return "-"
+    return gib(measured.memory) if measured.memory >= 2**30 else f"{measured.memory / 2**20:.1f} MiB"
+
+
+def _kernels(rows: Sequence[Row]) -> Table:
+    table = _table(
+        ("kernel", "pass"),
+        ("runs", "seconds", "tokens/s", "GFLOP/s", "of batched", "of copy", "memory"),
+    )
+    for row in rows:
+        table.add_row(
+            row.kernel,
+            _passes(row.backward),
+            str(len(row.measured.times)),
+            f"{row.measured.seconds:.4g}",
+            f"{row.tokens_per_second:,.0f}",
+            "-" if row.flops_per_second is None else f"{row.flops_per_second / 1e9:.1f}",
+            _share(row.of_batched),
+            _share(row.of_copy),
+            _memory(row.measured),
+        )
+    return table
+
+
+def _peers(report: Report) -> Table:
+    table = _table(
+        ("kernel", "pass", "peer"),
+        ("runs", "ours s", "theirs s", "ratio", "ours", "theirs", "share", "difference"),
+    )
+    ours = {(row.kernel, row.backward): row.measured for row in report.rows}
+    for row in report.peers:
+        mine = ours[row.kernel, row.backward]
+        table.add_row(
+            row.kernel,
+            _passes(row.backward),
+            row.peer,
+            str(len(row.measured.times)),
+            f"{mine.seconds:.4g}",
+            f"{row.measured.seconds:.4g}",
+            f"{row.ratio:.2f}",
+            _memory(mine),
+            _memory(row.measured),
+            _share(row.of_memory),
+            f"{max(row.differences.values()):.1e}",
+        )
+    return table
+
+
+def _scaling(rows: Sequence[ScalingRow]) -> Table:
+    short, long = rows[0].tokens
+    table = _table(
+        ("kernel", "pass"),
+        ("heads", f"at {short:,}", f"at {long:,}", "ratio", f"memory at {long:,}"),
+    )
+    for row in rows:
+        table.add_row(
+            row.kernel,
+            _passes(row.backward),
+            str(row.heads),
+            *(f"{rate:,.0f}" for rate in row.tokens_per_second),
+            f"{row.ratio:.3f}",
+            _memory(row.measured[1]),
+        )
+    return table

@@ -1,0 +1,40 @@
+"""A function in a process of its own, and what is told of its failure."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from longctx.bench.alone import AloneError, alone
+
+
+def process_and_threads(value: int) -> tuple[int, int, int]:
+    return os.getpid(), torch.get_num_threads(), value
+
+
+def fail() -> None:
+    raise ValueError("the cause\nand more")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_result_comes_from_another_process() -> None:
+    process, threads, value = alone(1, process_and_threads, 5)
+    assert process != os.getpid()
+    assert (threads, value) == (1, 5)
+
+
+def test_an_error_comes_with_its_reason_and_its_traceback() -> None:
+    with pytest.raises(AloneError, match=r"in fail[\s\S]*and more") as caught:
+        alone(1, fail)
+    assert caught.value.reason == "ValueError: the cause"
+    assert not caught.value.died
+
+
+def test_a_process_that_is_killed_is_told_from_an_error() -> None:
+    with pytest.raises(AloneError, match="was killed") as caught:
+        alone(1, die)
+    assert caught.value.died
