@@ -21,7 +21,6 @@ from torch import Tensor
 from longctx.kernels.chunks import Chunk, Heads, Scratch, Walk
 from longctx.kernels.recurrence import document_ids
 
-
 LEAST = -1e4
 """A logarithm whose exponential is 0."""
 

@@ -41,6 +41,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare text for training, and look at what was prepared.")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench_app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -176,6 +178,67 @@ def _data_inspect(
     from longctx.data.inspect import inspect
 
     Console().print(inspect(directory, verify=verify))
+
+
+@bench_app.command("kernels")
+def _bench_kernels(
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of the sequence.")] = "64Ki",
+    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Heads of queries, keys and values.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Channels of a head.")] = 128,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of queries, keys and values.")] = "float32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", show_default="torch's choice", help="Threads on the CPU.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="The most runs of which the median is taken.")] = 5,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Measure this kernel. Repeatable.")] = None,
+    peers: Annotated[bool, typer.Option(help="Measure what others offer, on the same inputs.")] = True,
+    peer_seconds: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Leave out a peer that takes longer for one run.")
+    ] = 180.0,
+    scaling: Annotated[
+        str, typer.Option(metavar="N,N|none", help="The lengths between which tokens per second are compared.")
+    ] = "16Ki,1Mi",
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything that was measured.")] = None,
+) -> None:
+    """Measure the kernels beside their peers and beside what the machine can do.
+
+    Forward, and forward and backward: seconds, tokens per second, necessary FLOPs a second, peak memory. Minutes for
+    each kernel at the default size. Exit status 1 where a peer does not compute the same.
+    """
+    from longctx.bench.run import Options
+    from longctx.launch.bench import bench_kernels, chosen
+
+    options = Options(
+        tokens=_at_least(1, "--tokens", tokens),
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        kernels=chosen(only or ()),
+        peers=peers,
+        peer_seconds=peer_seconds,
+        scaling=_two_lengths("--scaling", scaling),
+    )
+    raise typer.Exit(bench_kernels(options, json))
+
+
+def _two_lengths(option: str, text: str) -> tuple[int, int] | None:
+    if text == "none":
+        return None
+    lengths = [_at_least(1, option, part) for part in text.split(",")]
+    if len(lengths) != 2 or lengths[0] >= lengths[1]:
+        raise UserError(f"{option} {text}: expected two lengths, the short one first, such as 16Ki,1Mi, or none")
+    return lengths[0], lengths[1]
+
+
+def _at_least(least: int, option: str, text: str) -> int:
+    number = _integer(option, text)
+    if number < least:
+        raise UserError(f"{option} {text}: expected at least {least}")
+    return number
 
 
 def _integer(option: str, text: str) -> int:
