@@ -93,6 +93,7 @@ class Walk:
         self.batch, self.length, self.heads = k.shape[0], k.shape[1], state_heads(k, v, gates)
         self.key_dim, self.value_dim = k.shape[3], v.shape[3]
         self.together = together
+        self._views: dict[tuple[int, Heads, int], tuple[Tensor, Tensor]] = {}
         self.scratch = Scratch(accumulation_dtype(k.dtype), k.device)
 
     @property
@@ -119,24 +120,33 @@ class Walk:
         """Where the outputs go: `[B, T, Ho, V]` in v's dtype."""
         return v.new_empty((*q.shape[:2], max(q.shape[2], self.heads), self.value_dim))
 
-    def _view(self, x: Tensor, heads: Heads, chunk: Chunk, nth: int) -> Tensor:
-        """`[rows, heads, tokens, D]`: of several heads that read one state, the `nth`."""
-        repeats, shared = self.repeats(x), self.heads // min(self.heads, x.shape[2])
-        if shared > 1:
-            shared_heads = torch.arange(heads.first, heads.last, device=x.device) // shared
-            view = x[heads.rows, chunk.begin : chunk.end].index_select(2, shared_heads)
-        else:
-            view = x[heads.rows, chunk.begin : chunk.end, heads.first * repeats + nth : heads.last * repeats : repeats]
-        return view.transpose(1, 2)
+    def _view(self, x: Tensor, heads: Heads, nth: int) -> Tensor:
+        """`[rows, heads, T, D]`: of several heads that read one state, the `nth`. Only where no states share heads."""
+        key = (id(x), heads, nth)
+        if key not in self._views:
+            repeats = self.repeats(x)
+            view = x[heads.rows, :, heads.first * repeats + nth : heads.last * repeats : repeats].transpose(1, 2)
+            # With the tensor itself, so that its id stays its own.
+            self._views[key] = (x, view)
+        return self._views[key][1]
+
+    def _shared_heads(self, x: Tensor, heads: Heads) -> Tensor:
+        """The head of x that each state takes, where states share heads of it."""
+        return torch.arange(heads.first, heads.last, device=x.device) // (self.heads // x.shape[2])
 
     def load(self, name: str, x: Tensor, heads: Heads, chunk: Chunk, nth: int = 0) -> Tensor:
         """A piece of `x`, to be read; a view where that is one, else a copy in the buffer `name`."""
-        view = self._view(x, heads, chunk, nth)
+        if x.shape[2] < self.heads:
+            part = x[heads.rows, chunk.begin : chunk.end]
+            view = part.index_select(2, self._shared_heads(x, heads)).transpose(1, 2)
+        else:
+            view = self._view(x, heads, nth)[:, :, chunk.begin : chunk.end]
         if view.shape[0] == 1 and view.dtype == self.dtype and chunk.size == chunk.tokens:
             return view[0]
         piece = self.scratch(name, *view.shape[:2], chunk.size, view.shape[3])
         piece[:, :, : chunk.tokens].copy_(view)
-        piece[:, :, chunk.tokens :] = 0
+        if chunk.size > chunk.tokens:
+            piece[:, :, chunk.tokens :] = 0
         return piece.view(-1, *piece.shape[2:])
 
     def gradient(self, x: Tensor) -> Tensor:
@@ -147,14 +157,12 @@ class Walk:
 
     def store(self, x: Tensor, heads: Heads, chunk: Chunk, value: Tensor, nth: int = 0) -> None:
         """Write a piece into a result, or add it where states share a head of it."""
-        rows = heads.end_row - heads.row
-        value = value.view(rows, -1, *value.shape[1:])[:, :, : chunk.tokens].transpose(1, 2)
+        value = value.view(heads.end_row - heads.row, -1, *value.shape[1:])[:, :, : chunk.tokens]
         if x.shape[2] < self.heads:
-            shared_heads = torch.arange(heads.first, heads.last, device=x.device) // (self.heads // x.shape[2])
-            x[heads.rows, chunk.begin : chunk.end].index_add_(2, shared_heads, value)
+            part = x[heads.rows, chunk.begin : chunk.end]
+            part.index_add_(2, self._shared_heads(x, heads), value.transpose(1, 2))
         else:
-            repeats = self.repeats(x)
-            x[heads.rows, chunk.begin : chunk.end, heads.first * repeats + nth : heads.last * repeats : repeats] = value
+            self._view(x, heads, nth)[:, :, chunk.begin : chunk.end] = value
 
     def scaled(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
         """`x * factor`, in a buffer."""

@@ -8,8 +8,8 @@ needs four things of its decays, for G heads at once:
     writes[j] = exp(sum(j, C-1))     what is left at the chunk's end of what token j wrote, 0 before the last start
     keeps     = exp(sum(-1, C-1))    what is left at the chunk's end of the state that came in, 0 with a start
 
-All exponents are sums of logarithms, never differences that cancel, and none is positive: nothing overflows and nothing
-is divided, however strong the decay.
+All exponents are sums of logarithms (for scalars differences of running sums, in float64), and none is positive:
+nothing overflows, nothing cancels and nothing is divided, however strong the decay.
 """
 
 from abc import ABC, abstractmethod
