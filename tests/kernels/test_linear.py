@@ -43,6 +43,27 @@ def test_gradients_of_everything_equal_autograd_through_the_reference(kind, size
         assert relative(got[name], x) < 1e-11 or got[name].norm() == x.norm() == 0, name
 
 
+@pytest.mark.parametrize("kind", ["no decay", "constant", "scalar", "vector"])
+@pytest.mark.parametrize("heads", ["fewer values", "fewer queries and keys, as in Mamba-2", "gates alone"])
+def test_the_triton_form_under_the_same_scan_gives_the_same(kind, heads):
+    pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    from longctx.kernels import triton_additive
+
+    case = draw(kind, 70, heads=GROUPS[heads]).to(torch.float32)
+    want = by_reference(case.to(torch.float64), (30, 31))
+    leaves = [x.clone().requires_grad_() for x in (*case.tokens, case.state)]
+    q, k, v, *gates, state = leaves
+    recurrence = Short(triton_additive, 23)
+    recurrence.check = ADDITIVE.check
+    out, end = scan(recurrence, q, k, v, tuple(gates), Plan((Segment(0, 70, (30, 31)),)), state)
+    torch.autograd.backward([out, end], [case.do, case.dend])
+    got = dict(zip(want, [out, end, *(x.grad for x in leaves)], strict=True))
+    for name, x in want.items():
+        assert relative(got[name].double(), x) < 1e-5 or x.norm() < 1e-30, name
+
+
 @each_kind
 def test_packed_documents_are_as_they_would_be_alone(kind):
     case, bounds = draw(kind, 80), (0, 1, 33, 34, 80)

@@ -57,6 +57,7 @@ def test_the_tree_follows_the_checkout(tree: Path) -> None:
         ("data/__init__.py", "def late() -> None:\n    import longctx.launch"),
         ("recipes/__init__.py", "import longctx.kernels"),
         ("train/__init__.py", "import transformers"),
+        ("bench/run.py", "import fla"),
         ("parallel/__init__.py", "from megatron.core import parallel_state"),
         ("nowhere.py", "import longctx.kernels"),
     ],
