@@ -1,17 +1,14 @@
-"""Feature maps: what takes the place of the exponential of softmax attention in linear attention."""
+"""Feature maps as layers (`longctx.kernels.features`)."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from longctx.kernels.features import ELEMENTWISE, hedgehog
 from longctx.model.layers import SelfInitialised
 
 
 class Hedgehog(SelfInitialised):
-    """`softmax([x W + b, -(x W + b)])` per head, so that K becomes 2 K (Zhang et al. 2024, The Hedgehog, section 4).
-
-    W begins as the identity and b as zero.
-    """
+    """The learned map, which doubles the keys' width; its matrix begins as the identity."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -25,29 +22,24 @@ class Hedgehog(SelfInitialised):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, H, K]` to `[B, T, H, 2 K]`."""
-        y = torch.einsum("bthk,hkj->bthj", x, self.weight) + self.bias
-        return torch.cat([y, -y], dim=-1).softmax(dim=-1)
+        return hedgehog(x, self.weight, self.bias)
+
+    @property
+    def flops_per_token(self) -> int:
+        """A matrix for each head."""
+        return 2 * self.weight.numel()
 
 
 class Elementwise(nn.Module):
-    """A feature map that acts on each channel by itself: identity, relu, silu or elu1 (ELU + 1)."""
+    """A map that acts on each channel by itself."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name
+        self.function = ELEMENTWISE[name]
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        if self.name == "relu":
-            return F.relu(x)
-        if self.name == "silu":
-            return F.silu(x)
-        return F.elu(x) + 1 if self.name == "elu1" else x
-
-
-FEATURE_MAPS = ("identity", "relu", "silu", "elu1", "hedgehog")
-NOT_NEGATIVE = ("relu", "elu1", "hedgehog")
-"""Those with which a denominator makes sense."""
+        return self.function(x)
 
 
 def feature_map(name: str, heads: int, head_dim: int) -> tuple[nn.Module, int]:

@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Integer
+from longctx.kernels.features import NOT_NEGATIVE
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.linear import divided, with_ones
 from longctx.mixers.base import Mixer
-from longctx.mixers.features import NOT_NEGATIVE, feature_map
+from longctx.mixers.features import feature_map
 from longctx.mixers.parts import HeadNorm, HeadsConfig
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
@@ -81,9 +82,6 @@ class BasicLinear(Mixer):
 
     def flops(self, layout: Layout) -> int:
         """Projections, and per token a write for each state and a read for each query head."""
-        projections = self.qkv.flops_per_token + self.out.flops_per_token
+        per_token = sum(getattr(module, "flops_per_token", 0) for module in self.children())
         channels = self.head_dim + (self.norm is None)
-        learned = [f for f in (self.feature_q, self.feature_k) if any(True for _ in f.parameters())]
-        maps = sum(2 * heads * self.head_dim**2 for heads, _ in zip((self.heads, self.kv_heads), learned, strict=False))
-        states = 2 * (self.heads + self.kv_heads) * self.feature_dim * channels
-        return layout.local_length * (projections + maps + states)
+        return layout.local_length * (per_token + 2 * (self.heads + self.kv_heads) * self.feature_dim * channels)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from longctx.kernels.features import ELEMENTWISE, NOT_NEGATIVE, hedgehog
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.linear import Plan, linear_attention, scan, step
 from longctx.kernels.recurrence import Segment
@@ -136,6 +137,25 @@ def test_normalized_outputs_are_weighted_means_of_the_values():
     got, state = linear_attention(q, k, case.v, g, scale=0.3, normalize=True, eps=1e-3, final_state=True)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
     assert state.shape == (2, 3, 5, 8)
+
+
+def test_feature_maps_are_their_equations():
+    x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = {
+        "identity": x,
+        "relu": x * (x > 0),
+        "silu": x / (1 + (-x).exp()),
+        "elu1": torch.where(x > 0, x + 1, x.exp()),
+    }
+    assert set(want) == set(ELEMENTWISE)
+    for name, function in ELEMENTWISE.items():
+        torch.testing.assert_close(function(x), want[name])
+        assert (function(x) >= 0).all() == (name in NOT_NEGATIVE)
+    weight = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.stack([x[:, :, h] @ weight[h] for h in range(3)], dim=2) + 0.5
+    exponentials = torch.cat([y.exp(), (-y).exp()], dim=-1)
+    want_hedgehog = exponentials / exponentials.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(hedgehog(x, weight, torch.full((3, 4), 0.5, dtype=torch.float64)), want_hedgehog)
 
 
 @each_kind
