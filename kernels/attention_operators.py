@@ -2,13 +2,37 @@
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from longctx.kernels.attention_masks import CAUSAL, Mask
 from longctx.kernels.attention_tiled import Gradients, HeadwiseBackend, dense_rows, finite
 from longctx.kernels.recurrence import accumulation_dtype
+
+_CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _flops_backward(do: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(do, q, k, v)
+
+
+# torch counts its other attention operators, in the same way: without regard to the mask.
+for _operator, _formula in ((_CPU_FLASH, _flops), (_CPU_FLASH_BACKWARD, _flops_backward)):
+    if _operator not in flop_registry:
+        register_flop_formula(_operator)(_formula)
 
 
 def padded(multiple: int, *tensors: Tensor) -> list[Tensor]:
@@ -76,9 +100,7 @@ class CpuFlash(PaddedOperator):
 
     def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PaddedOperator."""
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale
-        )
+        out, lse = _CPU_FLASH(q, k, v, 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale)
         if isinstance(mask, Tensor):
             # The operator gives 0 for a query that sees nothing.
             lse = lse.masked_fill(~mask.any(dim=1), float("-inf"))
@@ -88,7 +110,7 @@ class CpuFlash(PaddedOperator):
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask | Tensor, scale: float
     ) -> Gradients:
         """See PaddedOperator."""
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        return _CPU_FLASH_BACKWARD(
             do, q, k, v, out, finite(lse), 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale
         )
 

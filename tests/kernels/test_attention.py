@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels import attention, attention_tiled, reference
 from longctx.kernels.attention import CAUSAL, FULL
@@ -110,3 +111,22 @@ def test_gradcheck_of_the_reference():
     mask = torch.ones(4, 5, dtype=torch.bool).tril()
     inputs = [x.requires_grad_() for x in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *x: reference.softmax_attention(*x, mask, 0.5)[0], inputs)
+
+
+def test_the_flops_of_a_block_are_counted():
+    q, k, v = torch.randn(2, 10, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)
+    with FlopCounterMode(display=False) as counter:
+        out, lse = attention.forward(q, k, v, FULL, 0.3)
+    assert counter.get_total_flops() == 2 * 4 * 10 * 12 * (2 * 8 + 2 * 8)
+    with FlopCounterMode(display=False) as counter:
+        attention.backward(out, q, k, v, out, lse, FULL, 0.3)
+    # The scores once more, and two gradients of each of the two products.
+    assert counter.get_total_flops() == 2 * 4 * 10 * 12 * 5 * 2 * 8
+
+
+@pytest.mark.parametrize("mask", [FULL, CAUSAL])
+def test_the_compiler_takes_a_block_whole(mask):
+    q, k, v = (torch.randn(1, 9, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    compiled = torch.compile(lambda *x: attention.forward(*x, mask, 0.3), backend="aot_eager", fullgraph=True)
+    for got, want in zip(compiled(q, k, v), attention.forward(q, k, v, mask, 0.3), strict=True):
+        assert torch.equal(got, want)
