@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from longctx.kernels.recurrence import Gates, accumulation_dtype, state_heads
 
@@ -40,6 +41,8 @@ def _check_gate(name: str, gate: Tensor, k: Tensor, dims: str) -> None:
     along = tuple(gate.shape[:2]) == tuple(k.shape[:2])
     if gate.dim() > 1 and not along:
         raise ValueError(f"{name} has shape {_shape(gate)}: expected {dims} with [B, T] = {list(k.shape[:2])}")
+    if gate.shape[0 if gate.dim() == 1 else 2] == 0:
+        raise ValueError(f"{name} has shape {_shape(gate)}: expected at least one head")
     if not gate.dtype.is_floating_point:
         raise ValueError(f"{name} is {gate.dtype}: expected a floating-point dtype")
     if gate.device != k.device:
@@ -57,7 +60,7 @@ def check_decay(log_decay: Tensor, k: Tensor, *, constant: bool) -> None:
     _check_gate("log_decay", log_decay, k, dims)
     if log_decay.dim() == 4 and log_decay.shape[3] != k.shape[3]:
         raise ValueError(f"log_decay has {log_decay.shape[3]} channels, but k has {k.shape[3]}: expected the same")
-    if log_decay.numel() == 0:
+    if log_decay.numel() == 0 or isinstance(log_decay, FakeTensor):
         return
     largest = log_decay.detach().amax()
     if log_decay.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longctx.kernels.arguments import DTYPES
 from longctx.kernels.pointwise import TILE_ELEMENTS
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import Segment, accumulation_dtype
 
 ACTIVATIONS = (None, "silu")
@@ -237,6 +238,7 @@ def backward(
 
 class _CausalConvolution(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(
         ctx: Any,
         x: Tensor,
@@ -251,6 +253,7 @@ class _CausalConvolution(torch.autograd.Function):
         return forward(x, weight, bias, before, segments, activation)
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, before = ctx.saved_tensors
         return *backward(grads[0], x, weight, bias, before, ctx.segments, ctx.activation), None, None

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longctx.kernels.recurrence import accumulation_dtype
+
 
 def hedgehog(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`softmax([x W + b, -(x W + b)])` per head, `[B, T, H, K]` to `[B, T, H, 2 K]` (Zhang et al. 2024, section 4).
 
     Shapes: weight `[H, K, K]`, bias `[H, K]`, learned; the paper begins with the identity and zero.
     """
-    y = torch.einsum("bthk,hkj->bthj", x, weight) + bias
-    return torch.cat([y, -y], dim=-1).softmax(dim=-1)
+    y = (torch.einsum("bthk,hkj->bthj", x, weight) + bias).to(accumulation_dtype(x.dtype))
+    return torch.cat([y, -y], dim=-1).softmax(dim=-1).to(x.dtype)
 
 
 def identity(x: Tensor) -> Tensor:

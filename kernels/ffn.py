@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.pointwise import swiglu
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import accumulation_dtype
 
 
 class _TiledSwiglu(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, tile: int) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         out = x.new_empty(*x.shape[:-1], down.shape[0])
@@ -25,6 +27,7 @@ class _TiledSwiglu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down = ctx.saved_tensors
         dtype = accumulation_dtype(x.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longctx.kernels.arguments import check_cu_seqlens, check_state
 from longctx.kernels.library import ADDITIVE, DELTA
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import (
     Carry,
     Gates,
@@ -47,6 +48,7 @@ class Plan:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(
         ctx: Any,
         q: Tensor,
@@ -75,6 +77,7 @@ class _Scan(torch.autograd.Function):
         return out, final.clone() if final is initial_state else final
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, states, *gates = ctx.saved_tensors
         recurrence, plan = ctx.recurrence, ctx.plan
@@ -198,11 +201,14 @@ def linear_attention(
             raise ValueError("initial_state is given, but the first document is not `continued` and would drop it")
     if scale != 1.0:
         q = q * scale
+    dtype = q.dtype
     if normalize:
+        # A sum of weights is larger than float16 holds, and its rounding would be that of every channel.
+        q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
         v = with_ones(v)
     out, final = scan(recurrence, q, k, v, gates, Plan((Segment(0, length, starts),)), initial_state)
     if normalize:
-        out = divided(out, eps)
+        out = divided(out, eps).to(dtype)
     return out, final if final_state else None
 
 
@@ -212,8 +218,14 @@ def step(
     """One token of generation: o `[B, max(Hq, H), V]` and the new state, for the state `[B, H, K, V]` before it.
 
     Shapes: q `[B, Hq, K]`, k `[B, Hk, K]`, v `[B, Hv, V]`, log_decay `[H]`, `[B, H]` or `[B, H, K]`, beta `[B, H]`. The
-    same equations as `linear_attention` with scale 1, computed in the state's dtype; differentiable by autograd.
+    same equations as `linear_attention` with scale 1, computed in the state's dtype; differentiable by autograd. Raises
+    ValueError where an argument does not fit, naming it.
     """
+    recurrence = ADDITIVE if beta is None else DELTA
+    gates = [g if g is log_decay and g.dim() == 1 else g[:, None] for g in (beta, log_decay) if g is not None]
+    tokens = [x[:, None] for x in (q, k, v)]
+    recurrence.check(*tokens, tuple(gates))
+    check_state("state", state, *tokens, tuple(gates))
     heads = state.shape[1]
 
     def grouped(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import accumulation_dtype
 
 IGNORE = -100
@@ -17,6 +18,7 @@ IGNORE = -100
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, tile: int, scale: Tensor) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(x.dtype)
         nll = torch.zeros(labels.shape, dtype=dtype, device=x.device)
@@ -47,6 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll.sum() * scale, nll
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         dloss = grads[0]

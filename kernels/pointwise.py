@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import accumulation_dtype
 
 TILE_ELEMENTS = 2**18
@@ -31,6 +32,7 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         dtype = accumulation_dtype(x.dtype)
         rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
@@ -46,6 +48,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         width, dtype = x.shape[-1], accumulation_dtype(x.dtype)
@@ -81,6 +84,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         dtype, hidden = accumulation_dtype(gate_up.dtype), gate_up.shape[-1] // 2
         rows = gate_up.reshape(-1, 2 * hidden)
@@ -92,6 +96,7 @@ class _Swiglu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         dtype, hidden = accumulation_dtype(gate_up.dtype), gate_up.shape[-1] // 2

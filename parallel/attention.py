@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longctx.kernels import attention
 from longctx.kernels.attention import CAUSAL, FULL, BlockMask
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import accumulation_dtype, document_ids
 from longctx.parallel.collectives import all_gather, reduce_scatter
 from longctx.parallel.layout import Layout
@@ -106,6 +107,7 @@ def _in_sequence_order(k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Te
 
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
         keys, values = _in_sequence_order(k, v, layout)
         dtype = accumulation_dtype(q.dtype)
@@ -124,6 +126,7 @@ class _AllGatherAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         layout: Layout = ctx.layout

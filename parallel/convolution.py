@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels import convolution
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import Segment
 from longctx.parallel.halo import add_to_tails, check_initial, check_tokens, give_back, receive
 from longctx.parallel.layout import Layout
@@ -37,6 +38,7 @@ class _ShortConvolution(torch.autograd.Function):
     # the sequence, one of them zero but for W - 1 tokens.
 
     @staticmethod
+    @exact_forward
     def forward(
         ctx: Any,
         x: Tensor,
@@ -52,6 +54,7 @@ class _ShortConvolution(torch.autograd.Function):
         return convolution.forward(x, weight, bias, before, ctx.segments, activation)
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, before = ctx.saved_tensors
         dx, dweight, dbias, dbefore = convolution.backward(

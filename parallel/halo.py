@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
@@ -78,11 +79,13 @@ def add_to_tails(dx: Tensor, dtails: Sequence[Tensor], layout: Layout) -> None:
 
 class _LeftHalo(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Tensor:
         ctx.layout, ctx.shape = layout, x.shape
         return receive(x, layout, width, initial)
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dtails, dinitial = give_back(grads[0], ctx.layout)
         dx = grads[0].new_zeros(ctx.shape)

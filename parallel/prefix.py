@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.parallel.collectives import all_gather
+from longctx.parallel.halo import check_tokens
 from longctx.parallel.layout import Layout
 
 NOTHING = float("-inf")
@@ -94,6 +96,7 @@ def _running_back(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
 
 class _LogCumSumExp(torch.autograd.Function):
     @staticmethod
+    @exact_forward
     def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         z, before = _running(x, layout)
         ctx.save_for_backward(x, z, before)
@@ -101,13 +104,14 @@ class _LogCumSumExp(torch.autograd.Function):
         return z, before
 
     @staticmethod
+    @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z, before = ctx.saved_tensors
         dz, dbefore = grads
         # dx_j = sum_{t >= j} dz_t exp(x_j - z_t) + sum_{t > j} dbefore_t exp(x_j - before_t). Where nothing is before a
         # token, its gradient goes nowhere.
-        dbefore = torch.where(before == NOTHING, 0.0, dbefore)
-        before = torch.where(before == NOTHING, 0.0, before)
+        dz, dbefore = (torch.where(y == NOTHING, 0.0, d) for y, d in ((z, dz), (before, dbefore)))
+        z, before = (torch.where(y == NOTHING, 0.0, y) for y in (z, before))
         # The signs apart, as channels, since a logarithm has none.
         a, b = (torch.cat([d.clamp(min=0).log(), (-d).clamp(min=0).log()], dim=-1) for d in (dz, dbefore))
         twice = torch.cat([z, z], dim=-1), torch.cat([before, before], dim=-1)
@@ -119,6 +123,10 @@ def log_cumsum_exp(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """`z_t = log sum_{s <= t} exp(x_s)` over the tokens of t's document, and z of the token before t.
 
     Shapes: x, z and the other `[B, T_local, D]`, float32 or float64; the second is -inf where t begins a document.
-    Differentiable. A layout whose first document is continued begins with nothing all the same.
+    Differentiable. A layout whose first document is continued begins with nothing all the same. Raises ValueError where
+    x does not fit.
     """
+    check_tokens(x, layout)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x is {x.dtype}: expected torch.float32 or torch.float64")
     return _LogCumSumExp.apply(x, layout)  # type: ignore[no-untyped-call]

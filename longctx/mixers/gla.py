@@ -13,7 +13,6 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
-from longctx.mixers.base import head_dim_problems
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, log_sigmoid
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
@@ -38,7 +37,9 @@ class GlaConfig(HeadsConfig):
     """Divides the logarithm of the sigmoid: the larger, the slower the state fades at first."""
 
     def problems(self, dim: int) -> list[str]:
-        return head_dim_problems(dim, 2 * self.heads, self.head_dim)
+        if self.head_dim is None and dim % (2 * self.heads):
+            return [f"heads: {self.heads} heads do not divide dim / 2 = {dim / 2:g}; give head_dim, or another number"]
+        return []
 
     def key_dim(self, dim: int) -> int:
         return self.head_dim or dim // (2 * self.heads)

@@ -36,7 +36,7 @@ class Hgrn2Config(HeadsConfig):
     value_dim: Integer | None = Field(default=None, gt=0)
     """Width of values per head; that of keys where absent."""
     conv: Integer = Field(default=0, ge=0, le=8)
-    """Tokens of a short convolution on q, f and v, followed by SiLU; 0 for none."""
+    """Tokens of a short convolution on q, f and v, without activation; 0 for none."""
 
     def shrunk(self) -> "Hgrn2Config":
         return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12})
@@ -47,6 +47,8 @@ class Hgrn2Config(HeadsConfig):
 
 class LowerBound(SelfInitialised):
     """`a = l + (1 - l) sigmoid(f)` with a learned l for each channel, as a logarithm."""
+
+    full_precision = True
 
     def __init__(self, channels: int, layer: int, depth: int) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class Hgrn2(LinearMixer):
         key_dim = config.key_dim(dim)
         width = config.heads * key_dim
         value_width = config.heads * (config.value_dim or key_dim)
-        super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv)
+        super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv, activation=None)
         self.bound = LowerBound(width, layer, depth) if layer > 0 else None
         self.norm = RMSNorm(value_width, eps)
 

@@ -30,7 +30,7 @@ class LightNetConfig(HeadsConfig):
     value_dim: Integer | None = Field(default=None, gt=0)
     """Width of values per head; that of keys where absent."""
     conv: Integer = Field(default=0, ge=0, le=8)
-    """Tokens of a short convolution on q, k and v, followed by SiLU; 0 for none."""
+    """Tokens of a short convolution on q, k and v, without activation; 0 for none."""
     gate_rank: Integer = Field(default=128, gt=0)
     """Rank of the matrix that makes the output gate."""
 
@@ -47,7 +47,7 @@ class LightNet(LinearMixer):
     def __init__(self, config: LightNetConfig, dim: int, depth: int, eps: float) -> None:
         self.head_dim = config.key_dim(dim)
         width, value_width = config.heads * self.head_dim, config.heads * (config.value_dim or self.head_dim)
-        super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv)
+        super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv, activation=None)
         self.gate = LowRank(dim, config.gate_rank, value_width)
         self.norm = HeadNorm(value_width, eps, "silu")
 

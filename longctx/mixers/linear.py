@@ -13,6 +13,7 @@ from longctx.config import Integer
 from longctx.kernels.features import NOT_NEGATIVE
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.linear import divided, with_ones
+from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer
 from longctx.mixers.features import feature_map
 from longctx.mixers.parts import HeadNorm, HeadsConfig
@@ -73,8 +74,10 @@ class BasicLinear(Mixer):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = self.feature_q(q), self.feature_k(k)
         if self.norm is None:
-            out, _ = state_scan(ADDITIVE, q, k, with_ones(v), (), layout)
-            o = divided(out)
+            # In float32: a sum of weights is larger than float16 holds, and its rounding that of every channel.
+            wide = accumulation_dtype(v.dtype)
+            out, _ = state_scan(ADDITIVE, q.to(wide), k.to(wide), with_ones(v.to(wide)), (), layout)
+            o = divided(out).to(v.dtype)
         else:
             out, _ = state_scan(ADDITIVE, q, k, v, (), layout)
             o = self.norm(out)

@@ -33,10 +33,11 @@ class HeadsConfig(MixerConfig):
 
 
 class ShortConvolution(SelfInitialised):
-    """A causal convolution of each channel over `width` tokens, then SiLU; documents do not see each other."""
+    """A causal convolution of each channel over `width` tokens, and an activation; documents do not see each other."""
 
-    def __init__(self, channels: int, width: int, *, bias: bool = False) -> None:
+    def __init__(self, channels: int, width: int, *, bias: bool = False, activation: str | None = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -48,7 +49,7 @@ class ShortConvolution(SelfInitialised):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[B, T_local, D]` to the same."""
-        return short_convolution(x, self.weight, self.bias, layout, activation="silu")
+        return short_convolution(x, self.weight, self.bias, layout, activation=self.activation)
 
     @property
     def flops_per_token(self) -> int:
@@ -104,6 +105,8 @@ class StepDecay(SelfInitialised):
     [0.001, 0.1]. Computed in the accumulation dtype.
     """
 
+    full_precision = True
+
     def __init__(self, heads: int, channels: int) -> None:
         super().__init__()
         self.A_log = nn.Parameter(torch.empty(heads))
@@ -147,11 +150,20 @@ class LinearMixer(Mixer):
     writes = 1
     """Times that a token's state is gone over to write: 2 with the delta rule."""
 
-    def __init__(self, dim: int, depth: int, heads: int, widths: tuple[int, int, int], conv: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        widths: tuple[int, int, int],
+        conv: int,
+        activation: str | None = "silu",
+    ) -> None:
+        """`conv`: tokens of the convolution, 0 for none; `activation`: what follows it."""
         super().__init__()
         self.heads, self.widths = heads, widths
         self.qkv = Linear(dim, sum(widths))
-        self.conv = ShortConvolution(sum(widths), conv) if conv else None
+        self.conv = ShortConvolution(sum(widths), conv, activation=activation) if conv else None
         self.out = Linear(widths[2], dim, scale=(2 * depth) ** -0.5)
 
     def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,8 +74,11 @@ class TorchEngine:
         policy = MixedPrecisionPolicy()
         if self.config.precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for module in (*decoder.blocks, decoder):
-            fully_shard(module, mesh=self.mesh.shard, mp_policy=policy)
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Decays are exponentials of parameters: rounded to bf16 a head would forget at another rate.
+        gates = [m for m in decoder.modules() if getattr(m, "full_precision", False) and policy.param_dtype is not None]
+        for module in (*gates, *decoder.blocks, decoder):
+            fully_shard(module, mesh=self.mesh.shard, mp_policy=exact if module in gates else policy)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             # gloo knows no scaled sums, and NCCL's would multiply by 1.
@@ -83,8 +86,9 @@ class TorchEngine:
 
     def _adamw(self) -> torch.optim.AdamW:
         config = self.optimizer_config
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        exempt = {id(m.bias) for m in self.model.modules() if isinstance(getattr(m, "bias", None), torch.Tensor)}
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2 and id(p) not in exempt]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2 or id(p) in exempt]
         return torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.lr,

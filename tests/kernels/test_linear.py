@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels.features import ELEMENTWISE, NOT_NEGATIVE, hedgehog
@@ -111,6 +112,36 @@ def test_generating_token_by_token_is_the_same(kind, heads):
         outs.append(out)
     torch.testing.assert_close(torch.stack(outs, dim=1), want, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(state, end, rtol=1e-11, atol=1e-12)
+
+
+@each_kind
+def test_autocast_changes_nothing(kind):
+    case = draw(kind, 70).to(torch.float32)
+    results = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in case.tokens]
+        q, k, v, *gates = leaves
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, end = linear_attention(q, k, v, **named_gates(case, gates), final_state=True)
+            torch.autograd.backward([out, end], [case.do, case.dend])
+        results.append([out.detach(), end.detach(), *(x.grad for x in leaves)])
+    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+
+
+def test_a_sum_of_weights_beyond_float16_divides_all_the_same():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.rand(1, 4096, 1, 64, generator=generator).half() + 1 for _ in range(2))
+    out, _ = linear_attention(q, k, torch.ones(1, 4096, 1, 4).half(), normalize=True)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-3, atol=0)
+
+
+def test_a_shape_is_known_without_a_value():
+    with FakeTensorMode():
+        q, v = torch.empty(2, 9, 4, 5), torch.empty(2, 9, 4, 6)
+        out, state = linear_attention(q, q, v, torch.empty(2, 9, 4), final_state=True)
+    assert out.shape == (2, 9, 4, 6)
+    assert state.shape == (2, 4, 5, 6)
 
 
 @each_kind
@@ -234,6 +265,7 @@ def good():
         ({"log_decay": torch.full((2, 8, 4), 0.5)}, "log_decay has the largest value 0.5: expected logarithms"),
         ({"log_decay": torch.full((2, 8, 4), float("nan"))}, "log_decay has the largest value nan: expected"),
         ({"log_decay": torch.zeros(2, 8, 4, dtype=torch.int64)}, "log_decay is torch.int64: expected a floating-point"),
+        ({"log_decay": torch.zeros(2, 8, 0)}, "log_decay has shape [2, 8, 0]: expected at least one head"),
         ({"beta": torch.rand(2, 8, 4, 1)}, "beta has shape [2, 8, 4, 1]: expected [B, T, H]"),
         ({"beta": torch.rand(2, 8, 4, device="meta")}, "beta is on meta, but k is on cpu: expected the same device"),
         ({"cu_seqlens": (0, 5, 5, 8)}, "cu_seqlens has 5 after 5: expected strictly increasing values"),
@@ -252,6 +284,16 @@ def good():
 def test_an_argument_that_does_not_fit_is_named_with_its_value_and_what_was_expected(wrong, words):
     with pytest.raises(ValueError, match="^" + re.escape(words)):
         linear_attention(**good() | wrong)
+
+
+def test_a_step_names_what_does_not_fit():
+    q, v, state = torch.randn(2, 4, 5), torch.randn(2, 4, 6), torch.zeros(2, 4, 5, 6)
+    with pytest.raises(ValueError, match=r"log_decay has the largest value 0\.5"):
+        step(q, q, v, state, torch.full((2, 4), 0.5))
+    with pytest.raises(ValueError, match=r"state has shape \[2, 4, 5, 7\]: expected"):
+        step(q, q, v, torch.zeros(2, 4, 5, 7))
+    with pytest.raises(ValueError, match="k has 3 heads: expected a divisor of 4"):
+        step(q, q[:, :3], v, state)
 
 
 def test_gates_that_a_recurrence_does_not_have_are_refused():

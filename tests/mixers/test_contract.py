@@ -104,6 +104,26 @@ def test_bfloat16_stays_near_float64(letter):
 
 
 @each_mixer
+def test_under_autocast_only_projections_are_rounded(letter):
+    mixer, (x, dy) = built(letter, torch.float32), draw(48, torch.float32)
+    want = built(letter)(x.double(), Layout((0, 9, 48)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = mixer(x, Layout((0, 9, 48)))
+    assert (got.double() - want).norm() < 3e-2 * want.norm()
+    got.backward(dy.to(got.dtype))
+    assert all(torch.isfinite(p.grad).all() for p in mixer.parameters())
+
+
+@each_mixer
+def test_a_second_derivative_is_refused(letter):
+    mixer, (x, _) = built(letter), draw(20)
+    y = mixer(x.requires_grad_(), Layout((0, 20)))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
+@each_mixer
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_the_ranks_work_adds_up_to_that_of_one(letter, order):
     mixer, bounds = built(letter), PACKINGS["ends inside slices"]

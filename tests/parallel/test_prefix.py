@@ -50,3 +50,17 @@ def test_every_layout_equals_torchs_document_by_document(ranks, size):
         torch.testing.assert_close(layout.unshard(got_before), before.detach(), rtol=1e-13, atol=0)
         torch.testing.assert_close(layout.unshard(got_dx), x.grad, rtol=1e-10, atol=1e-12)
         assert all(made == ({"all_gather": 2} if size > 1 else {}) for made in calls)
+
+
+def test_nothing_at_all_has_no_gradient():
+    x = torch.tensor([[[float("-inf")], [0.0], [float("-inf")]]], dtype=torch.float64, requires_grad=True)
+    z, _ = log_cumsum_exp(x, Layout((0, 3)))
+    z[:, 1:].sum().backward()
+    assert x.grad.flatten().tolist() == [0.0, 2.0, 0.0]
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="x has 12 tokens: expected the 10 that the layout gives this rank"):
+        log_cumsum_exp(torch.zeros(1, 12, 3), Layout((0, 10)))
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16: expected"):
+        log_cumsum_exp(torch.zeros(1, 10, 3).bfloat16(), Layout((0, 10)))
