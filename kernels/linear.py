@@ -222,10 +222,9 @@ def step(
     ValueError where an argument does not fit, naming it.
     """
     recurrence = ADDITIVE if beta is None else DELTA
-    gates = [g if g is log_decay and g.dim() == 1 else g[:, None] for g in (beta, log_decay) if g is not None]
-    tokens = [x[:, None] for x in (q, k, v)]
-    recurrence.check(*tokens, tuple(gates))
-    check_state("state", state, *tokens, tuple(gates))
+    gates = tuple(g if g is log_decay and g.dim() == 1 else g[:, None] for g in (beta, log_decay) if g is not None)
+    recurrence.check(q[:, None], k[:, None], v[:, None], gates)
+    check_state("state", state, q[:, None], k[:, None], v[:, None], gates)
     heads = state.shape[1]
 
     def grouped(x: Tensor) -> Tensor:
