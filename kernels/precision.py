@@ -30,4 +30,4 @@ def exact_forward(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def exact_backward(function: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass in which autocast is off, and which raises where it is differentiated itself."""
-    return once_differentiable(_without_autocast(function))  # type: ignore[no-untyped-call]
+    return once_differentiable(_without_autocast(function))
