@@ -24,14 +24,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longctx.kernels import triton_additive, tuning
+from longctx.kernels import triton_additive, triton_delta, tuning
 from longctx.kernels.linear import linear_attention
 from longctx.kernels.recurrence import Segment
 
 DEVICE = torch.device("cuda")
 REPEATS = 5
 SOFTMAX_LONGEST = 65536
-MIXERS = {"constant": "lightning", "scalar": "simple GLA", "vector": "GLA"}
+MIXERS = {
+    "constant": "lightning",
+    "scalar": "simple GLA",
+    "vector": "GLA",
+    "delta, scalar": "gated delta rule",
+    "delta, vector": "KDA",
+}
+"""By the recurrence: a decay, with the delta rule where it says so."""
 Run = Callable[..., Tensor]
 
 
@@ -82,37 +89,46 @@ def log_decay(decay: str, shape: Shape) -> Tensor:
     return F.logsigmoid(torch.randn(1, shape.tokens, shape.heads, *channels, device=DEVICE) + 4)
 
 
-def draw(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v, do."""
-    return [
-        torch.randn(1, shape.tokens, shape.heads, shape.dim, dtype=dtype, device=DEVICE) * (0.1 if i == 1 else 1)
-        for i in range(4)
-    ]
+def draw(shape: Shape, recurrence: str = "", dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v, do; keys of length 1 for the delta rule."""
+    q, k, v, do = (torch.randn(1, shape.tokens, shape.heads, shape.dim, device=DEVICE) for _ in range(4))
+    k = F.normalize(k, dim=-1) if recurrence.startswith("delta") else 0.1 * k
+    return [x.to(dtype) for x in (q, k, v, do)]
+
+
+def draw_gates(recurrence: str, shape: Shape) -> list[Tensor]:
+    """log_decay and, for the delta rule, beta, as `linear_attention` takes them."""
+    gates = [log_decay(recurrence.removeprefix("delta, "), shape)]
+    if recurrence.startswith("delta"):
+        gates.append(torch.rand(1, shape.tokens, shape.heads, device=DEVICE))
+    return gates
 
 
 def check() -> None:
     """Forward and backward against float64, which takes the torch operators, over segments with documents."""
     failed = False
-    for decay in tuning.DECAYS:
+    for recurrence in MIXERS:
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
             torch.manual_seed(0)
             shape = Shape(2500, 3, 48)
-            q, k, v, do = draw(shape, dtype)
+            q, k, v, do = draw(shape, recurrence, dtype)
+            gates = draw_gates(recurrence, shape)
             results = []
             for wide in (dtype, torch.float64):
                 leaves = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
-                gate = log_decay(decay, shape) if not results else results[0][0]
-                leaf = gate.detach().to(torch.float64 if wide == torch.float64 else torch.float32).requires_grad_()
-                out, _ = linear_attention(*leaves, leaf, cu_seqlens=(0, 700, 1500, 2500))
+                of_gates = torch.float64 if wide == torch.float64 else torch.float32
+                leaves += [x.to(of_gates, copy=True).requires_grad_() for x in gates]
+                out, _ = linear_attention(*leaves, cu_seqlens=(0, 700, 1500, 2500))
                 out.backward(do.to(wide))
-                results.append((gate, out, *(x.grad for x in leaves), leaf.grad))
-            for name, got, want in zip(("o", "dq", "dk", "dv", "dg"), results[0][1:], results[1][1:], strict=True):
+                results.append((out, *(x.grad for x in leaves)))
+            names = ("o", "dq", "dk", "dv", "dg", "db")
+            for name, got, want in zip(names, *results, strict=False):
                 error = ((got.double() - want).norm() / want.norm()).item()
                 # The gradient of a constant decay is a small difference of the tokens' large terms.
-                allowed = bound * (100 if decay == "constant" and name == "dg" else 5 if name == "dg" else 1)
-                near = error < allowed
+                constant = recurrence == "constant" and name == "dg"
+                near = error < bound * (100 if constant else 5 if name in ("dg", "db") else 1)
                 failed = failed or not near
-                print(f"{decay:9} {dtype!s:15} {name:3} {error:.1e}{'' if near else '  TOO FAR'}")
+                print(f"{recurrence:13} {dtype!s:15} {name:3} {error:.1e}{'' if near else '  TOO FAR'}")
     if failed:
         raise SystemExit("the kernels differ from float64")
 
@@ -141,18 +157,22 @@ def copy_bandwidth(flush: Tensor) -> float:
 
 
 def pass_of(name: str, decay: str, dim: int) -> Callable[[], object]:
-    """A call whose time tells that of one of tuning.KERNELS."""
+    """A call whose time tells that of one of tuning.KERNELS or tuning.DELTA_KERNELS."""
     shape = Shape(32768, 16, dim)
-    q, k, v, do = draw(shape)
-    gates = (log_decay(decay, shape),)
-    segments = Segment(0, shape.tokens).cut(triton_additive.segment_length(shape.heads, shape.tokens, DEVICE))
+    recurrence = f"delta, {decay}" if name in tuning.DELTA_KERNELS else decay
+    q, k, v, do = draw(shape, recurrence)
+    kernels = triton_delta if name in tuning.DELTA_KERNELS else triton_additive
+    gates = tuple(reversed(draw_gates(recurrence, shape)))
+    segments = Segment(0, shape.tokens).cut(kernels.segment_length(shape.heads, shape.tokens, DEVICE))
     if name == "summary":
-        return lambda: triton_additive.summarize(k, v, gates, segments)
-    states = triton_additive.summarize(k, v, gates, segments).state
-    if name == "apply":
-        return lambda: triton_additive.apply(q, k, v, gates, segments, states)
+        return lambda: kernels.summarize(k, v, gates, segments)
+    if name == "delta_backward":
+        return lambda: kernels.summarize_grad(q, k, v, gates, segments, do)
+    states = kernels.summarize(k, v, gates, segments).state
+    if name in ("apply", "delta_prepare", "delta_forward"):
+        return lambda: kernels.apply(q, k, v, gates, segments, states)
     gate_grads = decay != "constant"
-    return lambda: triton_additive.apply_grad(q, k, v, gates, segments, do, states, states, gate_grads)
+    return lambda: kernels.apply_grad(q, k, v, gates, segments, do, states, states, gate_grads)
 
 
 def before(deadline: float) -> Callable[[object], bool]:
@@ -164,6 +184,8 @@ def tune(seconds: float) -> None:
     """Measure tile sizes in bf16, a share of the time for each kernel; the sizes near the table's are tried first."""
     finish = time.monotonic() + seconds
     jobs = [(name, decay, dim) for dim in (128, 64) for decay in tuning.DECAYS for name in tuning.KERNELS]
+    deltas = [(name, decay, 128) for decay in ("scalar", "vector") for name in tuning.DELTA_KERNELS]
+    jobs[len(jobs) // 2 : len(jobs) // 2] = deltas
     while jobs:
         (name, decay, dim), *jobs = jobs
         together = tuning.choose(f"dk_dv/{decay}", dim, dim, torch.bfloat16, DEVICE)
@@ -174,28 +196,35 @@ def tune(seconds: float) -> None:
         kernel = f"{name}/{decay}"
         attempts = takewhile(before(deadline), tuning.candidates(kernel, dim, dim, torch.bfloat16, DEVICE))
         best = tuning.tune(kernel, dim, dim, torch.bfloat16, DEVICE, pass_of(name, decay, dim), attempts)
-        print(f"tuned {kernel:17} {dim:4}  {best}")
+        print(f"tuned {kernel:21} {dim:4}  {best}")
 
 
-def floor_bytes(shape: Shape, decay: str | None) -> tuple[int, int]:
+def floor_bytes(shape: Shape, recurrence: str | None) -> tuple[int, int]:
     """Bytes that must move, forward, and forward and backward."""
-    tensor = 2 * shape.tokens * shape.heads * shape.dim
-    gate = {"scalar": 4 * shape.tokens * shape.heads, "vector": 2 * tensor}.get(decay or "", 0)
+    tensor, numbers = 2 * shape.tokens * shape.heads * shape.dim, 4 * shape.tokens * shape.heads
+    delta, decay = (recurrence or "").startswith("delta"), (recurrence or "").removeprefix("delta, ")
+    gate = {"scalar": numbers, "vector": 2 * tensor}.get(decay, 0) + numbers * delta
     return 4 * tensor + gate, 11 * tensor + 3 * gate
 
 
-def ours(decay: str) -> Run:
+def ours(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
     """The kernels here."""
-    return lambda q, k, v, g: linear_attention(q, k, v, g)[0]
+    return linear_attention(q, k, v, *gates)[0]
 
 
-def peer(decay: str) -> tuple[str, Run] | None:
+def peer(recurrence: str) -> tuple[str, Run] | None:
     """fla's operator of the same recurrence, None where fla is not installed."""
     try:
-        if decay == "constant":
+        if recurrence == "constant":
             lightning = importlib.import_module("fla.ops.lightning_attn").chunk_lightning_attn
             return "fla chunk_lightning_attn", lambda q, k, v, g: lightning(q, k, v, layer_idx=0, num_layers=12)[0]
-        if decay == "scalar":
+        if recurrence == "delta, scalar":
+            gated = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+            return "fla chunk_gated_delta_rule", lambda q, k, v, g, b: gated(q, k, v, g=g, beta=b, scale=1.0)[0]
+        if recurrence == "delta, vector":
+            kda = importlib.import_module("fla.ops.kda").chunk_kda
+            return "fla chunk_kda", lambda q, k, v, g, b: kda(q, k, v, g=g, beta=b, scale=1.0)[0]
+        if recurrence == "scalar":
             simple = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
             return "fla chunk_simple_gla", lambda q, k, v, g: simple(q, k, v, g=g, scale=1.0)[0]
         gla = importlib.import_module("fla.ops.gla").chunk_gla
@@ -218,22 +247,22 @@ def softmax(backend: SDPBackend) -> Run:
 def entries() -> Iterator[tuple[Shape, str | None, str, Run]]:
     """What to measure, the most important first."""
     for shape in SHAPES:
-        for decay, mixer in MIXERS.items():
-            yield shape, decay, f"longctx {mixer}", ours(decay)
-            other = peer(decay)
+        for recurrence, mixer in MIXERS.items():
+            yield shape, recurrence, f"longctx {mixer}", ours
+            other = peer(recurrence)
             if other is not None:
-                yield shape, decay, *other
+                yield shape, recurrence, *other
         if shape.tokens <= SOFTMAX_LONGEST:
             yield shape, None, "torch softmax, flash", softmax(SDPBackend.FLASH_ATTENTION)
             yield shape, None, "torch softmax, cuDNN", softmax(SDPBackend.CUDNN_ATTENTION)
 
 
-def measure(shape: Shape, decay: str | None, what: str, run: Run, bandwidth: float, flush: Tensor) -> Row:
+def measure(shape: Shape, recurrence: str | None, what: str, run: Run, bandwidth: float, flush: Tensor) -> Row:
     """Forward, and forward with backward. The constant decay has no gradient, as in the models."""
-    q, k, v, do = draw(shape)
+    q, k, v, do = draw(shape, recurrence or "")
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    if decay is not None:
-        inputs.append(log_decay(decay, shape).requires_grad_(decay != "constant"))
+    if recurrence is not None:
+        inputs += [gate.requires_grad_(recurrence != "constant") for gate in draw_gates(recurrence, shape)]
 
     def forward() -> None:
         with torch.no_grad():
@@ -244,20 +273,20 @@ def measure(shape: Shape, decay: str | None, what: str, run: Run, bandwidth: flo
         torch.autograd.grad(out, [x for x in inputs if x.requires_grad], do)
 
     times = milliseconds(forward, flush), milliseconds(both, flush)
-    floors = [size / bandwidth * 1000 for size in floor_bytes(shape, decay)]
+    floors = [size / bandwidth * 1000 for size in floor_bytes(shape, recurrence)]
     return Row(shape, what, *times, floors[0] / times[0], floors[1] / times[1])
 
 
 def table(finish: float, bandwidth: float, flush: Tensor) -> tuple[list[Row], list[str]]:
     """The rows that the time allows, and what was left out and why."""
     rows, dropped = [], []
-    for shape, decay, what, run in entries():
+    for shape, recurrence, what, run in entries():
         name = f"{shape}  {what}"
         if time.monotonic() > finish:
             dropped.append(f"{name}: no time left")
             continue
         try:
-            rows.append(measure(shape, decay, what, run, bandwidth, flush))
+            rows.append(measure(shape, recurrence, what, run, bandwidth, flush))
         except Exception as error:  # noqa: BLE001 - a peer that fails is a line of the report, not the end of it
             dropped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}")
         torch.cuda.empty_cache()

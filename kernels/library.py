@@ -222,5 +222,5 @@ class Registered:
 
 ADDITIVE = Registered("additive", additive, "longctx.kernels.triton_additive")
 """`longctx.kernels.additive`: linear attention, lightning, retention, simple GLA, Mamba-2, GLA, HGRN-2."""
-DELTA = Registered("delta", delta, None)
+DELTA = Registered("delta", delta, "longctx.kernels.triton_delta")
 """`longctx.kernels.delta`: DeltaNet, Gated DeltaNet, KDA."""

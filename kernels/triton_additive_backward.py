@@ -20,7 +20,6 @@ nothing, and its gradient is 0.
 import triton
 import triton.language as tl
 
-from longctx.kernels.triton_additive_forward import outer, product, read_state, weighted_scores
 from longctx.kernels.triton_tiles import (
     chunk_decays,
     half_decays,
@@ -30,10 +29,14 @@ from longctx.kernels.triton_tiles import (
     load_documents,
     load_tile,
     locate,
+    outer,
     pair_decays,
+    product,
+    read_state,
     store_tile,
     sum_tokens,
     token_at,
+    weighted_scores,
 )
 
 
@@ -56,7 +59,7 @@ def _weighted_grads(
     if KIND == "vector":
         result = own[:, None] * x.to(tl.float32)
         for level in tl.static_range(halvings(C)):
-            factor, met = half_decays(decay, 1 << level, C, PRECISION)
+            factor, met, _ = half_decays(decay, level, C, PRECISION)
             chosen = tl.where(met, grads, 0.0)
             if FLIP:
                 chosen = tl.trans(chosen)
@@ -113,6 +116,7 @@ def dq_kernel(
     batch,
     K: tl.constexpr,
     V: tl.constexpr,
+    Q_SHARE: tl.constexpr,
     K_SHARE: tl.constexpr,
     V_SHARE: tl.constexpr,
     GATE_SHARE: tl.constexpr,
@@ -164,7 +168,7 @@ def dq_kernel(
             dq_at = token_at(dq, dq_strides, sequence, start, query)
             store_tile(dq_at, dq_strides[1], size, channel, result, C, BK, K)
             if terms_out is not None:
-                q_at = token_at(q, q_strides, sequence, start, query)
+                q_at = token_at(q, q_strides, sequence, start, query // Q_SHARE)
                 share += result * load_tile(q_at, q_strides[1], size, channel, C, BK, K).to(tl.float32)
         if terms_out is not None:
             if KIND == "vector":
@@ -213,6 +217,7 @@ def dk_dv_kernel(
     batch,
     K: tl.constexpr,
     V: tl.constexpr,
+    Q_SHARE: tl.constexpr,
     K_SHARE: tl.constexpr,
     V_SHARE: tl.constexpr,
     GATE_SHARE: tl.constexpr,
@@ -270,7 +275,7 @@ def dk_dv_kernel(
         dstate *= keeps[:, None]
         for reader in range(READERS):
             query = head * READERS + reader
-            q_at = token_at(q, q_strides, sequence, start, query)
+            q_at = token_at(q, q_strides, sequence, start, query // Q_SHARE)
             queries = load_tile(q_at, q_strides[1], size, channel, C, BK, K)
             do_at = token_at(dout, dout_strides, sequence, start, query)
             grads_out = load_tile(do_at, dout_strides[1], size, column, C, BV, V)
@@ -278,7 +283,7 @@ def dk_dv_kernel(
                 grads, diagonal = _seen_grads(values, grads_out, decay, seen, KIND, C, DOT, PRECISION)
                 dkeys += _weighted_grads(grads, diagonal, queries, decay, KIND, True, C, DOT, PRECISION)
             if dv is not None:
-                scores = weighted_scores(queries, keys, decay, seen, KIND, C, DOT, PRECISION)
+                scores = weighted_scores(queries, keys, decay, seen, True, KIND, C, DOT, PRECISION)
                 dvalues += product(tl.trans(scores.to(DOT)), grads_out, DOT, PRECISION)
             dstate += outer(queries, reads, grads_out, DOT, PRECISION)
         if dk is not None:

@@ -14,63 +14,18 @@ import triton.language as tl
 
 from longctx.kernels.triton_tiles import (
     chunk_decays,
-    half_decays,
-    halvings,
     load_constant_decay,
     load_decay,
     load_documents,
     load_tile,
     locate,
-    pair_decays,
+    outer,
+    product,
+    read_state,
     store_tile,
     token_at,
+    weighted_scores,
 )
-
-
-@triton.jit
-def product(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """`x y` in the dtype DOT, summed in float32."""
-    return tl.dot(x.to(DOT), y.to(DOT), input_precision=PRECISION)
-
-
-@triton.jit
-def read_state(x, factor, state, KIND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """`(factor * x) state`: `[C, BK]` times `[BK, BV]`. A factor per token is applied in float32, after the product."""
-    if KIND == "vector":
-        result = product(x * factor, state, DOT, PRECISION)
-    else:
-        result = product(x, state, DOT, PRECISION) * factor
-    return result
-
-
-@triton.jit
-def outer(x, factor, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """`(factor * x)^T y`: what a chunk adds to the state, `[BK, BV]`."""
-    return product(tl.trans((x * factor).to(DOT)), y, DOT, PRECISION)
-
-
-@triton.jit
-def weighted_scores(
-    q,
-    k,
-    decay,
-    seen,
-    KIND: tl.constexpr,
-    C: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`q_i . (pairs_ij * k_j)` where `seen`, else 0: `[C, C]` float32."""
-    if KIND == "vector":
-        row = tl.arange(0, C)
-        own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        scores = tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
-        for level in tl.static_range(halvings(C)):
-            factor, met = half_decays(decay, 1 << level, C, PRECISION)
-            scores += tl.where(met & seen, product(q * factor, tl.trans((k * factor).to(DOT)), DOT, PRECISION), 0.0)
-    else:
-        scores = product(q, tl.trans(k), DOT, PRECISION) * pair_decays(decay, seen, KIND, C)
-    return scores
 
 
 @triton.jit
@@ -157,6 +112,7 @@ def apply_kernel(
     batch,
     K: tl.constexpr,
     V: tl.constexpr,
+    Q_SHARE: tl.constexpr,
     K_SHARE: tl.constexpr,
     V_SHARE: tl.constexpr,
     GATE_SHARE: tl.constexpr,
@@ -195,8 +151,10 @@ def apply_kernel(
             keeps = tl.where(before == last, keeps, 0.0)
         for reader in range(READERS):
             query = head * READERS + reader
-            queries = load_tile(token_at(q, q_strides, sequence, start, query), q_strides[1], size, 0, C, BK, K)
-            scores = weighted_scores(queries, keys, decay, seen, KIND, C, DOT, PRECISION)
+            queries = load_tile(
+                token_at(q, q_strides, sequence, start, query // Q_SHARE), q_strides[1], size, 0, C, BK, K
+            )
+            scores = weighted_scores(queries, keys, decay, seen, True, KIND, C, DOT, PRECISION)
             result = read_state(queries, reads, state, KIND, DOT, PRECISION)
             result += product(scores, values, DOT, PRECISION)
             out_at = token_at(out, out_strides, sequence, start, query)

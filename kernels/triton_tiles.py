@@ -133,19 +133,82 @@ def pair_decays(decay, seen, KIND: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def half_decays(decay, HALF: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """The pairs of a vector decay whose tokens meet in blocks of 2 HALF: j in the first half of one, i in the second.
+def half_decays(decay, level, C: tl.constexpr, PRECISION: tl.constexpr):
+    """The pairs of a vector decay whose tokens meet in blocks of `2^(level + 1)`: j in the first half of one, i in the
+    second.
 
     The decay between them is a product of two factors of at most 1, that of i back to the second half's first token and
-    that of j on to the first half's last. Returns both as one `[C, BK]`, each token's own, and which pairs `[C, C]`
-    they are for. HALF = 1, 2, 4, .., C/2 together give every pair i > j once.
+    that of j on to the first half's last. Returns both as one `[C, BK]`, each token's own; which pairs `[C, C]` they
+    are for; and which tokens' decays, the columns, lie between a token, the row, and the middle of its block. Levels 0
+    to `halvings(C) - 1` together give every pair i > j once.
     """
     row = tl.arange(0, C)
     i, j = row[:, None], row[None, :]
-    middle = i // (2 * HALF) * (2 * HALF) + HALF
-    met = (i >= middle) & (j < middle) & (j >= middle - HALF)
+    middle = (i >> (level + 1) << (level + 1)) + (1 << level)
+    met = (i >= middle) & (j < middle) & (j >= middle - (1 << level))
     between = ((j >= middle) & (j <= i)) | ((j > i) & (j < middle))
-    return tl.exp(sum_tokens(between, decay, PRECISION)), met
+    return tl.exp(sum_tokens(between, decay, PRECISION)), met, between
+
+
+@triton.jit
+def product(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """`x y` in the dtype DOT, summed in float32."""
+    return tl.dot(x.to(DOT), y.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def read_state(x, factor, state, KIND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """`(factor * x) state`: `[C, BK]` times `[BK, BV]`. A factor per token is applied in float32, after the product."""
+    if KIND == "vector":
+        result = product(x * factor, state, DOT, PRECISION)
+    else:
+        result = product(x, state, DOT, PRECISION) * factor
+    return result
+
+
+@triton.jit
+def outer(x, factor, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """`(factor * x)^T y`: what a chunk adds to the state, `[BK, BV]`."""
+    return product(tl.trans((x * factor).to(DOT)), y, DOT, PRECISION)
+
+
+@triton.jit
+def _met_scores(q, k, decay, seen, level, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The scores of the pairs that meet at a level of a vector decay, else 0."""
+    factor, met, _ = half_decays(decay, level, C, PRECISION)
+    return tl.where(met & seen, product(q * factor, tl.trans((k * factor).to(DOT)), DOT, PRECISION), 0.0)
+
+
+@triton.jit
+def weighted_scores(
+    q,
+    k,
+    decay,
+    seen,
+    UNROLLED: tl.constexpr,
+    KIND: tl.constexpr,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`q_i . (pairs_ij * k_j)` where `seen`, else 0: `[C, C]` float32.
+
+    UNROLLED: the levels of a vector decay side by side, which takes the registers of all of them: fewer than a loop's
+    at 16 tokens, many more from 32 on.
+    """
+    if KIND == "vector":
+        row = tl.arange(0, C)
+        own = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        scores = tl.where(row[:, None] == row[None, :], own[:, None], 0.0)
+        if UNROLLED:
+            for level in tl.static_range(halvings(C)):
+                scores += _met_scores(q, k, decay, seen, level, C, DOT, PRECISION)
+        else:
+            for level in range(halvings(C)):
+                scores += _met_scores(q, k, decay, seen, level, C, DOT, PRECISION)
+    else:
+        scores = product(q, tl.trans(k), DOT, PRECISION) * pair_decays(decay, seen, KIND, C)
+    return scores
 
 
 @triton.jit

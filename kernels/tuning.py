@@ -11,6 +11,9 @@ The table is a first guess: not measured on a GPU. What is known of it comes fro
 - 32 tokens a chunk: at 64 the tensor cores' larger instruction (wgmma) would be used, but at head dim 128 registers
   spill, by 80 to 1500 bytes a thread. Summaries, which hold little else, take 64. Vector decays take 16, since every
   doubling adds a product per score; float32 too.
+- The delta rule takes 64 tokens a chunk, where wgmma is used throughout and the states that the backward pass keeps are
+  half as many as at 32; 32 where a decay is a vector or products are not in 16 bits. Below 64 tokens more than
+  C / 16 warps multiply the same again, so vectors take few warps and small blocks where no state is carried.
 - Loads are two stages deep, one where a program makes both dk and dv, and before sm_90, which has less shared memory.
 """
 
@@ -29,6 +32,8 @@ LARGEST_DIM = 512
 """Of K and V. Made for 16 to 256; beyond it (a V of 256 with a channel that normalises) they work, slowly."""
 STATE_TILE = {"constant": 128 * 128, "scalar": 128 * 128, "vector": 128 * 64}
 KERNELS = ("summary", "apply", "dq", "dk_dv", "dk", "dv")
+DELTA_KERNELS = ("delta_prepare", "delta_forward", "delta_backward", "delta_grads")
+"""Of the delta rule, whose chunks are all as long as delta_prepare says."""
 DECAYS = ("constant", "scalar", "vector")
 
 
@@ -63,11 +68,14 @@ def choose(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device
 def table(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, architecture: int) -> Blocks:
     """The guess for a device of compute capability `architecture` (90 for sm_90)."""
     name, decay = kernel.split("/")
-    if name not in KERNELS or decay not in DECAYS:
-        raise ValueError(f"tuning: no kernel {kernel!r}; names are {', '.join(KERNELS)}, decays {', '.join(DECAYS)}")
+    names = KERNELS + DELTA_KERNELS
+    if name not in names or decay not in DECAYS:
+        raise ValueError(f"tuning: no kernel {kernel!r}; names are {', '.join(names)}, decays {', '.join(DECAYS)}")
     k, v = padded(key_dim), padded(value_dim)
     if max(k, v) > LARGEST_DIM:
         raise ValueError(f"tuning: head dims go to {LARGEST_DIM}, not {key_dim} and {value_dim}")
+    if name in DELTA_KERNELS:
+        return _delta(name, decay, k, v, dtype)
     largest = STATE_TILE[decay]
     if name in ("apply", "dv"):
         v = min(v, largest // k)
@@ -85,19 +93,39 @@ def table(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, archite
     return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
 
 
+def _delta(name: str, decay: str, k: int, v: int, dtype: torch.dtype) -> Blocks:
+    """The guess for the delta rule, head dims padded."""
+    low = dtype in (torch.bfloat16, torch.float16)
+    vector = decay == "vector"
+    chunk = 64 if low and not vector else 32
+    if name == "delta_prepare":
+        k, v, warps = min(k, 32 if vector else 128), 16, 2 if vector else 4
+    elif name == "delta_grads":
+        k, v = min(k, 32 if vector else 64), min(v, 32 if max(k, v) <= 64 else 64)
+        warps = 8 if chunk == 64 else 2 if vector else 4
+    else:
+        v = min(v, max(16, 64 * 128 // k))
+        warps = 8 if chunk == 64 or k * v > 64 * 64 else 4
+    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": 1}
+
+
 def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[Blocks]:
     """What `tune` tries: the table's entry, and its neighbours in each size that is free."""
     guess = table(kernel, key_dim, value_dim, dtype, _architecture(device))
     name, decay = kernel.split("/")
     found = []
-    for chunk in (16, 32) if decay == "vector" else (32, 64, 128):
-        for warps in (4, 8):
+    chunks: tuple[int, ...] = (16, 32) if decay == "vector" else (32, 64, 128)
+    if name in DELTA_KERNELS:
+        chunks = (32, 64) if name == "delta_prepare" else (guess["chunk"],)
+    for chunk in chunks:
+        for warps in (2, 4, 8) if name in DELTA_KERNELS else (4, 8):
             for stages in (1, 2, 3):
                 sized: Blocks = {**guess, "chunk": chunk, "warps": warps, "stages": stages}
                 found.append(sized)
-                if name in ("summary", "apply", "dv") and guess["block_v"] > 32:
+                halves_v = name in ("summary", "apply", "dv", "delta_forward", "delta_backward", "delta_grads")
+                if halves_v and guess["block_v"] > 32:
                     found.append({**sized, "block_v": guess["block_v"] // 2})
-                if name in ("dq", "dk") and guess["block_k"] > 32:
+                if name in ("dq", "dk", "delta_prepare", "delta_grads") and guess["block_k"] > 16:
                     found.append({**sized, "block_k": guess["block_k"] // 2})
     found.sort(key=lambda blocks: sum(blocks[size] != guess[size] for size in guess))  # type: ignore[literal-required]
     return found

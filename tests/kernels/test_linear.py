@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels.features import ELEMENTWISE, NOT_NEGATIVE, hedgehog
-from longctx.kernels.library import ADDITIVE
+from longctx.kernels.library import ADDITIVE, DELTA
 from longctx.kernels.linear import Plan, linear_attention, scan, step
 from longctx.kernels.recurrence import Segment
 from tests.kernels.cases import GROUPS, KINDS, by_reference, draw, named_gates, relative
@@ -45,20 +45,22 @@ def test_gradients_of_everything_equal_autograd_through_the_reference(kind, size
         assert relative(got[name], x) < 1e-11 or got[name].norm() == x.norm() == 0, name
 
 
-@pytest.mark.parametrize("kind", ["no decay", "constant", "scalar", "vector"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("delta") else kind for kind in KINDS]
+)
 @pytest.mark.parametrize("heads", ["fewer values", "fewer queries and keys, as in Mamba-2", "gates alone"])
 def test_the_triton_form_under_the_same_scan_gives_the_same(kind, heads):
     pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
-    from longctx.kernels import triton_additive
+    from longctx.kernels import triton_additive, triton_delta
 
     case = draw(kind, 70, heads=GROUPS[heads]).to(torch.float32)
     want = by_reference(case.to(torch.float64), (30, 31))
     leaves = [x.clone().requires_grad_() for x in (*case.tokens, case.state)]
     q, k, v, *gates, state = leaves
-    recurrence = Short(triton_additive, 23)
-    recurrence.check = ADDITIVE.check
+    recurrence = Short(triton_delta if case.recurrence is DELTA else triton_additive, 23)
+    recurrence.check = case.recurrence.check
     out, end = scan(recurrence, q, k, v, tuple(gates), Plan((Segment(0, 70, (30, 31)),)), state)
     torch.autograd.backward([out, end], [case.do, case.dend])
     got = dict(zip(want, [out, end, *(x.grad for x in leaves)], strict=True))

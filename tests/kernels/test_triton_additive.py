@@ -14,6 +14,7 @@ from longctx.kernels import triton_additive as additive
 from longctx.kernels import tuning
 from longctx.kernels.recurrence import Carry, Segment, exclusive_scan
 from longctx.kernels.reference import linear_recurrence
+from longctx.kernels.triton_host import LONGEST_SEGMENT, Problem
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -44,7 +45,8 @@ class Case:
 
         length = sum(segment.size for segment in segments)
         (query, key, value, gate), (key_dim, value_dim) = heads, dims
-        q, do = normal(batch, length, query, key_dim), normal(batch, length, query, value_dim)
+        outputs = max(heads)
+        q, do = normal(batch, length, query, key_dim), normal(batch, length, outputs, value_dim)
         k, v = normal(batch, length, key, key_dim), normal(batch, length, value, value_dim)
         shape = {"none": None, "constant": (gate,), "scalar": (batch, length, gate)}
         shape = shape.get(decay, (batch, length, gate, key_dim))
@@ -154,7 +156,7 @@ def test_lengths_and_starts(decay, starts, length):
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])
-@pytest.mark.parametrize("heads", [(4, 2, 2, 2), (4, 1, 4, 4), (6, 3, 1, 3), (2, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2, 2, 2), (4, 1, 4, 4), (6, 3, 1, 3), (2, 2, 2, 1), (1, 1, 4, 2)], ids=str)
 def test_grouped_heads(decay, heads):
     check(Case.draw(decay, [Segment(0, 18, (7,))], heads=heads, dims=(6, 4)))
 
@@ -307,7 +309,7 @@ def test_what_the_kernels_do_not_take_is_refused():
 
 def test_tf32_is_followed(monkeypatch):
     seen = []
-    monkeypatch.setattr(additive._Problem, "launch", lambda self, *args, **kwargs: seen.append(self.precision))
+    monkeypatch.setattr(Problem, "launch", lambda self, *args, **kwargs: seen.append(self.precision))
     k = torch.zeros(1, 4, 1, 4, device=DEVICE)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
@@ -321,7 +323,7 @@ def test_tf32_is_followed(monkeypatch):
 
 def test_segment_length():
     assert additive.segment_length(1, 4096, DEVICE) == 1024
-    assert additive.segment_length(64, 2**22, DEVICE) == additive.LONGEST_SEGMENT
+    assert additive.segment_length(64, 2**22, DEVICE) == LONGEST_SEGMENT
 
 
 def test_carry_of_a_segment_with_a_start_lets_nothing_through():

@@ -13,21 +13,27 @@ from longctx.kernels import tuning
 
 triton = pytest.importorskip("triton")
 
-SPILLS = 400
+SPILLS = {"additive": 400, "delta": 900}
 """Bytes of registers that a thread may move to memory and back: what the table's worst entry does, rounded up."""
 SHARED = 227 * 1024
-NUMBERS = {"heads": "i32", "batch": "i32"}
-TOKENS = {"x", "y", "q", "k", "v", "dout", "out", "dq", "dk", "dv"}
-GATES = {"terms_in", "terms_out", "dgate"}
+NUMBERS = {"heads", "batch", "chunks"}
+PLACES = {"ids", "bounds"}
+WIDE = {"gate", "beta", "states", "ends", "dends", "dstates", "transition", "state_out", "total_out", "edges"} | {
+    "keeps_in",
+    "keeps_out",
+}
+"""float32, as are those of GATES; all others are as the tokens."""
+GATES = {"terms_in", "terms_out", "dgate", "dbeta"}
 
 
-def source(kernel, decay, key_dim, value_dim, blocks, documents, gate_grads, absent):
-    """The kernel with the types and constants that triton_additive passes for contiguous bf16 tensors."""
+def source(kernel, decay, key_dim, value_dim, blocks, absent):
+    """The kernel with the types and constants that the host passes for contiguous bf16 tensors."""
     from triton import language as tl
     from triton.compiler import ASTSource
 
     constants = {
-        **dict.fromkeys(("K_SHARE", "V_SHARE", "GATE_SHARE", "READERS", "X_SHARE", "Y_SHARE"), 1),
+        **dict.fromkeys((f"{x}_SHARE" for x in ("Q", "K", "V", "X", "Y", "GATE", "BETA")), 1),
+        "READERS": 1,
         "REVERSE": True,
         "K": key_dim,
         "V": value_dim,
@@ -38,46 +44,66 @@ def source(kernel, decay, key_dim, value_dim, blocks, documents, gate_grads, abs
         "DOT": tl.bfloat16,
         "PRECISION": "tf32",
     }
-    missing = {*absent, *(() if documents else ("ids",)), *(() if gate_grads else (*GATES, "edges"))}
     aligned = [["tt.divisibility", 16]]
     signature, values, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr or name in missing:
+        if parameter.is_constexpr or name in absent:
             signature[name], values[(place,)] = "constexpr", constants.get(name)
         elif name in NUMBERS:
-            signature[name] = NUMBERS[name]
+            signature[name] = "i32"
         elif name.endswith("_strides"):
             signature[name] = ("i32", "i32", "i32")
-            of_rows = name != "gate_strides" and name.removesuffix("_strides") not in GATES
-            if of_rows or decay == "vector":
+            of_numbers = name.removesuffix("_strides") in {"gate", "beta", *GATES}
+            if not of_numbers or (decay == "vector" and "beta" not in name):
                 attributes |= {(place, axis): aligned for axis in range(3)}
         else:
-            signature[name] = "*bf16" if name in TOKENS else "*i32" if name in ("ids", "bounds") else "*fp32"
+            signature[name] = "*i32" if name in PLACES else "*fp32" if name in WIDE | GATES else "*bf16"
             attributes[(place,)] = aligned
     return ASTSource(kernel, signature, values, attributes)
 
 
-def compile_all(decay, key_dim, value_dim):
-    """Print a line per kernel: name, registers, bytes spilled, bytes of shared memory."""
-    from triton.backends.compiler import GPUTarget
-
+def additive(decay, key_dim, value_dim):
+    """Names in the table, kernels, and which of their arguments are absent."""
     from longctx.kernels.triton_additive_backward import dk_dv_kernel, dq_kernel
     from longctx.kernels.triton_additive_forward import apply_kernel, summary_kernel
 
-    def blocks(name):
-        return tuning.table(f"{name}/{decay}", key_dim, value_dim, torch.bfloat16, 90)
+    together = tuning.table(f"dk_dv/{decay}", key_dim, value_dim, torch.bfloat16, 90)
+    yield "summary", summary_kernel, GATES
+    yield "apply", apply_kernel, GATES
+    yield "dq", dq_kernel, ()
+    if together["block_k"] >= key_dim and together["block_v"] >= value_dim:
+        yield "dk_dv", dk_dv_kernel, ()
+    else:
+        yield "dk", dk_dv_kernel, ("dv",)
+        yield "dv", dk_dv_kernel, ("dk", "edges", *GATES)
 
-    together = blocks("dk_dv")
-    fused = together["block_k"] >= key_dim and together["block_v"] >= value_dim
-    kernels = {"summary": (summary_kernel, ()), "apply": (apply_kernel, ()), "dq": (dq_kernel, ())}
-    kernels |= (
-        {"dk_dv": (dk_dv_kernel, ())} if fused else {"dk": (dk_dv_kernel, ("dv",)), "dv": (dk_dv_kernel, ("dk",))}
-    )
-    for name, (kernel, absent) in kernels.items():
-        sizes = blocks(name)
+
+def delta(decay, key_dim, value_dim):
+    """The same of the delta rule, whose walks are those of a summary, of an output, and of the backward pass."""
+    from longctx.kernels.triton_delta_grads import grads_kernel
+    from longctx.kernels.triton_delta_prepare import prepare_kernel
+    from longctx.kernels.triton_delta_walks import backward_kernel, forward_kernel
+
+    kept = ("chunk_states", "writes_out", "chunk_dstates", "dright_out", "dv")
+    decayed = () if decay == "vector" else ("asking", "writing", "reading", "keeps_in", "keeps_out")
+    yield "delta_prepare", prepare_kernel, decayed
+    yield "delta_forward", forward_kernel, ("ids", "q", "scores", "reading", "states", "out", *kept, *decayed)
+    yield "delta_forward", forward_kernel, ("transition", *kept, *decayed)
+    yield "delta_forward", forward_kernel, ("q", "scores", "reading", "out", "ends", "transition", *decayed)
+    yield "delta_backward", backward_kernel, ("ids", "dends", *kept, *decayed)
+    yield "delta_backward", backward_kernel, ("transition", *decayed)
+    yield "delta_grads", grads_kernel, ("dgate",) if decay == "constant" else ()
+
+
+def compile_all(kernels, decay, key_dim, value_dim):
+    """Print a line per kernel: name, registers, bytes spilled, bytes of shared memory."""
+    from triton.backends.compiler import GPUTarget
+
+    for name, kernel, absent in kernels(decay, key_dim, value_dim):
+        sizes = tuning.table(f"{name}/{decay}", key_dim, value_dim, torch.bfloat16, 90)
         compiled = triton.compile(
-            source(kernel, decay, key_dim, value_dim, sizes, True, name not in ("dv", "summary"), absent),
+            source(kernel, decay, key_dim, value_dim, sizes, absent),
             target=GPUTarget("cuda", 90, 32),
             options={"num_warps": sizes["warps"], "num_stages": sizes["stages"]},
         )
@@ -90,22 +116,22 @@ def compile_all(decay, key_dim, value_dim):
         sys.stdout.write(f"{name} {registers} {spilled} {compiled.metadata.shared}\n")
 
 
+@pytest.mark.parametrize("kernels", [additive, delta])
 @pytest.mark.parametrize("decay", tuning.DECAYS)
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"),
     [(128, 128), *(pytest.param(k, v, marks=pytest.mark.slow) for k, v in [(64, 64), (48, 80), (256, 256)])],
 )
-def test_the_table_compiles_for_sm_90(decay, key_dim, value_dim, tmp_path):
+def test_the_table_compiles_for_sm_90(kernels, decay, key_dim, value_dim, tmp_path):
     # Triton decides at import between the interpreter, which these tests run in, and the compiler.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    program = (
-        f"from tests.kernels.test_triton_compile import compile_all; compile_all({decay!r}, {key_dim}, {value_dim})"
-    )
+    arguments = f"m.{kernels.__name__}, {decay!r}, {key_dim}, {value_dim}"
+    program = f"import tests.kernels.test_triton_compile as m; m.compile_all({arguments})"
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
     lines = [line.split() for line in ran.stdout.splitlines()]
-    assert {"summary", "apply", "dq"} < {name for name, *_ in lines}
+    assert len(lines) == sum(1 for _ in kernels(decay, key_dim, value_dim))
     for name, *numbers in lines:
         _, spilled, shared = map(int, numbers)
-        assert spilled <= SPILLS, f"{name}: {spilled} bytes spilled"
+        assert spilled <= SPILLS[kernels.__name__], f"{name}: {spilled} bytes spilled"
         assert shared <= SHARED, f"{name}: {shared} bytes of shared memory"

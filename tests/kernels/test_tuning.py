@@ -12,7 +12,7 @@ SIZES = {"chunk": 64, "block_k": 16, "block_v": 32, "warps": 2, "stages": 3}
 
 
 @pytest.mark.parametrize("decay", tuning.DECAYS)
-@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize("kernel", tuning.KERNELS + tuning.DELTA_KERNELS)
 @pytest.mark.parametrize("dims", [(1, 1), (16, 512), (24, 100), (128, 128), (256, 257)], ids=str)
 def test_blocks_fit_registers_and_kernels(kernel, decay, dims):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -23,12 +23,12 @@ def test_blocks_fit_registers_and_kernels(kernel, decay, dims):
                 assert blocks[size] >= 16
                 assert blocks[size].bit_count() == 1
             # These read whole rows of K or V in one program.
-            assert kernel not in ("apply", "dv") or blocks["block_k"] >= dims[0]
+            assert kernel not in ("apply", "dv", "delta_forward", "delta_backward") or blocks["block_k"] >= dims[0]
             assert kernel not in ("dq", "dk") or blocks["block_v"] >= dims[1]
 
 
 def test_candidates_begin_with_the_table():
-    for kernel in tuning.KERNELS:
+    for kernel in tuning.KERNELS + tuning.DELTA_KERNELS:
         name = f"{kernel}/scalar"
         tried = tuning.candidates(name, 128, 128, torch.bfloat16, CPU)
         assert tried[0] == tuning.table(name, 128, 128, torch.bfloat16, 90)
