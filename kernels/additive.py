@@ -87,7 +87,7 @@ def summarize(k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment]) -
             state = walk.state(states[number], heads)
             for chunk in live:
                 keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
-                walk.write(state, keys, values, walk.decays.of(heads, chunk))
+                walk.write(state, keys, values, walk.decays.of(walk, heads, chunk))
             walk.put_state(states[number], heads, state)
     return Carry(walk.transitions(segments, gates), states)
 
@@ -105,7 +105,7 @@ def apply(
             state = walk.state(states[number], heads)
             for chunk in parts:
                 keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
-                decay = walk.decays.of(heads, chunk)
+                decay = walk.decays.of(walk, heads, chunk)
                 for nth in range(walk.repeats(q)):
                     queries = walk.load("q", q, heads, chunk, nth)
                     scores = decay.pairs(queries, keys, walk.scratch("scores", heads.count, chunk.size, chunk.size))
@@ -129,7 +129,7 @@ def summarize_grad(q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequ
         for heads in walk.groups():
             dstate = walk.state(dstates[number], heads)
             for chunk in reversed(live):
-                decay = walk.decays.of(heads, chunk)
+                decay = walk.decays.of(walk, heads, chunk)
                 dstate.mul_(decay.keeps)
                 for nth in range(walk.repeats(q)):
                     queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
@@ -156,12 +156,12 @@ class _Backward:
         """The state behind a chunk from that before it, in place."""
         walk = self.walk
         keys, values = walk.load("k", self.k, heads, chunk), walk.load("v", self.v, heads, chunk)
-        walk.write(state, keys, values, walk.decays.of(heads, chunk))
+        walk.write(state, keys, values, walk.decays.of(walk, heads, chunk))
 
     def chunk(self, heads: Heads, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
         """The gradients of a chunk; `dstate` becomes that of the state before it, in place."""
         walk, square = self.walk, (heads.count, chunk.size, chunk.size)
-        decay = walk.decays.of(heads, chunk)
+        decay = walk.decays.of(walk, heads, chunk)
         keys, values = walk.load("k", self.k, heads, chunk), walk.load("v", self.v, heads, chunk)
         dk = walk.product("dk", values, dstate.transpose(1, 2)).mul_(decay.writes)
         dv = walk.product("dv", walk.scaled("written", keys, decay.writes), dstate)

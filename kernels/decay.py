@@ -252,7 +252,7 @@ class Decays:
 
     def __init__(self, log_decay: Tensor | None, walk: Walk) -> None:
         """log_decay None (no decay), `[H]` (constant), `[B, T, H]` or `[B, T, H, K]`."""
-        self._walk = walk
+        self._dtype, self._device = walk.dtype, walk.scratch.device
         self.vector = log_decay is not None and log_decay.dim() == 4
         self.constant = log_decay is None or log_decay.dim() == 1
         if log_decay is None:
@@ -265,23 +265,27 @@ class Decays:
 
     def _documents(self, chunk: Chunk) -> Documents:
         if chunk.starts:
-            return Documents(chunk, self._walk.dtype, self._walk.scratch.device)
+            return Documents(chunk, self._dtype, self._device)
         if chunk.size not in self._plain:
-            self._plain[chunk.size] = Documents(chunk, self._walk.dtype, self._walk.scratch.device)
+            self._plain[chunk.size] = Documents(chunk, self._dtype, self._device)
         return self._plain[chunk.size]
 
-    def of(self, heads: Heads, chunk: Chunk) -> Decay:
-        """The decays of a piece."""
+    def of(self, walk: Walk, heads: Heads, chunk: Chunk) -> Decay:
+        """The decays of a piece.
+
+        The walk is given and not kept: it holds this object, and a cycle would keep its tensors until Python looks for
+        cycles; meanwhile autograd would copy gradients that someone else seems to hold.
+        """
         key = (heads.first, heads.count, chunk.size)
         if self.constant and not chunk.starts and key in self._shared:
             return self._shared[key]
         documents = self._documents(chunk)
-        g = self._walk.load("log_decay", self._log_decay, heads, chunk)
+        g = walk.load("log_decay", self._log_decay, heads, chunk)
         # exp of the least is 0 in every dtype; what is below it, and -inf, would only cost the sums their precision.
-        g = torch.clamp(g, min=LEAST, out=self._walk.scratch("clamped", *g.shape))
+        g = torch.clamp(g, min=LEAST, out=walk.scratch("clamped", *g.shape))
         if self.vector:
-            return VectorDecay(g, documents, self._walk.scratch)
-        decay = ScalarDecay(g, documents, self._walk.scratch)
+            return VectorDecay(g, documents, walk.scratch)
+        decay = ScalarDecay(g, documents, walk.scratch)
         if self.constant and not chunk.starts:
             self._shared[key] = decay
         return decay

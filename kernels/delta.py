@@ -80,7 +80,7 @@ class _Delta(Walk):
 
     def writes(self, k: Tensor, heads: Heads, chunk: Chunk) -> _Writes:
         keys, share = self.load("k", k, heads, chunk), self.load("beta", self.beta, heads, chunk)
-        return _Writes(self, keys, share, self.decays.of(heads, chunk))
+        return _Writes(self, keys, share, self.decays.of(self, heads, chunk))
 
     def write(self, state: Tensor, writes: _Writes, u: Tensor) -> None:
         """S' from S, in place."""

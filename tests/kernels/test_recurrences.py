@@ -1,6 +1,8 @@
 """The chunked recurrences against the token-by-token reference."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -152,6 +154,19 @@ def test_strided_inputs_give_the_same_and_no_input_is_changed(kind):
         torch.testing.assert_close(got[name], x, rtol=1e-12, atol=1e-12)
     for x, copy in zip((*case.tokens, case.do, case.state, case.dend), copies, strict=True):
         assert torch.equal(x, copy)
+
+
+@each_kind
+def test_nothing_holds_a_result_but_who_asked_for_it(kind):
+    case = draw(kind, 70)
+    gc.disable()
+    try:
+        (got, again) = by_recurrence(case, [Segment(0, 70, (20,))])
+        results = [weakref.ref(x) for x in got.values()]
+        del got, again
+        assert [result() for result in results] == [None] * len(results)
+    finally:
+        gc.enable()
 
 
 @each_kind
