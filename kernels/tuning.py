@@ -13,7 +13,8 @@ The table is a first guess: not measured on a GPU. What is known of it comes fro
   doubling adds a product per score; float32 too.
 - The delta rule takes 64 tokens a chunk, where wgmma is used throughout and the states that the backward pass keeps are
   half as many as at 32; 32 where a decay is a vector or products are not in 16 bits. Below 64 tokens more than
-  C / 16 warps multiply the same again, so vectors take few warps and small blocks where no state is carried.
+  C / 16 warps multiply the same again, so vectors take few warps and small blocks where no state is carried. Exact
+  products hold their factors in registers: small blocks and 8 warps.
 - Loads are two stages deep, one where a program makes both dk and dv, and before sm_90, which has less shared memory.
 """
 
@@ -99,14 +100,14 @@ def _delta(name: str, decay: str, k: int, v: int, dtype: torch.dtype) -> Blocks:
     vector = decay == "vector"
     chunk = 64 if low and not vector else 32
     if name == "delta_prepare":
-        k, v, warps = min(k, 32 if vector else 128), 16, 2 if vector else 4
+        k, v, warps = min(k, 32 if vector or not low else 128), 16, 2 if vector else 4
     elif name == "delta_grads":
-        k, v = min(k, 32 if vector else 64), min(v, 32 if max(k, v) <= 64 else 64)
-        warps = 8 if chunk == 64 else 2 if vector else 4
+        small = 32 if max(k, v) <= 64 or not low else 64
+        k, v, warps = min(k, 32 if vector or not low else 64), min(v, small), 2 if vector else 8
     else:
-        v = min(v, max(16, 64 * 128 // k))
+        v = min(v, max(16, (64 if low else 16) * 128 // k))
         warps = 8 if chunk == 64 or k * v > 64 * 64 else 4
-    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": 1}
+    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps if low else 8, "stages": 1}
 
 
 def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[Blocks]:
