@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 
 import torch
 from torch import Tensor
@@ -107,12 +108,21 @@ def check_state(name: str, state: Tensor, q: Tensor, k: Tensor, v: Tensor, gates
         raise ValueError(f"{name} is on {state.device}, but q is on {q.device}: expected the same device")
 
 
-def check_cu_seqlens(cu_seqlens: Sequence[int], length: int) -> None:
-    """Raise ValueError where cu_seqlens is not `0 = c_0 < c_1 < ... < c_N = length`."""
-    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0:
-        raise ValueError(f"cu_seqlens begins {list(cu_seqlens[:4])}: expected 0 and the end of at least one document")
-    for left, right in pairwise(cu_seqlens):
+def checked_cu_seqlens(cu_seqlens: Sequence[int] | Tensor, length: int | None = None) -> tuple[int, ...]:
+    """cu_seqlens as integers. Raises ValueError where it is not `0 = c_0 < c_1 < ... < c_N`, N at least 1.
+
+    `length`: what c_N has to be, any where None.
+    """
+    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    try:
+        bounds = tuple(index(c) for c in given)
+    except TypeError:
+        raise ValueError(f"cu_seqlens begins {list(given)[:4]}: expected integers") from None
+    if len(bounds) < 2 or bounds[0] != 0:
+        raise ValueError(f"cu_seqlens begins {list(bounds[:4])}: expected 0 and the end of at least one document")
+    for left, right in pairwise(bounds):
         if left >= right:
             raise ValueError(f"cu_seqlens has {right} after {left}: expected strictly increasing values")
-    if cu_seqlens[-1] != length:
-        raise ValueError(f"cu_seqlens ends with {cu_seqlens[-1]}: expected the number of tokens, {length}")
+    if length is not None and bounds[-1] != length:
+        raise ValueError(f"cu_seqlens ends with {bounds[-1]}: expected the number of tokens, {length}")
+    return bounds

@@ -55,7 +55,10 @@ __all__ = [
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
     (batch, queries, heads, key_dim), (kv_batch, keys, kv_heads, kv_dim) = q.shape, k.shape
     if (kv_batch, kv_dim) != (batch, key_dim) or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected "
+            "[B, Tq, H, K], [B, Tk, H_kv, K] and [B, Tk, H_kv, V]"
+        )
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they have to be of one dtype")
     if heads % kv_heads:

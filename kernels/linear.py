@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.arguments import check_cu_seqlens, check_state
+from longctx.kernels.arguments import checked_cu_seqlens, check_state
 from longctx.kernels.library import ADDITIVE, DELTA
 from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import (
@@ -164,7 +164,7 @@ def linear_attention(
     beta: Tensor | None = None,
     *,
     scale: float = 1.0,
-    cu_seqlens: Sequence[int] | None = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
     continued: bool = False,
     normalize: bool = False,
     eps: float = DENOMINATOR_EPS,
@@ -194,8 +194,7 @@ def linear_attention(
     length = q.shape[1] if q.dim() > 1 else 0
     starts: tuple[int, ...] = ()
     if cu_seqlens is not None:
-        bounds = tuple(int(c) for c in cu_seqlens)
-        check_cu_seqlens(bounds, length)
+        bounds = checked_cu_seqlens(cu_seqlens, length)
         starts = bounds[1:-1] if continued else bounds[:-1]
         if initial_state is not None and not continued:
             raise ValueError("initial_state is given, but the first document is not `continued` and would drop it")

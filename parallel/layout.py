@@ -5,7 +5,6 @@ which balances causal work). Everything is answered on the host, once per batch;
 takes the layout and nothing else about ranks.
 """
 
-import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longctx.kernels.arguments import checked_cu_seqlens
 from longctx.parallel.mesh import Mesh
 
 Order = Literal["contiguous", "zigzag"]
@@ -68,12 +68,7 @@ class Layout:
     continued: int = 0
 
     def __post_init__(self) -> None:
-        bounds = self.cu_seqlens
-        if len(bounds) < 2 or bounds[0] != 0:
-            raise ValueError(f"cu_seqlens must begin with 0 and name at least one document, not {bounds[:8]}")
-        for left, right in itertools.pairwise(bounds):
-            if left >= right:
-                raise ValueError(f"cu_seqlens must increase strictly, but {right} follows {left}")
+        object.__setattr__(self, "cu_seqlens", checked_cu_seqlens(self.cu_seqlens))
         if self.order not in ("contiguous", "zigzag"):
             raise ValueError(f"order must be 'contiguous' or 'zigzag', not {self.order!r}")
         if not 0 <= self.rank < self.size:
@@ -86,7 +81,7 @@ class Layout:
     def on(cls, mesh: Mesh, cu_seqlens: Sequence[int], order: Order) -> "Layout":
         """The layout of a sequence over the cp axis of a mesh, for this rank."""
         group = mesh.cp_group if mesh.cp > 1 else None
-        return cls(tuple(int(c) for c in cu_seqlens), order, mesh.cp, mesh.cp_rank, group)
+        return cls(tuple(cu_seqlens), order, mesh.cp, mesh.cp_rank, group)
 
     @property
     def peers(self) -> ProcessGroup | None:

@@ -15,7 +15,12 @@ def rotary_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + D/2) of `x [B, T, H, D]` by the table's angles, in float32 (float64 stays)."""
+    """Turn the pairs (i, i + D/2) of `x [B, T, H, D]` by the table's angles, in float32 (float64 stays).
+
+    Raises ValueError where the table is not for T positions.
+    """
+    if x.shape[1] != table[0].shape[0]:
+        raise ValueError(f"x has {x.shape[1]} tokens: expected the {table[0].shape[0]} that the layout gives this rank")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = (part.to(wide)[None, :, None, :] for part in table)
     left, right = x.to(wide).chunk(2, dim=-1)

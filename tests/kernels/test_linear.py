@@ -274,6 +274,8 @@ def good():
         ({"cu_seqlens": (0, 6, 4, 8)}, "cu_seqlens has 4 after 6: expected strictly increasing values"),
         ({"cu_seqlens": (0, 9)}, "cu_seqlens ends with 9: expected the number of tokens, 8"),
         ({"cu_seqlens": (2, 8)}, "cu_seqlens begins [2, 8]: expected 0"),
+        ({"cu_seqlens": (0, 2.5, 8)}, "cu_seqlens begins [0, 2.5, 8]: expected integers"),
+        ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "cu_seqlens begins [0.0, 8.0]: expected integers"),
         ({"initial_state": torch.zeros(2, 4, 5, 5)}, "initial_state has shape [2, 4, 5, 5]: expected [batch, heads, K"),
         ({"initial_state": torch.zeros(2, 4, 5, 6).half()}, "initial_state is torch.float16: expected torch.float32"),
         (

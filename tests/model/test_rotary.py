@@ -39,3 +39,8 @@ def test_scores_depend_on_distances_alone():
     ).sum()
     torch.testing.assert_close(score(7, 3), score(2**20 + 4, 2**20), rtol=1e-7, atol=1e-8)
     assert abs(score(7, 3) - score(7, 2)) > 1e-3
+
+
+def test_positions_of_another_number_of_tokens_are_refused():
+    with pytest.raises(ValueError, match="x has 3 tokens: expected the 4"):
+        rotate(torch.zeros(1, 3, 1, 8), rotary_table(torch.arange(4), 8, 1e4))

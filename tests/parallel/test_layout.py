@@ -64,9 +64,10 @@ def test_a_continued_document_does_not_start_and_keeps_its_positions():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cu_seqlens": (1, 4)}, "begin with 0"),
+        ({"cu_seqlens": (1, 4)}, r"begins \[1, 4\]: expected 0"),
         ({"cu_seqlens": (0,)}, "at least one document"),
-        ({"cu_seqlens": (0, 3, 3, 4)}, "increase strictly, but 3 follows 3"),
+        ({"cu_seqlens": (0, 3, 3, 4)}, "has 3 after 3: expected strictly increasing"),
+        ({"cu_seqlens": (0, 2.5, 4)}, "expected integers"),
         ({"cu_seqlens": (0, 4), "order": "diagonal"}, "'contiguous' or 'zigzag', not 'diagonal'"),
         ({"cu_seqlens": (0, 4), "size": 2, "rank": 2}, "rank 2 is not one of 2 ranks"),
         ({"cu_seqlens": (0, 4), "continued": -1}, "number of tokens, not -1"),
