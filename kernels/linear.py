@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.arguments import checked_cu_seqlens, check_state
+from longctx.kernels.arguments import check_state, checked_cu_seqlens
 from longctx.kernels.library import ADDITIVE, DELTA
 from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import (
@@ -36,7 +36,8 @@ class Plan:
     """How the tokens at hand make up a sequence.
 
     `pieces` are this device's, in the order in which they lie here, `numbers` their places among all `count` pieces of
-    the sequence. `gather` takes the carries of this device's pieces, in that order, and returns those of all pieces in
+    the sequence. Rows between and behind them are padding: they are not computed, and their outputs and gradients are
+    zero. `gather` takes the carries of this device's pieces, in that order, and returns those of all pieces in
     the order of the sequence.
     """
 
@@ -44,6 +45,14 @@ class Plan:
     numbers: tuple[int, ...] = (0,)
     count: int = 1
     gather: Callable[[Sequence[Carry]], list[Carry]] = _nothing_to_gather
+
+    def zero_padding_(self, *tensors: Tensor | None) -> None:
+        """Zero the rows `[B, T, ...]` that no piece has, in place; what does not run along the sequence is left."""
+        begins = [piece.begin for piece in self.pieces[1:]]
+        for x in tensors:
+            if x is not None and x.dim() > 1:
+                for piece, following in zip(self.pieces, [*begins, x.shape[1]], strict=True):
+                    x[:, piece.end : following] = 0
 
 
 class _Scan(torch.autograd.Function):
@@ -70,6 +79,7 @@ class _Scan(torch.autograd.Function):
             carries = _split(recurrence.summarize(k, v, gates, segments), cut)
             states, final = _scanned(carries, plan, initial_state, reverse=False)
             out, _ = recurrence.apply(q, k, v, gates, segments, states)
+        plan.zero_padding_(out)
         ctx.save_for_backward(q, k, v, states, *gates)
         ctx.recurrence, ctx.plan, ctx.cut, ctx.segments = recurrence, plan, cut, segments
         ctx.set_materialize_grads(False)
@@ -95,6 +105,7 @@ class _Scan(torch.autograd.Function):
         gate_grads = any(ctx.needs_input_grad[6:])
         dq, dk, dv, dgates, dstates = recurrence.apply_grad(q, k, v, gates, ctx.segments, do, states, dends, gate_grads)
         dinitial = dstates[0] if alone else dinitial
+        plan.zero_padding_(dq, dk, dv, *dgates)
         return dq, dk, dv, dinitial if ctx.needs_input_grad[3] else None, None, None, *dgates
 
 

@@ -124,7 +124,8 @@ class LinearRecurrence(Protocol):
     `[B, T, H, ...]`. A state belongs to one of H heads, H the most heads that k, v and the gates have; each of them may
     have fewer, a divisor of H (state h takes head `h // (H / Hk)` of k); q may have fewer as well, or a multiple of H
     (query head i reads state `i // (Hq / H)`). Ho is the larger of Hq and H. states, ends and their gradients are
-    `[N, B, H, K, V]` in the accumulation dtype. Segments do not overlap and cover all T tokens, in any order.
+    `[N, B, H, K, V]` in the accumulation dtype. Segments do not overlap and come in any order; what a result has of
+    tokens that lie in no segment is undefined.
     """
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> None:

@@ -1,175 +1,172 @@
-"""Softmax attention over a sequence that lies over ranks: the all-gather schedule (LASP-2H, Llama 3).
+"""Softmax attention over a sequence that lies over ranks, by any schedule, under any layout: the same numbers.
 
-K and V of all ranks are gathered, put into sequence order, and each rank attends from the queries that it holds; the
-backward pass gathers again, which is cheaper than keeping them, and scatters the gradients' sums back to where the
-keys live. With grouped heads the payload is small: `2 * B * T_local * H_kv * D` numbers a rank.
+| schedule | keys and values | bytes that a rank receives, forward |
+|---|---|---|
+| `all-gather` | of all ranks, a slice of heads at a time (`longctx.parallel.gathered`) | (W-1) T_r H_kv (K+V) |
+| `ring` | of each rank that holds some that are seen, in turn (`longctx.parallel.ring`) | what is seen of them |
+| `ulysses` | of all tokens for some heads (`longctx.parallel.ulysses`) | (W-1)/W T_r (H K + H_kv (K+V) + H V) |
+| `ulysses-ring`, `ulysses-all-gather` | Ulysses among neighbours, the other between groups | of both |
+
+What a query sees is in the layout (documents, padding) and in `causal` and `window`. Plans are made once per layout and
+kept with it.
 """
 
-from bisect import bisect_right
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from longctx.kernels import attention
-from longctx.kernels.attention import CAUSAL, FULL, BlockMask
-from longctx.kernels.precision import exact_backward, exact_forward
-from longctx.kernels.recurrence import accumulation_dtype, document_ids
-from longctx.parallel.collectives import all_gather, reduce_scatter
+from longctx.parallel.choice import Estimate, Shape, estimates
+from longctx.parallel.functions import rank_backward, rank_forward
+from longctx.parallel.gathered import Gathered
 from longctx.parallel.layout import Layout
+from longctx.parallel.mesh import Grid
+from longctx.parallel.ring import Ring, plan
+from longctx.parallel.ulysses import Heads, to_heads, to_rows
+from longctx.parallel.visibility import Holders, Reach
 
-DOCUMENT_TILE = 256
-"""Neighbouring documents that fit into a tile of so many tokens share one block, masked by document: a block each
-would be mostly overhead."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Local queries `[q_begin, q_end)` against the keys `[k_begin, k_end)` of the whole sequence.
-
-    `documents` are the places in the block at which documents begin, where it holds several (then queries and keys
-    are the same tokens).
-    """
-
-    q_begin: int
-    q_end: int
-    k_begin: int
-    k_end: int
-    causal: bool
-    documents: tuple[int, ...] = ()
-
-    def mask(self, device: torch.device) -> BlockMask:
-        """What the block kernel takes."""
-        if not self.documents:
-            return CAUSAL if self.causal else FULL
-        size = self.q_end - self.q_begin
-        ids = document_ids(size, self.documents, device)
-        return (ids[:, None] == ids[None, :]) & torch.ones(size, size, dtype=torch.bool, device=device).tril_()
+ACROSS = {
+    "all-gather": "all-gather",
+    "ring": "ring",
+    "ulysses": "ring",
+    "ulysses-ring": "ring",
+    "ulysses-all-gather": "all-gather",
+}
+"""The schedules, each with what it does between holders; Ulysses alone has one holder, and nothing to do."""
 
 
-def _document_pieces(layout: Layout, begin: int, end: int) -> list[tuple[int, int]]:
-    """The slice `[begin, end)` cut at documents."""
-    first = bisect_right(layout.cu_seqlens, begin)
-    last = bisect_right(layout.cu_seqlens, end - 1)
-    return list(pairwise([begin, *layout.cu_seqlens[first:last], end]))
+SCHEDULES = (*ACROSS, "auto")
 
 
-def causal_blocks(layout: Layout) -> tuple[Block, ...]:
-    """The blocks that this rank computes under the causal mask within documents; made once per batch.
-
-    No block has an empty mask. A query's blocks follow each other, those of the earlier keys first.
-    """
-    return _plan(replace(layout, group=None))
+def choose(layout: Layout, shape: Shape) -> list[Estimate]:
+    """What each schedule is expected to take for a layer, the fastest first; kept with the layout."""
+    found: list[Estimate] = layout.kept(("choice", shape), lambda: estimates(layout, shape))
+    return found
 
 
-# Without the group: what is kept here must not keep a process group alive.
-@lru_cache(maxsize=16)
-def _plan(layout: Layout) -> tuple[Block, ...]:
-    blocks = []
-    for part, at in zip(layout.slices, layout.local, strict=True):
-        shift = at.start - part.begin
-        tile: list[int] = []
-        pieces = _document_pieces(layout, part.begin, part.end)
-        for number, (begin, end) in enumerate(pieces):
-            document = layout.document_start(begin)
-            if document < begin:
-                blocks.append(Block(begin + shift, end + shift, document, begin, causal=False))
-            tile.append(begin)
-            following = pieces[number + 1][1] if number + 1 < len(pieces) else None
-            if following is None or following - tile[0] > DOCUMENT_TILE:
-                inner = tuple(start - tile[0] for start in tile[1:])
-                blocks.append(Block(tile[0] + shift, end + shift, tile[0], end, causal=True, documents=inner))
-                tile = []
-    return tuple(blocks)
+class _Across(Protocol):
+    """A schedule between holders."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-def score_elements(layout: Layout) -> int:
-    """Query-key pairs that this rank's queries see: what its share of the work is counted in."""
-    total = 0
-    for part in layout.slices:
-        for begin, end in _document_pieces(layout, part.begin, part.end):
-            size = end - begin
-            total += size * (begin - layout.document_start(begin)) + size * (size + 1) // 2
-    return total
-
-
-def _in_sequence_order(k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """All ranks' k and v `[B, T, H_kv, D]`."""
-    group = layout.peers
-    if group is None:
-        return k, v
-    rows = all_gather(torch.stack([k, v]), group).wait()
-    return layout.unshard(rows[:, 0].unbind()), layout.unshard(rows[:, 1].unbind())
-
-
-class _AllGatherAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
-    @exact_forward
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-        keys, values = _in_sequence_order(k, v, layout)
-        dtype = accumulation_dtype(q.dtype)
-        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
-        for block in causal_blocks(layout):
-            queries, seen = slice(block.q_begin, block.q_end), slice(block.k_begin, block.k_end)
-            attention.merge_(
-                out[:, queries],
-                lse[:, :, queries],
-                *attention.forward(q[:, queries], keys[:, seen], values[:, seen], block.mask(q.device), scale),
-            )
-        out = out.to(q.dtype)
+    @rank_forward
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, across: _Across, scale: float) -> Tensor:
+        out, lse = across.forward(q, k, v, scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.across, ctx.scale = across, scale
         return out
 
     @staticmethod
-    @exact_backward
+    @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        layout: Layout = ctx.layout
-        do = grads[0]
-        keys, values = _in_sequence_order(k, v, layout)
-        dtype = accumulation_dtype(q.dtype)
-        dq = torch.zeros_like(q, dtype=dtype)
-        dkv = torch.zeros(2, *keys.shape, dtype=dtype, device=q.device)
-        for block in causal_blocks(layout):
-            queries, seen = slice(block.q_begin, block.q_end), slice(block.k_begin, block.k_end)
-            dq_part, dk_part, dv_part = attention.backward(
-                do[:, queries],
-                q[:, queries],
-                keys[:, seen],
-                values[:, seen],
-                out[:, queries],
-                lse[:, :, queries],
-                block.mask(q.device),
-                ctx.scale,
-            )
-            dq[:, queries] += dq_part
-            dkv[0, :, seen] += dk_part
-            dkv[1, :, seen] += dv_part
-        group = layout.peers
-        if group is not None:
-            rows = [
-                torch.cat([dkv[:, :, part.begin : part.end] for part in layout.slices_of(rank)], dim=2)
-                for rank in range(layout.size)
-            ]
-            dkv = reduce_scatter(torch.stack(rows), group).wait()
-        return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), None, None
+        return *ctx.across.backward(grads[0], *ctx.saved_tensors, ctx.scale), None, None
 
 
-def all_gather_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Causal softmax attention within documents, `[B, T_local, H, D]`.
+class _Plan:
+    """A schedule on a layout: the holders, this rank's among them, and what goes on between them."""
 
-    Shapes: q `[B, T_local, H, D]`, k and v `[B, T_local, H_kv, D]` with H a multiple of H_kv; positions (rotary) are
-    already applied.
-    """
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    def __init__(self, layout: Layout, schedule: str, reach: Reach, device: torch.device) -> None:
+        grid = _grid(layout, schedule)
+        first = layout.rank - layout.rank % grid.ulysses
+        members = range(first, first + grid.ulysses)
+        self.grid = grid
+        self.step = layout.piece_length
+        arriving = [number for rank in members for number in layout.numbers(rank)]
+        order = sorted(range(len(arriving)), key=arriving.__getitem__)
+        self.order = None if order == list(range(len(order))) else torch.tensor(order, device=device)
+        self.back = None if self.order is None else self.order.argsort()
+        groups = range(0, layout.size, grid.ulysses)
+        numbers = [[n for r in range(at, at + grid.ulysses) for n in layout.numbers(r)] for at in groups]
+        holders, index = Holders(layout, numbers, reach), layout.rank // grid.ulysses
+        self.across: _Across
+        if ACROSS[schedule] == "ring":
+            self.across = Ring(plan(holders, index, device), index, grid.ring_group)
+        else:
+            self.across = Gathered(holders, index, grid.ring_group, device)
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """The rows of an Ulysses group in sequence order, from the order of its ranks."""
+        return x if self.order is None else x.unflatten(1, (-1, self.step))[:, self.order].flatten(1, 2)
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x if self.back is None else x.unflatten(1, (-1, self.step))[:, self.back].flatten(1, 2)
+
+
+def _grid(layout: Layout, schedule: str) -> Grid:
+    """How a schedule divides the ranks into Ulysses groups and rings."""
+    if layout.size == 1:
+        return Grid(1, None, None)
+    if schedule in ("ring", "all-gather"):
+        return Grid(1, None, layout.peers)
+    if schedule == "ulysses":
+        return Grid(layout.size, layout.peers, None)
+    if layout.grid is None:
+        raise ValueError(
+            f"attention: the schedule {schedule!r} needs a mesh whose cp axis is ulysses x ring; this layout has the "
+            f"{layout.size} ranks in one group"
+        )
+    return layout.grid
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: str) -> None:
+    """Raise ValueError where tensors, layout and schedule do not fit."""
+    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[:3] == v.shape[:3] and k.shape[3] == q.shape[3]
+    if not fits or k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected "
+            "[B, T, H, K], [B, T, H_kv, K] and [B, T, H_kv, V]"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     if q.shape[1] != layout.local_length:
         raise ValueError(f"attention: {q.shape[1]} tokens, but the layout gives this rank {layout.local_length}")
     if layout.continued:
         raise ValueError("attention: the layout's first document is continued, and its earlier keys are not here")
-    return _AllGatherAttention.apply(q, k, v, layout, scale)  # type: ignore[no-untyped-call]
+    if schedule not in SCHEDULES:
+        raise ValueError(f"attention: there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scale: float,
+    *,
+    schedule: str | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention within documents, `[B, T_local, H, V]`; rows of padding give zero.
+
+    Shapes: q `[B, T_local, H, K]`, k `[B, T_local, H_kv, K]`, v `[B, T_local, H_kv, V]`, H a multiple of H_kv;
+    positions (rotary) are already applied. `causal`: a query sees the keys up to its own place, else all of its
+    document. `window`: the newest `window` of them alone, without `causal` those less than `window` away. `schedule`:
+    one of SCHEDULES, the layout's where None. Differentiable in q, k and v, every rank of the layout taking part.
+    Raises ValueError where an argument does not fit.
+    """
+    schedule = layout.attention if schedule is None else schedule
+    check_attention(q, k, v, layout, schedule)
+    reach = Reach(causal, window)
+    if schedule == "auto":
+        shape = Shape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), reach)
+        schedule = choose(layout, shape)[0].schedule
+    make: Callable[[], _Plan] = lambda: _Plan(layout, schedule, reach, q.device)  # noqa: E731
+    chosen: _Plan = layout.kept(("attention", schedule, reach, q.device), make)
+    ulysses = chosen.grid.ulysses_group
+    if ulysses is None:
+        out: Tensor = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]
+        return out
+    heads = Heads(q.shape[2], k.shape[2], chosen.grid.ulysses)
+    q, k, v = map(chosen.sorted, to_heads(q, k, v, heads, ulysses))
+    out = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]
+    return to_rows(chosen.unsorted(out), heads, ulysses)

@@ -1,94 +1,129 @@
 """Collectives: asynchronous, counted, each with its inverse named.
 
-all_gather / reduce_scatter are each other's backward. A handle owns the buffers until the data
-has arrived. Calls and bytes are counted here, and nowhere else.
+all_gather and reduce_scatter are each other's backward, all_to_all its own with the sizes exchanged, and an exchange
+between pairs its own with senders and receivers exchanged. A handle owns the buffers until the data has arrived, and an
+error that it raises names the layer and the collective. Calls and bytes are counted here (`longctx.parallel.traffic`).
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.parallel.traffic import count, current_layer
+
 # torch 2.13 renames these two; the old names go on to work, with a warning.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-
-@dataclass
-class Traffic:
-    """What a rank asked for: calls, and bytes that it received, by collective."""
-
-    calls: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, name: str, received: int) -> None:
-        """Count one call."""
-        self.calls[name] += 1
-        self.bytes[name] += received
+T = TypeVar("T")
 
 
-_counters: list[Traffic] = []
+class CollectiveError(RuntimeError):
+    """A collective failed on this rank: another one died, left it, or did not answer in time."""
 
 
 @contextmanager
-def counted() -> Iterator[Traffic]:
-    """Count the collectives that this rank issues inside the block, the backward pass included."""
-    traffic = Traffic()
-    _counters.append(traffic)
+def _named(what: str, layer: str) -> Iterator[None]:
     try:
-        yield traffic
-    finally:
-        _counters.remove(traffic)
+        yield
+    except RuntimeError as error:
+        where = f"layer {layer}: " if layer else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CollectiveError(f"{where}{what} on rank {dist.get_rank()} failed: {reason}") from error
 
 
-def _count(name: str, received: int) -> None:
-    for traffic in _counters:
-        traffic.add(name, received)
-
-
-class Pending:
+class Pending(Generic[T]):
     """A collective under way. `wait()` gives its result."""
 
-    def __init__(self, work: dist.Work, out: Tensor, sent: Tensor) -> None:
-        self._work = work
+    def __init__(self, what: str, works: Sequence[dist.Work], out: T, sent: object) -> None:
+        self._what, self._layer = what, current_layer()
+        self._works = works
         self._out = out
-        # The send buffer has to live until the data has left.
+        # The send buffers have to live until the data has left.
         self._sent = sent
 
-    def wait(self) -> Tensor:
-        """Block until the data is there (on CUDA: until the current stream may use it)."""
-        self._work.wait()
+    def wait(self) -> T:
+        """Block until the data is there (on CUDA: until the current stream may use it). Raises CollectiveError."""
+        with _named(self._what, self._layer):
+            for work in self._works:
+                work.wait()
         return self._out
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+def _told(name: str, x: Tensor, size: int) -> str:
+    return f"{name} of {list(x.shape)} {str(x.dtype).removeprefix('torch.')} over {size} ranks"
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Pending[Tensor]:
     """Every rank's `x`, stacked in the order of ranks: `[W, *x.shape]`. `group` None: all ranks."""
     size = dist.get_world_size(group)
     x = x.contiguous()
     out = x.new_empty(size, *x.shape)
-    work = _all_gather(out.view(-1), x.view(-1), group=group, async_op=True)
-    _count("all_gather", (size - 1) * x.numel() * x.element_size())
-    return Pending(work, out, x)
+    what = _told("all_gather", x, size)
+    with _named(what, current_layer()):
+        work = _all_gather(out.view(-1), x.view(-1), group=group, async_op=True)
+    count("all_gather", (size - 1) * x.nbytes)
+    return Pending(what, [work], out, x)
 
 
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending:
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     """The sum over ranks of this rank's row of `x [W, ...]`: `x.shape[1:]`."""
     size = dist.get_world_size(group)
     x = x.contiguous()
     out = torch.empty_like(x[0])
-    work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
-    _count("reduce_scatter", (size - 1) * out.numel() * out.element_size())
-    return Pending(work, out, x)
+    what = _told("reduce_scatter", x, size)
+    with _named(what, current_layer()):
+        work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
+    count("reduce_scatter", (size - 1) * out.nbytes)
+    return Pending(what, [work], out, x)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum over ranks, in place, waited for. `group` None: all ranks."""
     size = dist.get_world_size(group)
     if size > 1:
-        dist.all_reduce(x, group=group)
-        _count("all_reduce", 2 * (size - 1) * x.numel() * x.element_size() // size)
+        with _named(_told("all_reduce", x, size), current_layer()):
+            dist.all_reduce(x, group=group)
+        count("all_reduce", 2 * (size - 1) * x.nbytes // size)
     return x
+
+
+def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Pending[list[Tensor]]:
+    """Send `parts[r]` to rank r, all of one dtype, and receive `sizes[r]` numbers from it: flat, in rank order."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    out = sent.new_empty(sum(sizes))
+    what = _told("all_to_all", sent, size)
+    with _named(what, current_layer()):
+        work = dist.all_to_all_single(
+            out, sent, list(sizes), [part.numel() for part in parts], group=group, async_op=True
+        )
+    count("all_to_all", (sum(sizes) - sizes[rank]) * out.element_size())
+    return Pending(what, [work], list(out.split(list(sizes))), sent)
+
+
+def exchange(
+    sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], group: dist.ProcessGroup, tag: int = 0
+) -> Pending[None]:
+    """Send tensors to ranks of a group and receive others, given as empty buffers; nothing where both are empty.
+
+    Each pair of ranks has to name each other, with as many numbers; messages of a pair that are under way at once have
+    different tags, or come in the order in which they were sent.
+    """
+    sent = {peer: x.contiguous() for peer, x in sends.items()}
+    for x in receives.values():
+        assert x.is_contiguous()
+    operations = [
+        dist.P2POp(dist.irecv, x, group=group, group_peer=peer, tag=tag) for peer, x in receives.items() if x.numel()
+    ] + [dist.P2POp(dist.isend, x, group=group, group_peer=peer, tag=tag) for peer, x in sent.items() if x.numel()]
+    what = f"exchange (to {', '.join(map(str, sent)) or 'none'}, from {', '.join(map(str, receives)) or 'none'})"
+    works: list[dist.Work] = []
+    if operations:
+        with _named(what, current_layer()):
+            works = dist.batch_isend_irecv(operations)
+        count("exchange", sum(x.nbytes for x in receives.values()))
+    return Pending(what, works, None, sent)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longctx.kernels import convolution
-from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import Segment
+from longctx.parallel.functions import rank_backward, rank_forward
 from longctx.parallel.halo import add_to_tails, check_initial, check_tokens, give_back, receive
 from longctx.parallel.layout import Layout
 
@@ -38,7 +38,7 @@ class _ShortConvolution(torch.autograd.Function):
     # the sequence, one of them zero but for W - 1 tokens.
 
     @staticmethod
-    @exact_forward
+    @rank_forward
     def forward(
         ctx: Any,
         x: Tensor,
@@ -51,17 +51,17 @@ class _ShortConvolution(torch.autograd.Function):
         before = _hide_(receive(x, layout, weight.shape[1] - 1, initial), layout)
         ctx.save_for_backward(x, weight, bias, before)
         ctx.layout, ctx.segments, ctx.activation = layout, _segments(layout), activation
-        return convolution.forward(x, weight, bias, before, ctx.segments, activation)
+        return layout.zero_padding_(convolution.forward(x, weight, bias, before, ctx.segments, activation))
 
     @staticmethod
-    @exact_backward
+    @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, before = ctx.saved_tensors
         dx, dweight, dbias, dbefore = convolution.backward(
             grads[0], x, weight, bias, before, ctx.segments, ctx.activation
         )
         dtails, dinitial = give_back(_hide_(dbefore, ctx.layout), ctx.layout)
-        add_to_tails(dx, dtails, ctx.layout)
+        add_to_tails(ctx.layout.zero_padding_(dx), dtails, ctx.layout)
         return dx, dweight, dbias, dinitial.to(x.dtype) if ctx.needs_input_grad[3] else None, None, None
 
 

@@ -16,15 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.parallel.collectives import all_gather
+from longctx.parallel.functions import rank_backward, rank_forward
 from longctx.parallel.layout import Layout
 
 
 def _reach(layout: Layout, width: int) -> int:
     """The tokens of a slice that halos can hold."""
-    return min(width, layout.slices[0].size)
+    return min(width, layout.piece_length)
+
+
+def _ends(layout: Layout) -> list[int]:
+    """Where the pieces of this rank end in its tensors, padding included: only padding follows it in the sequence."""
+    return [(place + 1) * layout.piece_length for place in range(len(layout.slices))]
 
 
 def _in_sequence_order(parts: Tensor, layout: Layout) -> list[Tensor]:
@@ -33,7 +38,7 @@ def _in_sequence_order(parts: Tensor, layout: Layout) -> list[Tensor]:
     if group is None:
         return list(parts.unbind())
     rows = all_gather(parts, group).wait()
-    return [rows[rank, place] for rank, place in map(layout.owner, range(layout.pieces))]
+    return [rows[rank, place] for rank, place in layout.places]
 
 
 def receive(x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Tensor:
@@ -42,7 +47,7 @@ def receive(x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Te
     if layout.size == 1 or width == 0:
         return torch.stack([first] * len(layout.slices))
     reach = _reach(layout, width)
-    tails = _in_sequence_order(torch.stack([x[:, at.stop - reach : at.stop] for at in layout.local]), layout)
+    tails = _in_sequence_order(torch.stack([x[:, end - reach : end] for end in _ends(layout)]), layout)
     sources = ceil(width / reach)
     halos = [torch.cat([first, *tails[max(0, n - sources) : n]], dim=1) for n in layout.numbers(layout.rank)]
     return torch.stack([halo[:, halo.shape[1] - width :] for halo in halos])
@@ -73,19 +78,19 @@ def give_back(dhalo: Tensor, layout: Layout) -> tuple[list[Tensor], Tensor]:
 
 def add_to_tails(dx: Tensor, dtails: Sequence[Tensor], layout: Layout) -> None:
     """Add the gradients of the slices' last tokens to `dx [B, T_local, D]`, in place."""
-    for at, dtail in zip(layout.local, dtails, strict=True):
-        dx[:, at.stop - dtail.shape[1] : at.stop] += dtail
+    for end, dtail in zip(_ends(layout), dtails, strict=True):
+        dx[:, end - dtail.shape[1] : end] += dtail
 
 
 class _LeftHalo(torch.autograd.Function):
     @staticmethod
-    @exact_forward
+    @rank_forward
     def forward(ctx: Any, x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Tensor:
         ctx.layout, ctx.shape = layout, x.shape
         return receive(x, layout, width, initial)
 
     @staticmethod
-    @exact_backward
+    @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dtails, dinitial = give_back(grads[0], ctx.layout)
         dx = grads[0].new_zeros(ctx.shape)

@@ -1,24 +1,32 @@
 """How a packed sequence lies over context-parallel ranks.
 
-A sequence of T tokens over W ranks: `contiguous` (rank r holds slice r of W) or `zigzag` (slices r and 2W-1-r of 2W,
-which balances causal work). Everything is answered on the host, once per batch; nothing here communicates. A layer
-takes the layout and nothing else about ranks.
+A sequence of T tokens over W ranks is cut into equal pieces, and the order says whose they are: `contiguous` (rank r
+holds piece r of W), `zigzag` (pieces r and 2W-1-r of 2W, which balances causal work within one document; Megatron's)
+or `balanced` (several pieces a rank, given out so that the causal work of packed documents is the same everywhere:
+`longctx.parallel.balance`). Every rank holds equally many tokens. Where T does not divide, the last pieces end in
+padding, or are all padding: rows that belong to no document, that no layer computes, and whose outputs and gradients
+are zero.
+
+Everything is answered on the host, once per batch; nothing here communicates. A layer takes the layout and nothing else
+about ranks.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longctx.kernels.arguments import checked_cu_seqlens
-from longctx.parallel.mesh import Mesh
+from longctx.parallel.balance import balanced_owners
+from longctx.parallel.mesh import Grid, Mesh
+from longctx.parallel.speeds import ASSUMED, Speeds
 
-Order = Literal["contiguous", "zigzag"]
+Order = Literal["contiguous", "zigzag", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -32,23 +40,6 @@ class Slice:
     def size(self) -> int:
         """Tokens in the slice."""
         return self.end - self.begin
-
-
-def slices_per_rank(order: Order, size: int) -> int:
-    """A rank holds 2 slices in zigzag order and 1 in contiguous order; alone, it holds the whole sequence."""
-    return 2 if order == "zigzag" and size > 1 else 1
-
-
-def check_divisible(length: int, order: Order, size: int) -> None:
-    """Raise ValueError, with the arithmetic, where `length` tokens cannot be split over `size` ranks."""
-    pieces = size * slices_per_rank(order, size)
-    if length < 1 or length % pieces:
-        below = length // pieces * pieces
-        near = f"{below} or {below + pieces}" if below else f"{pieces}"
-        raise ValueError(
-            f"a sequence of {length} tokens does not split over {size} ranks in {order} order: it needs a multiple of "
-            f"{pieces} tokens ({size} ranks x {pieces // size} slices), for example {near}"
-        )
 
 
 @dataclass(frozen=True)
@@ -66,22 +57,33 @@ class Layout:
     rank: int = 0
     group: ProcessGroup | None = None
     continued: int = 0
+    grid: Grid | None = None
+    """How the ranks divide into Ulysses groups and rings, where they do."""
+    attention: str = "auto"
+    """The schedule of softmax layers: one of `longctx.parallel.attention.SCHEDULES`, `auto` for the cheapest."""
+    speeds: Speeds = ASSUMED
+    """What `auto` reckons with; the same on every rank."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cu_seqlens", checked_cu_seqlens(self.cu_seqlens))
-        if self.order not in ("contiguous", "zigzag"):
-            raise ValueError(f"order must be 'contiguous' or 'zigzag', not {self.order!r}")
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, not {self.order!r}")
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank {self.rank} is not one of {self.size} ranks")
         if self.continued < 0:
             raise ValueError(f"continued must be a number of tokens, not {self.continued}")
-        check_divisible(self.length, self.order, self.size)
 
     @classmethod
-    def on(cls, mesh: Mesh, cu_seqlens: Sequence[int], order: Order) -> "Layout":
+    def on(
+        cls, mesh: Mesh, cu_seqlens: Sequence[int], order: Order, *, attention: str = "auto", speeds: Speeds = ASSUMED
+    ) -> "Layout":
         """The layout of a sequence over the cp axis of a mesh, for this rank."""
-        group = mesh.cp_group if mesh.cp > 1 else None
-        return cls(tuple(cu_seqlens), order, mesh.cp, mesh.cp_rank, group)
+        cp = mesh.cp
+        return cls(tuple(cu_seqlens), order, cp.size, cp.rank, cp.group, 0, mesh.grid, attention, speeds)
+
+    def seen_by(self, rank: int) -> "Layout":
+        """The same layout as another rank of the group sees it, without the group: to be looked at."""
+        return replace(self, rank=rank, group=None, grid=None)
 
     @property
     def peers(self) -> ProcessGroup | None:
@@ -93,35 +95,68 @@ class Layout:
             raise ValueError(f"this layout is over {self.size} ranks and has no process group to reach them by")
         return self.group if self.size > 1 else None
 
-    @property
-    def length(self) -> int:
-        """T: the tokens of the whole sequence."""
-        return self.cu_seqlens[-1]
+    def kept(self, key: object, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first call with this key: plans that all layers share, one set a batch."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[object, Any]:
+        return {}
 
     @property
-    def local_length(self) -> int:
-        """The tokens that this rank holds."""
-        return self.length // self.size
+    def length(self) -> int:
+        """T: the tokens of the whole sequence, padding not counted."""
+        return self.cu_seqlens[-1]
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """The rank of each piece, in sequence order."""
+        ranks = range(self.size)
+        if self.size == 1 or self.order == "contiguous":
+            return tuple(ranks)
+        return (*ranks, *reversed(ranks)) if self.order == "zigzag" else balanced_owners(self.cu_seqlens, self.size)
 
     @property
     def pieces(self) -> int:
-        """Slices of the whole sequence."""
-        return self.size * slices_per_rank(self.order, self.size)
+        """Pieces of the whole sequence."""
+        return len(self.owners)
 
-    def owner(self, number: int) -> tuple[int, int]:
-        """Rank that holds slice `number` (in sequence order), and its place among that rank's slices."""
-        if number < self.size:
-            return number, 0
-        return self.pieces - 1 - number, 1
+    @property
+    def piece_length(self) -> int:
+        """The rows of a piece."""
+        return -(-self.length // self.pieces)
+
+    @property
+    def local_length(self) -> int:
+        """The rows that every rank holds, padding included."""
+        return self.piece_length * (self.pieces // self.size)
+
+    @cached_property
+    def _held(self) -> tuple[tuple[int, ...], ...]:
+        held: list[list[int]] = [[] for _ in range(self.size)]
+        for number, rank in enumerate(self.owners):
+            held[rank].append(number)
+        return tuple(map(tuple, held))
 
     def numbers(self, rank: int) -> tuple[int, ...]:
-        """The slices of a rank, as numbers in sequence order."""
-        return (rank,) if self.pieces == self.size else (rank, self.pieces - 1 - rank)
+        """The pieces of a rank, as numbers in sequence order, ascending."""
+        return self._held[rank]
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """For each piece in sequence order the rank that holds it, and its place among that rank's pieces."""
+        return tuple((rank, self._held[rank].index(number)) for number, rank in enumerate(self.owners))
+
+    def piece(self, number: int) -> Slice:
+        """The tokens of a piece, without its padding."""
+        step, length = self.piece_length, self.length
+        return Slice(min(number * step, length), min((number + 1) * step, length))
 
     def slices_of(self, rank: int) -> tuple[Slice, ...]:
         """What a rank holds, in the order in which it lies there."""
-        step = self.length // self.pieces
-        return tuple(Slice(n * step, (n + 1) * step) for n in self.numbers(rank))
+        return tuple(map(self.piece, self.numbers(rank)))
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -131,8 +166,21 @@ class Layout:
     @cached_property
     def local(self) -> tuple[slice, ...]:
         """Where each of `slices` lies in this rank's tensors."""
-        step = self.length // self.pieces
-        return tuple(slice(i * step, (i + 1) * step) for i in range(len(self.slices)))
+        step = self.piece_length
+        return tuple(slice(i * step, i * step + part.size) for i, part in enumerate(self.slices))
+
+    @cached_property
+    def padding(self) -> tuple[slice, ...]:
+        """The rows of this rank's tensors that are no token."""
+        step = self.piece_length
+        rows = (slice(at.stop, (i + 1) * step) for i, at in enumerate(self.local))
+        return tuple(gap for gap in rows if gap.start < gap.stop)
+
+    def zero_padding_(self, x: Tensor) -> Tensor:
+        """Zero the rows of `x [B, T_local, ...]` that are no token, in place."""
+        for gap in self.padding:
+            x[:, gap] = 0
+        return x
 
     def starts(self, part: Slice) -> tuple[int, ...]:
         """The places of a slice at which documents begin, counted from its own start."""
@@ -145,24 +193,50 @@ class Layout:
         """Where the document of a token begins."""
         return self.cu_seqlens[bisect_right(self.cu_seqlens, position) - 1]
 
+    def document_end(self, position: int) -> int:
+        """Where the document of a token ends."""
+        return self.cu_seqlens[bisect_right(self.cu_seqlens, position)]
+
+    def documents_in(self, part: Slice) -> list[int]:
+        """The begin and end of a slice and the starts of documents between them, ascending; a document's tokens lie
+        between two of them. Nothing for a slice without tokens.
+        """
+        if part.size == 0:
+            return []
+        first = bisect_right(self.cu_seqlens, part.begin)
+        last = bisect_right(self.cu_seqlens, part.end - 1)
+        return [part.begin, *self.cu_seqlens[first:last], part.end]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The place of each of this rank's rows in the whole sequence, `[local_length]` int64, -1 for padding."""
+        return self.shard(torch.arange(self.length), dim=0, fill=-1)
+
     @cached_property
     def positions(self) -> Tensor:
         """The place of each of this rank's tokens in its own document: `[local_length]` int64, on the CPU."""
         bounds = torch.tensor(self.cu_seqlens)
-        tokens = self.shard(torch.arange(self.length), dim=0)
-        begins = bounds[torch.searchsorted(bounds, tokens, right=True) - 1]
-        return torch.where(begins == 0, tokens + self.continued, tokens - begins)
+        begins = bounds[torch.searchsorted(bounds, self.tokens.clamp(min=0), right=True) - 1]
+        found = torch.where(begins == 0, self.tokens + self.continued, self.tokens - begins)
+        return torch.where(self.tokens < 0, 0, found)
 
-    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's tokens of a whole tensor, along `dim`."""
+    def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
+        """This rank's tokens of a whole tensor, along `dim`; padding is `fill`."""
         if x.shape[dim] != self.length:
             raise ValueError(f"shard: dimension {dim} has {x.shape[dim]} tokens, the layout {self.length}")
-        return torch.cat([x.narrow(dim, part.begin, part.size) for part in self.slices], dim=dim)
+        parts = []
+        for part in self.slices:
+            parts.append(x.narrow(dim, part.begin, part.size))
+            missing = list(x.shape)
+            missing[dim] = self.piece_length - part.size
+            if missing[dim]:
+                parts.append(x.new_full(missing, fill))
+        return torch.cat(parts, dim=dim)
 
     def unshard(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The whole tensor, from every rank's part in the order of ranks."""
+        """The whole tensor without padding, from every rank's part in the order of ranks."""
         if len(parts) != self.size:
             raise ValueError(f"unshard: {len(parts)} parts for {self.size} ranks")
-        step = self.length // self.pieces
-        owners = map(self.owner, range(self.pieces))
-        return torch.cat([parts[rank].narrow(dim, place * step, step) for rank, place in owners], dim=dim)
+        step = self.piece_length
+        pieces = [parts[rank].narrow(dim, place * step, step) for rank, place in self.places]
+        return torch.cat(pieces, dim=dim).narrow(dim, 0, self.length)

@@ -1,67 +1,178 @@
 """The mesh of ranks: one frozen object, passed explicitly, no module-global groups."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Ranks as `dp_replicate x dp_shard x cp`, cp innermost (neighbouring ranks split a sequence).
+class Grid:
+    """The ranks of a cp group as ulysses x ring: neighbours in a group change heads for tokens, groups form rings.
 
-    `sequence` has the axes (dp, cp), dp being dp_replicate x dp_shard. `shard` has the axes over which parameters
-    are laid out: (dp_shard_cp,), or (dp_replicate, dp_shard_cp) where whole copies are kept.
+    cp rank `i * ulysses + j` is number j of its Ulysses group and number i of its ring. A group is None where it has
+    one rank.
     """
 
-    sequence: DeviceMesh
-    shard: DeviceMesh
-    dp_replicate: int
-    dp_shard: int
-    cp: int
+    ulysses: int
+    ulysses_group: ProcessGroup | None
+    ring_group: ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a mesh, as this rank sees it: its size, this rank's place, and the group, None for one rank."""
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = None
 
     @classmethod
-    def build(cls, device_type: str, *, dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1) -> "Mesh":
+    def of(cls, group: ProcessGroup | None) -> "Axis":
+        """The axis of a group that exists."""
+        if group is None or dist.get_world_size(group) == 1:
+            return cls()
+        return cls(dist.get_world_size(group), dist.get_rank(group), group)
+
+    @classmethod
+    def named(cls, mesh: DeviceMesh, name: str) -> "Axis":
+        """An axis of a DeviceMesh."""
+        return cls.of(mesh.get_group(name))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks as `dp_replicate x dp_shard x cp x tp`, cp being `ring x ulysses` and tp innermost.
+
+    dp ranks read different sequences, cp ranks split a sequence, tp ranks split heads and channels. `ep` ranks divide
+    experts between them: neighbours among `dp_shard x cp`, whose tokens they exchange. `shard` has the axes over which
+    parameters are laid out, (dp_shard_cp,), or (dp_replicate, dp_shard_cp) where whole copies are kept; None where
+    another framework lays them out.
+    """
+
+    device_type: str
+    dp: Axis
+    cp: Axis
+    tp: Axis = Axis()
+    ep: Axis = Axis()
+    ulysses: Axis = Axis()
+    ring: Axis = Axis()
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    shard: DeviceMesh | None = None
+
+    @classmethod
+    def build(
+        cls,
+        device_type: str,
+        *,
+        dp_replicate: int = 1,
+        dp_shard: int = 1,
+        cp: int = 1,
+        ulysses: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+    ) -> "Mesh":
         """The mesh over the default process group, which every rank of it has to call.
 
-        Raises ValueError where the sizes do not multiply to the number of ranks.
+        Raises ValueError, with the arithmetic, where the sizes do not multiply to the number of ranks, or `ulysses`
+        does not divide cp, or `ep` does not divide dp_shard x cp.
         """
+        sizes = {
+            "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "ulysses": ulysses, "tp": tp, "ep": ep,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"mesh: {name} is {size}: expected at least 1")
         ranks = dist.get_world_size()
-        product = dp_replicate * dp_shard * cp
+        product = dp_replicate * dp_shard * cp * tp
         if product != ranks:
             raise ValueError(
-                f"mesh: dp_replicate {dp_replicate} x dp_shard {dp_shard} x cp {cp} = {product}, "
+                f"mesh: dp_replicate {dp_replicate} x dp_shard {dp_shard} x cp {cp} x tp {tp} = {product}, "
                 f"but there are {ranks} ranks"
             )
-        sequence = init_device_mesh(device_type, (dp_replicate * dp_shard, cp), mesh_dim_names=("dp", "cp"))
-        if dp_replicate == 1:
-            shard = init_device_mesh(device_type, (dp_shard * cp,), mesh_dim_names=("dp_shard_cp",))
-        else:
-            names = ("dp_replicate", "dp_shard_cp")
-            shard = init_device_mesh(device_type, (dp_replicate, dp_shard * cp), mesh_dim_names=names)
-        return cls(sequence, shard, dp_replicate, dp_shard, cp)
+        if cp % ulysses:
+            raise ValueError(f"mesh: cp {cp} is not ulysses {ulysses} x ring: {cp} / {ulysses} leaves {cp % ulysses}")
+        if dp_shard * cp % ep:
+            raise ValueError(
+                f"mesh: ep {ep} does not divide dp_shard {dp_shard} x cp {cp} = {dp_shard * cp}: "
+                f"{dp_shard * cp % ep} ranks would be left"
+            )
+        dp, both = dp_replicate * dp_shard, dp_shard * cp
+
+        def view(**axes: int) -> DeviceMesh:
+            return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+        sequence = view(dp=dp, cp=cp, tp=tp)
+        cp_axis = Axis.named(sequence, "cp")
+        ulysses_axis, ring_axis, ep_axis = Axis(), cp_axis, Axis()
+        if ulysses > 1:
+            split = view(dp=dp, ring=cp // ulysses, ulysses=ulysses, tp=tp)
+            ulysses_axis, ring_axis = Axis.named(split, "ulysses"), Axis.named(split, "ring")
+        if ep > 1:
+            ep_axis = Axis.named(view(dp_replicate=dp_replicate, rest=both // ep, ep=ep, tp=tp), "ep")
+        parameters = view(dp_replicate=dp_replicate, dp_shard_cp=both, tp=tp)
+        return cls(
+            device_type,
+            dp=Axis.named(sequence, "dp"),
+            cp=cp_axis,
+            tp=Axis.named(sequence, "tp"),
+            ep=ep_axis,
+            ulysses=ulysses_axis,
+            ring=ring_axis,
+            dp_replicate=dp_replicate,
+            dp_shard=dp_shard,
+            shard=parameters["dp_shard_cp"] if dp_replicate == 1 else parameters["dp_replicate", "dp_shard_cp"],
+        )
+
+    @classmethod
+    def of_groups(
+        cls,
+        device_type: str,
+        *,
+        cp: ProcessGroup | None = None,
+        dp: ProcessGroup | None = None,
+        tp: ProcessGroup | None = None,
+        ep: ProcessGroup | None = None,
+        ulysses: ProcessGroup | None = None,
+        ring: ProcessGroup | None = None,
+    ) -> "Mesh":
+        """The mesh of groups that another framework has made, as this rank is in them; None is a group of one rank.
+
+        `ulysses` and `ring`, both or neither, divide `cp` as in `Grid`. Raises ValueError where they do not.
+        """
+        axes: dict[str, Any] = {
+            name: Axis.of(group)
+            for name, group in (("cp", cp), ("dp", dp), ("tp", tp), ("ep", ep), ("ulysses", ulysses), ("ring", ring))
+        }
+        mesh = cls(device_type, **axes, dp_shard=axes["dp"].size)
+        if ulysses is not None or ring is not None:
+            mesh._check_grid()
+        return mesh
+
+    def _check_grid(self) -> None:
+        u, r, c = self.ulysses, self.ring, self.cp
+        if u.size * r.size != c.size:
+            raise ValueError(f"mesh: ulysses {u.size} x ring {r.size} = {u.size * r.size}, but cp has {c.size} ranks")
+        if c.group is None:
+            return
+        ranks = dist.get_process_group_ranks(c.group)
+        for name, axis, want in (
+            ("ulysses", u, ranks[c.rank - c.rank % u.size :][: u.size]),
+            ("ring", r, ranks[c.rank % u.size :: u.size]),
+        ):
+            got = [ranks[c.rank]] if axis.group is None else dist.get_process_group_ranks(axis.group)
+            if got != want:
+                raise ValueError(
+                    f"mesh: the {name} group of rank {ranks[c.rank]} has the ranks {got}: expected {want}, since the "
+                    f"cp group {ranks} is divided into Ulysses groups of {u.size} neighbours"
+                )
 
     @property
-    def device_type(self) -> str:
-        """`cpu` or `cuda`."""
-        return self.sequence.device_type
-
-    @property
-    def dp(self) -> int:
-        """Groups of ranks that read different sequences."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def dp_rank(self) -> int:
-        """Which sequences this rank reads."""
-        return self.sequence.get_local_rank("dp")
-
-    @property
-    def cp_rank(self) -> int:
-        """Which part of each sequence this rank holds."""
-        return self.sequence.get_local_rank("cp")
-
-    @property
-    def cp_group(self) -> dist.ProcessGroup:
-        """The ranks that split this rank's sequences."""
-        return self.sequence.get_group("cp")
+    def grid(self) -> Grid | None:
+        """The cp ranks as ulysses x ring; None where they are not divided."""
+        if self.ulysses.size == 1:
+            return None
+        return Grid(self.ulysses.size, self.ulysses.group, self.ring.group)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.precision import exact_backward, exact_forward
 from longctx.parallel.collectives import all_gather
+from longctx.parallel.functions import rank_backward, rank_forward
 from longctx.parallel.halo import check_tokens
 from longctx.parallel.layout import Layout
 
@@ -38,7 +38,7 @@ def _reaching(own: Sequence[Tensor], closed: Sequence[bool], layout: Layout, *, 
     reaching, running = {}, torch.full_like(own[0], NOTHING)
     for number, shut in zip(order, closed, strict=True):
         reaching[number] = running
-        rank, place = layout.owner(number)
+        rank, place = layout.places[number]
         handed = rows[rank if layout.peers is not None else 0, place]
         running = handed if shut else torch.logaddexp(running, handed)
     return [reaching[number] for number in layout.numbers(layout.rank)]
@@ -46,33 +46,33 @@ def _reaching(own: Sequence[Tensor], closed: Sequence[bool], layout: Layout, *, 
 
 def _every_start(layout: Layout) -> list[tuple[int, ...]]:
     """The starts of all slices of the sequence, in order."""
-    slices = [layout.slices_of(rank)[place] for rank, place in map(layout.owner, range(layout.pieces))]
-    return [layout.starts(part) for part in slices]
+    return [layout.starts(layout.piece(number)) for number in range(layout.pieces)]
 
 
 def _running(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """log-sum-exp up to each token and up to the one before it, within its document."""
-    z = torch.empty_like(x, memory_format=torch.contiguous_format)
+    z = torch.full_like(x, NOTHING, memory_format=torch.contiguous_format)
     before = torch.full_like(z, NOTHING)
     parts = list(zip(layout.local, map(layout.starts, layout.slices), strict=True))
     for at, starts in parts:
         for run in _runs(at.stop - at.start, starts):
             z[:, at][:, run] = x[:, at][:, run].logcumsumexp(dim=1)
-    own = [z[:, at.stop - 1] for at, _ in parts]
+    nothing = torch.full_like(x[:, 0], NOTHING)
+    own = [z[:, at.stop - 1] if at.start < at.stop else nothing for at, _ in parts]
     closed = [bool(starts) for starts in _every_start(layout)]
     for (at, starts), reached in zip(parts, _reaching(own, closed, layout, reverse=False), strict=True):
         local, first = z[:, at], starts[0] if starts else at.stop - at.start
         local[:, :first] = torch.logaddexp(local[:, :first], reached[:, None])
         for run in _runs(at.stop - at.start, starts):
             before[:, at][:, run.start + 1 : run.stop] = local[:, run.start : run.stop - 1]
-        if first > 0:
+        if first > 0 and at.start < at.stop:
             before[:, at.start] = reached
-    return z, before
+    return layout.zero_padding_(z), layout.zero_padding_(before)
 
 
 def _running_back(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
     """log-sum-exp of `a` from each token on and of `b` behind it, within its document."""
-    z = torch.empty_like(a, memory_format=torch.contiguous_format)
+    z = torch.full_like(a, NOTHING, memory_format=torch.contiguous_format)
     parts = list(zip(layout.local, map(layout.starts, layout.slices), strict=True))
     for at, starts in parts:
         for run in _runs(at.stop - at.start, starts):
@@ -96,7 +96,7 @@ def _running_back(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
 
 class _LogCumSumExp(torch.autograd.Function):
     @staticmethod
-    @exact_forward
+    @rank_forward
     def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         z, before = _running(x, layout)
         ctx.save_for_backward(x, z, before)
@@ -104,7 +104,7 @@ class _LogCumSumExp(torch.autograd.Function):
         return z, before
 
     @staticmethod
-    @exact_backward
+    @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z, before = ctx.saved_tensors
         dz, dbefore = grads
@@ -116,13 +116,14 @@ class _LogCumSumExp(torch.autograd.Function):
         a, b = (torch.cat([d.clamp(min=0).log(), (-d).clamp(min=0).log()], dim=-1) for d in (dz, dbefore))
         twice = torch.cat([z, z], dim=-1), torch.cat([before, before], dim=-1)
         more, less = _running_back(a - twice[0], b - twice[1], ctx.layout).chunk(2, dim=-1)
-        return torch.exp(x + more) - torch.exp(x + less), None
+        return ctx.layout.zero_padding_(torch.exp(x + more) - torch.exp(x + less)), None
 
 
 def log_cumsum_exp(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """`z_t = log sum_{s <= t} exp(x_s)` over the tokens of t's document, and z of the token before t.
 
-    Shapes: x, z and the other `[B, T_local, D]`, float32 or float64; the second is -inf where t begins a document.
+    Shapes: x, z and the other `[B, T_local, D]`, float32 or float64; the second is -inf where t begins a document, and
+    both are 0 for padding.
     Differentiable. A layout whose first document is continued begins with nothing all the same. Raises ValueError where
     x does not fit.
     """

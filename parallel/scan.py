@@ -15,6 +15,7 @@ from longctx.kernels.linear import Plan, scan
 from longctx.kernels.recurrence import Carry, Gates, LinearRecurrence, Segment
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
+from longctx.parallel.traffic import current_layer, layer
 
 
 def _exchange(carries: Sequence[Carry], layout: Layout) -> list[Carry]:
@@ -26,7 +27,7 @@ def _exchange(carries: Sequence[Carry], layout: Layout) -> list[Carry]:
     payload = torch.stack([torch.cat([c.transition.flatten(), c.state.flatten()]) for c in carries])
     rows = all_gather(payload, group).wait()
     gathered = []
-    for rank, place in map(layout.owner, range(layout.pieces)):
+    for rank, place in layout.places:
         transition, state = rows[rank, place].split([first.transition.numel(), first.state.numel()])
         gathered.append(Carry(transition.view_as(first.transition), state.view_as(first.state)))
     return gathered
@@ -35,7 +36,14 @@ def _exchange(carries: Sequence[Carry], layout: Layout) -> list[Carry]:
 def _plan(layout: Layout) -> Plan:
     at = zip(layout.local, layout.slices, strict=True)
     pieces = tuple(Segment(local.start, local.stop, layout.starts(part)) for local, part in at)
-    return Plan(pieces, layout.numbers(layout.rank), layout.pieces, lambda carries: _exchange(carries, layout))
+    name = current_layer()
+
+    def gather(carries: Sequence[Carry]) -> list[Carry]:
+        # Backward too, where nobody says which layer it is.
+        with layer(name):
+            return _exchange(carries, layout)
+
+    return Plan(pieces, layout.numbers(layout.rank), layout.pieces, gather)
 
 
 def state_scan(

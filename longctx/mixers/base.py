@@ -7,6 +7,7 @@ they lie: the layout says where. Its configuration names it and builds it.
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
@@ -19,6 +20,11 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Shapes: x and the result `[B, T_local, D]`."""
+
+    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """What was chosen to reach other ranks' tokens and why, in a line; None where there is nothing to choose."""
+        del layout, dtype
+        return None
 
     @abstractmethod
     def flops(self, layout: Layout) -> int:

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -9,8 +10,10 @@ from longctx.config import Integer
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.model.layers import Linear
 from longctx.model.rotary import rotary_table, rotate
-from longctx.parallel.attention import all_gather_attention, score_elements
+from longctx.parallel.attention import choose, softmax_attention
+from longctx.parallel.choice import Shape, explained
 from longctx.parallel.layout import Layout
+from longctx.parallel.visibility import Reach, score_elements
 
 
 class SoftmaxConfig(MixerConfig):
@@ -28,6 +31,9 @@ class SoftmaxConfig(MixerConfig):
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
 
+    window: Integer | None = Field(default=None, gt=0)
+    """A token sees the newest `window` tokens of its document, itself included; all earlier ones where absent."""
+
     def problems(self, dim: int) -> list[str]:
         found = head_dim_problems(dim, self.heads, self.head_dim)
         head_dim = self.head_dim or dim // self.heads
@@ -40,7 +46,8 @@ class SoftmaxConfig(MixerConfig):
     def shrunk(self) -> "SoftmaxConfig":
         kv_heads = self.kv_heads or self.heads
         few, group = min(kv_heads, 2), min(self.heads // kv_heads, 4)
-        return SoftmaxConfig(heads=few * group, kv_heads=few, head_dim=8, rope_theta=self.rope_theta)
+        window = None if self.window is None else min(self.window, 16)
+        return SoftmaxConfig(heads=few * group, kv_heads=few, head_dim=8, rope_theta=self.rope_theta, window=window)
 
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "Softmax":
         return Softmax(self, dim, depth)
@@ -54,6 +61,7 @@ class Softmax(Mixer):
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim = config.head_dim or dim // config.heads
         self.rope_theta = config.rope_theta
+        self.reach = Reach(window=config.window)
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
@@ -62,10 +70,18 @@ class Softmax(Mixer):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
-        out = all_gather_attention(rotate(q, table), rotate(k, table), v, layout, self.head_dim**-0.5)
+        q, k = rotate(q, table), rotate(k, table)
+        out = softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
         return self.out(out.flatten(2))
+
+    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """The schedule and its expected costs, where the layout leaves it to be chosen."""
+        if layout.size == 1 or layout.attention != "auto":
+            return None
+        shape = Shape(self.heads, self.kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.reach)
+        return explained(choose(layout, shape))
 
     def flops(self, layout: Layout) -> int:
         """Projections, and for each visible pair of tokens a score and a weighted value."""
         projections = self.qkv.flops_per_token + self.out.flops_per_token
-        return layout.local_length * projections + 4 * self.heads * self.head_dim * score_elements(layout)
+        return layout.local_length * projections + 4 * self.heads * self.head_dim * score_elements(layout, self.reach)

@@ -16,6 +16,7 @@ from longctx.kernels.loss import linear_cross_entropy
 from longctx.model.config import ModelConfig
 from longctx.model.layers import Linear, RMSNorm
 from longctx.parallel.layout import Layout
+from longctx.parallel.traffic import layer
 
 
 class Embedding(nn.Embedding):
@@ -80,8 +81,9 @@ class Decoder(nn.Module):
         nats and float32; `loss_tile` tokens have their logits in memory at one time.
         """
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, layout)
+        for number, block in enumerate(self.blocks):
+            with layer(f"blocks.{number}"):
+                x = block(x, layout)
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.head_weight)

@@ -1,4 +1,4 @@
-"""What no table of a recipe can judge alone: lengths against ranks, steps against the schedule."""
+"""What no table of a recipe can judge alone: sizes against ranks, steps against the schedule."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,33 +13,16 @@ def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:
     A check whose tables are not all there is skipped, so that a recipe with a wrong table still has the others
     judged. `world_size` is the number of ranks; None where it is not known yet: what depends on it is then skipped.
     """
-    data, train = tables.get("data"), tables.get("train")
-    schedule, parallel = tables.get("schedule"), tables.get("parallel")
+    train, schedule, parallel = (tables.get(name) for name in ("train", "schedule", "parallel"))
     mistakes: list[Mistake] = []
-    if data is not None and parallel is not None:
-        mistakes += _sequence_splits(data.sequence_length, parallel)
     if train is not None and schedule is not None:
         mistakes += _schedule_fits(train, schedule)
     if parallel is not None:
+        mistakes += _ulysses_fits(parallel)
         mistakes += _ranks_fit(parallel, world_size)
     if train is not None and parallel is not None:
         mistakes += _sequences_divide(train, parallel, world_size)
     return mistakes
-
-
-def _sequence_splits(length: int, parallel: ParallelConfig) -> Iterator[Mistake]:
-    if parallel.cp == 1:
-        return
-    pieces = parallel.cp if parallel.layout == "contiguous" else 2 * parallel.cp
-    quotient, remainder = divmod(length, pieces)
-    if remainder:
-        count = f"cp = {pieces}" if parallel.layout == "contiguous" else f"2 * cp = {pieces}"
-        lengths = [str(n * pieces) for n in (quotient, quotient + 1) if n > 0]
-        yield Mistake(
-            ("data", "sequence_length"),
-            f"{length} tokens do not divide into {count} slices ({parallel.layout} layout): "
-            f"{length} = {quotient} * {pieces} + {remainder}; nearest that fit: {' and '.join(lengths)}",
-        )
 
 
 def _schedule_fits(train: TrainConfig, schedule: ScheduleConfig) -> Iterator[Mistake]:
@@ -51,6 +34,20 @@ def _schedule_fits(train: TrainConfig, schedule: ScheduleConfig) -> Iterator[Mis
             f"warmup takes {schedule.warmup} steps and train.steps is {train.steps}"
             if not decay
             else f"warmup and decay together take {total} steps and train.steps is {train.steps}",
+        )
+
+
+def _ulysses_fits(parallel: ParallelConfig) -> Iterator[Mistake]:
+    cp, ulysses = parallel.cp, parallel.ulysses
+    if cp % ulysses:
+        yield Mistake(
+            ("parallel", "ulysses"), f"cp = {cp} does not divide into groups of {ulysses}: {cp % ulysses} are left"
+        )
+    elif parallel.attention.startswith("ulysses-") and not 1 < ulysses < cp:
+        yield Mistake(
+            ("parallel", "attention"),
+            f"{parallel.attention!r} needs ulysses between 1 and cp = {cp}, not {ulysses}; 'ulysses' and "
+            f"{parallel.attention.removeprefix('ulysses-')!r} are for one of the two alone",
         )
 
 

@@ -7,16 +7,26 @@ from dataclasses import dataclass
 import torch
 
 from longctx.data.loader import Sequence, SequenceStream
+from longctx.kernels.loss import IGNORE
 from longctx.parallel.layout import Layout, Order
 from longctx.parallel.mesh import Mesh
+from longctx.parallel.speeds import ASSUMED, Speeds
 from longctx.train.engine import Batch
 
 
-def to_batch(sequence: Sequence, mesh: Mesh, order: Order, device: torch.device) -> Batch:
+def to_batch(
+    sequence: Sequence,
+    mesh: Mesh,
+    order: Order,
+    device: torch.device,
+    *,
+    attention: str = "auto",
+    speeds: Speeds = ASSUMED,
+) -> Batch:
     """This rank's part of a sequence. Labels were shifted before: a slice's last label lies on another rank."""
-    layout = Layout.on(mesh, sequence.cu_seqlens.tolist(), order)
-    tokens, labels = (layout.shard(x[None]).to(device) for x in (sequence.tokens, sequence.labels))
-    return Batch(tokens, labels, layout)
+    layout = Layout.on(mesh, sequence.cu_seqlens.tolist(), order, attention=attention, speeds=speeds)
+    tokens, labels = layout.shard(sequence.tokens[None]), layout.shard(sequence.labels[None], fill=IGNORE)
+    return Batch(tokens.to(device), labels.to(device), layout)
 
 
 @dataclass(frozen=True)

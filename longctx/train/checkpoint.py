@@ -48,6 +48,9 @@ class TrainerState:
     """Fingerprint of the stream of sequences: corpus, order and sequence length."""
     model: dict[str, Any]
     """The model's configuration, with the size of its vocabulary."""
+    speeds: dict[str, float] | None = None
+    """What the schedules of attention were chosen with, so that a resumed run chooses them again; None where nothing
+    was measured."""
 
 
 class Checkpointer:

@@ -83,8 +83,16 @@ class ParallelConfig(Config):
     """Data-parallel ranks over which parameters are sharded; `rest`: what the other axes leave."""
     cp: Integer = Field(default=1, gt=0)
     """Ranks that split each sequence. Parameters are sharded over these too."""
-    layout: Literal["contiguous", "zigzag"] = "zigzag"
-    """Which tokens a context-parallel rank holds; `zigzag` balances the causal work of softmax layers."""
+    ulysses: Integer = Field(default=1, gt=0)
+    """Neighbouring context-parallel ranks that form an Ulysses group, a divisor of `cp`: softmax layers change heads
+    for tokens inside a group, and the schedules `ulysses-ring` and `ulysses-all-gather` go on between groups."""
+    layout: Literal["contiguous", "zigzag", "balanced"] = "zigzag"
+    """Which tokens a context-parallel rank holds. `zigzag` balances the causal work of softmax layers on one document;
+    `balanced` gives out smaller pieces, so that packed documents are balanced as well (linear layers send a state for
+    each piece)."""
+    attention: Literal["auto", "all-gather", "ring", "ulysses", "ulysses-ring", "ulysses-all-gather"] = "auto"
+    """How softmax layers reach other ranks' keys. `auto`: what a model of bytes, latency and arithmetic, with speeds
+    measured at the start, expects to be fastest; the run's log says what it chose and why."""
     timeout: Duration = Field(default=600.0, gt=0)
     """Seconds that a rank waits for another one before it stops with an error."""
 

@@ -28,7 +28,7 @@ def evaluate(
 
     `make` turns a sequence into this rank's batch. Every rank has to call it; the result is the same on all.
     """
-    dp, dp_rank = engine.mesh.dp, engine.mesh.dp_rank
+    dp, dp_rank = engine.mesh.dp.size, engine.mesh.dp.rank
     length = len(sequences[0].tokens)
     buckets = max(1, length).bit_length() + 1
     sums = torch.zeros(2, buckets, dtype=torch.float64)

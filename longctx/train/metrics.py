@@ -8,7 +8,7 @@ written as the strings "NaN", "Infinity" and "-Infinity" (the mapping of protobu
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +38,8 @@ class RunInfo:
     """Versions of the packages that the numbers depend on."""
     step: int = 0
     """The step after which this start of the run goes on; 0 where it starts afresh."""
+    attention: dict[str, str] = field(default_factory=dict)
+    """For layers whose schedule of attention was to be chosen: what was, and what the others were expected to take."""
     unigram_loss: float | None = None
     """Loss, in nats per token, of a model that knows the token frequencies of the corpus and nothing else."""
 

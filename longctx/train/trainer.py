@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,9 +25,11 @@ from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import heldout_sequences, train_stream
 from longctx.errors import UserError
+from longctx.model.decoder import Block
 from longctx.parallel.agreement import agreement
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.mesh import Mesh
+from longctx.parallel.speeds import ASSUMED, Speeds, measure_speeds
 from longctx.recipe import Recipe, check, dump
 from longctx.train import machine
 from longctx.train.batches import Cursor, Prefetcher, to_batch
@@ -116,7 +119,9 @@ class _Trainer:
         ranks = dist.get_world_size()
         parallel = recipe.parallel
         shard = ranks // (parallel.dp_replicate * parallel.cp) if parallel.dp_shard == "rest" else parallel.dp_shard
-        self.mesh = Mesh.build(kind, dp_replicate=parallel.dp_replicate, dp_shard=shard, cp=parallel.cp)
+        self.mesh = Mesh.build(
+            kind, dp_replicate=parallel.dp_replicate, dp_shard=shard, cp=parallel.cp, ulysses=parallel.ulysses
+        )
         with agreement():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
@@ -133,6 +138,7 @@ class _Trainer:
         if source is not None:
             self._load(source)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
+        self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
         with agreement():
@@ -218,15 +224,19 @@ class _Trainer:
 
     def _save(self) -> None:
         if self.saved != self.done:
-            state = TrainerState(self.done, self.cursor.sequences, self.tokens, self.stream.fingerprint, self.model)
+            speeds = None if self.speeds is None else asdict(self.speeds)
+            at = self.done, self.cursor.sequences, self.tokens
+            state = TrainerState(*at, self.stream.fingerprint, self.model, speeds)
             self.checkpointer.save(self._tensors(), state)
             self.saved = self.done
 
     def _batch(self, sequence: Packed) -> Batch:
-        return to_batch(sequence, self.mesh, self.recipe.parallel.layout, self.device)
+        parallel = self.recipe.parallel
+        speeds = self.speeds or ASSUMED
+        return to_batch(sequence, self.mesh, parallel.layout, self.device, attention=parallel.attention, speeds=speeds)
 
     def _numbers(self, cursor: Cursor) -> range:
-        return cursor.step(self.recipe.train.sequences_per_step, self.mesh.dp, self.mesh.dp_rank)
+        return cursor.step(self.recipe.train.sequences_per_step, self.mesh.dp.size, self.mesh.dp.rank)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = number
@@ -238,13 +248,17 @@ class _Trainer:
 
     def _start(self) -> None:
         dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
-        self.matmul_rate = float(self._gather(machine.matmul_rate(self.device, dtype)).sum())
+        rate = machine.matmul_rate(self.device, dtype)
+        self.matmul_rate = float(self._gather(rate).sum())
+        cp = self.mesh.cp.group
+        if self.speeds is None and cp is not None and self.recipe.parallel.attention == "auto":
+            self.speeds = measure_speeds(cp, self.device, rate)
         sample = self._batch(self.stream[self.cursor.sequences])
-        flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp * sample.layout.length)
+        flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
             unigram = unigram_loss(self.stream, self.heldout, self.vocab_size)
-        axes = {"dp_replicate": self.mesh.dp_replicate, "dp_shard": self.mesh.dp_shard, "cp": self.mesh.cp}
+        axes = {"dp_replicate": self.mesh.dp_replicate, "dp_shard": self.mesh.dp_shard, "cp": self.mesh.cp.size}
         info = RunInfo(
             parameters=self.engine.parameters,
             ranks=dist.get_world_size(),
@@ -255,11 +269,24 @@ class _Trainer:
             matmul_rate=self.matmul_rate,
             versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
             step=self.done,
+            attention=self._schedules(sample, dtype),
             unigram_loss=unigram,
         )
         self.reporter.start(info)
+        for layers, schedule in info.attention.items():
+            self.reporter.message(f"attention, {layers}: {schedule}")
         if self.resumed_from is not None:
             self.reporter.message(f"Resumed from {self.resumed_from} after step {self.done}.")
+
+    def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
+        """The schedules of attention that were chosen for a batch, by layers."""
+        chosen: dict[str, list[str]] = {}
+        for number, block in enumerate(self.engine.model.blocks):
+            assert isinstance(block, Block)
+            schedule = block.mixer.schedule(sample.layout, dtype)
+            if schedule is not None:
+                chosen.setdefault(schedule, []).append(str(number))
+        return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in chosen.items()}
 
     def _training_flops(self, batches: Sequence[Batch]) -> float:
         """What training on these needs on this rank: forward, and twice as much backward, recomputation not counted."""

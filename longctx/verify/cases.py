@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longctx.parallel.layout import Order, check_divisible
+from longctx.parallel.layout import Order
 
 SEQUENCES = 2
 """Sequences in the one step that is compared."""
@@ -38,24 +38,18 @@ def reference(packed: bool) -> Case:
     return Case(cp=1, order="contiguous", packed=packed)
 
 
-def cases(length: int, most_ranks: int) -> Iterator[Case]:
-    """The layouts that fit a sequence of `length` tokens and `most_ranks` ranks: cp 2 and 4, with and without dp."""
+def cases(most_ranks: int) -> Iterator[Case]:
+    """The layouts over up to `most_ranks` ranks: cp 2 and 4, with and without dp."""
     for packed in (False, True):
         if most_ranks >= SEQUENCES:
             yield Case(1, "contiguous", packed, dp_shard=SEQUENCES)
         for order in ("contiguous", "zigzag"):
             for cp, dp_shard, dp_replicate in ((2, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2)):
                 case = Case(cp, order, packed, dp_shard, dp_replicate)
-                if case.ranks <= most_ranks and _fits(length, case):
+                if case.ranks <= most_ranks:
                     yield case
-
-
-def _fits(length: int, case: Case) -> bool:
-    try:
-        check_divisible(length, case.order, case.cp)
-    except ValueError:
-        return False
-    return True
+        if packed and most_ranks >= 4:
+            yield Case(4, "balanced", packed)
 
 
 def documents(length: int, packed: bool, seed: int) -> tuple[int, ...]:

@@ -62,16 +62,16 @@ def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
         subject.model, train, OptimizerConfig(), mesh, vocab_size=subject.vocab_size, seed=subject.seed, dtype=dtype
     )
     batches = {}
-    for number in range(mesh.dp_rank, SEQUENCES, mesh.dp):
+    for number in range(mesh.dp.rank, SEQUENCES, mesh.dp.size):
         tokens, labels, bounds = sequence(subject, number, case.packed)
         layout = Layout.on(mesh, bounds, case.order)
-        batches[number] = Batch(layout.shard(tokens), layout.shard(labels), layout)
+        batches[number] = Batch(layout.shard(tokens), layout.shard(labels, fill=IGNORE), layout)
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}
     loss = engine.gradients(list(batches.values()))
     gradients = {name: gradient.double() for name, gradient in engine.named_gradients()}
-    first = mesh.dp_rank == 0 and mesh.cp_rank == 0
-    return Measured(loss, logits, mesh.cp_rank, gradients if first else {})
+    first = mesh.dp.rank == 0 and mesh.cp.rank == 0
+    return Measured(loss, logits, mesh.cp.rank, gradients if first else {})
 
 
 def whole_logits(parts: list[Measured], subject: Subject, case: Case) -> Tensor:

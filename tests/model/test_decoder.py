@@ -135,7 +135,7 @@ def test_flops_are_those_of_every_product_that_is_needed(tied, monkeypatch):
     model = decoder(hybrid(depth=4, tie_embeddings=tied))
     x, layout = tokens(30), Layout(BOUNDS)
     monkeypatch.setattr(lightning, "state_scan", lambda recurrence, q, k, v, gates, layout: (v, None))
-    monkeypatch.setattr(softmax, "all_gather_attention", lambda q, k, v, layout, scale: q)
+    monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, window: q)
     with FlopCounterMode(display=False) as counter:
         model(x, layout)
     states = 2 * 30 * 3 * 2 * (2 * 4 * 4)

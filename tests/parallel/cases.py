@@ -11,6 +11,14 @@ PACKINGS = {
     "over all ranks but the ends": (0, 1, 47, 48),
     "a token each": tuple(range(49)),
 }
+UNEVEN = {
+    "a ragged end": (0, 5, 30, 43),
+    "a piece of padding": (0, 7, 33),
+    "fewer tokens than ranks": (0, 1, 3),
+    "a token": (0, 1),
+}
+"""Lengths that do not divide over ranks: the last pieces end in padding, or are all padding."""
+ORDERS = ("contiguous", "zigzag", "balanced")
 """Packed sequences whose documents begin and end in all kinds of places."""
 
 

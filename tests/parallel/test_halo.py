@@ -6,24 +6,25 @@ import pytest
 import torch
 
 from longctx.kernels import reference
-from longctx.parallel.collectives import counted
 from longctx.parallel.convolution import short_convolution
 from longctx.parallel.halo import left_halo
 from longctx.parallel.layout import Layout
-from tests.parallel.cases import PACKINGS, layout_here
+from longctx.parallel.traffic import counted
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 SHORT = {"slices of one token": (0, 2, 5, 8), "slices of two tokens": (0, 16), "one of two": (0, 7, 8, 9, 16)}
 """Packed sequences whose slices, over 4 ranks, are shorter than a window of 3 tokens."""
-BOUNDS = [*PACKINGS.values(), *SHORT.values()]
-CASES = list(itertools.product(BOUNDS, ["contiguous", "zigzag"], [False, True]))
+BOUNDS = [*PACKINGS.values(), *SHORT.values(), *UNEVEN.values()]
+CASES = list(itertools.product(BOUNDS, ORDERS, [False, True]))
 BATCH, CHANNELS = 2, 3
+MOST_PIECES = 64
 
 
 def draw(length, width):
     """x, what precedes it, weight, bias, and a gradient of y and of all halos, float64."""
     generator = torch.Generator().manual_seed(length + width)
     shapes = [(BATCH, length, CHANNELS), (BATCH, width, CHANNELS), (CHANNELS, width + 1), (CHANNELS,)]
-    shapes += [(BATCH, length, CHANNELS), (length, BATCH, width, CHANNELS)]
+    shapes += [(BATCH, length, CHANNELS), (MOST_PIECES, BATCH, width, CHANNELS)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -44,8 +45,9 @@ def whole_halos(layout, continued, width):
     """The halo of every slice in sequence order, and the gradients of x and of what precedes it, by autograd."""
     x, initial, _, _, _, dhalos = draw(layout.length, width)
     x, initial = x.requires_grad_(), initial.requires_grad_()
-    line = torch.cat([initial if continued else torch.zeros_like(initial), x], dim=1)
-    step = layout.length // layout.pieces
+    step = layout.piece_length
+    padding = x.new_zeros(BATCH, step * layout.pieces - layout.length, CHANNELS)
+    line = torch.cat([initial if continued else torch.zeros_like(initial), x, padding], dim=1)
     halos = torch.stack([line[:, n * step : n * step + width] for n in range(layout.pieces)])
     halos.backward(dhalos[: layout.pieces])
     return halos.detach(), x.grad, initial.grad
@@ -67,7 +69,7 @@ def test_each_slice_gets_the_tokens_before_it_and_their_gradients_go_back(ranks,
         nothing = size == 1 or width == 0
         assert all(made == ({} if nothing else {"all_gather": 2}) for made in calls)
         own = layout.pieces // size
-        sent = min(width, layout.length // layout.pieces) + width
+        sent = min(width, layout.piece_length) + width
         want_bytes = (size - 1) * own * BATCH * sent * CHANNELS * 8
         assert all(count == ({} if nothing else {"all_gather": want_bytes}) for count in received)
 

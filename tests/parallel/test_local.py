@@ -35,11 +35,6 @@ def agreed(kind):
     return "went on"
 
 
-def mesh_of(sizes):
-    mesh = Mesh.build("cpu", **sizes)
-    return mesh.dp, mesh.dp_rank, mesh.cp_rank, dist.get_world_size(mesh.cp_group), mesh.shard.shape
-
-
 def test_results_come_in_the_order_of_ranks(ranks):
     assert ranks.run(rank_and_sum, 1, size=4) == [(r, 10.0) for r in range(4)]
     assert ranks.run(rank_and_sum, 0, size=2) == [(0, 1.0), (1, 1.0)]
@@ -72,19 +67,6 @@ def test_agreement_raises_on_every_rank_what_failed_on_one(kind, elsewhere):
     assert f"{elsewhere.__name__}: " in told[0]
     assert "rank 1 has no data" in told[0]
     assert f"{kind.__name__}: " in told[1]
-
-
-def test_mesh_puts_cp_innermost(ranks):
-    got = ranks.run(mesh_of, {"dp_shard": 2, "cp": 2}, size=4)
-    assert [(dp, cp) for _, dp, cp, _, _ in got] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(x[3] == 2 and x[4] == (4,) for x in got)
-    got = ranks.run(mesh_of, {"dp_replicate": 2, "cp": 2}, size=4)
-    assert all(x[0] == 2 and x[4] == (2, 2) for x in got)
-
-
-def test_mesh_sizes_that_do_not_multiply_are_refused_with_the_arithmetic():
-    with LocalRanks(2) as pool, pytest.raises(LocalRankError, match="dp_shard 3 x cp 1 = 3, but there are 2 ranks"):
-        pool.run(mesh_of, {"dp_shard": 3})
 
 
 def sum_over_shards(extra_groups):

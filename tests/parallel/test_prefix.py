@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from longctx.parallel.collectives import counted
 from longctx.parallel.layout import Layout
 from longctx.parallel.prefix import log_cumsum_exp
-from tests.parallel.cases import PACKINGS, layout_here
+from longctx.parallel.traffic import counted
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
-CASES = list(itertools.product(PACKINGS.values(), ["contiguous", "zigzag"]))
+CASES = list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS))
 
 
 def draw(length):

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from longctx.parallel.collectives import counted
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import state_scan
+from longctx.parallel.traffic import counted
 from tests.kernels.cases import KINDS, by_reference, draw
-from tests.parallel.cases import PACKINGS, layout_here
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 HEADS = (4, 2, 4, 2)
@@ -44,7 +44,7 @@ def on_rank(kind, cases, dtype):
     ("size", "dtype", "bound"), [(1, torch.float64, 1e-10), (2, torch.float32, 1e-5), (4, torch.float64, 1e-10)]
 )
 def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype, bound):
-    cases = list(itertools.product(PACKINGS.values(), ["contiguous", "zigzag"], [False, True]))
+    cases = list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS, [False, True]))
     answers = ranks.run(on_rank, kind, cases, dtype, size=size)
     for number, (bounds, order, continued) in enumerate(cases):
         layout = Layout(bounds, order, size)

@@ -2,46 +2,19 @@
 
 import pytest
 
-from longctx.data.config import DataConfig
 from longctx.errors import UserError
 from longctx.recipe import Recipe, check
 from longctx.recipe.checks import judge
 from longctx.train.config import ParallelConfig, ScheduleConfig, TrainConfig
 
 
-def found(world_size=None, *, length=4096, sequences=1, schedule=None, **parallel):
+def found(world_size=None, *, sequences=1, schedule=None, **parallel):
     tables = {
-        "data": DataConfig(path="corpus", sequence_length=length),
         "train": TrainConfig(steps=10, sequences_per_step=sequences),
         "schedule": schedule or ScheduleConfig(),
         "parallel": ParallelConfig(**parallel),
     }
     return {".".join(map(str, mistake.key)): mistake.text for mistake in judge(tables, world_size)}
-
-
-@pytest.mark.parametrize(
-    ("length", "cp", "layout", "fits"),
-    [
-        (1001, 1, "zigzag", True),  # nothing is split
-        (1000, 4, "contiguous", True),
-        (1004, 4, "zigzag", False),
-        (1004, 4, "contiguous", True),
-        (1008, 4, "zigzag", True),
-        (6, 4, "contiguous", False),
-    ],
-)
-def test_a_sequence_divides_into_the_slices_of_the_layout(length, cp, layout, fits):
-    assert ("data.sequence_length" in found(length=length, cp=cp, layout=layout)) is not fits
-
-
-def test_the_arithmetic_and_the_nearest_lengths_are_shown():
-    assert found(length=1004, cp=4)["data.sequence_length"] == (
-        "1004 tokens do not divide into 2 * cp = 8 slices (zigzag layout): 1004 = 125 * 8 + 4; "
-        "nearest that fit: 1000 and 1008"
-    )
-    assert found(length=3, cp=4, layout="contiguous")["data.sequence_length"] == (
-        "3 tokens do not divide into cp = 4 slices (contiguous layout): 3 = 0 * 4 + 3; nearest that fit: 4"
-    )
 
 
 @pytest.mark.parametrize(
@@ -94,11 +67,11 @@ def test_warmup_and_decay_fit_into_the_steps():
 
 def test_check_lists_everything_that_does_not_fit_the_ranks():
     recipe = Recipe.model_construct(
-        data=DataConfig(path="corpus", sequence_length=10),
         train=TrainConfig(steps=1),
+        schedule=ScheduleConfig(warmup=2),
         parallel=ParallelConfig(cp=4),
     )
     with pytest.raises(UserError) as caught:
         check(recipe, 2)
-    assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == ["data.sequence_length", "parallel"]
-    assert check(recipe.model_copy(update={"data": DataConfig(path="corpus", sequence_length=16)}), 4) is None
+    assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == ["schedule.warmup", "parallel"]
+    assert check(recipe.model_copy(update={"schedule": ScheduleConfig()}), 4) is None

@@ -60,7 +60,7 @@ def engine_of(run, **options):
 
 def batches_of(run, engine, seed):
     batches = []
-    for number in range(engine.mesh.dp_rank, len(LABELS), engine.mesh.dp):
+    for number in range(engine.mesh.dp.rank, len(LABELS), engine.mesh.dp.size):
         layout = Layout.on(engine.mesh, BOUNDS[number], run.order)
         x, labels = map(layout.shard, sequence(number, seed))
         batches.append(Batch(x, labels, layout))

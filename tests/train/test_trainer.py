@@ -181,7 +181,7 @@ def sigterm_on_rank_1_in_step_7() -> Iterator[None]:
     step_of = _Trainer._step
 
     def step(self, number, average):
-        if number == 7 and self.mesh.cp_rank == 1:
+        if number == 7 and self.mesh.cp.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of(self, number, average)
 

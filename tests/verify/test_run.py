@@ -23,12 +23,12 @@ INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
 
 
 def only(monkeypatch, *chosen):
-    monkeypatch.setattr(run, "cases", lambda length, most_ranks: iter(chosen))
+    monkeypatch.setattr(run, "cases", lambda most_ranks: iter(chosen))
 
 
 def fp64_failures(ranks, function):
     """By case, what is out of bounds in float64."""
-    chosen = len(list(run.cases(SUBJECT.length, ranks.size)))
+    chosen = len(list(run.cases(ranks.size)))
     return {str(row.case): row.failures for row in islice(verify(SUBJECT, ranks, measure=function), chosen)}
 
 
@@ -52,7 +52,7 @@ def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, m
 @pytest.mark.slow
 def test_every_case_passes(ranks):
     rows = list(verify(SUBJECT, ranks))
-    assert len(rows) == 2 * len(list(run.cases(32, 4)))
+    assert len(rows) == 2 * len(list(run.cases(4)))
     assert [(str(row.case), row.precision, row.failures) for row in rows if row.failures] == []
 
 
