@@ -1,13 +1,13 @@
 """Linear attention on one device, and the scan that it shares with sequences that lie over ranks.
 
 A sequence is cut into pieces, and a piece into segments. Forward: every segment is summarized, the summaries of a
-piece are combined, `Plan.gather` brings those of all pieces together, and each segment is applied with the state that
-it receives. Backward alike, from the last piece to the first. On one device there is one piece and nothing to gather.
+piece are combined, `Plan.exchange` brings each piece its state, and each segment is applied with the state that
+it receives. Backward alike, from the last piece to the first. On one device there is one piece and no exchange.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,30 +21,34 @@ from longctx.kernels.recurrence import (
     LinearRecurrence,
     Segment,
     accumulation_dtype,
-    exclusive_scan,
     state_heads,
 )
 from longctx.kernels.segments import scan_segments, whole
 
+Received = tuple[list[Tensor], Tensor]
+"""The state that each of a device's pieces receives, `[B, H, K, V]` each, and the state after the whole sequence."""
 
-def _nothing_to_gather(carries: Sequence[Carry]) -> list[Carry]:
-    return list(carries)
+
+class Exchange(Protocol):
+    """How states reach the pieces of a sequence that lies over devices."""
+
+    def __call__(self, carries: Sequence[Carry], state: Tensor, reverse: bool) -> Callable[[], Received]:
+        """Begin, with the carries of this device's pieces and the state that the first piece of the sequence receives.
+
+        What comes back waits for the others. `reverse`: the sequence runs from its last piece to its first.
+        """
 
 
 @dataclass(frozen=True)
 class Plan:
     """How the tokens at hand make up a sequence.
 
-    `pieces` are this device's, in the order in which they lie here, `numbers` their places among all `count` pieces of
-    the sequence. Rows between and behind them are padding: they are not computed, and their outputs and gradients are
-    zero. `gather` takes the carries of this device's pieces, in that order, and returns those of all pieces in
-    the order of the sequence.
+    `pieces` are this device's, in the order in which they lie here. Rows between and behind them are padding: they are
+    not computed, and their outputs and gradients are zero. Without `exchange` the one piece is the sequence.
     """
 
     pieces: tuple[Segment, ...]
-    numbers: tuple[int, ...] = (0,)
-    count: int = 1
-    gather: Callable[[Sequence[Carry]], list[Carry]] = _nothing_to_gather
+    exchange: Exchange | None = None
 
     def zero_padding_(self, *tensors: Tensor | None) -> None:
         """Zero the rows `[B, T, ...]` that no piece has, in place; what does not run along the sequence is left."""
@@ -53,6 +57,38 @@ class Plan:
             if x is not None and x.dim() > 1:
                 for piece, following in zip(self.pieces, [*begins, x.shape[1]], strict=True):
                     x[:, piece.end : following] = 0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Pass 1 of a scan and what it has set under way."""
+
+    carries: list[Carry]
+    """Of each piece's segments."""
+    wait: Callable[[], Received]
+
+
+def begin(
+    recurrence: LinearRecurrence, k: Tensor, v: Tensor, gates: Gates, plan: Plan, initial_state: Tensor
+) -> Begun | None:
+    """Summarize, and set the exchange of states under way: `scan` goes on with it. None where nothing is exchanged.
+
+    What needs no state (queries, output gates) can be computed in the meantime. Arguments as in `scan`.
+    """
+    if plan.exchange is None:
+        return None
+    recurrence.check(k, k, v, gates)
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        cut = _cut(recurrence, plan, k, initial_state)
+        segments = [segment for piece in cut for segment in piece]
+        carries = _split(recurrence.summarize(k, v, gates, segments), cut)
+        return Begun(carries, plan.exchange([whole(piece) for piece in carries], initial_state, False))
+
+
+def _cut(recurrence: LinearRecurrence, plan: Plan, k: Tensor, state: Tensor) -> list[list[Segment]]:
+    """Each piece in segments."""
+    size = recurrence.segment_length(k.shape[0] * state.shape[1], k.shape[1], k.device)
+    return [piece.cut(size) for piece in plan.pieces]
 
 
 class _Scan(torch.autograd.Function):
@@ -66,18 +102,22 @@ class _Scan(torch.autograd.Function):
         initial_state: Tensor,
         recurrence: LinearRecurrence,
         plan: Plan,
+        begun: Begun | None,
         *gates: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        size = recurrence.segment_length(q.shape[0] * initial_state.shape[1], q.shape[1], q.device)
-        cut = [piece.cut(size) for piece in plan.pieces]
+        cut = _cut(recurrence, plan, k, initial_state)
         segments = [segment for piece in cut for segment in piece]
-        if plan.count == 1 and len(segments) == 1:
+        if plan.exchange is None and len(segments) == 1:
             states = initial_state[None]
             out, ends = recurrence.apply(q, k, v, gates, segments, states)
             final = ends[0]
         else:
-            carries = _split(recurrence.summarize(k, v, gates, segments), cut)
-            states, final = _scanned(carries, plan, initial_state, reverse=False)
+            begun = begun or begin(recurrence, k, v, gates, plan, initial_state)
+            if begun is None:
+                carries = _split(recurrence.summarize(k, v, gates, segments), cut)
+                states, final = scan_segments(carries[0], initial_state)
+            else:
+                states, final = _within(begun.carries, begun.wait(), reverse=False)
             out, _ = recurrence.apply(q, k, v, gates, segments, states)
         plan.zero_padding_(out)
         ctx.save_for_backward(q, k, v, states, *gates)
@@ -95,18 +135,22 @@ class _Scan(torch.autograd.Function):
         if do is None:
             do = v.new_zeros((*q.shape[:2], max(q.shape[2], states.shape[2]), v.shape[3]))
         dfinal = torch.zeros_like(states[0]) if dfinal is None else dfinal
-        alone = plan.count == 1 and len(ctx.segments) == 1
+        alone = plan.exchange is None and len(ctx.segments) == 1
         dinitial: Tensor | None = None
         if alone:
             dends = dfinal[None]
         else:
             carries = _split(recurrence.summarize_grad(q, k, v, gates, ctx.segments, do), ctx.cut)
-            dends, dinitial = _scanned(carries, plan, dfinal, reverse=True)
-        gate_grads = any(ctx.needs_input_grad[6:])
+            if plan.exchange is None:
+                dends, dinitial = scan_segments(carries[0], dfinal, reverse=True)
+            else:
+                begun = plan.exchange([whole(piece, reverse=True) for piece in carries], dfinal, True)
+                dends, dinitial = _within(carries, begun(), reverse=True)
+        gate_grads = any(ctx.needs_input_grad[7:])
         dq, dk, dv, dgates, dstates = recurrence.apply_grad(q, k, v, gates, ctx.segments, do, states, dends, gate_grads)
         dinitial = dstates[0] if alone else dinitial
         plan.zero_padding_(dq, dk, dv, *dgates)
-        return dq, dk, dv, dinitial if ctx.needs_input_grad[3] else None, None, None, *dgates
+        return dq, dk, dv, dinitial if ctx.needs_input_grad[3] else None, None, None, None, *dgates
 
 
 def _split(carry: Carry, cut: Sequence[Sequence[Segment]]) -> list[Carry]:
@@ -116,18 +160,17 @@ def _split(carry: Carry, cut: Sequence[Sequence[Segment]]) -> list[Carry]:
     return [Carry(transition, state) for transition, state in parts]
 
 
-def _scanned(carries: Sequence[Carry], plan: Plan, state: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-    """What each segment receives, `[N, B, H, K, V]`, and what comes out behind the whole sequence.
+def _within(carries: Sequence[Carry], received: Received, *, reverse: bool) -> tuple[Tensor, Tensor]:
+    """What each segment of each piece receives, `[N, B, H, K, V]`, and what comes out behind the whole sequence."""
+    states, final = received
+    parts = [scan_segments(c, state, reverse=reverse)[0] for c, state in zip(carries, states, strict=True)]
+    return torch.cat(parts), final
 
-    carries: those of the segments of each of this device's pieces. In reverse, the sequence runs from its end.
-    """
-    if plan.count == 1:
-        return scan_segments(carries[0], state, reverse=reverse)
-    gathered = plan.gather([whole(piece, reverse=reverse) for piece in carries])
-    received = exclusive_scan(reversed(gathered) if reverse else gathered, state)
-    places = [plan.count - 1 - number if reverse else number for number in plan.numbers]
-    parts = [scan_segments(c, received[p], reverse=reverse)[0] for c, p in zip(carries, places, strict=True)]
-    return torch.cat(parts), received[-1]
+
+def empty_state(k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+    """The state before the first token, `[B, H, K, V]`."""
+    shape = (k.shape[0], state_heads(k, v, gates), k.shape[3], v.shape[3])
+    return torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
 
 
 def scan(
@@ -138,18 +181,19 @@ def scan(
     gates: Gates,
     plan: Plan,
     initial_state: Tensor | None = None,
+    begun: Begun | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A linear recurrence over the tokens of a plan: o `[B, T, Ho, V]` in v's dtype and the state after the sequence.
 
     Shapes as in `LinearRecurrence`. initial_state `[B, H, K, V]` in the accumulation dtype is what the first piece
-    receives, zero by default. Differentiable in q, k, v, the gates and initial_state.
+    receives, zero by default. `begun` is what `begin` gave for the same arguments. Differentiable in q, k, v, the gates
+    and initial_state.
     """
     recurrence.check(q, k, v, gates)
     if initial_state is None:
-        shape = (q.shape[0], state_heads(k, v, gates), q.shape[3], v.shape[3])
-        initial_state = torch.zeros(shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        initial_state = empty_state(k, v, gates)
     check_state("initial_state", initial_state, q, k, v, gates)
-    out, final = _Scan.apply(q, k, v, initial_state, recurrence, plan, *gates)  # type: ignore[no-untyped-call]
+    out, final = _Scan.apply(q, k, v, initial_state, recurrence, plan, begun, *gates)  # type: ignore[no-untyped-call]
     return out, final
 
 

@@ -27,6 +27,8 @@ from longctx.parallel.mesh import Grid, Mesh
 from longctx.parallel.speeds import ASSUMED, Speeds
 
 Order = Literal["contiguous", "zigzag", "balanced"]
+STATE_SCHEDULES = ("all-gather", "ring", "tree")
+"""How the states of linear layers travel: `longctx.parallel.states`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Layout:
     """How the ranks divide into Ulysses groups and rings, where they do."""
     attention: str = "auto"
     """The schedule of softmax layers: one of `longctx.parallel.attention.SCHEDULES`, `auto` for the cheapest."""
+    states: str = "all-gather"
+    """How the states of linear layers travel: one of STATE_SCHEDULES."""
     speeds: Speeds = ASSUMED
     """What `auto` reckons with; the same on every rank."""
 
@@ -70,16 +74,25 @@ class Layout:
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, not {self.order!r}")
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank {self.rank} is not one of {self.size} ranks")
+        if self.states not in STATE_SCHEDULES:
+            raise ValueError(f"states must be one of {', '.join(STATE_SCHEDULES)}, not {self.states!r}")
         if self.continued < 0:
             raise ValueError(f"continued must be a number of tokens, not {self.continued}")
 
     @classmethod
     def on(
-        cls, mesh: Mesh, cu_seqlens: Sequence[int], order: Order, *, attention: str = "auto", speeds: Speeds = ASSUMED
+        cls,
+        mesh: Mesh,
+        cu_seqlens: Sequence[int],
+        order: Order,
+        *,
+        attention: str = "auto",
+        states: str = "all-gather",
+        speeds: Speeds = ASSUMED,
     ) -> "Layout":
         """The layout of a sequence over the cp axis of a mesh, for this rank."""
         cp = mesh.cp
-        return cls(tuple(cu_seqlens), order, cp.size, cp.rank, cp.group, 0, mesh.grid, attention, speeds)
+        return cls(tuple(cu_seqlens), order, cp.size, cp.rank, cp.group, 0, mesh.grid, attention, states, speeds)
 
     def seen_by(self, rank: int) -> "Layout":
         """The same layout as another rank of the group sees it, without the group: to be looked at."""

@@ -6,44 +6,64 @@ slice to the first. The payload is `B * H * (1 + K * V)` numbers a slice, in the
 length of the sequence. Documents and the order of slices are in the layout; nothing is laid out anew.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from longctx.kernels.linear import Plan, scan
-from longctx.kernels.recurrence import Carry, Gates, LinearRecurrence, Segment
-from longctx.parallel.collectives import all_gather
+from longctx.kernels import linear as kernel
+from longctx.kernels.linear import Plan
+from longctx.kernels.recurrence import Gates, LinearRecurrence, Segment
 from longctx.parallel.layout import Layout
-from longctx.parallel.traffic import current_layer, layer
+from longctx.parallel.states import Exchange
+from longctx.parallel.traffic import current_layer
 
 
-def _exchange(carries: Sequence[Carry], layout: Layout) -> list[Carry]:
-    """The carries of all slices in sequence order, from every rank's own in local order: one all-gather."""
-    group = layout.peers
-    if group is None:
-        return list(carries)
-    first = carries[0]
-    payload = torch.stack([torch.cat([c.transition.flatten(), c.state.flatten()]) for c in carries])
-    rows = all_gather(payload, group).wait()
-    gathered = []
-    for rank, place in layout.places:
-        transition, state = rows[rank, place].split([first.transition.numel(), first.state.numel()])
-        gathered.append(Carry(transition.view_as(first.transition), state.view_as(first.state)))
-    return gathered
-
-
-def _plan(layout: Layout) -> Plan:
+def _plan(layout: Layout, *, final: bool, initial: bool) -> Plan:
+    """`final`, `initial`: whether the state after the sequence, and the gradient of that before it, are asked for."""
     at = zip(layout.local, layout.slices, strict=True)
     pieces = tuple(Segment(local.start, local.stop, layout.starts(part)) for local, part in at)
-    name = current_layer()
+    group = layout.peers
+    if group is None:
+        return Plan(pieces)
+    return Plan(pieces, Exchange(layout, group, layout.states, current_layer(), (final, initial)))
 
-    def gather(carries: Sequence[Carry]) -> list[Carry]:
-        # Backward too, where nobody says which layer it is.
-        with layer(name):
-            return _exchange(carries, layout)
 
-    return Plan(pieces, layout.numbers(layout.rank), layout.pieces, gather)
+@dataclass(frozen=True)
+class Begun:
+    """A scan that is under way: what its states need of k, v and the gates has been computed, and is travelling."""
+
+    plan: Plan
+    begun: kernel.Begun | None
+
+
+def begin_state_scan(
+    recurrence: LinearRecurrence,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    layout: Layout,
+    *,
+    initial_state: Tensor | None = None,
+    final_state: bool = False,
+) -> Begun:
+    """Begin `state_scan` with what the exchange of states needs; call that with the same arguments, and this result.
+
+    What is computed between the two (queries, output gates) does not wait for other ranks. Raises ValueError as
+    `state_scan` does.
+    """
+    _check(k, layout, initial_state)
+    plan = _plan(layout, final=final_state, initial=initial_state is not None and initial_state.requires_grad)
+    state = kernel.empty_state(k, v, gates) if initial_state is None else initial_state
+    return Begun(plan, kernel.begin(recurrence, k, v, gates, plan, state))
+
+
+def _check(x: Tensor, layout: Layout, initial_state: Tensor | None) -> None:
+    if x.dim() > 1 and x.shape[1] != layout.local_length:
+        raise ValueError(
+            f"q has {x.shape[1]} tokens: expected the {layout.local_length} that the layout gives this rank"
+        )
+    if initial_state is not None and not layout.continued:
+        raise ValueError("initial_state is given, but the layout's first document is not continued and would drop it")
 
 
 def state_scan(
@@ -56,6 +76,7 @@ def state_scan(
     *,
     initial_state: Tensor | None = None,
     final_state: bool = False,
+    begun: Begun | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A linear recurrence over a sequence that lies over ranks as `layout` says, documents reset.
 
@@ -68,11 +89,10 @@ def state_scan(
     on every rank. Its gradient has to be the same on every rank too (of a loss counted once), and the gradient of
     initial_state is; that of a constant gate `[H]` is this rank's share, to be summed like a parameter's.
     """
-    if q.dim() > 1 and q.shape[1] != layout.local_length:
-        raise ValueError(
-            f"q has {q.shape[1]} tokens: expected the {layout.local_length} that the layout gives this rank"
+    _check(q, layout, initial_state)
+    if begun is None:
+        begun = Begun(
+            _plan(layout, final=final_state, initial=initial_state is not None and initial_state.requires_grad), None
         )
-    if initial_state is not None and not layout.continued:
-        raise ValueError("initial_state is given, but the layout's first document is not continued and would drop it")
-    out, final = scan(recurrence, q, k, v, gates, _plan(layout), initial_state)
+    out, final = kernel.scan(recurrence, q, k, v, gates, begun.plan, initial_state, begun.begun)
     return out, final if final_state else None

@@ -19,7 +19,7 @@ from longctx.kernels.library import DELTA
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, StepDecay, unit
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 
 
 class _DeltaConfig(HeadsConfig):
@@ -80,6 +80,7 @@ class _Delta(LinearMixer):
     """What the three have in common."""
 
     writes = 2
+    norm: HeadNorm
 
     def __init__(self, config: _DeltaConfig, dim: int, depth: int, value_dim: int) -> None:
         self.head_dim, self.limit = config.key_dim(dim), 2.0 if config.negative_eigenvalues else 1.0
@@ -87,15 +88,17 @@ class _Delta(LinearMixer):
         super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
         self.beta = Linear(dim, config.heads)
 
-    def read(self, x: Tensor, layout: Layout, *decay: Tensor) -> Tensor:
-        """o `[B, T_local, H, V]` by the rule, with the logarithms of the decays if there are any."""
+    def mixed(self, x: Tensor, layout: Layout, *decay: Tensor, gate: nn.Module | None = None) -> Tensor:
+        """`[B, T_local, D]` to the same, with the logarithms of the decays and with an output gate if there are any."""
         q, k, v = self.project(x, layout)
         if self.conv is None:
             q, k, v = (nn.functional.silu(y) for y in (q, k, v))
-        q, k = unit(q) * self.head_dim**-0.5, unit(k)
-        beta = self.limit * self.beta(x).sigmoid()
-        out, _ = state_scan(DELTA, q, k, v, (beta, *decay), layout)
-        return out
+        k, gates = unit(k), (self.limit * self.beta(x).sigmoid(), *decay)
+        begun = begin_state_scan(DELTA, k, v, gates, layout)
+        q = unit(q) * self.head_dim**-0.5  # while the states travel
+        opened = None if gate is None else gate(x)
+        out, _ = state_scan(DELTA, q, k, v, gates, layout, begun=begun)
+        return self.out(self.norm(out, opened).flatten(2))
 
 
 class DeltaNet(_Delta):
@@ -107,7 +110,7 @@ class DeltaNet(_Delta):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[B, T_local, D]` to the same."""
-        return self.out(self.norm(self.read(x, layout)).flatten(2))
+        return self.mixed(x, layout)
 
 
 class GatedDeltaNet(_Delta):
@@ -123,7 +126,7 @@ class GatedDeltaNet(_Delta):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x))
-        return self.out(self.norm(self.read(x, layout, log_decay), self.gate(x)).flatten(2))
+        return self.mixed(x, layout, log_decay, gate=self.gate)
 
 
 class Kda(_Delta):
@@ -140,4 +143,4 @@ class Kda(_Delta):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x).unflatten(-1, (self.heads, self.head_dim)))
-        return self.out(self.norm(self.read(x, layout, log_decay), self.gate(x)).flatten(2))
+        return self.mixed(x, layout, log_decay, gate=self.gate)

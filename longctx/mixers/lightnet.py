@@ -18,7 +18,7 @@ from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank
 from longctx.parallel.layout import Layout
 from longctx.parallel.prefix import log_cumsum_exp
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 
 
 class LightNetConfig(HeadsConfig):
@@ -58,7 +58,8 @@ class LightNet(LinearMixer):
         z, before = log_cumsum_exp(logits, layout)
         # Where a document begins there is nothing before, and the recurrence drops the state by itself.
         log_decay = torch.where(before == float("-inf"), 0.0, before - z).clamp(max=0.0)
-        keys = torch.exp(logits - z)
-        q = F.silu(q) * self.head_dim**-0.5
-        out, _ = state_scan(ADDITIVE, q, keys.view(k.shape).to(k.dtype), v, (log_decay.view(k.shape),), layout)
-        return self.out(self.norm(out.flatten(2), self.gate(x)))
+        keys, gates = torch.exp(logits - z).view(k.shape).to(k.dtype), (log_decay.view(k.shape),)
+        begun = begin_state_scan(ADDITIVE, keys, v, gates, layout)
+        q, gate = F.silu(q) * self.head_dim**-0.5, self.gate(x)  # while the states travel
+        out, _ = state_scan(ADDITIVE, q, keys, v, gates, layout, begun=begun)
+        return self.out(self.norm(out.flatten(2), gate))

@@ -23,7 +23,7 @@ from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 
 
 class LightningConfig(MixerConfig):
@@ -88,10 +88,14 @@ class Lightning(Mixer):
         """See the module's docstring; `[B, T_local, D]` to the same."""
         batch, length, _ = x.shape
         width = self.heads * self.head_dim
-        qk, v, u = self.qkvu(x).split([2 * width, width, width], dim=-1)
-        q, k = F.silu(qk).view(batch, length, 2 * self.heads, self.head_dim).chunk(2, dim=2)
-        v = v.unflatten(-1, (self.heads, self.head_dim))
-        out, _ = state_scan(ADDITIVE, q, k, v, (self.log_decay,), layout)
+        for_q, for_kv, for_u = self.qkvu.weight.split([width, 2 * width, width])
+        k, v = F.linear(x, for_kv).view(batch, length, 2 * self.heads, self.head_dim).chunk(2, dim=2)
+        k, gates = F.silu(k), (self.log_decay,)
+        begun = begin_state_scan(ADDITIVE, k, v, gates, layout)
+        # While the states travel.
+        q = F.silu(F.linear(x, for_q)).view(k.shape)
+        u = F.linear(x, for_u)
+        out, _ = state_scan(ADDITIVE, q, k, v, gates, layout, begun=begun)
         return self.out(rms_norm(out.flatten(2), u, self.eps))
 
     def flops(self, layout: Layout) -> int:

@@ -22,7 +22,7 @@ from longctx.mixers.base import Mixer, MixerConfig
 from longctx.mixers.parts import ShortConvolution, StepDecay
 from longctx.model.layers import Linear, RMSNorm
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 
 
 class Mamba2Config(MixerConfig):
@@ -109,9 +109,10 @@ class Mamba2(Mixer):
         v, k, q = (y.unflatten(-1, (heads, -1)) for y, heads in ((v, self.heads), (k, self.groups), (q, self.groups)))
         log_decay, step = self.decay(dt)
         written = (v * step[..., None]).to(v.dtype)
-        out, _ = state_scan(ADDITIVE, q, k, written, (log_decay,), layout)
-        o = out + self.skip(v)
-        return self.out(self.norm(o.flatten(2) * F.silu(z)))
+        begun = begin_state_scan(ADDITIVE, k, written, (log_decay,), layout)
+        skipped, gate = self.skip(v), F.silu(z)  # while the states travel
+        out, _ = state_scan(ADDITIVE, q, k, written, (log_decay,), layout, begun=begun)
+        return self.out(self.norm((out + skipped).flatten(2) * gate))
 
     def flops(self, layout: Layout) -> int:
         """Projections and convolution, and per token and head a write and a read of the state."""

@@ -18,7 +18,7 @@ from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer
 from longctx.model.layers import Linear
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 
 
 class RetentionConfig(HeadsConfig):
@@ -74,6 +74,8 @@ class Retention(LinearMixer):
         """See the module's docstring; `[B, T_local, D]` to the same."""
         q, k, v = self.project(x, layout)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
-        q, k = rotate(q, table), rotate(k, table) * self.head_dim**-0.5
-        out, _ = state_scan(ADDITIVE, q, k, v, (self.log_decay,), layout)
-        return self.out(self.norm(out, self.gate(x)).flatten(2))
+        k = rotate(k, table) * self.head_dim**-0.5
+        begun = begin_state_scan(ADDITIVE, k, v, (self.log_decay,), layout)
+        q, gate = rotate(q, table), self.gate(x)  # while the states travel
+        out, _ = state_scan(ADDITIVE, q, k, v, (self.log_decay,), layout, begun=begun)
+        return self.out(self.norm(out, gate).flatten(2))

@@ -16,7 +16,7 @@ from longctx.kernels.library import ADDITIVE
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, log_sigmoid
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 
 
 class SimpleGlaConfig(HeadsConfig):
@@ -55,5 +55,7 @@ class SimpleGla(LinearMixer):
         """See the module's docstring; `[B, T_local, D]` to the same."""
         q, k, v = self.project(x, layout)
         log_decay = log_sigmoid(self.decay(x), self.gate_divisor)
-        out, _ = state_scan(ADDITIVE, q * self.head_dim**-0.5, k, v, (log_decay,), layout)
-        return self.out(self.norm(out, self.gate(x)).flatten(2))
+        begun = begin_state_scan(ADDITIVE, k, v, (log_decay,), layout)
+        q, gate = q * self.head_dim**-0.5, self.gate(x)  # while the states travel
+        out, _ = state_scan(ADDITIVE, q, k, v, (log_decay,), layout, begun=begun)
+        return self.out(self.norm(out, gate).flatten(2))

@@ -21,10 +21,12 @@ def to_batch(
     device: torch.device,
     *,
     attention: str = "auto",
+    states: str = "all-gather",
     speeds: Speeds = ASSUMED,
 ) -> Batch:
     """This rank's part of a sequence. Labels were shifted before: a slice's last label lies on another rank."""
-    layout = Layout.on(mesh, sequence.cu_seqlens.tolist(), order, attention=attention, speeds=speeds)
+    bounds = sequence.cu_seqlens.tolist()
+    layout = Layout.on(mesh, bounds, order, attention=attention, states=states, speeds=speeds)
     tokens, labels = layout.shard(sequence.tokens[None]), layout.shard(sequence.labels[None], fill=IGNORE)
     return Batch(tokens.to(device), labels.to(device), layout)
 

@@ -93,6 +93,10 @@ class ParallelConfig(Config):
     attention: Literal["auto", "all-gather", "ring", "ulysses", "ulysses-ring", "ulysses-all-gather"] = "auto"
     """How softmax layers reach other ranks' keys. `auto`: what a model of bytes, latency and arithmetic, with speeds
     measured at the start, expects to be fastest; the run's log says what it chose and why."""
+    states: Literal["all-gather", "ring", "tree"] = "all-gather"
+    """How the states of linear layers travel. `all-gather`: all to all ranks at once (LASP-2). `ring`: from piece to
+    piece, one after the other (LASP-1). `tree`: in as many rounds as the number of pieces has doublings, for the delta
+    rule over many ranks."""
     timeout: Duration = Field(default=600.0, gt=0)
     """Seconds that a rank waits for another one before it stops with an error."""
 

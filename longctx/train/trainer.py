@@ -233,7 +233,8 @@ class _Trainer:
     def _batch(self, sequence: Packed) -> Batch:
         parallel = self.recipe.parallel
         speeds = self.speeds or ASSUMED
-        return to_batch(sequence, self.mesh, parallel.layout, self.device, attention=parallel.attention, speeds=speeds)
+        schedules = {"attention": parallel.attention, "states": parallel.states}
+        return to_batch(sequence, self.mesh, parallel.layout, self.device, **schedules, speeds=speeds)
 
     def _numbers(self, cursor: Cursor) -> range:
         return cursor.step(self.recipe.train.sequences_per_step, self.mesh.dp.size, self.mesh.dp.rank)

@@ -22,7 +22,8 @@ ORDERS = ("contiguous", "zigzag", "balanced")
 """Packed sequences whose documents begin and end in all kinds of places."""
 
 
-def layout_here(bounds: tuple[int, ...], order: str, continued: int = 0) -> Layout:
+def layout_here(bounds: tuple[int, ...], order: str, continued: int = 0, states: str = "all-gather") -> Layout:
     """The layout over all ranks of the default group, as this rank sees it."""
     size = dist.get_world_size()
-    return Layout(bounds, order, size, dist.get_rank(), dist.group.WORLD if size > 1 else None, continued)
+    group = dist.group.WORLD if size > 1 else None
+    return Layout(bounds, order, size, dist.get_rank(), group, continued, states=states)

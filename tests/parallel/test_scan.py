@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.scan import begin_state_scan, state_scan
 from longctx.parallel.traffic import counted
 from tests.kernels.cases import KINDS, by_reference, draw
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
@@ -23,16 +23,16 @@ def sharded(case, layout, dtype):
     return case, tokens, gates
 
 
-def on_rank(kind, cases, dtype):
+def on_rank(kind, cases, dtype, states="all-gather", begun=False):
     answers = []
     for bounds, order, continued in cases:
-        layout = layout_here(bounds, order, 4 if continued else 0)
+        layout = layout_here(bounds, order, 4 if continued else 0, states)
         case, tokens, gates = sharded(draw(kind, bounds[-1], heads=HEADS), layout, dtype)
         state = case.state.clone().requires_grad_()
         with counted() as traffic:
-            out, final = state_scan(
-                case.recurrence, *tokens, gates, layout, initial_state=state if continued else None, final_state=True
-            )
+            asked = {"initial_state": state if continued else None, "final_state": True}
+            early = begin_state_scan(case.recurrence, *tokens[1:], gates, layout, **asked) if begun else None
+            out, final = state_scan(case.recurrence, *tokens, gates, layout, **asked, begun=early)
             torch.autograd.backward([out, final], [layout.shard(case.do), case.dend])
         grads = [x.grad for x in (*tokens, *gates, state)]
         answers.append((out.detach(), final.detach(), grads, dict(traffic.calls)))
@@ -46,13 +46,18 @@ def on_rank(kind, cases, dtype):
 def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype, bound):
     cases = list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS, [False, True]))
     answers = ranks.run(on_rank, kind, cases, dtype, size=size)
+    compare(answers, kind, cases, size, dtype, bound)
+    assert all(answer[-1] == ({"all_gather": 2} if size > 1 else {}) for each in answers for answer in each)
+
+
+def compare(answers, kind, cases, size, dtype, bound):
     for number, (bounds, order, continued) in enumerate(cases):
         layout = Layout(bounds, order, size)
         case = draw(kind, bounds[-1], heads=HEADS)
         if not continued:
             case.state.zero_()
         want = by_reference(case, bounds[1:-1] if continued else bounds[:-1])
-        outs, finals, grads, calls = zip(*(answer[number] for answer in answers), strict=True)
+        outs, finals, grads, _ = zip(*(answer[number] for answer in answers), strict=True)
         got = {"o": layout.unshard(outs)}
         names = [name for name in want if name.startswith("d")]
         for name, parts in zip(names, zip(*grads, strict=True), strict=True):
@@ -67,7 +72,50 @@ def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype,
         for name, x, ref in pairs:
             floor = bound * 1e-6 if dtype == torch.float32 else 1e-200
             assert (x - ref).norm() <= bound * ref.norm() + floor, f"{name} {bounds} {order} continued={continued}"
-        assert all(made == ({"all_gather": 2} if size > 1 else {}) for made in calls), bounds
+
+
+@each_kind
+@pytest.mark.parametrize("states", ["ring", "tree"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_other_schedules_of_states_give_the_same(ranks, kind, states, size):
+    bounds = [PACKINGS["ends inside slices"], PACKINGS["over all ranks but the ends"], UNEVEN["a ragged end"]]
+    cases = list(itertools.product(bounds, ORDERS, [False, True]))
+    answers = ranks.run(on_rank, kind, cases, torch.float64, states, size=size)
+    compare(answers, kind, cases, size, torch.float64, 1e-10)
+    assert all(set(answer[-1]) == ({"exchange"} if size > 1 else set()) for each in answers for answer in each)
+
+
+@each_kind
+def test_a_scan_that_was_begun_early_gives_the_same(ranks, kind):
+    cases = list(itertools.product([PACKINGS["ends inside slices"]], ORDERS, [False, True]))
+    answers = ranks.run(on_rank, kind, cases, torch.float64, "all-gather", True, size=4)
+    compare(answers, kind, cases, 4, torch.float64, 1e-10)
+    assert all(answer[-1] == {"all_gather": 2} for each in answers for answer in each)
+
+
+def what_travels(kind, states, order):
+    layout = layout_here((0, 64), order, 0, states)
+    case, tokens, gates = sharded(draw(kind, 64), layout, torch.float64)
+    with counted() as traffic:
+        out, _ = state_scan(case.recurrence, *tokens, gates, layout)
+        out.backward(layout.shard(case.do))
+    return traffic.bytes["exchange"]
+
+
+STATE = 6 * 35 * 8
+"""Bytes of the states of B 2 x H 3, K 5 x V 7 in float64."""
+
+
+@pytest.mark.parametrize(("kind", "transition"), [("constant", 1), ("delta", 25)])
+def test_the_ring_sends_states_and_the_tree_maps(ranks, kind, transition):
+    # Forward from rank to rank, and backward back: the ranks at the ends get a state in one direction alone.
+    assert ranks.run(what_travels, kind, "ring", "contiguous", size=4) == [STATE, 2 * STATE, 2 * STATE, STATE]
+    # In zigzag order there and back again in each direction; the last rank's pieces are neighbours.
+    assert ranks.run(what_travels, kind, "ring", "zigzag", size=4) == [2 * STATE, 4 * STATE, 4 * STATE, 2 * STATE]
+    # Pieces get a map of the piece before them, then those of 1, 2 pieces before that, as far as there are any.
+    maps, each = [0, 1, 2, 3], 6 * (35 + transition) * 8
+    want = [(maps[rank] + maps[3 - rank]) * each for rank in range(4)]
+    assert ranks.run(what_travels, kind, "tree", "contiguous", size=4) == want
 
 
 def received_bytes(kind, length):
