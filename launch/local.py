@@ -41,7 +41,7 @@ from longctx.launch.rank import Job, RankReport
 from longctx.launch.terminal import say, say_error, show_cursor
 
 _POLL = 0.05
-_KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Has glibc keep freed memory instead of giving each large tensor's pages back to the system, which a CPU rank would
 spend as much time on as on arithmetic (measured: 27 of 101 CPU seconds at 131,072 tokens a step)."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -180,7 +180,7 @@ def run_ranks(
 def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": str(threads_per_rank(ranks)),
-        **_KEEP_MEMORY,
+        **KEEP_MEMORY,
         **os.environ,
         "RANK": str(number),
         "LOCAL_RANK": str(number),

@@ -225,6 +225,60 @@ def _bench_kernels(
     raise typer.Exit(bench_kernels(options, json))
 
 
+@bench_app.command("parallel")
+def _bench_parallel(
+    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="Ranks, as processes of this machine.")] = 4,
+    lengths: Annotated[
+        str, typer.Option(metavar="N,...", help="Tokens of the sequence, one after the other.")
+    ] = "4Ki,16Ki,64Ki",
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Measure this method. Repeatable.")] = None,
+    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads.")] = 4,
+    kv_heads: Annotated[int, typer.Option(min=1, metavar="N", help="Key/value heads of softmax layers.")] = 4,
+    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Channels of a head.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of which the median is taken.")] = 3,
+    softmax_tokens: Annotated[
+        str, typer.Option(metavar="N", help="The longest sequence that softmax layers are measured on.")
+    ] = "64Ki",
+    gbit: Annotated[
+        str, typer.Option(metavar="X|none", help="Give each rank a host with a link of so many Gbit/s (Linux, root).")
+    ] = "1",
+    delay: Annotated[float, typer.Option(min=0, metavar="MS", help="Milliseconds that a packet takes.")] = 0.0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything that was measured.")] = None,
+) -> None:
+    """Measure one layer over several ranks: time, waiting, bytes beside the formula's.
+
+    The ranks are hosts in network namespaces, joined by a bridge over links of a given speed; with --gbit none they
+    reach each other through memory.
+    """
+    from longctx.launch.bench_parallel import Options, bench_parallel, chosen
+
+    options = Options(
+        ranks=ranks,
+        lengths=tuple(_at_least(1, "--lengths", part) for part in lengths.split(",")),
+        methods=chosen(only or ()),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        repeats=repeats,
+        softmax_tokens=_at_least(0, "--softmax-tokens", softmax_tokens),
+        gbit=_link_speed(gbit),
+        delay=delay,
+    )
+    raise typer.Exit(bench_parallel(options, json))
+
+
+def _link_speed(text: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < float("inf"):
+        raise UserError(f"--gbit {text}: expected a speed in Gbit/s, or none")
+    return speed
+
+
 def _two_lengths(option: str, text: str) -> tuple[int, int] | None:
     if text == "none":
         return None

@@ -5,6 +5,7 @@ between pairs its own with senders and receivers exchanged. A handle owns the bu
 error that it raises names the layer and the collective. Calls and bytes are counted here (`longctx.parallel.traffic`).
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longctx.parallel.traffic import count, current_layer
+from longctx.parallel.traffic import count, current_layer, waited
 
 # torch 2.13 renames these two; the old names go on to work, with a warning.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -48,9 +49,11 @@ class Pending(Generic[T]):
 
     def wait(self) -> T:
         """Block until the data is there (on CUDA: until the current stream may use it). Raises CollectiveError."""
+        began = time.perf_counter()
         with _named(self._what, self._layer):
             for work in self._works:
                 work.wait()
+        waited(time.perf_counter() - began)
         return self._out
 
 

@@ -69,8 +69,13 @@ def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> 
 class LocalRanks:
     """Up to `size` ranks on this machine, as processes that live until `close()`."""
 
-    def __init__(self, size: int, *, timeout: float = 60.0, setup: Callable[[], None] | None = None) -> None:
-        """`timeout` seconds for a collective; `setup` is called once in each process as it starts."""
+    def __init__(
+        self, size: int, *, timeout: float = 60.0, settle: float = 5.0, setup: Callable[[], None] | None = None
+    ) -> None:
+        """`timeout` seconds for a collective, `settle` for the other ranks to end by themselves after one has failed;
+        `setup` is called once in each process as it starts.
+        """
+        self.settle = settle
         self.size = size
         self.timeout = timeout
         self.setup = setup
@@ -144,7 +149,7 @@ class LocalRanks:
                 (results if good else failures)[rank] = answer
             if failures:
                 # The others may be waiting for the one that failed: a short while for their own words.
-                patience = 5.0
+                patience = self.settle
         if failures:
             for process in self._processes:
                 process.kill()

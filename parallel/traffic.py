@@ -34,6 +34,8 @@ class Traffic:
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
+    waited: float = 0.0
+    """Seconds that this rank stood still for others; of a GPU's streams nothing is known."""
     layers: dict[str, "Traffic"] = field(default_factory=dict)
     """The same for each layer; a layer has no layers."""
 
@@ -67,6 +69,14 @@ def counted() -> Iterator[Traffic]:
     finally:
         # By identity: equal counts are equal.
         _counters[:] = [each for each in _counters if each is not traffic]
+
+
+def waited(seconds: float) -> None:
+    """Note that this rank has waited for a collective."""
+    for traffic in _counters:
+        traffic.waited += seconds
+        if current_layer():
+            traffic.layers.setdefault(current_layer(), Traffic()).waited += seconds
 
 
 def count(name: str, received: int) -> None:

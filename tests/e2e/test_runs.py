@@ -94,7 +94,7 @@ def test_a_mistake_that_the_ranks_find_is_said_once(ranks, workplace):
     ("arguments", "message"),
     [
         (["model.dimm=32"], "model.dimm"),
-        (["data.sequence_length=66"], "data.sequence_length: 66 tokens do not divide into 2 * cp = 4 slices"),
+        (["parallel.ulysses=3"], "parallel.ulysses: cp = 2 does not divide into groups of 3: 2 are left"),
         (["model.lightning.heads=3"], "lightning.heads: 3 heads do not divide dim 16"),
         (["--resume", "out/checkpoints/step-00000009"], "--resume out/checkpoints/step-00000009: there is no such dir"),
     ],

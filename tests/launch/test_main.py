@@ -141,7 +141,7 @@ def test_train_names_the_run_after_the_recipe_and_uses_one_rank_on_a_cpu(recipe,
     ("arguments", "text"),
     [
         (["train.stps=3"], "command line: train.stps: unknown key; did you mean 'steps'?"),
-        (["parallel.cp=2", "data.sequence_length=62"], "data.sequence_length: 62 tokens do not divide"),
+        (["parallel.cp=2", "parallel.ulysses=3"], "parallel.ulysses: cp = 2 does not divide into groups of 3"),
         (["parallel.cp=2"], "start a multiple of 2 (--nproc 2 on one machine)"),
         (["--nproc", "2"], "train.sequences_per_step: 1 sequences do not divide over 2 data-parallel ranks"),
         (["--resume", "gone"], "--resume gone: there is no such directory"),

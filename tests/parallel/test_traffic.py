@@ -51,7 +51,7 @@ def gather_in_a_layer(rank, fault):
 @pytest.mark.parametrize("fault", ["raises", "dies", "another shape"])
 def test_ranks_that_wait_for_one_that_failed_end_with_the_layer_and_the_collective(fault):
     began = time.monotonic()
-    with LocalRanks(3, timeout=10) as pool, pytest.raises(LocalRankError) as caught:
+    with LocalRanks(3, timeout=10, settle=30) as pool, pytest.raises(LocalRankError) as caught:
         pool.run(gather_in_a_layer, 1, fault)
     assert time.monotonic() - began < 60
     told = str(caught.value)

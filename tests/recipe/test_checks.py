@@ -43,6 +43,20 @@ def test_the_number_of_ranks_to_start_is_named():
     )
 
 
+@pytest.mark.parametrize(
+    ("parallel", "key"),
+    [
+        ({"cp": 4, "ulysses": 2, "attention": "ulysses-ring"}, None),
+        ({"cp": 4, "ulysses": 3}, "parallel.ulysses"),
+        ({"cp": 4, "attention": "ulysses-ring"}, "parallel.attention"),
+        ({"cp": 4, "ulysses": 4, "attention": "ulysses-all-gather"}, "parallel.attention"),
+        ({"cp": 4, "attention": "ulysses"}, None),
+    ],
+)
+def test_ulysses_groups_divide_cp_and_schedules_of_two_kinds_need_both(parallel, key):
+    assert list(found(4, **parallel)) == ([] if key is None else [key])
+
+
 def test_a_data_parallel_size_below_one_is_refused():
     assert found(dp_shard=0) == {"parallel.dp_shard": "should be greater than 0 or 'rest', not 0"}
 
