@@ -100,6 +100,8 @@ def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str
             stack.callback(subprocess.run, ["ip", "netns", "del", space], capture_output=True, check=False)
             inside = ["ip", "netns", "exec", space]
             _run("ip", "link", "add", outside, "type", "veth", "peer", "name", INTERFACE, "netns", space)
+            # By itself: a namespace that is removed gives its devices up only later.
+            stack.callback(subprocess.run, ["ip", "link", "del", outside], capture_output=True, check=False)
             _run("ip", "link", "set", outside, "master", bridge, "up")
             _run(*inside, "ip", "addr", "add", f"{address(number)}/24", "dev", INTERFACE)
             _run(*inside, "ip", "link", "set", "lo", "up")
