@@ -48,7 +48,13 @@ def test_gradients_of_everything_equal_autograd_through_the_reference(kind, size
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("delta") else kind for kind in KINDS]
 )
-@pytest.mark.parametrize("heads", ["fewer values", "fewer queries and keys, as in Mamba-2", "gates alone"])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        "gates alone",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("fewer values", "fewer queries and keys, as in Mamba-2")),
+    ],
+)
 def test_the_triton_form_under_the_same_scan_gives_the_same(kind, heads):
     pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
     if torch.cuda.is_available():

@@ -117,7 +117,9 @@ def compile_all(kernels, decay, key_dim, value_dim):
 
 
 @pytest.mark.parametrize("kernels", [additive, delta])
-@pytest.mark.parametrize("decay", tuning.DECAYS)
+@pytest.mark.parametrize(
+    "decay", [x if x == "scalar" else pytest.param(x, marks=pytest.mark.slow) for x in tuning.DECAYS]
+)
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"),
     [(128, 128), *(pytest.param(k, v, marks=pytest.mark.slow) for k, v in [(64, 64), (48, 80), (256, 256)])],
