@@ -319,7 +319,7 @@ def dk_dv_kernel(
             else:
                 terms_at = token_at(terms_in, terms_strides, sequence, start, head)
                 terms_at += row * terms_strides[1]
-                terms = tl.load(terms_at, mask=(row < size) & (block == 0), other=0.0)
+                terms = tl.load(terms_at, mask=row < tl.where(block == 0, size, 0), other=0.0)
                 terms -= tl.sum(keys.to(tl.float32) * dkeys, 1)
                 sums = tl.sum(tl.where(later, terms[None, :], 0.0), 1)
                 if ids is not None:

@@ -87,9 +87,9 @@ def summary_kernel(
     store_tile(state_out + (place * K + row) * V, V, K - row, column, state, BK, BV, V)
     if KIND == "vector":
         channels = row + tl.arange(0, BK)
-        tl.store(total_out + place * K + channels, total, mask=(channels < K) & (column == 0))
+        tl.store(total_out + place * K + channels, total, mask=channels < tl.where(column == 0, K, 0))
     else:
-        tl.store(total_out + place + tl.arange(0, 1), total, mask=block == 0)
+        tl.store(total_out + place + tl.arange(0, 1), total, mask=tl.arange(0, 1) == block)
 
 
 @triton.jit

@@ -96,6 +96,13 @@ def delta(decay, key_dim, value_dim):
     yield "delta_grads", grads_kernel, ("dgate",) if decay == "constant" else ()
 
 
+def assembler():
+    """The newest ptxas that Triton brings: it writes PTX of that one's version."""
+    knobs = triton.knobs.nvidia
+    tools = [getattr(knobs, name) for name in ("ptxas", "ptxas_blackwell") if hasattr(knobs, name)]
+    return max(tools, key=lambda tool: tuple(map(int, tool.version.split(".")))).path
+
+
 def compile_all(kernels, decay, key_dim, value_dim):
     """Print a line per kernel: name, registers, bytes spilled, bytes of shared memory."""
     from triton.backends.compiler import GPUTarget
@@ -110,7 +117,7 @@ def compile_all(kernels, decay, key_dim, value_dim):
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(compiled.asm["ptx"])
             file.flush()
-            command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+            command = [assembler(), "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         registers, spilled = (re.search(p, said)[1] for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
         sys.stdout.write(f"{name} {registers} {spilled} {compiled.metadata.shared}\n")

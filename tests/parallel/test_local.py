@@ -42,7 +42,7 @@ def test_results_come_in_the_order_of_ranks(ranks):
 
 @pytest.mark.parametrize(("how", "word"), [("raise", "on purpose"), ("kill", "the process died")])
 def test_a_rank_that_fails_is_named_and_does_not_hang_the_others(how, word):
-    with LocalRanks(2, timeout=20) as pool:
+    with LocalRanks(2, timeout=20, settle=2) as pool:
         began = time.monotonic()
         with pytest.raises(LocalRankError, match=f"(?s)rank 1: .*{word}"):
             pool.run(fail_on, 1, how)
@@ -61,7 +61,7 @@ def test_agreement_goes_on_where_nobody_fails(ranks):
 
 @pytest.mark.parametrize(("kind", "elsewhere"), [(ValueError, ValueError), (KeyError, RankError)])
 def test_agreement_raises_on_every_rank_what_failed_on_one(kind, elsewhere):
-    with LocalRanks(2, timeout=20) as pool, pytest.raises(LocalRankError) as caught:
+    with LocalRanks(2, timeout=20, settle=2) as pool, pytest.raises(LocalRankError) as caught:
         pool.run(agreed, kind)
     told = str(caught.value).split("rank 1: Traceback")
     assert f"{elsewhere.__name__}: " in told[0]

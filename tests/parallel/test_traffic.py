@@ -73,7 +73,7 @@ def silent(rank):
 
 def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_the_timeout():
     began = time.monotonic()
-    with LocalRanks(2, timeout=3) as pool, pytest.raises(LocalRankError) as caught:
+    with LocalRanks(2, timeout=3, settle=1) as pool, pytest.raises(LocalRankError) as caught:
         pool.run(silent, 1)
     assert time.monotonic() - began < 45
     assert "layer blocks.7: exchange (to 1, from 1) on rank 0 failed" in str(caught.value)

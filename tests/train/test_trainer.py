@@ -57,6 +57,10 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, workplace):
     assert found.evaluations[1].loss < found.evaluations[0].loss
     assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2}
     assert found.steps[-1].tokens == 20 * 2 * 64
+    # Every schedule was reckoned with, and one was chosen.
+    (layers, chosen) = next(iter(found.runs[0].attention.items()))
+    assert layers.startswith("layer 1")
+    assert all(f"{name} " in chosen for name in ("ring", "all-gather", "ulysses", "; instead of"))
     assert checkpoints(whole) == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
     for picture in ("loss.png", "loss_by_position.png"):
         assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
@@ -92,6 +96,8 @@ def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, workplace, tm
     ranks.run(train, workplace, out, overrides, size=size)
     found, expected = metrics(out), metrics(tmp_path / "whole")
     assert [run.step for run in found.runs] == [0, 10]
+    # With the speeds that were measured at first, not with those of the second start.
+    assert found.runs[0].attention == found.runs[1].attention
     for name in ("step", "loss", "lr", "grad_norm", "tokens"):
         assert [getattr(step, name) for step in found.steps] == [getattr(step, name) for step in expected.steps]
     there = tensors(tmp_path / "whole" / "checkpoints" / "step-00000020")
