@@ -56,7 +56,8 @@ CASES = list(itertools.product([*PACKINGS.values(), *UNEVEN.values(), tuple(rang
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_layout_equals_one_rank(ranks, size, dtype, bound):
-    compare(ranks.run(on_rank, CASES, dtype, size=size), CASES, size, dtype, bound)
+    cases = CASES if dtype == torch.float64 else CASES[:6]
+    compare(ranks.run(on_rank, cases, dtype, size=size), cases, size, dtype, bound)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
