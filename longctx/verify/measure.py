@@ -76,9 +76,10 @@ def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
 
 def whole_logits(parts: list[Measured], subject: Subject, case: Case) -> Tensor:
     """The logits of all sequences in sequence order, `[SEQUENCES, T, N]`, from every rank's share."""
-    layout = Layout((0, subject.length), case.order, case.cp)
     sequences = []
     for number in range(SEQUENCES):
+        # Balanced, the documents decide who holds what.
+        layout = Layout(sequence(subject, number, case.packed)[2], case.order, case.cp)
         holders = sorted((p for p in parts if number in p.logits), key=lambda p: p.cp_rank)
         sequences.append(layout.unshard([p.logits[number] for p in holders[: case.cp]], dim=0))
     return torch.stack(sequences)
