@@ -11,7 +11,6 @@ What a query sees is in the layout (documents, padding) and in `causal` and `win
 kept with it.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -83,9 +82,7 @@ class _Plan:
         order = sorted(range(len(arriving)), key=arriving.__getitem__)
         self.order = None if order == list(range(len(order))) else torch.tensor(order, device=device)
         self.back = None if self.order is None else self.order.argsort()
-        groups = range(0, layout.size, grid.ulysses)
-        numbers = [[n for r in range(at, at + grid.ulysses) for n in layout.numbers(r)] for at in groups]
-        holders, index = Holders(layout, numbers, reach), layout.rank // grid.ulysses
+        holders, index = Holders.of(layout, grid.ulysses, reach), layout.rank // grid.ulysses
         self.across: _Across
         if ACROSS[schedule] == "ring":
             self.across = Ring(plan(holders, index, device), index, grid.ring_group)
@@ -154,14 +151,13 @@ def softmax_attention(
     one of SCHEDULES, the layout's where None. Differentiable in q, k and v, every rank of the layout taking part.
     Raises ValueError where an argument does not fit.
     """
-    schedule = layout.attention if schedule is None else schedule
-    check_attention(q, k, v, layout, schedule)
-    reach = Reach(causal, window)
-    if schedule == "auto":
+    name = schedule or layout.attention
+    check_attention(q, k, v, layout, name)
+    reach, device = Reach(causal, window), q.device
+    if name == "auto":
         shape = Shape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), reach)
-        schedule = choose(layout, shape)[0].schedule
-    make: Callable[[], _Plan] = lambda: _Plan(layout, schedule, reach, q.device)  # noqa: E731
-    chosen: _Plan = layout.kept(("attention", schedule, reach, q.device), make)
+        name = choose(layout, shape)[0].schedule
+    chosen: _Plan = layout.kept(("attention", name, reach, device), lambda: _Plan(layout, name, reach, device))
     ulysses = chosen.grid.ulysses_group
     if ulysses is None:
         out: Tensor = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ PIECES = (2, 4, 8, 16)
 
 def causal_work(cu_seqlens: Sequence[int], edges: Sequence[int]) -> list[int]:
     """Query-key pairs of the queries between each two of `edges`, which ascend, under the causal document mask."""
-    totals, done, document = [0], 0, 0
+    totals, done, document = [], 0, 0
     for edge in edges:
         while document < len(cu_seqlens) - 2 and cu_seqlens[document + 1] <= edge:
             size = cu_seqlens[document + 1] - cu_seqlens[document]
@@ -30,7 +30,7 @@ def causal_work(cu_seqlens: Sequence[int], edges: Sequence[int]) -> list[int]:
             document += 1
         inside = edge - cu_seqlens[document]
         totals.append(done + inside * (inside + 1) // 2)
-    return [b - a for a, b in pairwise(totals[1:])]
+    return [b - a for a, b in pairwise(totals)]
 
 
 def imbalance(work: Sequence[int], owners: Sequence[int], size: int) -> float:

@@ -15,14 +15,11 @@ All ranks work it out from the same numbers, and come to the same answer.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from longctx.parallel.gathered import HEAD_SLICES
+from longctx.parallel.layout import Layout
 from longctx.parallel.ulysses import Heads
-from longctx.parallel.visibility import Holders, Reach
-
-if TYPE_CHECKING:
-    from longctx.parallel.layout import Layout
+from longctx.parallel.visibility import Holders, Reach, count
 
 
 @dataclass(frozen=True)
@@ -63,15 +60,16 @@ class Estimate:
 class _Model:
     """The estimates of one layer on one layout."""
 
-    def __init__(self, layout: "Layout", shape: Shape) -> None:
+    def __init__(self, layout: Layout, shape: Shape) -> None:
         self.layout, self.shape, self.speeds = layout, shape, layout.speeds
         self.kv = layout.local_length * shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.number
         """Bytes of the keys and values of a rank."""
 
     def holders(self, ulysses: int) -> Holders:
-        groups = range(0, self.layout.size, ulysses)
-        numbers = [[n for r in range(at, at + ulysses) for n in self.layout.numbers(r)] for at in groups]
-        return Holders(self.layout, numbers, self.shape.reach)
+        return Holders.of(self.layout, ulysses, self.shape.reach)
+
+    def kv_heads(self, ulysses: int) -> int:
+        return Heads(self.shape.heads, self.shape.kv_heads, ulysses).most_keys
 
     def arithmetic(self, pairs: int, ulysses: int) -> float:
         shape = self.shape
@@ -80,8 +78,7 @@ class _Model:
     def all_gather(self, ulysses: int) -> Estimate:
         holders, speeds = self.holders(ulysses), self.speeds
         others = len(holders.numbers) - 1
-        heads = Heads(self.shape.heads, self.shape.kv_heads, ulysses)
-        kv_heads = max(heads.of_keys(r).stop - heads.of_keys(r).start for r in range(ulysses))
+        kv_heads = self.kv_heads(ulysses)
         keys = others * ulysses * self.kv * kv_heads // self.shape.kv_heads
         # Gathered forward and backward; gradients are summed in at least 4 bytes.
         received = 2 * keys + keys * max(4, self.shape.number) // self.shape.number
@@ -94,16 +91,9 @@ class _Model:
     def ring(self, ulysses: int) -> Estimate:
         holders, speeds = self.holders(ulysses), self.speeds
         size = len(holders.numbers)
-        rows = [
-            [
-                sum(part.stop - part.start for part in holders.needed(reader, (reader - d) % size))
-                for d in range(1, size)
-            ]
-            for reader in range(size)
-        ]
+        rows = [[count(holders.needed(reader, (reader - d) % size)) for d in range(1, size)] for reader in range(size)]
         sent = [sum(rows[(source + d) % size][d - 1] for d in range(1, size)) for source in range(size)]
-        heads = Heads(self.shape.heads, self.shape.kv_heads, ulysses)
-        kv_heads = max(heads.of_keys(r).stop - heads.of_keys(r).start for r in range(ulysses))
+        kv_heads = self.kv_heads(ulysses)
         row = kv_heads * (self.shape.key_dim + self.shape.value_dim) * self.shape.number
         worst = Estimate("ring", 0.0, 0.0, 0)
         received = 0
@@ -111,7 +101,7 @@ class _Model:
             arithmetic = self.arithmetic(holders.score_elements[reader], ulysses)
             bytes_ = (2 * sum(rows[reader]) + sent[reader]) * row
             received = max(received, bytes_)
-            steps = 1 + sum(1 for count in rows[reader] if count)
+            steps = 1 + sum(1 for number in rows[reader] if number)
             exposed = max(0.0, bytes_ / speeds.bandwidth - arithmetic * (1 - 1 / steps))
             exposed += 3 * (steps - 1) * speeds.latency
             if arithmetic + exposed > worst.seconds:
@@ -121,10 +111,7 @@ class _Model:
     def ulysses(self, size: int) -> Estimate:
         """The two changes of heads for tokens, there and back."""
         shape = self.shape
-        heads = Heads(shape.heads, shape.kv_heads, size)
-        keys = max(heads.of_keys(r).stop - heads.of_keys(r).start for r in range(size))
-        queries = shape.heads // size
-        row = queries * (shape.key_dim + shape.value_dim) + keys * (shape.key_dim + shape.value_dim)
+        row = (shape.heads // size + self.kv_heads(size)) * (shape.key_dim + shape.value_dim)
         received = 2 * (size - 1) * self.layout.local_length * row * shape.number
         exposed = received / self.speeds.bandwidth + 4 * self.speeds.latency
         return Estimate("ulysses", 0.0, exposed, received)
@@ -140,7 +127,7 @@ class _Model:
         return Estimate(name, second.arithmetic, first.exposed + second.exposed, first.received + second.received)
 
 
-def estimates(layout: "Layout", shape: Shape) -> list[Estimate]:
+def estimates(layout: Layout, shape: Shape) -> list[Estimate]:
     """Every schedule that the ranks and heads allow, the one that is expected to be fastest first."""
     model = _Model(layout, shape)
     found = [model.all_gather(1), model.ring(1)]

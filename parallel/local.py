@@ -57,6 +57,8 @@ def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> 
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
             )
             try:
+                # A rank that is done may leave before another has met it, who would take it for dead.
+                dist.barrier()
                 answer = (True, function(*arguments))
             finally:
                 dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from longctx.kernels import attention
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.parallel.collectives import Pending, exchange
-from longctx.parallel.visibility import Block, Holders, rows
+from longctx.parallel.visibility import Block, Holders, count, rows
 
 KEYS, GRADIENTS = 0, 1
 """Tags of what travels, since both may be under way between the same two holders."""
@@ -35,11 +35,6 @@ class Step:
     sent: tuple[slice, ...]
     received: tuple[slice, ...]
     block: Block | None
-
-    @property
-    def count(self) -> int:
-        """Keys that come."""
-        return sum(part.stop - part.start for part in self.received)
 
 
 def plan(holders: Holders, index: int, device: torch.device) -> tuple[Step, ...]:
@@ -79,8 +74,7 @@ class Ring:
         if step.source == self.index:
             return lambda: (_own(k, step), _own(v, step))
         assert self.group is not None
-        coming = [x.new_empty(x.shape[0], step.count, *x.shape[2:]) for x in (k, v)]
-        flat = k.new_empty(sum(x.numel() for x in coming))
+        coming, flat = _buffers(k, v, count(step.received))
         pending = exchange(
             {step.target: _packed(k, v, step.sent)} if step.sent else {},
             {step.source: flat} if step.received else {},
@@ -134,9 +128,7 @@ class Ring:
 
     def _give_back(self, step: Step, k: Tensor, v: Tensor, dkeys: Tensor, dvalues: Tensor) -> "_Return":
         assert self.group is not None
-        count = sum(part.stop - part.start for part in step.sent)
-        coming = [x.new_empty(x.shape[0], count, *x.shape[2:]) for x in (k, v)]
-        flat = k.new_empty(sum(x.numel() for x in coming))
+        coming, flat = _buffers(k, v, count(step.sent))
         everything = (slice(None),)
         pending = exchange(
             {step.source: _packed(dkeys, dvalues, everything)} if step.received else {},
@@ -154,7 +146,7 @@ class _Return:
     step: Step
     pending: Pending[None]
     flat: Tensor
-    shapes: list[Tensor]
+    shapes: list[torch.Size]
 
     def add(self, dk: Tensor, dv: Tensor) -> None:
         self.pending.wait()
@@ -166,13 +158,19 @@ def _own(x: Tensor, step: Step) -> Tensor:
     return rows(x, step.received) if step.received else x[:, :0]
 
 
+def _buffers(k: Tensor, v: Tensor, number: int) -> tuple[list[torch.Size], Tensor]:
+    """The shapes of `number` rows of k and v, and a flat tensor for both."""
+    shapes = [torch.Size((x.shape[0], number, *x.shape[2:])) for x in (k, v)]
+    return shapes, k.new_empty(sum(shape.numel() for shape in shapes))
+
+
 def _packed(k: Tensor, v: Tensor, parts: Sequence[slice]) -> Tensor:
     return torch.cat([rows(x, parts).reshape(-1) for x in (k, v)])
 
 
-def _unpacked(flat: Tensor, shapes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    k, v = flat.split([x.numel() for x in shapes])
-    return k.view(shapes[0].shape), v.view(shapes[1].shape)
+def _unpacked(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, Tensor]:
+    k, v = flat.split([shape.numel() for shape in shapes])
+    return k.view(shapes[0]), v.view(shapes[1])
 
 
 def _add(dk: Tensor, dv: Tensor, parts: Sequence[slice], dkeys: Tensor, dvalues: Tensor) -> None:

@@ -18,14 +18,17 @@ from longctx.parallel.states import Exchange
 from longctx.parallel.traffic import current_layer
 
 
-def _plan(layout: Layout, *, final: bool, initial: bool) -> Plan:
-    """`final`, `initial`: whether the state after the sequence, and the gradient of that before it, are asked for."""
+def _plan(layout: Layout, initial_state: Tensor | None, final_state: bool) -> Plan:
+    """What `state_scan` does with these: the state after the sequence travels only where it is asked for, and so does
+    the gradient of that before it.
+    """
     at = zip(layout.local, layout.slices, strict=True)
     pieces = tuple(Segment(local.start, local.stop, layout.starts(part)) for local, part in at)
     group = layout.peers
     if group is None:
         return Plan(pieces)
-    return Plan(pieces, Exchange(layout, group, layout.states, current_layer(), (final, initial)))
+    wanted = final_state, initial_state is not None and initial_state.requires_grad
+    return Plan(pieces, Exchange(layout, group, layout.states, current_layer(), wanted))
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def begin_state_scan(
     `state_scan` does.
     """
     _check(k, layout, initial_state)
-    plan = _plan(layout, final=final_state, initial=initial_state is not None and initial_state.requires_grad)
+    plan = _plan(layout, initial_state, final_state)
     state = kernel.empty_state(k, v, gates) if initial_state is None else initial_state
     return Begun(plan, kernel.begin(recurrence, k, v, gates, plan, state))
 
@@ -91,8 +94,6 @@ def state_scan(
     """
     _check(q, layout, initial_state)
     if begun is None:
-        begun = Begun(
-            _plan(layout, final=final_state, initial=initial_state is not None and initial_state.requires_grad), None
-        )
+        begun = Begun(_plan(layout, initial_state, final_state), None)
     out, final = kernel.scan(recurrence, q, k, v, gates, begun.plan, initial_state, begun.begun)
     return out, final if final_state else None

@@ -49,6 +49,11 @@ class Heads:
         mine, share = self.of_queries(rank), self.queries // self.keys
         return slice(mine.start // share, (mine.stop - 1) // share + 1)
 
+    @property
+    def most_keys(self) -> int:
+        """The key/value heads of the rank that has most."""
+        return max(self.of_keys(rank).stop - self.of_keys(rank).start for rank in range(self.size))
+
     def readers(self, rank: int) -> list[int]:
         """For each of a rank's query heads the key/value head that it reads, counted from the rank's first."""
         mine, share = self.of_queries(rank), self.queries // self.keys

@@ -1,7 +1,7 @@
 """Which keys the queries of a slice see, and what one holder of tokens therefore needs of another.
 
 A holder is one rank, or the ranks of an Ulysses group together: the pieces of the sequence whose keys lie in one place,
-ascending. Worked out on the host from numbers alone, once per batch (`Plan.of`), and used by every layer: nothing that
+ascending. Worked out on the host from numbers alone, once per batch, and used by every layer: nothing that
 no query sees is sent or computed.
 """
 
@@ -55,6 +55,11 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
     return tuple(slice(begin, end) for begin, end in merged)
 
 
+def count(parts: Sequence[slice]) -> int:
+    """The rows of slices together."""
+    return sum(part.stop - part.start for part in parts)
+
+
 def rows(x: Tensor, parts: Sequence[slice]) -> Tensor:
     """Some rows of `x [B, T, ...]`, one after the other; a view where it is one slice."""
     return x[:, parts[0]] if len(parts) == 1 else torch.cat([x[:, part] for part in parts], dim=1)
@@ -74,6 +79,13 @@ class Holders:
     def __init__(self, layout: Layout, numbers: Sequence[Sequence[int]], reach: Reach) -> None:
         self.layout, self.reach = layout, reach
         self.numbers = tuple(tuple(sorted(each)) for each in numbers)
+
+    @classmethod
+    def of(cls, layout: Layout, ulysses: int, reach: Reach) -> "Holders":
+        """Each `ulysses` neighbouring ranks hold together; with 1, each by itself."""
+        groups = range(0, layout.size, ulysses)
+        numbers = [[n for rank in range(at, at + ulysses) for n in layout.numbers(rank)] for at in groups]
+        return cls(layout, numbers, reach)
 
     def slices(self, holder: int) -> list[tuple[int, Slice]]:
         """Where each piece of a holder lies in its tensor, and its tokens without padding."""
