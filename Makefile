@@ -52,11 +52,14 @@ million: .venv/installed ## Train on one sequence of 1,048,576 tokens, on 2 rank
 	@$(PY) -m longctx train million $(RANKS)
 	@echo "Next: a recipe of your own. docs/recipes.md has the keys, README.md the commands for a cluster."
 
+# Each worker starts ranks of its own.
+PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 test: lint types ## Check all: style, layers, types, and the tests (under 10 minutes on 2 cores)
-	@$(PY) -m pytest
+	@$(PYTEST)
 
 test-all: lint types ## The same with the slow grids
-	@$(PY) -m pytest -m 'slow or not slow'
+	@$(PYTEST) -m 'slow or not slow'
 
 lint: .venv/installed tree ## Check style, format, and which folder imports which
 	@$(PY) -m ruff check --quiet .

@@ -5,7 +5,7 @@
 The gates are `()`, no decay (basic linear attention), or `(g,)`, logarithms at most 0: `[H]`, constant per head
 (lightning attention, retention), `[B, T, H]` (simple GLA, Mamba-2) or `[B, T, H, K]` (GLA, HGRN-2).
 
-The four functions of `longctx.kernels.recurrence.LinearRecurrence` in torch operators, for any device. A segment is
+The functions of `longctx.kernels.recurrence.LinearRecurrence` in torch operators, for any device. A segment is
 walked in chunks: inside a chunk the masked quadratic form, between chunks the state. With P the decayed scores of a
 chunk and the factors of `longctx.kernels.decay` (Qin et al. 2024, Lightning Attention-2, algorithms 1 and 2; Yang et
 al. 2024, Gated Linear Attention, section 4):
@@ -18,8 +18,10 @@ al. 2024, Gated Linear Attention, section 4):
     dK = dpairs/dK + writes (V dS'^T)
     dS = keeps dS' + (reads Q)^T dO
 
-Everything is multiplied in the accumulation dtype (float32, or float64 for float64 input) and cast once. Backward, the
-states between chunks are made again a few chunks at a time, so that only those at the starts of such blocks are kept.
+Everything is multiplied in the accumulation dtype (float32, or float64 for float64 input) and cast once. Backward, dq
+is made on a way forward with the states, dk and dv on a way back with their gradients. The gradient of a decay needs
+both at once: then the states between chunks are made again a few chunks at a time, so that only those at the starts of
+such blocks are kept.
 """
 
 from collections.abc import Sequence
@@ -138,19 +140,71 @@ def summarize_grad(q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequ
     return Carry(walk.transitions(segments, gates), dstates)
 
 
-class _Backward:
-    """Pass 2 backward: the gradients, filled a block of chunks at a time, from the last to the first."""
+def query_grad(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, states: Tensor
+) -> Tensor:
+    """The part of pass 2 backward that needs no gradient of a state: dq."""
+    walk = _Additive(k, v, gates)
+    dq = walk.gradient(q)
+    for number, segment in enumerate(segments):
+        parts = walk.chunks(segment)
+        for heads in walk.groups():
+            state = walk.state(states[number], heads)
+            for chunk in parts:
+                keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
+                decay = walk.decays.of(walk, heads, chunk)
+                for nth in range(walk.repeats(q)):
+                    queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
+                    result = walk.product("dq", grads, state.transpose(1, 2)).mul_(decay.reads)
+                    dscores = walk.product("dscores", grads, values.transpose(1, 2))
+                    decay.pairs_grad(dscores, queries, keys, result, None)
+                    walk.store(dq, heads, chunk, result, nth)
+                walk.write(state, keys, values, decay)
+    return dq.to(q.dtype)
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, do: Tensor, gate_grads: bool) -> None:
-        self.walk = walk = _Additive(k, v, gates)
-        self.q, self.k, self.v, self.do = q, k, v, do
+
+def key_value_grad(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, dends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rest of pass 2 backward where no gate has a gradient: dk, dv and that of the states that came in."""
+    walk = _Additive(k, v, gates)
+    gradients = walk.gradient(k), walk.gradient(v)
+    dstates = walk.states(segments, walk.value_dim)
+    for number, segment in enumerate(segments):
+        parts = walk.chunks(segment)
+        for heads in walk.groups():
+            dstate = walk.state(dends[number], heads)
+            for chunk in reversed(parts):
+                decay = walk.decays.of(walk, heads, chunk)
+                keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
+                dk = walk.product("dk", values, dstate.transpose(1, 2)).mul_(decay.writes)
+                dv = walk.product("dv", walk.scaled("written", keys, decay.writes), dstate)
+                dstate.mul_(decay.keeps)
+                for nth in range(walk.repeats(q)):
+                    queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
+                    scores = decay.pairs(queries, keys, walk.scratch("scores", heads.count, chunk.size, chunk.size))
+                    dv.baddbmm_(scores.transpose(1, 2), grads)
+                    dscores = walk.product("dscores", grads, values.transpose(1, 2))
+                    decay.pairs_grad(dscores, queries, keys, None, dk)
+                    dstate.baddbmm_(walk.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+                for into, value in zip(gradients, (dk, dv), strict=True):
+                    walk.store(into, heads, chunk, value)
+            walk.put_state(dstates[number], heads, dstate)
+    return gradients[0].to(k.dtype), gradients[1].to(v.dtype), dstates
+
+
+class _Backward:
+    """Pass 2 backward with the gradient of the decay, which needs states and their gradients together: filled a block
+    of chunks at a time, from the last to the first.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, do: Tensor) -> None:
+        self.walk = walk = _Additive(k, v, (g,))
+        self.q, self.k, self.v, self.g, self.do = q, k, v, g, do
         self.dq, self.dk, self.dv = (walk.gradient(x) for x in (q, k, v))
-        self.dg: Tensor | None = None
         self.constant = walk.decays.constant
-        if gates and gate_grads:
-            g = gates[0].new_empty(walk.heads) if self.constant else gates[0]
-            shape = (walk.heads,) if self.constant else g.shape if g.dim() == 4 else (*g.shape, 1)
-            self.dg = torch.zeros(shape, dtype=walk.dtype, device=g.device)
+        shape = (walk.heads,) if self.constant else g.shape if g.dim() == 4 else (*g.shape, 1)
+        self.dg = torch.zeros(shape, dtype=walk.dtype, device=g.device)
 
     def advance(self, heads: Heads, chunk: Chunk, state: Tensor) -> None:
         """The state behind a chunk from that before it, in place."""
@@ -165,38 +219,31 @@ class _Backward:
         keys, values = walk.load("k", self.k, heads, chunk), walk.load("v", self.v, heads, chunk)
         dk = walk.product("dk", values, dstate.transpose(1, 2)).mul_(decay.writes)
         dv = walk.product("dv", walk.scaled("written", keys, decay.writes), dstate)
-        sums = None if self.dg is None else GateSums(walk, decay, keys, dk, state, dstate)
+        sums = GateSums(walk, decay, keys, dk, state, dstate)
         dstate.mul_(decay.keeps)
         for nth in range(walk.repeats(self.q)):
             queries, grads = walk.load("q", self.q, heads, chunk, nth), walk.load("do", self.do, heads, chunk, nth)
             scores = decay.pairs(queries, keys, walk.scratch("scores", *square))
             dv.baddbmm_(scores.transpose(1, 2), grads)
             dq = walk.product("dq", grads, state.transpose(1, 2)).mul_(decay.reads)
-            if sums is not None:
-                sums.read.addcmul_(queries, dq)
+            sums.read.addcmul_(queries, dq)
             dscores = walk.product("dscores", grads, values.transpose(1, 2))
-            decay.pairs_grad(dscores, scores, queries, keys, dq, dk, None if sums is None else sums.dg)
+            decay.pairs_and_decay_grad(dscores, scores, queries, keys, dq, dk, sums.dg)
             dstate.baddbmm_(walk.scaled("read", queries, decay.reads).transpose(1, 2), grads)
             walk.store(self.dq, heads, chunk, dq, nth)
         walk.store(self.dk, heads, chunk, dk)
         walk.store(self.dv, heads, chunk, dv)
-        if sums is not None:
-            self._store_gates(heads, chunk, sums.finish())
-
-    def _store_gates(self, heads: Heads, chunk: Chunk, dg: Tensor) -> None:
-        assert self.dg is not None
+        dg = sums.finish()
         if self.constant:
             self.dg[heads.first : heads.last] += dg.sum(dim=(1, 2)).view(-1, heads.last - heads.first).sum(dim=0)
         else:
-            self.walk.store(self.dg, heads, chunk, dg)
+            walk.store(self.dg, heads, chunk, dg)
 
-    def gates(self, gates: Gates) -> tuple[Tensor | None, ...]:
-        """The gradients of the gates, in their shapes."""
-        if self.dg is None:
-            return tuple(None for _ in gates)
-        like = gates[0]
+    def decay(self) -> Tensor:
+        """The gradient of the decay, in its shape and dtype."""
+        like = self.g
         dg = self.dg.view(like.shape[0], -1).sum(dim=1) if self.constant else self.dg.view(like.shape)
-        return (dg.to(like.dtype),)
+        return dg.to(like.dtype)
 
 
 def apply_grad(
@@ -211,8 +258,12 @@ def apply_grad(
     gate_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor]:
     """Pass 2 backward."""
-    backward = _Backward(q, k, v, gates, do, gate_grads)
+    if not (gates and gate_grads):
+        dq = query_grad(q, k, v, gates, segments, do, states)
+        dk, dv, dstates = key_value_grad(q, k, v, gates, segments, do, dends)
+        return dq, dk, dv, (None,) * len(gates), dstates
+    backward = _Backward(q, k, v, gates[0], do)
     parts = [backward.walk.chunks(segment) for segment in segments]
     dstates = walk_back(backward.walk, parts, states, dends, backward.advance, backward.chunk, BLOCK)
     dq, dk, dv = (d.to(x.dtype) for d, x in zip((backward.dq, backward.dk, backward.dv), (q, k, v), strict=True))
-    return dq, dk, dv, backward.gates(gates), dstates
+    return dq, dk, dv, (backward.decay(),), dstates

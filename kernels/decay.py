@@ -82,13 +82,17 @@ class Decay(ABC):
         """See the module's docstring: x, y `[G, C, K]`, out `[G, C, C]`."""
 
     @abstractmethod
-    def pairs_grad(
-        self, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor | None
-    ) -> None:
-        """Add to dx, dy and dg the gradients of x, y and the logarithms g, for the gradient `d` of `pairs(x, y)`.
+    def pairs_grad(self, d: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
+        """Add to dx and dy the gradients of x and y for the gradient `d` of `pairs(x, y)`, which is changed.
 
-        `d` is changed. dg is `[G, C, 1]` or `[G, C, K]`, or None where it is not wanted.
+        None is for what is not wanted.
         """
+
+    @abstractmethod
+    def pairs_and_decay_grad(
+        self, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor
+    ) -> None:
+        """The same, and to dg `[G, C, 1]` or `[G, C, K]` that of the logarithms g; `pairs` is `pairs(x, y)`."""
 
 
 class ScalarDecay(Decay):
@@ -121,17 +125,21 @@ class ScalarDecay(Decay):
     def pairs(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
         return torch.bmm(x, y.transpose(1, 2), out=out).mul_(self.mask)
 
-    def pairs_grad(
-        self, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor | None
-    ) -> None:
-        if dg is not None:
-            # Decay t acts on all pairs with j < t <= i.
-            weights = torch.mul(d, pairs, out=self._scratch("weights", *d.shape))
-            before = torch.matmul(weights, self.documents.strictly_lower.T)
-            dg += before.mul_(self.documents.lower).sum(dim=1)[..., None]
+    def pairs_grad(self, d: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
         d.mul_(self.mask)
-        dx.baddbmm_(d, y)
-        dy.baddbmm_(d.transpose(1, 2), x)
+        if dx is not None:
+            dx.baddbmm_(d, y)
+        if dy is not None:
+            dy.baddbmm_(d.transpose(1, 2), x)
+
+    def pairs_and_decay_grad(
+        self, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor
+    ) -> None:
+        # Decay t acts on all pairs with j < t <= i.
+        weights = torch.mul(d, pairs, out=self._scratch("weights", *d.shape))
+        before = torch.matmul(weights, self.documents.strictly_lower.T)
+        dg += before.mul_(self.documents.lower).sum(dim=1)[..., None]
+        self.pairs_grad(d, x, y, dx, dy)
 
 
 class VectorDecay(Decay):
@@ -194,19 +202,27 @@ class VectorDecay(Decay):
         square = x.view(groups, count, 2 * half, count, 2 * half).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         return square[:, :, half:, :half]
 
-    def _halves(self, x: Tensor, y: Tensor, half: int, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """x of the right halves and y of the left ones, decayed to the middle between them: `[G x blocks, half, K]`."""
-        shape = (x.shape[0], -1, 2, half, x.shape[2])
-        ends = torch.mul(x.reshape(shape)[:, :, 1], right, out=self._scratch("ends", *right.shape))
-        begins = torch.mul(y.reshape(shape)[:, :, 0], left, out=self._scratch("begins", *left.shape))
-        return ends.view(-1, half, x.shape[2]), begins.view(-1, half, x.shape[2])
+    def _ends(self, x: Tensor, half: int, right: Tensor) -> Tensor:
+        """x of the right halves, decayed from the middle before them: `[G x blocks, half, K]`."""
+        part = x.reshape(x.shape[0], -1, 2, half, x.shape[2])[:, :, 1]
+        return torch.mul(part, right, out=self._scratch("ends", *right.shape)).view(-1, half, x.shape[2])
+
+    def _begins(self, y: Tensor, half: int, left: Tensor) -> Tensor:
+        """y of the left halves, decayed to the middle behind them: `[G x blocks, half, K]`."""
+        part = y.reshape(y.shape[0], -1, 2, half, y.shape[2])[:, :, 0]
+        return torch.mul(part, left, out=self._scratch("begins", *left.shape)).view(-1, half, y.shape[2])
+
+    def _block(self, d: Tensor, half: int) -> Tensor:
+        """A copy of the scores of right halves with their left ones: `[G x blocks, half, half]`."""
+        source = self._blocks(d, half)
+        return self._scratch("block", *source.shape).copy_(source).view(-1, half, half)
 
     def pairs(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
         out.zero_()
         product = torch.mul(x, y, out=self._scratch("product", *x.shape))
         torch.sum(product, dim=2, out=out.diagonal(dim1=1, dim2=2))
         for half, right, left in self._levels:
-            ends, begins = self._halves(x, y, half, right, left)
+            ends, begins = self._ends(x, half, right), self._begins(y, half, left)
             block = self._scratch("block", ends.shape[0], half, half)
             torch.bmm(ends, begins.transpose(1, 2), out=block)
             target = self._blocks(out, half)
@@ -215,36 +231,59 @@ class VectorDecay(Decay):
             out.mul_(self.documents.same)
         return out
 
-    def pairs_grad(
-        self, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor | None
-    ) -> None:
+    def pairs_grad(self, d: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
+        self._diagonal_grad(d, x, y, dx, dy)
+        for half, right, left in self._levels:
+            block = self._block(d, half)
+            if dx is not None:
+                self._ends_grad(block, self._begins(y, half, left), right, dx)
+            if dy is not None:
+                self._begins_grad(block, self._ends(x, half, right), left, dy)
+
+    def _diagonal_grad(self, d: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
         if self.documents.starts:
             d.mul_(self.documents.same)
         diagonal = d.diagonal(dim1=1, dim2=2)[..., None]
-        dx.addcmul_(diagonal, y)
-        dy.addcmul_(diagonal, x)
+        if dx is not None:
+            dx.addcmul_(diagonal, y)
+        if dy is not None:
+            dy.addcmul_(diagonal, x)
+
+    def _ends_grad(self, block: Tensor, begins: Tensor, right: Tensor, dx: Tensor) -> Tensor:
+        """Add to dx what right halves get; their `_ends` before the decays get what comes back."""
+        half, dim = begins.shape[1:]
+        # Of single tokens a matrix is a number.
+        multiply = torch.mul if half == 1 else torch.bmm
+        dends = multiply(block, begins, out=self._scratch("dends", *begins.shape))
+        dx.view(dx.shape[0], -1, 2, half, dim)[:, :, 1].addcmul_(dends.view(right.shape), right)
+        return dends
+
+    def _begins_grad(self, block: Tensor, ends: Tensor, left: Tensor, dy: Tensor) -> Tensor:
+        """Add to dy what left halves get; their `_begins` before the decays get what comes back."""
+        half, dim = ends.shape[1:]
+        multiply = torch.mul if half == 1 else torch.bmm
+        dbegins = multiply(block.transpose(1, 2), ends, out=self._scratch("dbegins", *ends.shape))
+        dy.view(dy.shape[0], -1, 2, half, dim)[:, :, 0].addcmul_(dbegins.view(left.shape), left)
+        return dbegins
+
+    def pairs_and_decay_grad(
+        self, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor
+    ) -> None:
+        self._diagonal_grad(d, x, y, dx, dy)
         for half, right, left in self._levels:
-            ends, begins = self._halves(x, y, half, right, left)
-            source = self._blocks(d, half)
-            block = self._scratch("block", *source.shape).copy_(source).view(-1, half, half)
-            shape = (x.shape[0], -1, 2, half, x.shape[2])
-            # Of single tokens a matrix is a number.
-            multiply = torch.mul if half == 1 else torch.bmm
-            dends = multiply(block, begins, out=self._scratch("dends", *ends.shape))
-            dbegins = multiply(block.transpose(1, 2), ends, out=self._scratch("dbegins", *ends.shape))
-            dx.view(shape)[:, :, 1].addcmul_(dends.view(right.shape), right)
-            dy.view(shape)[:, :, 0].addcmul_(dbegins.view(left.shape), left)
-            if dg is not None:
-                # A decay of the right half acts on what is read at its token or later, one of the left half on what
-                # was written before it.
-                read, written = dends.mul_(ends), dbegins.mul_(begins)
-                if half == 1:
-                    dg.view(shape)[:, :, 1] += read.view(right.shape)
-                    continue
-                later, before = self.documents.lower[:half, :half].T, self.documents.strictly_lower[:half, :half]
-                blocks = ends.shape[0]
-                dg.view(shape)[:, :, 1] += torch.bmm(later.expand(blocks, -1, -1), read).view(right.shape)
-                dg.view(shape)[:, :, 0] += torch.bmm(before.expand(blocks, -1, -1), written).view(left.shape)
+            ends, begins, block = self._ends(x, half, right), self._begins(y, half, left), self._block(d, half)
+            # A decay of the right half acts on what is read at its token or later, one of the left half on what was
+            # written before it.
+            read = self._ends_grad(block, begins, right, dx).mul_(ends)
+            written = self._begins_grad(block, ends, left, dy).mul_(begins)
+            halves = dg.view(x.shape[0], -1, 2, half, x.shape[2])
+            if half == 1:
+                halves[:, :, 1] += read.view(right.shape)
+                continue
+            later, before = self.documents.lower[:half, :half].T, self.documents.strictly_lower[:half, :half]
+            blocks = ends.shape[0]
+            halves[:, :, 1] += torch.bmm(later.expand(blocks, -1, -1), read).view(right.shape)
+            halves[:, :, 0] += torch.bmm(before.expand(blocks, -1, -1), written).view(left.shape)
 
 
 class Decays:

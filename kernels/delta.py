@@ -6,7 +6,7 @@ The gates are `(b,)` with b `[B, T, H]` (DeltaNet), or `(b, g)` with logarithms 
 DeltaNet) or `[B, T, H, K]` (KDA). For the rule to be stable keys have length 1 and b lies in [0, 2]; nothing here
 depends on it.
 
-The four functions of `longctx.kernels.recurrence.LinearRecurrence` in torch operators, for any device, chunk by chunk
+The functions of `longctx.kernels.recurrence.LinearRecurrence` in torch operators, for any device, chunk by chunk
 (Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, section 3; the UT transform). Inside a chunk
 each token writes `u_t`, what is left of its value after the answers to its key of the state and of the writes before
 it; these are a unit lower triangular system. With the factors of `longctx.kernels.decay`:
@@ -174,6 +174,15 @@ def summarize_grad(q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequ
     return walk.carry(walked, value_dim, segments)
 
 
+def _pairs_grad(
+    decay: Decay, d: Tensor, pairs: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, dg: Tensor | None
+) -> None:
+    if dg is None:
+        decay.pairs_grad(d, x, y, dx, dy)
+    else:
+        decay.pairs_and_decay_grad(d, pairs, x, y, dx, dy, dg)
+
+
 class _Backward:
     """Pass 2 backward: the gradients, filled a block of chunks at a time, from the last to the first."""
 
@@ -213,7 +222,7 @@ class _Backward:
             if sums is not None:
                 sums.read.addcmul_(queries, dq)
             dscores = torch.bmm(grads, u.transpose(1, 2), out=walk.scratch("dscores", *square))
-            decay.pairs_grad(dscores, scores, queries, keys, dq, dk, dg)
+            _pairs_grad(decay, dscores, scores, queries, keys, dq, dk, dg)
             dstate.baddbmm_(walk.scaled("read", queries, decay.reads).transpose(1, 2), grads)
             walk.store(self.dq, heads, chunk, dq, nth)
 
@@ -225,7 +234,7 @@ class _Backward:
         if sums is not None:
             sums.read.addcmul_(keys, asked)
         dk += asked
-        decay.pairs_grad(dsystem.mul_(writes.share), writes.answers, keys, keys, dk, dk, dg)
+        _pairs_grad(decay, dsystem.mul_(writes.share), writes.answers, keys, keys, dk, dk, dg)
         dstate.baddbmm_(writes.asking.transpose(1, 2), dv, alpha=-1)
         walk.store(self.dk, heads, chunk, dk)
         walk.store(self.dv, heads, chunk, dv)

@@ -25,6 +25,9 @@ _SIGNATURES = {
     "summarize_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do) -> (Tensor, Tensor)",
     "apply_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do, Tensor states, "
     "Tensor dends, bool gate_grads) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    "query_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do, Tensor states) -> Tensor",
+    "key_value_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do, Tensor dends)"
+    " -> (Tensor, Tensor, Tensor)",
 }
 
 
@@ -50,13 +53,15 @@ def _triton(module: str | None) -> ModuleType | None:
 
 
 class Registered:
-    """A recurrence whose four functions are operators `longctx::<name>_<function>`. See `LinearRecurrence`."""
+    """A recurrence whose functions are operators `longctx::<name>_<function>`. See `LinearRecurrence`."""
 
     def __init__(self, name: str, implementation: ModuleType, triton: str | None) -> None:
         self.name = name
         self._torch, self._triton_module = implementation, triton
         self._ops: dict[str, Callable[..., Any]] = {}
         for function, signature in _SIGNATURES.items():
+            if not hasattr(implementation, function):
+                continue
             op = f"longctx::{name}_{function}"
             torch.library.define(op, signature)
             torch.library.impl(op, "CompositeExplicitAutograd")(getattr(self, f"_{function}"))
@@ -122,6 +127,20 @@ class Registered:
         )
         return dq, dk, dv, tuple(dgates) or (None,) * len(gates), dstates
 
+    def query_grad(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, states: Tensor
+    ) -> Tensor | None:
+        """See `LinearRecurrence`."""
+        if "query_grad" not in self._ops:
+            return None
+        return self._ops["query_grad"](q, k, v, list(gates), _encode(segments), do, states)
+
+    def key_value_grad(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, dends: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LinearRecurrence`."""
+        return self._ops["key_value_grad"](q, k, v, list(gates), _encode(segments), do, dends)
+
     def _summarize(
         self, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
@@ -155,6 +174,30 @@ class Registered:
             q, k, v, tuple(gates), _decode(segments), do, states, dends, gate_grads
         )
         return dq, dk, dv, [x for x in dgates if x is not None], dstates
+
+    def _query_grad(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        segments: Sequence[int],
+        do: Tensor,
+        states: Tensor,
+    ) -> Tensor:
+        return self._on(q).query_grad(q, k, v, tuple(gates), _decode(segments), do, states)
+
+    def _key_value_grad(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        segments: Sequence[int],
+        do: Tensor,
+        dends: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._on(q).key_value_grad(q, k, v, tuple(gates), _decode(segments), do, dends)
 
     def _fake_summarize(
         self, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int]
@@ -193,6 +236,21 @@ class Registered:
         dq, dk, dv, *dgates = (x.new_empty(x.shape) for x in (q, k, v, *(gates if gate_grads else ())))
         return dq, dk, dv, dgates, torch.empty_like(states)
 
+    def _fake_query_grad(self, q: Tensor, *args: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    def _fake_key_value_grad(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Sequence[Tensor],
+        segments: Sequence[int],
+        do: Tensor,
+        dends: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(dends)
+
     # FLOPs are those of the recurrence itself, a token at a time: chunks do more, and recomputing is not counted. A
     # token writes into a state 2 K V (with the delta rule twice that: it first asks), and each query reads 2 K V.
 
@@ -218,6 +276,20 @@ class Registered:
     def _apply_grad_flops(self, q: Any, k: Any, v: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         _, batch, heads, key_dim, value_dim = out_shape[4]
         return 4 * batch * k[1] * key_dim * value_dim * (self._writes * heads + max(heads, q[2]))
+
+    # A gradient of a query reads a state, and those of a key and a value read that of a state, which a query writes.
+
+    def _query_grad_flops(
+        self, q: Any, k: Any, v: Any, gates: Any, segments: Any, do: Any, states: Any, **_: Any
+    ) -> int:
+        _, batch, heads, key_dim, value_dim = states
+        return 2 * batch * k[1] * key_dim * value_dim * max(heads, q[2])
+
+    def _key_value_grad_flops(
+        self, q: Any, k: Any, v: Any, gates: Any, segments: Any, do: Any, dends: Any, **_: Any
+    ) -> int:
+        _, batch, heads, key_dim, value_dim = dends
+        return 2 * batch * k[1] * key_dim * value_dim * (2 * heads + max(heads, q[2]))
 
 
 ADDITIVE = Registered("additive", additive, "longctx.kernels.triton_additive")

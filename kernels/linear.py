@@ -136,18 +136,28 @@ class _Scan(torch.autograd.Function):
             do = v.new_zeros((*q.shape[:2], max(q.shape[2], states.shape[2]), v.shape[3]))
         dfinal = torch.zeros_like(states[0]) if dfinal is None else dfinal
         alone = plan.exchange is None and len(ctx.segments) == 1
+        gate_grads = any(ctx.needs_input_grad[7:])
+        carries, begun = [], None
+        if not alone:
+            carries = _split(recurrence.summarize_grad(q, k, v, gates, ctx.segments, do), ctx.cut)
+            if plan.exchange is not None:
+                begun = plan.exchange([whole(piece, reverse=True) for piece in carries], dfinal, True)
+        # While the gradients of states travel.
+        dq = None if gate_grads else recurrence.query_grad(q, k, v, gates, ctx.segments, do, states)
         dinitial: Tensor | None = None
         if alone:
             dends = dfinal[None]
+        elif begun is None:
+            dends, dinitial = scan_segments(carries[0], dfinal, reverse=True)
         else:
-            carries = _split(recurrence.summarize_grad(q, k, v, gates, ctx.segments, do), ctx.cut)
-            if plan.exchange is None:
-                dends, dinitial = scan_segments(carries[0], dfinal, reverse=True)
-            else:
-                begun = plan.exchange([whole(piece, reverse=True) for piece in carries], dfinal, True)
-                dends, dinitial = _within(carries, begun(), reverse=True)
-        gate_grads = any(ctx.needs_input_grad[7:])
-        dq, dk, dv, dgates, dstates = recurrence.apply_grad(q, k, v, gates, ctx.segments, do, states, dends, gate_grads)
+            dends, dinitial = _within(carries, begun(), reverse=True)
+        dgates: tuple[Tensor | None, ...] = (None,) * len(gates)
+        if dq is None:
+            dq, dk, dv, dgates, dstates = recurrence.apply_grad(
+                q, k, v, gates, ctx.segments, do, states, dends, gate_grads
+            )
+        else:
+            dk, dv, dstates = recurrence.key_value_grad(q, k, v, gates, ctx.segments, do, dends)
         dinitial = dstates[0] if alone else dinitial
         plan.zero_padding_(dq, dk, dv, *dgates)
         return dq, dk, dv, dinitial if ctx.needs_input_grad[3] else None, None, None, None, *dgates

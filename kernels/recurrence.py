@@ -2,7 +2,7 @@
 
 Every linear mixer is `S_t = A_t S_{t-1} + k_t w_t^T`, `o_t = S_t^T q_t`, and they differ in the transition `A_t`: a
 scalar per head, a diagonal over K, or a matrix (the delta rule). A segment of a sequence is therefore an affine map of
-the state that it receives, `S_out = A S_in + S`, and affine maps compose associatively. A recurrence gives four
+the state that it receives, `S_out = A S_in + S`, and affine maps compose associatively. A recurrence gives a few
 functions over segments (`LinearRecurrence`); what scans the segments, in whatever order they lie over programs of a
 device and over ranks (`longctx.parallel.scan`), needs nothing else of it.
 
@@ -117,7 +117,7 @@ def exclusive_scan(carries: Iterable[Carry], state: Tensor) -> list[Tensor]:
 
 
 class LinearRecurrence(Protocol):
-    """Four functions over N segments, forward and backward in two steps each, with a scan between the steps.
+    """Functions over N segments, forward and backward in two steps each, with a scan between the steps.
 
     Shapes: q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]`, o and do `[B, T, Ho, V]`. `gates` is what the
     recurrence defines; a gate of one dimension `[H]` is constant over the sequence, any other runs along it,
@@ -163,4 +163,19 @@ class LinearRecurrence(Protocol):
 
         For segments that received `states` and whose end states have the gradients `dends`. dgates are None where
         `gate_grads` is False, which some recurrences can save.
+        """
+
+    def query_grad(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, states: Tensor
+    ) -> Tensor | None:
+        """Of pass 2 backward dq alone, which needs no gradient of a state: to be made while those are under way.
+
+        None where the recurrence would compute something twice for it.
+        """
+
+    def key_value_grad(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, dends: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `query_grad` leaves, where it gave dq and no gate has a gradient: dk, dv and the gradient of the states
+        that the segments received.
         """

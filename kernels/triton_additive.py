@@ -3,7 +3,7 @@
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
 
 Linear attention, lightning attention and retention (constant g), simple GLA and Mamba-2 (a number per token), GLA (a
-number per token and channel). The four functions of `longctx.kernels.recurrence.LinearRecurrence`, for float32, bf16
+number per token and channel). The functions of `longctx.kernels.recurrence.LinearRecurrence`, for float32, bf16
 and fp16 on a device; gates are `()` or `(log_decay,)`, log_decay `[H]`, `[B, T, H]` or `[B, T, H, K]`, at most 0.
 
 Each function launches one program per sequence, head and segment (and block of K or V where the state does not fit), so
@@ -56,7 +56,7 @@ from longctx.kernels.triton_host import (
     with_strides,
 )
 
-__all__ = ["apply", "apply_grad", "segment_length", "summarize", "summarize_grad"]
+__all__ = ["apply", "apply_grad", "key_value_grad", "query_grad", "segment_length", "summarize", "summarize_grad"]
 
 
 def _pose(k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], query_heads: int | None = None) -> Problem:
@@ -159,52 +159,90 @@ def apply_grad(
 
     A launch for dq and one for dk and dv, two where a program cannot hold all of K and V.
     """
-    problem = _pose(k, v, gates, segments, q.shape[2])
-    dends = dends.contiguous()
-    dstates = torch.empty_like(dends)
-    dq = per_head(q, problem.heads * problem.readers)
-    dk, dv = (per_head(x, problem.heads) for x in (k, v))
-    inputs: list[Any] = [part for x in (q, k, v, do) for part in with_strides(x)]
-    inputs += [*problem.gate, documents(problem.segments, problem.device), bounds_on(problem.whole, problem.device)]
-    shares = problem.shares(q, k, v)
-    with_gates = bool(gates) and gate_grads
-
-    blocks = problem.blocks("dq")
-    terms, edges = _decay_grads(problem, blocks) if with_gates else (None, None)
-    _launch(
-        problem,
-        dq_kernel,
-        blocks,
-        *inputs,
-        states.contiguous(),
-        dends,
-        *with_strides(dq),
-        *maybe_with_strides(terms),
-        edges,
-        **shares,
-    )
-
-    blocks = problem.blocks("dk_dv")
-    fused = problem.tiles(blocks) == 1
-    if not fused:
-        blocks = problem.blocks("dk")
-    dgate = None
-    if terms is not None and edges is not None:
-        dgate = terms
-        if problem.decay_kind != "vector":
-            terms, edges = terms.unflatten(0, (-1, problem.batch)).sum(dim=0), edges.sum(dim=-1)
-            dgate, _ = _decay_grads(problem, blocks)
-
-    def sweep(blocks: tuning.Blocks, *written: Any) -> None:
-        _launch(problem, dk_dv_kernel, blocks, *inputs, dends, *written, **shares)
-
-    nothing = maybe_with_strides(None)
-    of_decay = (*maybe_with_strides(terms), *maybe_with_strides(dgate), edges)
-    sweep(blocks, *with_strides(dk), *(with_strides(dv) if fused else nothing), *of_decay, dstates)
-    if not fused:
-        sweep(problem.blocks("dv"), *nothing, *with_strides(dv), *nothing, *nothing, None, None)
+    backward = _Backward(q, k, v, gates, segments, do)
+    problem = backward.problem
+    terms, edges = _decay_grads(problem, problem.blocks("dq")) if gates and gate_grads else (None, None)
+    dq = backward.dq(states, dends, terms, edges)
+    dk, dv, dgate, dstates = backward.dk_dv(dends, terms, edges)
     dgates = (None,) * len(gates) if dgate is None else (_gate_grad(problem, dgate),)
-    return to_shared(dq, q), to_shared(dk, k), to_shared(dv, v), dgates, dstates
+    return dq, dk, dv, dgates, dstates
+
+
+def query_grad(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, states: Tensor
+) -> Tensor:
+    """The part of pass 2 backward that needs no gradient of a state: dq."""
+    return _Backward(q, k, v, gates, segments, do).dq(states, None, None, None)
+
+
+def key_value_grad(
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, dends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rest of pass 2 backward where no gate has a gradient: dk, dv and that of the states that came in."""
+    dk, dv, _, dstates = _Backward(q, k, v, gates, segments, do).dk_dv(dends, None, None)
+    return dk, dv, dstates
+
+
+class _Backward:
+    """The launches of pass 2 backward."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor) -> None:
+        self.problem = problem = _pose(k, v, gates, segments, q.shape[2])
+        self.q, self.k, self.v = q, k, v
+        self.inputs: list[Any] = [part for x in (q, k, v, do) for part in with_strides(x)]
+        self.inputs += [
+            *problem.gate,
+            documents(problem.segments, problem.device),
+            bounds_on(problem.whole, problem.device),
+        ]
+        self.shares = problem.shares(q, k, v)
+
+    def dq(self, states: Tensor, dends: Tensor | None, terms: Tensor | None, edges: Tensor | None) -> Tensor:
+        """Also fills `terms` and `edges`, where the gradient of a decay is wanted: only then are dends read."""
+        problem = self.problem
+        dq = per_head(self.q, problem.heads * problem.readers)
+        _launch(
+            problem,
+            dq_kernel,
+            problem.blocks("dq"),
+            *self.inputs,
+            states.contiguous(),
+            None if dends is None else dends.contiguous(),
+            *with_strides(dq),
+            *maybe_with_strides(terms),
+            edges,
+            **self.shares,
+        )
+        return to_shared(dq, self.q)
+
+    def dk_dv(
+        self, dends: Tensor, terms: Tensor | None, edges: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """dk, dv, the gradient of the decay from what `dq` filled, and that of the states that came in."""
+        problem = self.problem
+        dends = dends.contiguous()
+        dstates = torch.empty_like(dends)
+        dk, dv = (per_head(x, problem.heads) for x in (self.k, self.v))
+        blocks = problem.blocks("dk_dv")
+        fused = problem.tiles(blocks) == 1
+        if not fused:
+            blocks = problem.blocks("dk")
+        dgate = None
+        if terms is not None and edges is not None:
+            dgate = terms
+            if problem.decay_kind != "vector":
+                terms, edges = terms.unflatten(0, (-1, problem.batch)).sum(dim=0), edges.sum(dim=-1)
+                dgate, _ = _decay_grads(problem, blocks)
+
+        def sweep(blocks: tuning.Blocks, *written: Any) -> None:
+            _launch(problem, dk_dv_kernel, blocks, *self.inputs, dends, *written, **self.shares)
+
+        nothing = maybe_with_strides(None)
+        of_decay = (*maybe_with_strides(terms), *maybe_with_strides(dgate), edges)
+        sweep(blocks, *with_strides(dk), *(with_strides(dv) if fused else nothing), *of_decay, dstates)
+        if not fused:
+            sweep(problem.blocks("dv"), *nothing, *with_strides(dv), *nothing, *nothing, None, None)
+        return to_shared(dk, self.k), to_shared(dv, self.v), dgate, dstates
 
 
 def _decay_grads(problem: Problem, blocks: tuning.Blocks) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The delta rule on CUDA, in Triton: DeltaNet, Gated DeltaNet and KDA. `longctx.kernels.delta` has the equations.
 
-The four functions of `longctx.kernels.recurrence.LinearRecurrence`, for float32, bf16 and fp16 on a device. The gates
+The functions of `longctx.kernels.recurrence.LinearRecurrence`, for float32, bf16 and fp16 on a device. The gates
 are `(beta,)` or `(beta, log_decay)`, beta `[B, T, H]`, log_decay `[B, T, H]` or `[B, T, H, K]`, at most 0.
 
 Each function first prepares all chunks of C tokens side by side (`triton_delta_prepare`: the inverse of a chunk's

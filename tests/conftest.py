@@ -23,6 +23,13 @@ def _ctrl_c_is_heard() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cores_are_shared() -> None:
+    """Among pytest's workers; more threads than cores wait for each other."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[LocalRanks]:
     """Up to 4 gloo ranks: `ranks.run(function, *arguments, size=2)`. The function lives in a test module."""

@@ -106,7 +106,7 @@ def by_reference(case, starts):
 
 
 def by_recurrence(case, segments, gate_grads=True, module=None):
-    """The same by the four functions, for one segment or for several that follow each other: they are scanned here."""
+    """The same by a recurrence's functions, for one segment or for several that follow each other, scanned here."""
     from longctx.kernels.recurrence import exclusive_scan
 
     r = module or case.recurrence

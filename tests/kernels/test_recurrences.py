@@ -88,7 +88,7 @@ def test_gate_gradients_that_nobody_wants_are_not_made_and_change_nothing(kind):
     without, _ = by_recurrence(case, [Segment(0, 130)], gate_grads=False)
     for name, want in with_gates.items():
         gate = name in ("dlog_decay", "dbeta")
-        assert without[name] is None if gate else torch.equal(without[name], want), name
+        assert without[name] is None if gate else relative(without[name], want) < 1e-14, name
 
 
 @each_kind

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu] if CUDA else []
 
 @dataclass
 class Case:
-    """The inputs of all four functions in float64, and what autograd makes of the reference, segment by segment."""
+    """The inputs of all functions in float64, and what autograd makes of the reference, segment by segment."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -91,7 +91,7 @@ def distance(got, want):
 
 
 def check(case, bound=1e-5, dtype=torch.float32):
-    """All four functions against the reference."""
+    """All functions against the reference."""
     out, ends, dq, dk, dv, dstates, *dgates = case.wanted()
     q, k, v, gates, do, states, dends = case.on_device(dtype)
     got_out, got_ends = additive.apply(q, k, v, gates, case.segments, states)

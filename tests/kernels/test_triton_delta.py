@@ -37,7 +37,7 @@ def on_device(case, dtype=torch.float32):
 
 
 def check(case, segments, starts, bound=1e-5, dtype=torch.float32):
-    """All four functions, over segments that follow each other, against the reference of the whole."""
+    """All functions, over segments that follow each other, against the reference of the whole."""
     low = on_device(case, dtype)
     got, again = by_recurrence(low, segments, module=delta)
     for name, want in by_reference(moved(low, "cpu").to(torch.float64), starts).items():

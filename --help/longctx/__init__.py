@@ -1,0 +1,1 @@
+../../longctx/__init__.py

@@ -1,0 +1,1 @@
+../../longctx/__main__.py

@@ -1,0 +1,1 @@
+../../longctx/files.py
