@@ -30,7 +30,7 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
         soft_wrap=True,
     )
     rows = []
-    columns = f"{'precision':9}  {'layout':48}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
+    columns = f"{'precision':9}  {'layout':54}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
     console.print(f"[bold]{columns}[/bold]  of the parameter nearest its bound", soft_wrap=True)
     with LocalRanks(ranks, timeout=timeout) as pool:
         for row in verify(subject, pool):
@@ -39,7 +39,7 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
             values = [row.differences[name] for name in ("loss", "logits", worst)]
             told = "[red]OUT OF BOUNDS[/red]" if row.failures else "[green]ok[/green]"
             numbers = "  ".join(f"{value:8.1e}" for value in values)
-            console.print(f"{row.precision:9}  {row.case!s:48}  {numbers}  {worst}  {told}", soft_wrap=True)
+            console.print(f"{row.precision:9}  {row.case!s:54}  {numbers}  {worst}  {told}", soft_wrap=True)
     console.print(_parameters(rows))
     failed = [row for row in rows if row.failures]
     for row in failed:

@@ -127,16 +127,27 @@ class _Model:
         return Estimate(name, second.arithmetic, first.exposed + second.exposed, first.received + second.received)
 
 
+def fitting(heads: int, size: int, ulysses: int) -> list[str]:
+    """The schedules that `size` ranks = ulysses x ring and that many query heads allow."""
+    found = ["all-gather", "ring"]
+    if heads % size == 0:
+        found.append("ulysses")
+    if 1 < ulysses < size and heads % ulysses == 0:
+        found += ["ulysses-ring", "ulysses-all-gather"]
+    return found
+
+
 def estimates(layout: Layout, shape: Shape) -> list[Estimate]:
     """Every schedule that the ranks and heads allow, the one that is expected to be fastest first."""
-    model = _Model(layout, shape)
-    found = [model.all_gather(1), model.ring(1)]
-    if shape.heads % layout.size == 0:
-        found.append(model.both("ulysses", layout.size, None))
-    grid = layout.grid
-    if grid is not None and shape.heads % grid.ulysses == 0 and grid.ulysses < layout.size:
-        found.append(model.both("ulysses-ring", grid.ulysses, model.ring))
-        found.append(model.both("ulysses-all-gather", grid.ulysses, model.all_gather))
+    model, inner = _Model(layout, shape), 1 if layout.grid is None else layout.grid.ulysses
+    made: dict[str, Callable[[], Estimate]] = {
+        "all-gather": lambda: model.all_gather(1),
+        "ring": lambda: model.ring(1),
+        "ulysses": lambda: model.both("ulysses", layout.size, None),
+        "ulysses-ring": lambda: model.both("ulysses-ring", inner, model.ring),
+        "ulysses-all-gather": lambda: model.both("ulysses-all-gather", inner, model.all_gather),
+    }
+    found = [made[name]() for name in fitting(shape.heads, layout.size, inner)]
     return sorted(found, key=lambda estimate: estimate.seconds)
 
 

@@ -5,13 +5,14 @@ they lie: the layout says where. Its configuration names it and builds it.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
-from longctx.parallel.layout import Layout
+from longctx.parallel.layout import STATE_SCHEDULES, Layout
 
 
 class Mixer(nn.Module, ABC):
@@ -48,6 +49,14 @@ class MixerConfig(Config, ABC):
     @abstractmethod
     def shrunk(self) -> Self:
         """The same kind of mixer, with few and narrow heads, to verify a model with at little cost."""
+
+    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
+        """How the mixer can reach other ranks' tokens: the field of a layout that says so, and what it may say.
+
+        `size` context-parallel ranks, which are ulysses x ring.
+        """
+        del size, ulysses
+        return "states", STATE_SCHEDULES
 
     @abstractmethod
     def problems(self, dim: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Causal softmax attention with grouped key/value heads and rotary positions, as in Llama."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.model.layers import Linear
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.attention import choose, softmax_attention
-from longctx.parallel.choice import Shape, explained
+from longctx.parallel.choice import Shape, explained, fitting
 from longctx.parallel.layout import Layout
 from longctx.parallel.visibility import Reach, score_elements
 
@@ -43,9 +44,14 @@ class SoftmaxConfig(MixerConfig):
             found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
         return found
 
+    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
+        return "attention", fitting(self.heads, size, ulysses)
+
     def shrunk(self) -> "SoftmaxConfig":
         kv_heads = self.kv_heads or self.heads
-        few, group = min(kv_heads, 2), min(self.heads // kv_heads, 4)
+        # As many query heads as a verification has ranks, where there are so many, so that all schedules fit.
+        group = min(self.heads // kv_heads, 4)
+        few = min(kv_heads, 2 if group > 1 else 4)
         window = None if self.window is None else min(self.window, 16)
         return SoftmaxConfig(heads=few * group, kv_heads=few, head_dim=8, rope_theta=self.rope_theta, window=window)
 

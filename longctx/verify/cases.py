@@ -2,12 +2,15 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from longctx.parallel.layout import Order
+from longctx.model.config import ModelConfig
+from longctx.parallel.layout import Layout, Order
 
 SEQUENCES = 2
 """Sequences in the one step that is compared."""
+SCHEDULED = ("attention", "states")
+"""The fields of a case and of its layout that say how layers reach other ranks' tokens."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class Case:
     packed: bool
     dp_shard: int = 1
     dp_replicate: int = 1
+    ulysses: int = 1
+    attention: str = Layout.attention
+    states: str = Layout.states
 
     @property
     def ranks(self) -> int:
@@ -30,6 +36,7 @@ class Case:
         words = [f"{name} {size}" for name, size in axes.items() if size > 1]
         if self.cp > 1:
             words.append(self.order)
+        words += [f"{x} by {getattr(self, x)}" for x in SCHEDULED if getattr(self, x) != getattr(Layout, x)]
         return (", ".join(words) or "one rank") + (", packed" if self.packed else ", one document")
 
 
@@ -38,8 +45,8 @@ def reference(packed: bool) -> Case:
     return Case(cp=1, order="contiguous", packed=packed)
 
 
-def cases(most_ranks: int) -> Iterator[Case]:
-    """The layouts over up to `most_ranks` ranks: cp 2 and 4, with and without dp."""
+def cases(most_ranks: int, model: ModelConfig) -> Iterator[Case]:
+    """The layouts over up to `most_ranks` ranks, cp 2 and 4, with and without dp, and every schedule of the model's."""
     for packed in (False, True):
         if most_ranks >= SEQUENCES:
             yield Case(1, "contiguous", packed, dp_shard=SEQUENCES)
@@ -50,6 +57,19 @@ def cases(most_ranks: int) -> Iterator[Case]:
                     yield case
         if packed and most_ranks >= 4:
             yield Case(4, "balanced", packed)
+    if most_ranks >= 2:
+        yield from _schedules(4 if most_ranks >= 4 else 2, model)
+
+
+def _schedules(cp: int, model: ModelConfig) -> Iterator[Case]:
+    """Each way in which a mixer can reach other ranks' tokens but the one that the other cases take."""
+    both = cp // 2
+    ways = [model.mixer(layer).schedules(cp, both) for layer in range(len(model.pattern))]
+    for field, schedule in dict.fromkeys((field, schedule) for field, schedules in ways for schedule in schedules):
+        if schedule != getattr(Layout, field):
+            ulysses = both if schedule.startswith("ulysses-") else 1
+            case = Case(cp, "zigzag", packed=True, ulysses=ulysses)
+            yield replace(case, attention=schedule) if field == "attention" else replace(case, states=schedule)
 
 
 def documents(length: int, packed: bool, seed: int) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tenso
 
 def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
     """The step of `case`, on every rank of a process group of `case.ranks` on the CPU."""
-    mesh = Mesh.build("cpu", dp_replicate=case.dp_replicate, dp_shard=case.dp_shard, cp=case.cp)
+    mesh = Mesh.build("cpu", dp_replicate=case.dp_replicate, dp_shard=case.dp_shard, cp=case.cp, ulysses=case.ulysses)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     train = subject.train.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
     engine = TorchEngine(
@@ -64,7 +64,7 @@ def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
     batches = {}
     for number in range(mesh.dp.rank, SEQUENCES, mesh.dp.size):
         tokens, labels, bounds = sequence(subject, number, case.packed)
-        layout = Layout.on(mesh, bounds, case.order)
+        layout = Layout.on(mesh, bounds, case.order, attention=case.attention, states=case.states)
         batches[number] = Batch(layout.shard(tokens), layout.shard(labels, fill=IGNORE), layout)
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}

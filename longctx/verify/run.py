@@ -110,7 +110,7 @@ def verify(
         loss = torch.tensor(parts[0].loss, dtype=torch.float64)
         return Values(loss, whole_logits(parts, subject, case), gradients)
 
-    todo = list(cases(ranks.size))
+    todo = list(cases(ranks.size, subject.model))
     truth = {packed: values(reference(packed), "fp64").named() for packed in (False, True)}
     for case in todo:
         got = values(case, "fp64").named()

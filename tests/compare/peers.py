@@ -15,14 +15,15 @@ from longctx.kernels.recurrence import state_heads
 LENGTHS = [1, 45, 130]
 """One token, less than any chunk of ours or of a peer, and chunks with a rest."""
 
-OLDEST = {"fla": "0.6", "transformers": "5.23"}
+OLDEST = {"deepspeed": "0.19.8", "fla": "0.6", "transformers": "5.23"}
 """Before 5.23 transformers normalizes Mamba-2 over all groups at once, and its kernel functions differ."""
+EXTRA = {"deepspeed": "deepspeed", "fla": "compare", "transformers": "compare"}
 
 
 def peer(module):
     """A module of a peer; where that is not installed or too old, the tests of the file that asks are skipped."""
     name = module.partition(".")[0]
-    reason = f"pip install 'longctx[compare]' to compare with {name}, {OLDEST[name]} or later"
+    reason = f"pip install 'longctx[{EXTRA[name]}]' to compare with {name}, {OLDEST[name]} or later"
     pytest.importorskip(name, OLDEST[name], reason)
     return pytest.importorskip(module)
 

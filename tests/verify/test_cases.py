@@ -16,7 +16,7 @@ from tests.model.cases import hybrid
 
 @pytest.mark.parametrize("most_ranks", range(1, 9))
 def test_every_case_fits_the_ranks(most_ranks):
-    found = list(cases(most_ranks))
+    found = list(cases(most_ranks, hybrid()))
     assert len(set(found)) == len(found)
     for case in found:
         assert case.ranks <= most_ranks
@@ -24,13 +24,18 @@ def test_every_case_fits_the_ranks(most_ranks):
 
 
 def test_on_four_ranks_everything_is_there():
-    found = set(cases(4))
+    found = set(cases(4, hybrid()))
     want = {Case(1, "contiguous", packed, dp_shard=2) for packed in (False, True)}
     for order, packed in itertools.product(("contiguous", "zigzag"), (False, True)):
         want |= {Case(2, order, packed), Case(4, order, packed)}
         want |= {Case(2, order, packed, dp_shard=2), Case(2, order, packed, dp_replicate=2)}
-    assert found == want | {Case(4, "balanced", True)}
-    assert list(cases(1)) == []
+    want.add(Case(4, "balanced", True))
+    # 6 query heads do not divide over 4 ranks: no Ulysses over all of them.
+    for schedule, ulysses in (("all-gather", 1), ("ring", 1), ("ulysses-ring", 2), ("ulysses-all-gather", 2)):
+        want.add(Case(4, "zigzag", True, ulysses=ulysses, attention=schedule))
+    want |= {Case(4, "zigzag", True, states=schedule) for schedule in ("ring", "tree")}
+    assert found == want
+    assert list(cases(1, hybrid())) == []
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,7 @@ def test_on_four_ranks_everything_is_there():
         (Case(4, "zigzag", True), "cp 4, zigzag, packed"),
         (Case(2, "contiguous", False, 2, 1), "dp_shard 2, cp 2, contiguous, one document"),
         (Case(2, "zigzag", True, 1, 2), "dp_replicate 2, cp 2, zigzag, packed"),
+        (Case(2, "zigzag", True, states="ring"), "cp 2, zigzag, states by ring, packed"),
     ],
 )
 def test_a_case_says_what_it_is(case, words):

@@ -23,18 +23,19 @@ INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
 
 
 def only(monkeypatch, *chosen):
-    monkeypatch.setattr(run, "cases", lambda most_ranks: iter(chosen))
+    monkeypatch.setattr(run, "cases", lambda most_ranks, model: iter(chosen))
 
 
 def fp64_failures(ranks, function):
     """By case, what is out of bounds in float64."""
-    chosen = len(list(run.cases(ranks.size)))
+    chosen = len(list(run.cases(ranks.size, SUBJECT.model)))
     return {str(row.case): row.failures for row in islice(verify(SUBJECT, ranks, measure=function), chosen)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, monkeypatch):
     chosen = [Case(2, "zigzag", True), Case(4, "contiguous", False), Case(2, "contiguous", True, dp_replicate=2)]
+    chosen.append(Case(4, "zigzag", True, ulysses=2, attention="ulysses-ring", states="tree"))
     only(monkeypatch, *chosen)
     subject = Subject(SUBJECT.model, TrainConfig(steps=1, precision=precision), VOCABULARY, 32, 1)
     rows = list(verify(subject, ranks))
@@ -53,7 +54,7 @@ def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, m
 def test_every_case_passes(ranks):
     rows = list(verify(SUBJECT, ranks))
     # Each case in two precisions, and one rank by itself in its own, packed and not.
-    assert len(rows) == 2 * len(list(run.cases(4))) + 2
+    assert len(rows) == 2 * len(list(run.cases(4, SUBJECT.model))) + 2
     assert [(str(row.case), row.precision, row.failures) for row in rows if row.failures] == []
 
 

@@ -1,0 +1,104 @@
+"""Every mixer, by every schedule, in every layout, packed in every way, over ranks: as on one rank.
+
+The whole matrix is slow; of it every `STRIDE`th cell is always run, which has every schedule, every order and every
+packing in it, and most pairs of them.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longctx.mixers import MIXERS
+from longctx.parallel.layout import Layout
+from longctx.parallel.local import LocalRanks
+from longctx.parallel.mesh import Mesh
+from tests.mixers.cases import built, config_of, draw
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
+
+STRIDE = 7
+"""Divides none of the numbers of packings, orders and schedules, so that all of them meet."""
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def grid(size):
+    return 2 if size % 2 == 0 else 1
+
+
+def matrix(letter, size):
+    """The documents, the order, and the layout's schedules of each cell."""
+    field, schedules = config_of(letter).schedules(size, grid(size))
+    ways = [{field: schedule} for schedule in schedules]
+    return list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS, ways))
+
+
+def on_rank(letter, dtype, cells):
+    mesh, answers = Mesh.build("cpu", cp=dist.get_world_size(), ulysses=grid(dist.get_world_size())), []
+    for bounds, order, schedules in cells:
+        layout = Layout.on(mesh, bounds, order, **schedules)
+        mixer = built(letter, dtype)
+        x, dy = map(layout.shard, draw(bounds[-1], dtype))
+        x.requires_grad_()
+        y = mixer(x, layout)
+        y.backward(dy)
+        answers.append((y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}))
+    return answers
+
+
+def compare(answers, letter, size, dtype, cells):
+    largest: dict[str, float] = {}
+    truths = {}
+    for number, (bounds, order, schedules) in enumerate(cells):
+        if bounds not in truths:
+            mixer, (x, dy) = built(letter), draw(bounds[-1])
+            x.requires_grad_()
+            y = mixer(x, Layout(bounds))
+            y.backward(dy)
+            truths[bounds] = y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}
+        y, dx, wanted = truths[bounds]
+        outs, dxs, dweights = zip(*(answer[number] for answer in answers), strict=True)
+        layout = Layout(bounds, order, size)
+        pairs = [("y", layout.unshard(outs), y), ("dx", layout.unshard(dxs), dx)]
+        pairs += [(name, sum(d[name].double() for d in dweights), want) for name, want in wanted.items()]
+        for name, got, want in pairs:
+            # In float32 a gradient that is 0 but for rounding (a mean over one token has none for its weights) is
+            # measured against the largest that the parameter has had, in float64 against itself.
+            largest[name] = max(largest.get(name, 0.0), want.norm().item())
+            scale = largest[name] if dtype == torch.float32 else want.norm()
+            assert (got - want).norm() <= BOUNDS[dtype] * scale, f"{name} {bounds} {order} {schedules}"
+
+
+each_mixer = pytest.mark.parametrize("letter", MIXERS)
+each_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=["float64", "float32"])
+
+
+@each_mixer
+@pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (2, torch.float64), (4, torch.float32)])
+def test_cells_of_the_matrix_equal_one_rank(ranks, letter, size, dtype):
+    cells = matrix(letter, size)
+    # From another cell for each number of ranks.
+    cells = cells[size % STRIDE :: STRIDE]
+    compare(ranks.run(on_rank, letter, dtype, cells, size=size), letter, size, dtype, cells)
+
+
+def test_the_cells_that_are_always_run_have_everything_in_them():
+    for letter, size in itertools.product(MIXERS, (2, 4)):
+        cells = matrix(letter, size)
+        for column, chosen in zip(zip(*cells, strict=True), zip(*cells[size::STRIDE], strict=True), strict=True):
+            assert all(value in chosen for value in column)
+
+
+@pytest.fixture(scope="module")
+def eight():
+    with LocalRanks(8) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@each_mixer
+@each_dtype
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_whole_matrix_equals_one_rank(eight, letter, size, dtype):
+    cells = matrix(letter, size)
+    compare(eight.run(on_rank, letter, dtype, cells, size=size), letter, size, dtype, cells)
