@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,9 +25,10 @@ from longctx.launch.terminal import say
 PORT = 29511
 """Of rank 0, on a host of its own."""
 SAY = (
-    "One layer with its projections, forward and backward, float32. Seconds are the median of the slowest rank's;\n"
-    "waited is how long the rank stood still that waited longest, for data or for ranks that had more to do; received\n"
-    "are the bytes of the rank that gets most, and least what the schedule's formula says of them."
+    "One layer with its projections, forward and backward, float32. Seconds are the median of the slowest rank's, the\n"
+    "methods of a length taking turns; waited is how long the rank stood still that waited longest, for data or for\n"
+    "ranks that had more to do; received are the bytes of the rank that gets most, and least what the schedule's\n"
+    "formula says of them."
 )
 
 
@@ -47,6 +49,12 @@ class Options:
     """Speed of each rank's link, each way; None for ranks that share this machine's memory."""
     delay: float
     """Milliseconds that a packet takes to leave its rank."""
+
+    @property
+    def kind(self) -> str:
+        """`cuda`, with NCCL, where there is a GPU for each rank and links are as they are; else `cpu`, with gloo."""
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return "cuda" if self.gbit is None and gpus >= self.ranks else "cpu"
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:
@@ -72,9 +80,12 @@ def bench_parallel(options: Options, json_file: Path | None) -> int:
         for method in options.methods
         if not METHODS[method].softmax or length <= options.softmax_tokens
     ]
-    link = "memory" if options.gbit is None else f"{options.gbit:g} Gbit/s each way"
-    threads = threads_per_rank(options.ranks)
-    say(f"{options.ranks} ranks of {threads} threads on {os.cpu_count()} processors, links: {link}; {len(tasks)} tasks")
+    if options.kind == "cuda":
+        say(f"{options.ranks} ranks of a GPU each ({torch.cuda.get_device_name()}), NCCL; {len(tasks)} tasks")
+    else:
+        link = "memory" if options.gbit is None else f"{options.gbit:g} Gbit/s each way"
+        each = f"{threads_per_rank(options.ranks)} threads on {os.cpu_count()} processors"
+        say(f"{options.ranks} ranks of {each}, gloo, links: {link}; {len(tasks)} tasks")
     results = _measured(options, tasks)
     console = Console(highlight=False, markup=False, width=132)
     console.print(f"\n{SAY}", soft_wrap=True)
@@ -106,7 +117,8 @@ def _measured(options: Options, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         (folder / "tasks.json").write_text(json.dumps([asdict(task) for task in tasks]), encoding="utf-8")
         ranks = []
         for number, command in enumerate(commands):
-            words = [sys.executable, "-m", "longctx.launch.bench_rank", f"{name}/tasks.json", f"{name}/results.json"]
+            files = f"{name}/tasks.json", f"{name}/results.json"
+            words = [sys.executable, "-m", "longctx.launch.bench_rank", *files, options.kind]
             with (folder / f"rank-{number}.log").open("wb") as log:
                 ranks.append(
                     subprocess.Popen(
@@ -119,6 +131,7 @@ def _measured(options: Options, tasks: Sequence[Task]) -> list[dict[str, Any]]:
                             **environment,
                             "OMP_NUM_THREADS": str(threads_per_rank(options.ranks)),
                             "RANK": str(number),
+                            "LOCAL_RANK": str(number),
                             "WORLD_SIZE": str(options.ranks),
                         },
                     )
@@ -151,7 +164,7 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
             f"{task['tokens']:,}",
             METHODS[task["method"]].title,
             f"{result['seconds']:.4g}",
-            f"{result['waited']:.4g}",
+            "-" if result["waited"] is None else f"{result['waited']:.4g}",
             _bytes(result["received"]),
             _bytes(result["least"]),
             ", ".join(f"{count} {name}" for name, count in result["calls"].items()),

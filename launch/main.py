@@ -248,7 +248,7 @@ def _bench_parallel(
     """Measure one layer over several ranks: time, waiting, bytes beside the formula's.
 
     The ranks are hosts in network namespaces, joined by a bridge over links of a given speed; with --gbit none they
-    reach each other through memory.
+    reach each other through memory or, where there is a GPU for each of them, by NCCL.
     """
     from longctx.launch.bench_parallel import Options, bench_parallel, chosen
 

@@ -1,4 +1,4 @@
-"""One layer over several ranks: what is measured, in the rank that measures it.
+"""One layer over several ranks, on the CPU or a GPU each: what is measured, in the rank that measures it.
 
 A layer with its projections, forward and backward, in float32: lightning by the schedules of states, softmax attention
 by those of keys. Every rank has the same inputs and parameters, and holds its part of one sequence without packing.
@@ -6,6 +6,7 @@ by those of keys. Every rank has the same inputs and parameters, and holds its p
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,8 +67,9 @@ class Result:
     seconds: float
     """The median over repeats of the slowest rank."""
     times: list[float]
-    waited: float
-    """Seconds in which a rank stood still for others, of the rank that did longest: the median over repeats."""
+    waited: float | None
+    """Seconds in which a rank stood still for others, of the rank that did longest: the median over repeats. None on
+    GPUs, whose streams wait by themselves."""
     received: int
     """Bytes that came to the rank that received most."""
     least: int
@@ -77,7 +79,7 @@ class Result:
 
 
 def build(task: Task) -> Mixer:
-    """The layer, on a CPU, initialised alike on every rank."""
+    """The layer, initialised alike on every rank."""
     dim = task.heads * task.head_dim
     if METHODS[task.method].softmax:
         softmax = SoftmaxConfig(heads=task.heads, kv_heads=task.kv_heads, head_dim=task.head_dim)
@@ -110,34 +112,62 @@ def least_bytes(task: Task, layout: Layout) -> int:
     return 4 * 2 * (layout.size - 1) * own * (state + task.heads)
 
 
-def measure(task: Task, mesh: Mesh) -> Result:
-    """Measure on this rank; every rank has to call it, and gets the same."""
-    layout, mixer = layout_of(task, mesh), build(task)
-    generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    shape = (1, layout.local_length, task.heads * task.head_dim)
-    x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-    times, waits, received, calls = [], [], 0, {}
-    for _ in range(task.repeats + 1):
-        mixer.zero_grad()
-        leaf = x.detach().requires_grad_()
+class _Bench:
+    """A task on this rank."""
+
+    def __init__(self, task: Task, mesh: Mesh, device: torch.device) -> None:
+        self.task, self.device = task, device
+        self.layout, self.mixer = layout_of(task, mesh), build(task).to(device)
+        generator = torch.Generator().manual_seed(1 + dist.get_rank())
+        shape = (1, self.layout.local_length, task.heads * task.head_dim)
+        self.x, self.grad = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+        self.times: list[float] = []
+        self.waits: list[float] = []
+        self.received, self.calls = 0, {"": 0}
+
+    def run(self) -> None:
+        """Once, forward and backward, with the other ranks."""
+        self.mixer.zero_grad()
+        leaf = self.x.detach().requires_grad_()
+        _synchronize(self.device)
         dist.barrier()
         began = time.perf_counter()
         with counted() as traffic:
-            out: Tensor = mixer(leaf, layout)
-            out.backward(grad)
+            out: Tensor = self.mixer(leaf, self.layout)
+            out.backward(self.grad)
+        _synchronize(self.device)
         spent = time.perf_counter() - began
         ranks: list[tuple[float, float, int]] = [(0.0, 0.0, 0)] * dist.get_world_size()
         dist.all_gather_object(ranks, (spent, traffic.waited, traffic.received))
-        times.append(max(each[0] for each in ranks))
-        waits.append(max(each[1] for each in ranks))
-        received, calls = max(each[2] for each in ranks), dict(traffic.calls)
-    return Result(
-        task=task,
-        # The first run warms up.
-        seconds=statistics.median(times[1:]),
-        times=times[1:],
-        waited=statistics.median(waits[1:]),
-        received=received,
-        least=least_bytes(task, layout),
-        calls=calls,
-    )
+        self.times.append(max(each[0] for each in ranks))
+        self.waits.append(max(each[1] for each in ranks))
+        self.received, self.calls = max(each[2] for each in ranks), dict(traffic.calls)
+
+    def result(self) -> Result:
+        """Of all runs but the first, which warms up."""
+        return Result(
+            task=self.task,
+            seconds=statistics.median(self.times[1:]),
+            times=self.times[1:],
+            waited=statistics.median(self.waits[1:]) if self.device.type == "cpu" else None,
+            received=self.received,
+            least=least_bytes(self.task, self.layout),
+            calls=self.calls,
+        )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(tasks: Sequence[Task], mesh: Mesh) -> list[Result]:
+    """Measure tasks that have equally many repeats; every rank has to call it, and gets the same.
+
+    They take turns, so that what else the machine does meets all of them.
+    """
+    benches = [_Bench(task, mesh, torch.device(mesh.device_type)) for task in tasks]
+    for _ in range(tasks[0].repeats + 1):
+        for bench in benches:
+            bench.run()
+    return [bench.result() for bench in benches]
