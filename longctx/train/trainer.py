@@ -251,10 +251,12 @@ class _Trainer:
         dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
         rate = machine.matmul_rate(self.device, dtype)
         self.matmul_rate = float(self._gather(rate).sum())
-        cp = self.mesh.cp.group
-        if self.speeds is None and cp is not None and self.recipe.parallel.attention == "auto":
-            self.speeds = measure_speeds(cp, self.device, rate)
-        sample = self._batch(self.stream[self.cursor.sequences])
+        sequence = self.stream[self.cursor.sequences]
+        sample = self._batch(sequence)
+        if self.speeds is None and self.mesh.cp.group is not None and self._schedules(sample, dtype):
+            # A layer has a schedule to choose.
+            self.speeds = measure_speeds(self.mesh.cp.group, self.device, rate)
+            sample = self._batch(sequence)
         flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
