@@ -149,18 +149,25 @@ def _counting(end: Tensor) -> Tensor:
     return torch.arange(1, end.numel() + 1)
 
 
+def _sum(begin: int, end: int) -> int:
+    """The numbers from `begin` to before `end`, added up."""
+    return (begin + end - 1) * (end - begin) // 2
+
+
 def seen_pairs(layout: Layout, part: Slice, reach: Reach) -> int:
-    """Query-key pairs that the queries of a slice see."""
-    total = 0
-    edges = layout.documents_in(part)
-    for begin, end in pairwise(edges):
+    """Query-key pairs that the queries of a slice see: by sums of arithmetic progressions, however long it is."""
+    total, window = 0, reach.window
+    for begin, end in pairwise(layout.documents_in(part)):
         first, last = layout.document_start(begin), layout.document_end(begin)
-        queries = torch.arange(begin, end)
-        low, high = torch.full_like(queries, first), queries + 1 if reach.causal else torch.full_like(queries, last)
-        if reach.window is not None:
-            low = torch.maximum(low, queries - reach.window + 1)
-            high = torch.minimum(high, queries + (1 if reach.causal else reach.window))
-        total += int((high - low).sum())
+        # Query i sees the keys from max(first, i + 1 - window) to before i + 1, or to before min(last, i + window).
+        if window is None:
+            low, far = (end - begin) * first, (end - begin) * last
+        else:
+            turn = min(max(first + window - 1, begin), end)
+            low = (turn - begin) * first + _sum(turn + 1 - window, end + 1 - window)
+            turn = min(max(last - window, begin), end)
+            far = _sum(begin + window, turn + window) + (end - turn) * last
+        total += (_sum(begin + 1, end + 1) if reach.causal else far) - low
     return total
 
 
