@@ -17,8 +17,9 @@ from longctx.kernels.recurrence import accumulation_dtype
 TILE = 1024
 """Keys of a tile: of the tiled form, and of a mask by position."""
 
-QUERY_TILE = 256
-"""Queries of a tile of a mask by position. Small, so that a short window or document is not mostly masked."""
+QUERY_TILES = (256, 1024)
+"""The fewest and the most queries of a tile of a mask by position: an eighth of the keys that a query sees on average,
+so that a short window or document is not mostly masked, and the operators are not called for little."""
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -77,12 +78,15 @@ class HeadwiseBackend(ABC):
         dtype = accumulation_dtype(q.dtype)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
-        for batch, heads, kv_heads, piece in _placed(mask, q, k):
-            queries, keys = slice(piece.q_begin, piece.q_end), slice(piece.k_begin, piece.k_end)
-            part, part_lse = self._grouped_forward(
-                q[batch, queries, heads], k[batch, keys, kv_heads], v[batch, keys, kv_heads], piece.mask, scale
-            )
-            merge_(out[batch, queries, heads], lse[batch, heads, queries], part, part_lse)
+        for batch, heads, kv_heads, cut in _placed(mask, q, k):
+            queries, keys, values = _alone(q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads])
+            into, lse_into = out[batch, :, heads], lse[batch, heads]
+            for piece in cut:
+                at, seen = slice(piece.q_begin, piece.q_end), slice(piece.k_begin, piece.k_end)
+                part, part_lse = self._grouped_forward(
+                    queries[:, at], keys[:, seen], values[:, seen], piece.mask, scale
+                )
+                merge_(into[:, at], lse_into[:, :, at], part, part_lse)
         return out, lse
 
     def backward(
@@ -93,23 +97,33 @@ class HeadwiseBackend(ABC):
         if not isinstance(mask, Positions):
             return self._grouped_backward(do, q, k, v, out, lse, mask, scale)
         dtype = accumulation_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
-        for batch, heads, kv_heads, piece in _placed(mask, q, k):
-            seeing = batch, slice(piece.q_begin, piece.q_end), heads
-            seen = batch, slice(piece.k_begin, piece.k_end), kv_heads
-            dq_part, dk_part, dv_part = self._grouped_backward(
-                do[seeing],
-                q[seeing],
-                k[seen],
-                v[seen],
-                out[seeing],
-                lse[batch, heads, piece.q_begin : piece.q_end],
-                piece.mask,
-                scale,
-            )
-            dq[seeing] += dq_part
-            dk[seen] += dk_part
-            dv[seen] += dv_part
+        gradients = [torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v)]
+        for batch, heads, kv_heads, cut in _placed(mask, q, k):
+            grads, queries, result = _alone(*(x[batch, :, heads] for x in (do, q, out)))
+            keys, values = _alone(*(x[batch, :, kv_heads] for x in (k, v)))
+            theirs = heads, kv_heads, kv_heads
+            targets = [x[batch, :, part] for x, part in zip(gradients, theirs, strict=True)]
+            sums = _alone(*targets)
+            head_lse = lse[batch, heads]
+            for piece in cut:
+                at, seen = slice(piece.q_begin, piece.q_end), slice(piece.k_begin, piece.k_end)
+                parts = self._grouped_backward(
+                    grads[:, at],
+                    queries[:, at],
+                    keys[:, seen],
+                    values[:, seen],
+                    result[:, at],
+                    head_lse[:, :, at],
+                    piece.mask,
+                    scale,
+                )
+                for total, where, part in zip(sums, (at, seen, seen), parts, strict=True):
+                    total[:, where] += part
+            for target, total in zip(targets, sums, strict=True):
+                # Several query heads may have read one key head: their sums went on from what was there.
+                if target.data_ptr() != total.data_ptr():
+                    target.copy_(total)
+        dq, dk, dv = gradients
         return dq, dk, dv
 
     def _grouped_forward(
@@ -158,8 +172,19 @@ class HeadwiseBackend(ABC):
         return dq, dk, dv
 
 
-def _placed(mask: Positions, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice, Piece]]:
-    """The pieces of a mask, each with its sequences, query heads and key heads."""
+def _alone(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """One head's rows without those of others between them, which the operators would copy again for every piece."""
+    return tuple(x.contiguous() if x.shape[2] == 1 else x for x in tensors)
+
+
+def _query_tile(begin: Tensor, end: Tensor) -> int:
+    few, most = QUERY_TILES
+    seen = (end - begin).clamp_min(0).double().mean().item() if len(begin) else 0.0
+    return min(max(1 << int(seen / 8).bit_length() >> 1, few), most)
+
+
+def _placed(mask: Positions, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice, list[Piece]]]:
+    """The sequences, query heads and key heads that have the same pieces, and these."""
     begin, end = (x.cpu() for x in mask.bounds)
     groups = q.shape[2] // k.shape[2]
     if begin.dim() == 1:
@@ -171,10 +196,9 @@ def _placed(mask: Positions, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slic
             for h in range(begin.shape[1])
         ]
     for batch, heads, kv_heads, lows, highs in places:
-        for piece in pieces(lows, highs, QUERY_TILE, TILE):
-            if isinstance(piece.mask, Tensor):
-                piece = replace(piece, mask=piece.mask.to(q.device))
-            yield batch, heads, kv_heads, piece
+        cut = pieces(lows, highs, _query_tile(lows, highs), TILE)
+        moved = [replace(p, mask=p.mask.to(q.device)) if isinstance(p.mask, Tensor) else p for p in cut]
+        yield batch, heads, kv_heads, moved
 
 
 class Tiled(HeadwiseBackend):

@@ -21,7 +21,7 @@ BY_BACKEND = [pytest.param(name, marks=in_interpreter if name == "triton" else (
 @pytest.fixture(params=BY_BACKEND)
 def backend(request, monkeypatch):
     monkeypatch.setattr(attention_tiled, "TILE", 16)
-    monkeypatch.setattr(attention_tiled, "QUERY_TILE", 8)
+    monkeypatch.setattr(attention_tiled, "QUERY_TILES", (8, 8))
     return request.param
 
 
