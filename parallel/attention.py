@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from longctx.parallel.choice import Estimate, Shape, estimates
+from longctx.parallel.collectives import all_gather
 from longctx.parallel.functions import rank_backward, rank_forward
 from longctx.parallel.gathered import Gathered
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Grid
 from longctx.parallel.ring import Ring, plan
-from longctx.parallel.ulysses import Heads, to_heads, to_rows
+from longctx.parallel.ulysses import Heads, to_heads, to_heads_of, to_rows
 from longctx.parallel.visibility import Holders, Reach
 
 ACROSS = {
@@ -46,6 +47,8 @@ def choose(layout: Layout, shape: Shape) -> list[Estimate]:
 
 class _Across(Protocol):
     """A schedule between holders."""
+
+    def routed(self, places: Tensor) -> "_Across": ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]: ...
 
@@ -83,9 +86,11 @@ class _Plan:
         self.order = None if order == list(range(len(order))) else torch.tensor(order, device=device)
         self.back = None if self.order is None else self.order.argsort()
         holders, index = Holders.of(layout, grid.ulysses, reach), layout.rank // grid.ulysses
+        self.begins = torch.tensor([n * self.step for n in layout.numbers(layout.rank)], device=device)
+        """Where each of this rank's pieces begins in the sequence."""
         self.across: _Across
         if ACROSS[schedule] == "ring":
-            self.across = Ring(plan(holders, index, device), index, grid.ring_group)
+            self.across = Ring(holders, plan(holders, index, device), index, grid.ring_group)
         else:
             self.across = Gathered(holders, index, grid.ring_group, device)
 
@@ -132,6 +137,16 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: s
         raise ValueError(f"attention: there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
 
 
+def _planned(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: str | None, reach: Reach) -> _Plan:
+    """The plan of a schedule, the layout's where None; made once for a layout."""
+    name, device = schedule or layout.attention, q.device
+    if name == "auto":
+        shape = Shape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), reach)
+        name = choose(layout, shape)[0].schedule
+    plan: _Plan = layout.kept(("attention", name, reach, device), lambda: _Plan(layout, name, reach, device))
+    return plan
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -151,13 +166,8 @@ def softmax_attention(
     one of SCHEDULES, the layout's where None. Differentiable in q, k and v, every rank of the layout taking part.
     Raises ValueError where an argument does not fit.
     """
-    name = schedule or layout.attention
-    check_attention(q, k, v, layout, name)
-    reach, device = Reach(causal, window), q.device
-    if name == "auto":
-        shape = Shape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), reach)
-        name = choose(layout, shape)[0].schedule
-    chosen: _Plan = layout.kept(("attention", name, reach, device), lambda: _Plan(layout, name, reach, device))
+    check_attention(q, k, v, layout, schedule or layout.attention)
+    chosen = _planned(q, k, v, layout, schedule, Reach(causal, window))
     ulysses = chosen.grid.ulysses_group
     if ulysses is None:
         out: Tensor = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]
@@ -166,3 +176,54 @@ def softmax_attention(
     q, k, v = map(chosen.sorted, to_heads(q, k, v, heads, ulysses))
     out = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]
     return to_rows(chosen.unsorted(out), heads, ulysses)
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    layout: Layout,
+    scale: float,
+    *,
+    schedule: str | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention of some queries of each head, `[B, N, H, V]`: as `softmax_attention` gives for these alone.
+
+    Shapes: q `[B, N, H, K]`, the n-th query of each head for itself; k `[B, T_local, H, K]`, v `[B, T_local, H, V]`;
+    rows `[B, H, N]`, the row of this rank's tokens that each query belongs to, ascending, of which several may be
+    equal; -1, first, for no query, whose output is zero. N may differ from rank to rank. The rest as in
+    `softmax_attention`, Ulysses over divisors of H; the bytes of keys are the same as there, those of queries and
+    outputs are the routed ones'. Differentiable in q, k and v, every rank of the layout taking part.
+    """
+    fits = q.dim() == k.dim() == 4 and rows.shape == (q.shape[0], q.shape[2], q.shape[1]) and q.shape[2] == k.shape[2]
+    if not fits:
+        raise ValueError(
+            f"routed attention: q {tuple(q.shape)}, k {tuple(k.shape)} and rows {tuple(rows.shape)} do not fit: "
+            "expected [B, N, H, K], [B, T, H, K] and [B, H, N]"
+        )
+    check_attention(k, k, v, layout, schedule or layout.attention)
+    chosen = _planned(k, k, v, layout, schedule, Reach(causal, window))
+    places = chosen.begins[rows.clamp_min(0) // chosen.step] + rows % chosen.step
+    places = torch.where(rows < 0, rows, places)
+    ulysses = chosen.grid.ulysses_group
+    if ulysses is None:
+        out: Tensor = _Attention.apply(q, k, v, chosen.across.routed(places), scale)  # type: ignore[no-untyped-call]
+        return out
+    # Every rank of the group sends equally many; those that are no queries come first.
+    counts = all_gather(torch.tensor([q.shape[1]], device=q.device), ulysses).wait()
+    more = int(counts.max()) - q.shape[1]
+    q = torch.nn.functional.pad(q, (0, 0, 0, 0, more, 0))
+    places = torch.nn.functional.pad(places, (more, 0), value=-1)
+    heads = Heads(q.shape[2], k.shape[2], chosen.grid.ulysses)
+    q, k, v = to_heads(q, k, v, heads, ulysses)
+    places = to_heads_of(places.transpose(1, 2)[..., None], heads.size, ulysses)[..., 0].transpose(1, 2)
+    places, order = places.sort(dim=2, stable=True)
+    order = order.transpose(1, 2)[..., None]
+    q = q.gather(1, order.expand(-1, -1, -1, q.shape[3]))
+    across = chosen.across.routed(places)
+    out = _Attention.apply(q, chosen.sorted(k), chosen.sorted(v), across, scale)  # type: ignore[no-untyped-call]
+    back = order.argsort(dim=1).expand(-1, -1, -1, out.shape[3])
+    return to_rows(out.gather(1, back), heads, ulysses)[:, more:]

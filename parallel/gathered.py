@@ -5,7 +5,8 @@ memory and not all heads. Backward gathers again, which is cheaper than keeping 
 back to where the keys live. With grouped heads the payload is small: `B * T_local * H_kv * (K + V)` numbers a rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -26,13 +27,20 @@ class Gathered:
     def __init__(self, holders: Holders, index: int, group: ProcessGroup | None, device: torch.device) -> None:
         """`group` in the order of holders; None where there is one."""
         self.holders, self.group = holders, group
-        self.block: Block | None = holders.block(holders.tokens(index), torch.arange(holders.layout.length), device)
+        block = holders.block(holders.tokens(index), torch.arange(holders.layout.length), device)
+        self._block: Callable[[slice], Block | None] = lambda heads: block
         # Where each piece of the sequence lies among the gathered rows.
         self._places = sorted(
             (number, holder, place)
             for holder, numbers in enumerate(holders.numbers)
             for place, number in enumerate(numbers)
         )
+
+    def routed(self, places: Tensor) -> "Gathered":
+        """The same for queries of each head of its own, at places `[B, H, Tq]` of the sequence."""
+        keys, other = torch.arange(self.holders.layout.length), copy(self)
+        other._block = lambda heads: self.holders.routed(places[:, heads], keys)
+        return other
 
     def _in_order(self, x: Tensor) -> Tensor:
         """The tokens `[B, T, ...]` of the sequence, from the holders' rows `[holders, B, T_h, ...]`."""
@@ -76,10 +84,12 @@ class Gathered:
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=lse_dtype, device=q.device)
         share = q.shape[2] // k.shape[2]
         for heads, keys, values in self._gathered(k, v):
-            if self.block is None:
+            readers = slice(heads.start * share, heads.stop * share)
+            block = self._block(readers)
+            if block is None:
                 continue
-            at, readers = self.block.queries, slice(heads.start * share, heads.stop * share)
-            part, part_lse = attention.forward(q[:, at, readers], keys, values, self.block.mask, scale)
+            at = block.queries
+            part, part_lse = attention.forward(q[:, at, readers], keys, values, block.mask, scale)
             out[:, at, readers], lse[:, readers, at] = part, part_lse
         return out, lse
 
@@ -93,8 +103,10 @@ class Gathered:
         returning: list[tuple[slice, Pending[Tensor] | Tensor]] = []
         for heads, keys, values in self._gathered(k, v):
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            if self.block is not None:
-                at, readers = self.block.queries, slice(heads.start * share, heads.stop * share)
+            readers = slice(heads.start * share, heads.stop * share)
+            block = self._block(readers)
+            if block is not None:
+                at = block.queries
                 dq[:, at, readers], dkeys, dvalues = attention.backward(
                     do[:, at, readers],
                     q[:, at, readers],
@@ -102,7 +114,7 @@ class Gathered:
                     values,
                     out[:, at, readers],
                     lse[:, readers, at],
-                    self.block.mask,
+                    block.mask,
                     scale,
                 )
             both = self._by_holder(torch.cat([dkeys, dvalues], dim=3).to(dtype))

@@ -8,7 +8,7 @@ live, added there in the order of the steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Step:
     source: int
     sent: tuple[slice, ...]
     received: tuple[slice, ...]
+    keys: Tensor
+    """Places in the sequence of the keys that come."""
     block: Block | None
 
 
@@ -50,16 +52,21 @@ def plan(holders: Holders, index: int, device: torch.device) -> tuple[Step, ...]
         sent, received = holders.needed(target, index), holders.needed(index, source)
         held = holders.tokens(source)
         keys = torch.cat([held[part] for part in received]) if received else held[:0]
-        steps.append(Step(target, source, sent, received, holders.block(queries, keys, device)))
+        steps.append(Step(target, source, sent, received, keys, holders.block(queries, keys, device)))
     return tuple(steps)
 
 
 class Ring:
     """The steps of a holder, with the group by which it reaches the others."""
 
-    def __init__(self, steps: Sequence[Step], index: int, group: ProcessGroup | None) -> None:
+    def __init__(self, holders: Holders, steps: Sequence[Step], index: int, group: ProcessGroup | None) -> None:
         """`group` in the order of holders; None where there is one."""
-        self.steps, self.index, self.group = steps, index, group
+        self.holders, self.steps, self.index, self.group = holders, steps, index, group
+
+    def routed(self, places: Tensor) -> "Ring":
+        """The same for queries of each head of its own, at places `[B, H, Tq]` of the sequence."""
+        steps = [replace(step, block=self.holders.routed(places, step.keys)) for step in self.steps]
+        return Ring(self.holders, steps, self.index, self.group)
 
     def _travel(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each step with the keys and values that it computes with; those of the next are on their way meanwhile."""

@@ -91,8 +91,9 @@ class _ToHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         heads: Heads = ctx.heads
         shapes = [_shapes(heads, r, *ctx.shapes) for r in range(heads.size)]
-        rows = ctx.shapes[0][1]
-        parts = [torch.cat([g[:, r * rows : (r + 1) * rows].flatten() for g in grads]) for r in range(heads.size)]
+        # q may have other rows than k and v: pairs that were routed.
+        of_ranks = list(zip(*(g.chunk(heads.size, dim=1) for g in grads), strict=True))
+        parts = [torch.cat([g.flatten() for g in each]) for each in of_ranks]
         got = all_to_all(parts, [sum(s.numel() for s in each) for each in shapes], ctx.group).wait()
         dtype = accumulation_dtype(grads[0].dtype)
         dq = grads[0].new_empty(ctx.shapes[0])
@@ -119,7 +120,8 @@ def _to_rows(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
     return torch.cat([part.view(parts[0].shape) for part in got], dim=2)
 
 
-def _to_heads(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
+def to_heads_of(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
+    """All heads and this rank's rows, `[B, T_r, H, D]`, to its heads and all ranks' rows; without gradient."""
     parts = list(x.chunk(size, dim=2))
     got = all_to_all(parts, [parts[0].numel()] * size, group).wait()
     return torch.cat([part.view(parts[0].shape) for part in got], dim=1)
@@ -137,7 +139,7 @@ class _ToRows(torch.autograd.Function):
     @staticmethod
     @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _to_heads(grads[0], ctx.size, ctx.group), None, None
+        return to_heads_of(grads[0], ctx.size, ctx.group), None, None
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, heads: Heads, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,10 +131,18 @@ class Holders:
         return Block(slice(first, last), mask)
 
     def _positions(self, queries: Tensor, keys: Tensor, device: torch.device) -> Positions:
+        """Of queries and keys at sorted places; queries, `[Tq]` or `[B, H, Tq]`, that have place -1 see nothing."""
         inner = torch.tensor(self.layout.cu_seqlens[1:])
-        first, second = (torch.searchsorted(inner, x, right=True).to(device) for x in (queries, keys))
+        first = torch.searchsorted(inner.to(queries.device), queries, right=True).masked_fill(queries < 0, -1)
+        second = torch.searchsorted(inner, keys, right=True).to(device)
         window, causal = self.reach.window, self.reach.causal
-        return Positions(queries.to(device), keys.to(device), first, second, window, causal)
+        return Positions(queries.to(device), keys.to(device), first.to(device), second, window, causal)
+
+    def routed(self, queries: Tensor, keys: Tensor) -> Block | None:
+        """What queries of each head, at sorted places `[B, H, Tq]`, see of keys at sorted places; -1 sees nothing."""
+        if keys.numel() == 0:
+            return None
+        return Block(slice(0, queries.shape[2]), self._positions(queries.contiguous(), keys, queries.device))
 
     @cached_property
     def score_elements(self) -> tuple[int, ...]:
