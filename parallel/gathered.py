@@ -56,8 +56,10 @@ class Gathered:
         return torch.stack(pieces)
 
     def _slices(self, k: Tensor) -> list[slice]:
-        """The key/value heads that are gathered together."""
+        """The key/value heads that are gathered together: all of them, where nothing travels."""
         heads = k.shape[2]
+        if self.group is None:
+            return [slice(0, heads)]
         size = -(-heads // min(HEAD_SLICES, heads))
         return [slice(at, min(at + size, heads)) for at in range(0, heads, size)]
 

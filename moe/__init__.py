@@ -1,0 +1,1 @@
+"""Routing: which heads a token reads."""

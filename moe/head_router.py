@@ -1,0 +1,107 @@
+"""The routers of a mixture of heads (MoH, Jin et al. 2024): which heads a token reads, and what each counts.
+
+Of H query heads the first `shared` are read by all tokens, and of the other E = H - shared each token reads `active`.
+Two routers, both of one token at a time:
+
+`learned` (equations 5 to 8), from logits that the layer projects from its input x:
+
+    p = softmax(W_r x) over E;  chosen: the top `active`;  routed weight: p / sum of the chosen p * active
+    shared weight: softmax(W_s x) * shared;  both kinds times 2 softmax(W_h x), one for each kind
+
+Uniform logits give every head that is read the weight 1. `by_norm` (section 3.3), which has no parameters, for dense
+layers that are trained on: p is the softmax of the norms of the token's queries, divided by their standard deviation;
+every head that is read counts 1, and the gradient goes straight through to p.
+
+The loss that balances the load (equation 9, times E): `E sum_e f_e P_e`, f_e the share of tokens that head e is read
+by, P_e the mean of p_e, over all tokens of the sequence, on whichever rank they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.recurrence import accumulation_dtype
+from longctx.parallel.collectives import all_reduce
+from longctx.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class HeadRouting:
+    """What a router says of its tokens, in the accumulation dtype; rows of padding read nothing."""
+
+    chosen: Tensor
+    """`[B, T_local, E]` bool: the routed heads that a token reads."""
+    weights: Tensor
+    """`[B, T_local, H]`: what a head's output is multiplied with, 0 where it is not read."""
+    balance: Tensor
+    """This rank's share of the loss that balances the load: the sum over ranks is the loss."""
+    load: Tensor
+    """`[E]`: the share of the sequence's tokens that read each routed head; without gradient."""
+
+
+def _top(p: Tensor, active: int) -> Tensor:
+    """The `active` largest of each row, of equal ones the first: bool, of the shape of p."""
+    # Stable, so that ties are broken in the same way wherever a token lies.
+    order = p.argsort(dim=-1, descending=True, stable=True)[..., :active]
+    return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def _routing(p: Tensor, chosen: Tensor, weights: Tensor, layout: Layout) -> HeadRouting:
+    real = torch.ones_like(chosen[..., :1])
+    for gap in layout.padding:
+        real[:, gap] = False
+    chosen = chosen & real
+    weights = weights * real
+    tokens = p.shape[0] * layout.length
+    load = chosen.sum(dim=(0, 1)).to(p.dtype)
+    if layout.peers is not None:
+        load = all_reduce(load, layout.peers)
+    load = load / tokens
+    balance = p.shape[-1] * (load * (p * real).sum(dim=(0, 1)) / tokens).sum()
+    return HeadRouting(chosen, weights, balance, load)
+
+
+def _check(logits: Tensor, active: int, layout: Layout) -> None:
+    if logits.dim() != 3 or logits.shape[1] != layout.local_length:
+        raise ValueError(
+            f"head router: {tuple(logits.shape)} for a layout that gives this rank {layout.local_length} tokens: "
+            "expected [B, T_local, routed heads]"
+        )
+    if not 1 <= active <= logits.shape[2]:
+        raise ValueError(f"head router: {active} active of {logits.shape[2]} routed heads: expected 1 to all of them")
+
+
+def learned(routed: Tensor, shared: Tensor, kinds: Tensor, active: int, layout: Layout) -> HeadRouting:
+    """The published router, from logits: routed `[B, T_local, E]`, shared `[B, T_local, shared]` (perhaps 0 wide) and
+    kinds `[B, T_local, 2]` (shared, routed), of which the last is not read where no head is shared.
+
+    Computed in the accumulation dtype. Differentiable in all three. Raises ValueError where shapes do not fit.
+    """
+    _check(routed, active, layout)
+    dtype = accumulation_dtype(routed.dtype)
+    p = routed.to(dtype).softmax(dim=-1)
+    chosen = _top(p, active)
+    read = p * chosen
+    weights = active * read / read.sum(dim=-1, keepdim=True)
+    if shared.shape[-1]:
+        by_kind = 2 * kinds.to(dtype).softmax(dim=-1)
+        of_shared = shared.shape[-1] * shared.to(dtype).softmax(dim=-1)
+        weights = torch.cat([of_shared * by_kind[..., :1], weights * by_kind[..., 1:]], dim=-1)
+    return _routing(p, chosen, weights, layout)
+
+
+def by_norm(q: Tensor, shared: int, active: int, layout: Layout) -> HeadRouting:
+    """The router without parameters: q `[B, T_local, H, K]` are the queries before rotary positions, all heads'.
+
+    Differentiable in q, straight through the choice. Raises ValueError where shapes do not fit.
+    """
+    norms = q[:, :, shared:].to(accumulation_dtype(q.dtype)).norm(dim=-1)
+    _check(norms, active, layout)
+    spread = norms.std(dim=-1, keepdim=True) if norms.shape[-1] > 1 else torch.ones_like(norms)
+    p = (norms / spread.clamp_min(torch.finfo(norms.dtype).eps)).softmax(dim=-1)
+    chosen = _top(p, active)
+    # Forward 1 for what is read; backward the gradient of p.
+    straight = chosen + p - p.detach()
+    weights = torch.cat([p.new_ones(*p.shape[:2], shared), straight * chosen], dim=-1)
+    return _routing(p, chosen, weights, layout)

@@ -1,0 +1,129 @@
+"""Softmax attention with a mixture of heads: only the (token, head) pairs that were routed are computed.
+
+The published form (Jin et al. 2024) computes all heads of all tokens and multiplies with a mask; here the scores and
+weighted values of a pair that no token reads do not exist. All keys and values do: any token may read them.
+
+The query heads that read one key/value head are sorted together, by token: their queries differ, the keys that they
+see at a token do not. So the pairs of a key/value head are one list of queries with places in the sequence, as long as
+its heads are read together, and what `longctx.parallel.attention.routed_attention` takes, over ranks by any schedule.
+Queries and outputs are projected for all heads: a head's part of a row is a few numbers, and the row would have to be
+read once for each head that wants it, which takes longer than multiplying it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longctx.moe.head_router import HeadRouting
+from longctx.parallel.attention import routed_attention, softmax_attention
+from longctx.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a token and a routed head, by the G key/value heads that they read, in order of tokens."""
+
+    index: Tensor
+    """`[B, G, N]` int64: token times S plus the head's number among the S that read one key/value head; -1, first,
+    where a key/value head has fewer than N pairs."""
+    share: int
+    """S."""
+
+    @classmethod
+    def of(cls, chosen: Tensor, groups: int) -> "Pairs":
+        """chosen `[B, T, E]` bool, E = G x S heads of which each S neighbours read one key/value head.
+
+        Waits for the device: how many pairs there are decides the shapes of what follows.
+        """
+        batch, _, heads = chosen.shape
+        share = heads // groups
+        by_group = chosen.unflatten(2, (groups, share)).transpose(1, 2).flatten(2)
+        counts = by_group.sum(dim=2)
+        most = int(counts.max()) if counts.numel() else 0
+        index = torch.full((batch, groups, most), -1, dtype=torch.int64, device=chosen.device)
+        sequence, group, flat = by_group.nonzero(as_tuple=True)
+        # The pairs come group by group: where each group's begin among all, and in its row of `index`.
+        begins = counts.flatten().cumsum(0).view_as(counts) - counts
+        numbers = torch.arange(len(flat), device=chosen.device) - begins[sequence, group]
+        index[sequence, group, most - counts[sequence, group] + numbers] = flat
+        return cls(index, share)
+
+    @property
+    def rows(self) -> Tensor:
+        """`[B, G, N]`: the token of each pair, -1 where there is none."""
+        return torch.div(self.index, self.share, rounding_mode="floor")
+
+    def _places(self, length: int) -> tuple[Tensor, Tensor]:
+        """Which entries are pairs, `[B, G, N]` bool, and where these lie in a flat `[B, T, E]`."""
+        there = self.index >= 0
+        batch, groups, _ = self.index.shape
+        sequence, group = (torch.arange(n, device=self.index.device) for n in (batch, groups))
+        token, head = self.rows, self.index % self.share
+        place = ((sequence[:, None, None] * length + token) * groups + group[:, None]) * self.share + head
+        return there, place[there]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[B, T, E, D]` to `[B, N, G, D]`, zero where there is no pair; differentiable."""
+        there, place = self._places(x.shape[1])
+        out = x.new_zeros(*there.shape, x.shape[3])
+        out[there] = x.flatten(0, 2).index_select(0, place)
+        return out.transpose(1, 2)
+
+    def scatter(self, x: Tensor, length: int) -> Tensor:
+        """`[B, N, G, D]` to `[B, T, E, D]`, zero where no pair is; differentiable."""
+        there, place = self._places(length)
+        batch, _, groups, dim = x.shape
+        flat = x.new_zeros(batch * length * groups * self.share, dim)
+        flat = flat.index_copy(0, place, x.transpose(1, 2)[there])
+        return flat.view(batch, length, groups * self.share, dim)
+
+
+def mixture_of_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routing: HeadRouting,
+    layout: Layout,
+    scale: float,
+    *,
+    schedule: str | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal softmax attention of the heads that each token reads, times their weights: `[B, T_local, H, V]`.
+
+    Shapes: q `[B, T_local, H, K]`, k `[B, T_local, H_kv, K]`, v `[B, T_local, H_kv, V]`, with rotary positions applied;
+    routing for H heads, of which the first ones are read by all tokens: as many as read whole key/value heads (a
+    multiple of H / H_kv). A head that a token does not read gives zero. Equal to `softmax_attention` times
+    `routing.weights`; differentiable in q, k, v and the weights. The rest as in `softmax_attention`. Raises ValueError
+    where shapes do not fit.
+    """
+    heads, kv_heads = q.shape[2], k.shape[2]
+    shared = heads - routing.chosen.shape[2]
+    share = heads // kv_heads
+    if heads % kv_heads or shared % share:
+        raise ValueError(
+            f"mixture of heads: {heads} query heads, of which {shared} are shared, over {kv_heads} key/value heads: "
+            f"expected a multiple of these, and shared heads in whole groups of {share}"
+        )
+    first = shared // share
+    parts = []
+    if shared:
+        parts.append(
+            softmax_attention(
+                q[:, :, :shared], k[:, :, :first], v[:, :, :first], layout, scale, schedule=schedule, window=window
+            )
+        )
+    pairs = Pairs.of(routing.chosen, kv_heads - first)
+    out = routed_attention(
+        pairs.gather(q[:, :, shared:]),
+        k[:, :, first:],
+        v[:, :, first:],
+        pairs.rows,
+        layout,
+        scale,
+        schedule=schedule,
+        window=window,
+    )
+    parts.append(pairs.scatter(out, q.shape[1]))
+    return torch.cat(parts, dim=2) * routing.weights[..., None].to(q.dtype)
