@@ -198,45 +198,59 @@ class Piece:
 
 
 def pieces(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> list[Piece]:
-    """A mask of `[Tq]` bounds, cut into rectangles and triangles that have a plain mask; none is empty.
+    """A mask of `[Tq]` bounds, or of `[G, Tq]` for heads together, cut into rectangles and triangles with a plain mask.
 
     Where all queries of a tile see a stretch of keys, it is one piece without mask, as long as it is (unless it is
     shorter than `q_tile`, and not worth a piece). The rest is cut into tiles of `k_tile` keys, which have a bool mask
-    of at most `q_tile * k_tile` where they are not full or causal.
+    of at most `q_tile * k_tile` (of each head) where they are not full or causal. None is empty.
     """
     cut: list[Piece] = []
     begin, end = begin.cpu(), end.cpu()
-    for tile, run in visible_tiles(begin, end, q_tile, k_tile):
-        top, bottom = tile * q_tile, min((tile + 1) * q_tile, len(begin))
-        lows, highs = begin[top:bottom], end[top:bottom]
-        seeing = highs > lows
-        left = max(run.start * k_tile, int(lows[seeing].min()))
-        right = min(run.stop * k_tile, int(highs[seeing].max()))
+    for top, left, right in _spans(begin, end, q_tile, k_tile):
+        bottom = min(top + q_tile, begin.shape[-1])
+        lows, highs = begin[..., top:bottom], end[..., top:bottom]
         shared = int(lows.max()), int(highs.min())
         if shared[1] - shared[0] >= q_tile:
-            cut.extend(_masked(top, bottom, left, shared[0], lows, highs, k_tile))
+            cut.extend(_masked(top, left, shared[0], lows, highs, k_tile))
             cut.append(Piece(top, bottom, *shared, FULL))
-            cut.extend(_masked(top, bottom, shared[1], right, lows, highs, k_tile))
+            cut.extend(_masked(top, shared[1], right, lows, highs, k_tile))
         else:
-            cut.extend(_masked(top, bottom, left, right, lows, highs, k_tile))
+            cut.extend(_masked(top, left, right, lows, highs, k_tile))
     return cut
 
 
-def _masked(top: int, bottom: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile: int) -> Iterator[Piece]:
+def _spans(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> Iterator[tuple[int, int, int]]:
+    """For tiles of queries the first query, and from where to where there are keys that they see."""
+    if begin.dim() == 1:
+        runs = ((tile * q_tile, run) for tile, run in visible_tiles(begin, end, q_tile, k_tile))
+    else:
+        # Heads see different stretches: what lies between them is left to the masks.
+        everything = range(-(-int(end.max()) // k_tile)) if end.numel() else range(0)
+        runs = ((top, everything) for top in range(0, begin.shape[-1], q_tile))
+    for top, run in runs:
+        lows, highs = begin[..., top : top + q_tile], end[..., top : top + q_tile]
+        seeing = highs > lows
+        if bool(seeing.any()):
+            left = max(run.start * k_tile, int(lows[seeing].min()))
+            yield top, left, min(run.stop * k_tile, int(highs[seeing].max()))
+
+
+def _masked(top: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile: int) -> Iterator[Piece]:
     """The keys `[left, right)` in tiles, each with the queries that see some of it."""
     for at in range(left, right, k_tile):
         stop = min(at + k_tile, right)
-        seeing = ((lows < stop) & (highs > at) & (highs > lows)).nonzero()[:, 0].tolist()
-        if not seeing:
+        seeing = (lows < stop) & (highs > at) & (highs > lows)
+        rows = seeing.view(-1, seeing.shape[-1]).any(dim=0).nonzero()[:, 0].tolist()
+        if not rows:
             continue
-        first, last = seeing[0], seeing[-1] + 1
-        low, high = lows[first:last, None], highs[first:last, None]
+        first, last = rows[0], rows[-1] + 1
+        low, high = lows[..., first:last, None], highs[..., first:last, None]
         keys = torch.arange(at, stop)
         visible = (keys >= low) & (keys < high)
-        square = visible.shape[0] == visible.shape[1]
+        square = visible.shape[-2] == visible.shape[-1]
         mask: Mask | Tensor = visible
         if bool(visible.all()):
             mask = FULL
-        elif square and bool((visible == torch.ones_like(visible).tril()).all()):
+        elif square and bool((visible == torch.ones(visible.shape[-2:], dtype=torch.bool).tril()).all()):
             mask = CAUSAL
         yield Piece(top + first, top + last, at, stop, mask)

@@ -96,14 +96,15 @@ class CpuFlash(PaddedOperator):
     def _bias(mask: Mask | Tensor, dtype: torch.dtype) -> Tensor | None:
         if isinstance(mask, Mask):
             return None
-        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return bias if mask.dim() == 2 else bias[None]
 
     def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """See PaddedOperator."""
         out, lse = _CPU_FLASH(q, k, v, 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale)
         if isinstance(mask, Tensor):
             # The operator gives 0 for a query that sees nothing.
-            lse = lse.masked_fill(~mask.any(dim=1), float("-inf"))
+            lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
         return out, lse
 
     def operator_backward(

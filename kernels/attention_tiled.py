@@ -1,12 +1,13 @@
 """Block attention in torch operators, the merge of blocks, and masks by position taken apart for simple operators.
 
 `HeadwiseBackend` turns an operator over plain blocks (`[B, H, T, D]`, one key head for each query head; no mask, the
-causal one or a bool tensor) into a backend: it deals out grouped heads, and cuts masks by position into plain pieces.
+causal one or a bool tensor `[Tq, Tk]` or `[H, Tq, Tk]`) into a backend: it deals out grouped heads, and cuts masks by
+position into plain pieces.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,15 +79,17 @@ class HeadwiseBackend(ABC):
         dtype = accumulation_dtype(q.dtype)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype, device=q.device)
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
-        for batch, heads, kv_heads, cut in _placed(mask, q, k):
-            queries, keys, values = _alone(q[batch, :, heads], k[batch, :, kv_heads], v[batch, :, kv_heads])
-            into, lse_into = out[batch, :, heads], lse[batch, heads]
-            for piece in cut:
+        for place in _places(mask, q, k):
+            queries, keys, values = place.queries(q), place.keys(k), place.keys(v)
+            into, lse_into = place.queries(out), place.queries(lse.transpose(1, 2), float("-inf"))
+            for piece in place.pieces:
                 at, seen = slice(piece.q_begin, piece.q_end), slice(piece.k_begin, piece.k_end)
                 part, part_lse = self._grouped_forward(
                     queries[:, at], keys[:, seen], values[:, seen], piece.mask, scale
                 )
-                merge_(into[:, at], lse_into[:, :, at], part, part_lse)
+                merge_(into[:, at], lse_into[:, at].transpose(1, 2), part, part_lse)
+            place.put_queries(out, into)
+            place.put_queries(lse.transpose(1, 2), lse_into)
         return out, lse
 
     def backward(
@@ -97,15 +100,12 @@ class HeadwiseBackend(ABC):
         if not isinstance(mask, Positions):
             return self._grouped_backward(do, q, k, v, out, lse, mask, scale)
         dtype = accumulation_dtype(q.dtype)
-        gradients = [torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v)]
-        for batch, heads, kv_heads, cut in _placed(mask, q, k):
-            grads, queries, result = _alone(*(x[batch, :, heads] for x in (do, q, out)))
-            keys, values = _alone(*(x[batch, :, kv_heads] for x in (k, v)))
-            theirs = heads, kv_heads, kv_heads
-            targets = [x[batch, :, part] for x, part in zip(gradients, theirs, strict=True)]
-            sums = _alone(*targets)
-            head_lse = lse[batch, heads]
-            for piece in cut:
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
+        for place in _places(mask, q, k):
+            grads, queries, result = place.queries(do), place.queries(q), place.queries(out)
+            keys, values, head_lse = place.keys(k), place.keys(v), place.queries(lse.transpose(1, 2))
+            sums = place.queries(dq), place.room(dk), place.room(dv)
+            for piece in place.pieces:
                 at, seen = slice(piece.q_begin, piece.q_end), slice(piece.k_begin, piece.k_end)
                 parts = self._grouped_backward(
                     grads[:, at],
@@ -113,17 +113,15 @@ class HeadwiseBackend(ABC):
                     keys[:, seen],
                     values[:, seen],
                     result[:, at],
-                    head_lse[:, :, at],
+                    head_lse[:, at].transpose(1, 2),
                     piece.mask,
                     scale,
                 )
                 for total, where, part in zip(sums, (at, seen, seen), parts, strict=True):
                     total[:, where] += part
-            for target, total in zip(targets, sums, strict=True):
-                # Several query heads may have read one key head: their sums went on from what was there.
-                if target.data_ptr() != total.data_ptr():
-                    target.copy_(total)
-        dq, dk, dv = gradients
+            place.put_queries(dq, sums[0])
+            for target, total in zip((dk, dv), sums[1:], strict=True):
+                place.add_keys(target, total)
         return dq, dk, dv
 
     def _grouped_forward(
@@ -172,33 +170,78 @@ class HeadwiseBackend(ABC):
         return dq, dk, dv
 
 
-def _alone(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """One head's rows without those of others between them, which the operators would copy again for every piece."""
-    return tuple(x.contiguous() if x.shape[2] == 1 else x for x in tensors)
-
-
 def _query_tile(begin: Tensor, end: Tensor) -> int:
     few, most = QUERY_TILES
-    seen = (end - begin).clamp_min(0).double().mean().item() if len(begin) else 0.0
+    seen = (end - begin).clamp_min(0).double().mean().item() if begin.numel() else 0.0
     return min(max(1 << int(seen / 8).bit_length() >> 1, few), most)
 
 
-def _placed(mask: Positions, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice, list[Piece]]]:
-    """The sequences, query heads and key heads that have the same pieces, and these."""
+@dataclass(frozen=True)
+class _Place:
+    """Heads of which the queries stand at the same places, or are cut together; `heads` None for all of them.
+
+    Heads that differ are copied out, each with its rows together, and written back when they are done.
+    """
+
+    pieces: list[Piece]
+    row: int = 0
+    heads: list[int] | None = None
+    kv_heads: tuple[int, ...] = ()
+    blind: Tensor | None = None
+    """`[Tq, G]` bool: the queries that see nothing, which may hold anything."""
+
+    def _of(self, x: Tensor, heads: Sequence[int]) -> Tensor:
+        return x[self.row, :, heads].transpose(0, 1).contiguous().transpose(0, 1)[None]
+
+    def queries(self, x: Tensor, blind: float = 0.0) -> Tensor:
+        """`[B, Tq, H, ...]` of these heads, `[1, Tq, G, ...]`, or x itself; `blind` where a query sees nothing."""
+        if self.heads is None or self.blind is None:
+            return x
+        part = self._of(x, self.heads)
+        return part.masked_fill_(self.blind[..., None] if x.dim() == 4 else self.blind, blind)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """`[B, Tk, H_kv, ...]` of the key/value heads that these read: one for each of them, or x itself."""
+        return x if self.heads is None else self._of(x, self.kv_heads)
+
+    def room(self, x: Tensor) -> Tensor:
+        """Zeros for what is added to the key/value heads, or x itself."""
+        return x if self.heads is None else torch.zeros_like(self.keys(x))
+
+    def put_queries(self, x: Tensor, part: Tensor) -> None:
+        """Write back what `queries` gave."""
+        if self.heads is not None:
+            x[self.row, :, self.heads] = part[0]
+
+    def add_keys(self, x: Tensor, part: Tensor) -> None:
+        """Add what is in `room`; several of the heads may have read one key/value head."""
+        if self.heads is not None:
+            x[self.row].index_add_(1, torch.tensor(self.kv_heads, device=x.device), part[0])
+
+
+TOGETHER = 2
+"""Heads with queries of their own that are computed at once: the operators give each thread a head."""
+
+
+def _places(mask: Positions, q: Tensor, k: Tensor) -> Iterator[_Place]:
     begin, end = (x.cpu() for x in mask.bounds)
-    groups = q.shape[2] // k.shape[2]
     if begin.dim() == 1:
-        places = [(slice(None), slice(None), slice(None), begin, end)]
-    else:
-        places = [
-            (slice(b, b + 1), slice(h, h + 1), slice(h // groups, h // groups + 1), begin[b, h], end[b, h])
-            for b in range(begin.shape[0])
-            for h in range(begin.shape[1])
-        ]
-    for batch, heads, kv_heads, lows, highs in places:
-        cut = pieces(lows, highs, _query_tile(lows, highs), TILE)
-        moved = [replace(p, mask=p.mask.to(q.device)) if isinstance(p.mask, Tensor) else p for p in cut]
-        yield batch, heads, kv_heads, moved
+        yield _Place(_pieces(begin, end, q.device))
+        return
+    groups = q.shape[2] // k.shape[2]
+    for row in range(begin.shape[0]):
+        # Those with about equally many queries together: their tiles see about the same.
+        order = (end[row] > begin[row]).sum(dim=1).argsort().tolist()
+        for at in range(0, len(order), TOGETHER):
+            heads = order[at : at + TOGETHER]
+            lows, highs = begin[row, heads], end[row, heads]
+            blind = (highs <= lows).T.to(q.device)
+            yield _Place(_pieces(lows, highs, q.device), row, heads, tuple(head // groups for head in heads), blind)
+
+
+def _pieces(begin: Tensor, end: Tensor, device: torch.device) -> list[Piece]:
+    cut = pieces(begin, end, _query_tile(begin, end), TILE)
+    return [replace(p, mask=p.mask.to(device)) if isinstance(p.mask, Tensor) else p for p in cut]
 
 
 class Tiled(HeadwiseBackend):
@@ -214,7 +257,7 @@ class Tiled(HeadwiseBackend):
             visible = queries[:, None] >= torch.arange(begin, begin + k.shape[2], device=q.device)
         else:
             assert isinstance(mask, Tensor)
-            visible = mask[:, begin : begin + k.shape[2]]
+            visible = mask[..., begin : begin + k.shape[2]]
         return scores.masked_fill_(~visible, float("-inf"))
 
     def block_forward(
