@@ -244,13 +244,18 @@ def _masked(top: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile
         if not rows:
             continue
         first, last = rows[0], rows[-1] + 1
-        low, high = lows[..., first:last, None], highs[..., first:last, None]
-        keys = torch.arange(at, stop)
-        visible = (keys >= low) & (keys < high)
-        square = visible.shape[-2] == visible.shape[-1]
-        mask: Mask | Tensor = visible
-        if bool(visible.all()):
+        low, high = lows[..., first:last], highs[..., first:last]
+        mask: Mask | Tensor
+        if bool((low <= at).all()) and bool((high >= stop).all()):
             mask = FULL
-        elif square and bool((visible == torch.ones(visible.shape[-2:], dtype=torch.bool).tril()).all()):
+        elif last - first == stop - at and bool((low <= at).all()) and _counts_up(high - at):
             mask = CAUSAL
+        else:
+            keys = torch.arange(at, stop, dtype=lows.dtype)
+            mask = (keys >= low[..., None]) & (keys < high[..., None])
         yield Piece(top + first, top + last, at, stop, mask)
+
+
+def _counts_up(ends: Tensor) -> bool:
+    """Whether they are 1, 2, 3 ..."""
+    return bool((ends == torch.arange(1, ends.shape[-1] + 1, dtype=ends.dtype)).all())

@@ -191,7 +191,7 @@ class _Place:
     """`[Tq, G]` bool: the queries that see nothing, which may hold anything."""
 
     def _of(self, x: Tensor, heads: Sequence[int]) -> Tensor:
-        return x[self.row, :, heads].transpose(0, 1).contiguous().transpose(0, 1)[None]
+        return torch.stack([x[self.row, :, head] for head in heads]).transpose(0, 1)[None]
 
     def queries(self, x: Tensor, blind: float = 0.0) -> Tensor:
         """`[B, Tq, H, ...]` of these heads, `[1, Tq, G, ...]`, or x itself; `blind` where a query sees nothing."""

@@ -6,8 +6,7 @@ weighted values of a pair that no token reads do not exist. All keys and values 
 The query heads that read one key/value head are sorted together, by token: their queries differ, the keys that they
 see at a token do not. So the pairs of a key/value head are one list of queries with places in the sequence, as long as
 its heads are read together, and what `longctx.parallel.attention.routed_attention` takes, over ranks by any schedule.
-Queries and outputs are projected for all heads: a head's part of a row is a few numbers, and the row would have to be
-read once for each head that wants it, which takes longer than multiplying it.
+Queries and outputs are projected by `longctx.kernels.routed_linear`, for the same pairs.
 """
 
 from dataclasses import dataclass
