@@ -102,10 +102,8 @@ def main() -> None:
     medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     print(f"{options.tokens:,} tokens, {options.device}, {options.dtype}, median of {options.repeats}")
     for name, (shared, active) in VARIANTS.items():
-        ratio = medians["dense"] / medians[name]
-        print(
-            f"{name:26} {medians[name]:8.3f} s  {ratio:5.2f} times (at best {limit(options.tokens, shared + active):.2f})"
-        )
+        best = limit(options.tokens, shared + active)
+        print(f"{name:26} {medians[name]:8.3f} s  {medians['dense'] / medians[name]:5.2f} times (at best {best:.2f})")
 
 
 if __name__ == "__main__":
