@@ -24,7 +24,7 @@ both at once: then the states between chunks are made again a few chunks at a ti
 such blocks are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,25 @@ class _Additive(Walk):
         written = self.scaled("written", keys, decay.writes)
         state.mul_(decay.keeps).baddbmm_(written.transpose(1, 2), values)
 
+    def forward(
+        self, k: Tensor, v: Tensor, segments: Sequence[Segment], states: Tensor, ends: Tensor | None
+    ) -> Iterator[tuple[Heads, Chunk, Tensor, Tensor, Tensor, Decay]]:
+        """Each chunk in order, with the state before it, its keys, values and decays; what it writes follows behind it.
+
+        The states after the segments go to `ends`.
+        """
+        for number, segment in enumerate(segments):
+            parts = self.chunks(segment)
+            for heads in self.groups():
+                state = self.state(states[number], heads)
+                for chunk in parts:
+                    keys, values = self.load("k", k, heads, chunk), self.load("v", v, heads, chunk)
+                    decay = self.decays.of(self, heads, chunk)
+                    yield heads, chunk, state, keys, values, decay
+                    self.write(state, keys, values, decay)
+                if ends is not None:
+                    self.put_state(ends[number], heads, state)
+
 
 def segment_length(heads: int, length: int, device: torch.device) -> int:
     """One segment, as long as there are tokens: torch operators fill a CPU with a chunk of several heads."""
@@ -101,22 +120,12 @@ def apply(
     walk = _Additive(k, v, gates)
     out = walk.outputs(q, v)
     ends = walk.states(segments, walk.value_dim)
-    for number, segment in enumerate(segments):
-        parts = walk.chunks(segment)
-        for heads in walk.groups():
-            state = walk.state(states[number], heads)
-            for chunk in parts:
-                keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
-                decay = walk.decays.of(walk, heads, chunk)
-                for nth in range(walk.repeats(q)):
-                    queries = walk.load("q", q, heads, chunk, nth)
-                    scores = decay.pairs(queries, keys, walk.scratch("scores", heads.count, chunk.size, chunk.size))
-                    result = walk.product("o", scores, values)
-                    walk.store(
-                        out, heads, chunk, result.baddbmm_(walk.scaled("read", queries, decay.reads), state), nth
-                    )
-                walk.write(state, keys, values, decay)
-            walk.put_state(ends[number], heads, state)
+    for heads, chunk, state, keys, values, decay in walk.forward(k, v, segments, states, ends):
+        for nth in range(walk.repeats(q)):
+            queries = walk.load("q", q, heads, chunk, nth)
+            scores = decay.pairs(queries, keys, walk.scratch("scores", heads.count, chunk.size, chunk.size))
+            result = walk.product("o", scores, values)
+            walk.store(out, heads, chunk, result.baddbmm_(walk.scaled("read", queries, decay.reads), state), nth)
     return out, ends
 
 
@@ -146,20 +155,13 @@ def query_grad(
     """The part of pass 2 backward that needs no gradient of a state: dq."""
     walk = _Additive(k, v, gates)
     dq = walk.gradient(q)
-    for number, segment in enumerate(segments):
-        parts = walk.chunks(segment)
-        for heads in walk.groups():
-            state = walk.state(states[number], heads)
-            for chunk in parts:
-                keys, values = walk.load("k", k, heads, chunk), walk.load("v", v, heads, chunk)
-                decay = walk.decays.of(walk, heads, chunk)
-                for nth in range(walk.repeats(q)):
-                    queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
-                    result = walk.product("dq", grads, state.transpose(1, 2)).mul_(decay.reads)
-                    dscores = walk.product("dscores", grads, values.transpose(1, 2))
-                    decay.pairs_grad(dscores, queries, keys, result, None)
-                    walk.store(dq, heads, chunk, result, nth)
-                walk.write(state, keys, values, decay)
+    for heads, chunk, state, keys, values, decay in walk.forward(k, v, segments, states, None):
+        for nth in range(walk.repeats(q)):
+            queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
+            result = walk.product("dq", grads, state.transpose(1, 2)).mul_(decay.reads)
+            dscores = walk.product("dscores", grads, values.transpose(1, 2))
+            decay.pairs_grad(dscores, queries, keys, result, None)
+            walk.store(dq, heads, chunk, result, nth)
     return dq.to(q.dtype)
 
 

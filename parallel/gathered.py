@@ -5,7 +5,7 @@ memory and not all heads. Backward gathers again, which is cheaper than keeping 
 back to where the keys live. With grouped heads the payload is small: `B * T_local * H_kv * (K + V)` numbers a rank.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 
 import torch
@@ -27,8 +27,9 @@ class Gathered:
     def __init__(self, holders: Holders, index: int, group: ProcessGroup | None, device: torch.device) -> None:
         """`group` in the order of holders; None where there is one."""
         self.holders, self.group = holders, group
-        block = holders.block(holders.tokens(index), torch.arange(holders.layout.length), device)
-        self._block: Callable[[slice], Block | None] = lambda heads: block
+        self._block = holders.block(holders.tokens(index), torch.arange(holders.layout.length), device)
+        self._routed: dict[int, Block | None] = {}
+        """The same where each head has queries of its own, by the first head of a slice."""
         # Where each piece of the sequence lies among the gathered rows.
         self._places = sorted(
             (number, holder, place)
@@ -39,7 +40,9 @@ class Gathered:
     def routed(self, places: Tensor) -> "Gathered":
         """The same for queries of each head of its own, at places `[B, H, Tq]` of the sequence."""
         keys, other = torch.arange(self.holders.layout.length), copy(self)
-        other._block = lambda heads: self.holders.routed(places[:, heads], keys)
+        slices = self._slices(places.shape[1])
+        # Once for the forward and the backward pass.
+        other._routed = {heads.start: self.holders.routed(places[:, heads], keys) for heads in slices}
         return other
 
     def _in_order(self, x: Tensor) -> Tensor:
@@ -55,9 +58,8 @@ class Gathered:
         pieces = [torch.cat([x[:, n * step : (n + 1) * step] for n in each], dim=1) for each in self.holders.numbers]
         return torch.stack(pieces)
 
-    def _slices(self, k: Tensor) -> list[slice]:
+    def _slices(self, heads: int) -> list[slice]:
         """The key/value heads that are gathered together: all of them, where nothing travels."""
-        heads = k.shape[2]
         if self.group is None:
             return [slice(0, heads)]
         size = -(-heads // min(HEAD_SLICES, heads))
@@ -69,7 +71,7 @@ class Gathered:
 
     def _gathered(self, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Each slice of key/value heads, with the keys and values of all tokens."""
-        slices = self._slices(k)
+        slices = self._slices(k.shape[2])
         coming = [self._gather(k, v, slices[0])]
         for number, heads in enumerate(slices):
             arrived = coming.pop()
@@ -87,7 +89,7 @@ class Gathered:
         share = q.shape[2] // k.shape[2]
         for heads, keys, values in self._gathered(k, v):
             readers = slice(heads.start * share, heads.stop * share)
-            block = self._block(readers)
+            block = self._routed.get(heads.start, self._block)
             if block is None:
                 continue
             at = block.queries
@@ -106,7 +108,7 @@ class Gathered:
         for heads, keys, values in self._gathered(k, v):
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
             readers = slice(heads.start * share, heads.stop * share)
-            block = self._block(readers)
+            block = self._routed.get(heads.start, self._block)
             if block is not None:
                 at = block.queries
                 dq[:, at, readers], dkeys, dvalues = attention.backward(

@@ -1,1 +1,0 @@
-../../longctx/__init__.py

@@ -1,1 +1,0 @@
-../../longctx/__main__.py

@@ -1,1 +1,0 @@
-../../longctx/config.py

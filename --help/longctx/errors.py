@@ -1,1 +1,0 @@
-../../longctx/errors.py
