@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 
 from longctx.errors import UserError
 from longctx.train.metrics import EvaluationMetrics, MetricsWriter, PositionLoss, RunInfo, StepMetrics
-from longctx.train.plots import FEW_TOKENS, draw, loss_figure, position_figure, smooth
+from longctx.train.plot_style import smooth
+from longctx.train.plots import FEW_TOKENS, draw, loss_figure, position_figure
 
 RUN = RunInfo(1000, 1, {}, "a processor", "fp32", 6e3, 1e9, {}, unigram_loss=3.0)
 
