@@ -108,6 +108,47 @@ def _verify(
     raise typer.Exit(run(recipe, overrides or (), shrunk=shrink, ranks=ranks, timeout=timeout))
 
 
+@app.command("generate")
+def _generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/quickstart.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as data.path=DIR or train.device=cpu.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the text begins with.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, from a file.")] = None,
+    tokens: Annotated[str, typer.Option(metavar="N", help="The most tokens to generate.")] = "256",
+    temperature: Annotated[float, typer.Option(metavar="X", help="0: the most probable token each time.")] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", show_default="all", help="Draw from the N most probable tokens.")
+    ] = None,
+    top_p: Annotated[float, typer.Option(metavar="X", help="Draw from the most probable tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="PATH", show_default="the newest of the run", help="A checkpoint.")
+    ] = None,
+) -> None:
+    """Let a trained model go on from a prompt.
+
+    In one process, on a GPU where there is one. Text comes as it is generated, up to the model's end of the document.
+    """
+    from longctx.generate import Sampling
+    from longctx.launch.generate import run as generate
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    count = _at_least(1, "--tokens", tokens)
+    raise typer.Exit(
+        generate(
+            run,
+            overrides or (),
+            prompt=prompt,
+            prompt_file=prompt_file,
+            count=count,
+            sampling=sampling,
+            checkpoint=checkpoint,
+        )
+    )
+
+
 @data_app.command("prepare")
 def _data_prepare(
     inputs: Annotated[

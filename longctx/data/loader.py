@@ -26,6 +26,7 @@ import torch
 
 from longctx.data.config import DataConfig
 from longctx.data.corpus import Corpus, Index
+from longctx.data.manifest import Manifest
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
 
@@ -104,9 +105,7 @@ class SequenceStream:
     @property
     def fingerprint(self) -> str:
         """SHA-256, hexadecimal, of all that decides what sequence i holds."""
-        order = "stored" if self._order is None else "seed {} window {}".format(*self._order)
-        text = f"{self.corpus.fingerprint} sequences of {self.sequence_length}, order {order}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _stream_fingerprint(self.corpus.fingerprint, self.sequence_length, self._order)
 
     def __getitem__(self, index: int) -> Sequence:
         """Sequence number `index`, which may be any from 0 on.
@@ -189,6 +188,17 @@ class _First(collections.abc.Sequence[Sequence]):
     def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
         numbers = range(self._count)[index]
         return self._stream[numbers] if isinstance(numbers, int) else [self._stream[number] for number in numbers]
+
+
+def _stream_fingerprint(corpus: str, sequence_length: int, order: tuple[int, int] | None) -> str:
+    stored = "stored" if order is None else "seed {} window {}".format(*order)
+    return hashlib.sha256(f"{corpus} sequences of {sequence_length}, order {stored}".encode()).hexdigest()
+
+
+def train_fingerprint(manifest: Manifest, config: DataConfig, *, seed: int) -> str:
+    """`train_stream(config, seed=seed).fingerprint`, for the corpus of `manifest`, of which no shard is opened."""
+    order = None if config.shuffle_window == "none" else (seed, config.shuffle_window)
+    return _stream_fingerprint(manifest.fingerprint("train"), config.sequence_length, order)
 
 
 def train_stream(config: DataConfig, *, seed: int) -> SequenceStream:

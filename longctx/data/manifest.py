@@ -77,6 +77,10 @@ class Options(Config):
     heldout: float
 
 
+def _again(directory: Path) -> str:
+    return f"prepare it (again) with `longctx data prepare INPUT… --out {directory}`"
+
+
 class Manifest(Config):
     """What `longctx data prepare` wrote."""
 
@@ -105,7 +109,28 @@ class Manifest(Config):
         Raises UserError naming what is missing or cut short, and what to do.
         """
         directory = Path(directory)
-        again = f"prepare it (again) with `longctx data prepare INPUT… --out {directory}`"
+        manifest = cls.read(directory)
+        again = _again(directory)
+        for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+            file = directory / shard.file
+            try:
+                size = file.stat().st_size
+            except OSError as error:
+                raise UserError(f"shard {file}: {error.strerror}; copy it back, or {again}") from None
+            if size != shard.bytes:
+                raise UserError(
+                    f"shard {file}: has {size} bytes where the manifest says {shard.bytes}; copy it again, or {again}"
+                )
+        return manifest
+
+    @classmethod
+    def read(cls, directory: Path | str) -> "Manifest":
+        """Read `directory`'s manifest alone: enough for the tokenizer, whether or not the shards are there.
+
+        Raises UserError where there is none or it is damaged.
+        """
+        directory = Path(directory)
+        again = _again(directory)
         if not directory.is_dir():
             raise UserError(f"data directory {directory} does not exist; {again}")
         path = directory / MANIFEST_FILE
@@ -124,21 +149,10 @@ class Manifest(Config):
                 f"{path}: format version {content.get('version')!r}, where this longctx reads {VERSION}; {again}"
             )
         try:
-            manifest = cls.model_validate_json(json.dumps(content))
+            return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{path}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; {again}") from None
-        for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-            file = directory / shard.file
-            try:
-                size = file.stat().st_size
-            except OSError as error:
-                raise UserError(f"shard {file}: {error.strerror}; copy it back, or {again}") from None
-            if size != shard.bytes:
-                raise UserError(
-                    f"shard {file}: has {size} bytes where the manifest says {shard.bytes}; copy it again, or {again}"
-                )
-        return manifest
 
     def open_tokenizer(self, directory: Path | str) -> ByteTokenizer | HuggingFaceTokenizer:
         """The tokenizer that made the corpus in `directory`.

@@ -8,6 +8,7 @@ from longctx.mixers.lightnet import LightNetConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2Config
+from longctx.mixers.memory import Memory
 from longctx.mixers.retention import RetentionConfig
 from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -29,4 +30,4 @@ _CONFIGS: tuple[type[MixerConfig], ...] = (
 
 MIXERS: dict[str, type[MixerConfig]] = {config.letter: config for config in _CONFIGS}
 
-__all__ = ["MIXERS", "Mixer", "MixerConfig"]
+__all__ = ["MIXERS", "Memory", "Mixer", "MixerConfig"]

@@ -1,7 +1,8 @@
 """What a token mixer is to a model.
 
 A mixer maps `[B, T_local, D]` to `[B, T_local, D]` and lets tokens see earlier ones of the same document, wherever
-they lie: the layout says where. Its configuration names it and builds it.
+they lie: the layout says where, or they have been seen before and are remembered. Its configuration names it and builds
+it.
 """
 
 from abc import ABC, abstractmethod
@@ -12,15 +13,35 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
+from longctx.mixers.memory import Memory
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 
 
 class Mixer(nn.Module, ABC):
     """A token mixer."""
 
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+        """Shapes: x and the result `[B, T_local, D]`.
+
+        With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
+        1, and `layout` is `Layout((0, n), continued=memory.tokens)`; after it they are remembered too. The outputs are
+        those that the whole document would have at these tokens. Raises ValueError where layout and memory do not fit,
+        and with gradients enabled, which do not reach what is remembered.
+        """
+        if memory is None:
+            return self.mix(x, layout, None)
+        memory.check(layout)
+        out = self.mix(x, layout, memory)
+        memory.tokens += layout.length
+        return out
+
     @abstractmethod
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Shapes: x and the result `[B, T_local, D]`."""
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+        """The layer's own part of `forward`: what fits has been looked at."""
+
+    def empty_memory(self) -> Memory:
+        """What the layer remembers before the first token of a document, for a batch of any size."""
+        return Memory()
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """What was chosen to reach other ranks' tokens and why, in a line; None where there is nothing to choose."""

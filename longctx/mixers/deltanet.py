@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from longctx.config import Integer
 from longctx.kernels.library import DELTA
+from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, StepDecay, unit
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import begin_state_scan, state_scan
+from longctx.parallel.scan import begin_state_scan
 
 
 class _DeltaConfig(HeadsConfig):
@@ -88,16 +89,18 @@ class _Delta(LinearMixer):
         super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
         self.beta = Linear(dim, config.heads)
 
-    def mixed(self, x: Tensor, layout: Layout, *decay: Tensor, gate: nn.Module | None = None) -> Tensor:
+    def mixed(
+        self, x: Tensor, layout: Layout, memory: Memory | None, *decay: Tensor, gate: nn.Module | None = None
+    ) -> Tensor:
         """`[B, T_local, D]` to the same, with the logarithms of the decays and with an output gate if there are any."""
-        q, k, v = self.project(x, layout)
+        q, k, v = self.project(x, layout, memory)
         if self.conv is None:
             q, k, v = (nn.functional.silu(y) for y in (q, k, v))
         k, gates = unit(k), (self.limit * self.beta(x).sigmoid(), *decay)
         begun = begin_state_scan(DELTA, k, v, gates, layout)
         q = unit(q) * self.head_dim**-0.5  # while the states travel
         opened = None if gate is None else gate(x)
-        out, _ = state_scan(DELTA, q, k, v, gates, layout, begun=begun)
+        out = scan(DELTA, q, k, v, gates, layout, memory, begun)
         return self.out(self.norm(out, opened).flatten(2))
 
 
@@ -108,9 +111,9 @@ class DeltaNet(_Delta):
         super().__init__(config, dim, depth, config.key_dim(dim))
         self.norm = HeadNorm(self.head_dim, eps)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """`[B, T_local, D]` to the same."""
-        return self.mixed(x, layout)
+        return self.mixed(x, layout, memory)
 
 
 class GatedDeltaNet(_Delta):
@@ -123,10 +126,10 @@ class GatedDeltaNet(_Delta):
         self.gate = Linear(dim, config.heads * value_dim)
         self.norm = HeadNorm(value_dim, eps, "silu")
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x))
-        return self.mixed(x, layout, log_decay, gate=self.gate)
+        return self.mixed(x, layout, memory, log_decay, gate=self.gate)
 
 
 class Kda(_Delta):
@@ -140,7 +143,7 @@ class Kda(_Delta):
         self.gate = LowRank(dim, value_dim, config.heads * value_dim, bias=True)
         self.norm = HeadNorm(value_dim, eps, "sigmoid")
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x).unflatten(-1, (self.heads, self.head_dim)))
-        return self.mixed(x, layout, log_decay, gate=self.gate)
+        return self.mixed(x, layout, memory, log_decay, gate=self.gate)

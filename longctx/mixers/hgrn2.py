@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadsConfig, LinearMixer
 from longctx.model.layers import RMSNorm, SelfInitialised
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
 
 
 class Hgrn2Config(HeadsConfig):
@@ -77,12 +77,12 @@ class Hgrn2(LinearMixer):
         self.bound = LowerBound(width, layer, depth) if layer > 0 else None
         self.norm = RMSNorm(value_width, eps)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, f, v = self.project(x, layout)
+        q, f, v = self.project(x, layout, memory)
         log_decay = F.logsigmoid(f.to(accumulation_dtype(f.dtype)))
         if self.bound is not None:
             log_decay = self.bound(log_decay.flatten(2)).view(f.shape)
         k = -torch.expm1(log_decay)
-        out, _ = state_scan(ADDITIVE, F.silu(q), k.to(q.dtype), v, (log_decay,), layout)
+        out = scan(ADDITIVE, F.silu(q), k.to(q.dtype), v, (log_decay,), layout, memory)
         return self.out(self.norm(out.flatten(2)))

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank
 from longctx.parallel.layout import Layout
 from longctx.parallel.prefix import log_cumsum_exp
-from longctx.parallel.scan import begin_state_scan, state_scan
+from longctx.parallel.scan import begin_state_scan
 
 
 class LightNetConfig(HeadsConfig):
@@ -51,15 +52,19 @@ class LightNet(LinearMixer):
         self.gate = LowRank(dim, config.gate_rank, value_width)
         self.norm = HeadNorm(value_width, eps, "silu")
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, k, v = self.project(x, layout)
+        q, k, v = self.project(x, layout, memory)
         logits = k.to(accumulation_dtype(k.dtype)).flatten(2)
         z, before = log_cumsum_exp(logits, layout)
+        if memory is not None:
+            if memory.log_sum is not None:
+                z, before = torch.logaddexp(z, memory.log_sum), torch.logaddexp(before, memory.log_sum)
+            memory.log_sum = z[:, -1:].clone()
         # Where a document begins there is nothing before, and the recurrence drops the state by itself.
         log_decay = torch.where(before == float("-inf"), 0.0, before - z).clamp(max=0.0)
         keys, gates = torch.exp(logits - z).view(k.shape).to(k.dtype), (log_decay.view(k.shape),)
         begun = begin_state_scan(ADDITIVE, keys, v, gates, layout)
         q, gate = F.silu(q) * self.head_dim**-0.5, self.gate(x)  # while the states travel
-        out, _ = state_scan(ADDITIVE, q, keys, v, gates, layout, begun=begun)
+        out = scan(ADDITIVE, q, keys, v, gates, layout, memory, begun)
         return self.out(self.norm(out.flatten(2), gate))

@@ -21,9 +21,10 @@ from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.memory import Memory, scan
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import begin_state_scan, state_scan
+from longctx.parallel.scan import begin_state_scan
 
 
 class LightningConfig(MixerConfig):
@@ -84,7 +85,7 @@ class Lightning(Mixer):
             decays = torch.tensor(log_decays(self.heads, self.layer, self.depth), dtype=torch.float64, device="cpu")
             self.log_decay.copy_(decays)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         batch, length, _ = x.shape
         width = self.heads * self.head_dim
@@ -95,7 +96,7 @@ class Lightning(Mixer):
         # While the states travel.
         q = F.silu(F.linear(x, for_q)).view(k.shape)
         u = F.linear(x, for_u)
-        out, _ = state_scan(ADDITIVE, q, k, v, gates, layout, begun=begun)
+        out = scan(ADDITIVE, q, k, v, gates, layout, memory, begun)
         return self.out(rms_norm(out.flatten(2), u, self.eps))
 
     def flops(self, layout: Layout) -> int:

@@ -16,10 +16,10 @@ from longctx.kernels.linear import divided, with_ones
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer
 from longctx.mixers.features import feature_map
+from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig
 from longctx.model.layers import Linear
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
 
 
 class LinearConfig(HeadsConfig):
@@ -68,7 +68,7 @@ class BasicLinear(Mixer):
         self.norm = None if config.normalize else HeadNorm(self.head_dim, eps)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -76,10 +76,10 @@ class BasicLinear(Mixer):
         if self.norm is None:
             # In float32: a sum of weights is larger than float16 holds, and its rounding that of every channel.
             wide = accumulation_dtype(v.dtype)
-            out, _ = state_scan(ADDITIVE, q.to(wide), k.to(wide), with_ones(v.to(wide)), (), layout)
+            out = scan(ADDITIVE, q.to(wide), k.to(wide), with_ones(v.to(wide)), (), layout, memory)
             o = divided(out).to(v.dtype)
         else:
-            out, _ = state_scan(ADDITIVE, q, k, v, (), layout)
+            out = scan(ADDITIVE, q, k, v, (), layout, memory)
             o = self.norm(out)
         return self.out(o.flatten(2))
 

@@ -19,10 +19,11 @@ from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig
+from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import ShortConvolution, StepDecay
 from longctx.model.layers import Linear, RMSNorm
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import begin_state_scan, state_scan
+from longctx.parallel.scan import begin_state_scan
 
 
 class Mamba2Config(MixerConfig):
@@ -101,17 +102,17 @@ class Mamba2(Mixer):
         self.norm = GroupedNorm(self.width, self.groups, eps)
         self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         keys = self.groups * self.state_dim
         z, u, dt = self.inner(x).split([self.width, self.width + 2 * keys, self.heads], dim=-1)
-        v, k, q = self.conv(u, layout).split([self.width, keys, keys], dim=-1)
+        v, k, q = self.conv(u, layout, memory).split([self.width, keys, keys], dim=-1)
         v, k, q = (y.unflatten(-1, (heads, -1)) for y, heads in ((v, self.heads), (k, self.groups), (q, self.groups)))
         log_decay, step = self.decay(dt)
         written = (v * step[..., None]).to(v.dtype)
         begun = begin_state_scan(ADDITIVE, k, written, (log_decay,), layout)
         skipped, gate = self.skip(v), F.silu(z)  # while the states travel
-        out, _ = state_scan(ADDITIVE, q, k, written, (log_decay,), layout, begun=begun)
+        out = scan(ADDITIVE, q, k, written, (log_decay,), layout, memory, begun)
         return self.out(self.norm((out + skipped).flatten(2) * gate))
 
     def flops(self, layout: Layout) -> int:

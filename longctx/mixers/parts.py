@@ -11,8 +11,8 @@ from longctx.config import Integer
 from longctx.kernels.pointwise import rms_norm
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.memory import Memory, convolve
 from longctx.model.layers import Linear, SelfInitialised
-from longctx.parallel.convolution import short_convolution
 from longctx.parallel.layout import Layout
 
 
@@ -47,9 +47,9 @@ class ShortConvolution(SelfInitialised):
         bound = self.weight.shape[1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """`[B, T_local, D]` to the same."""
-        return short_convolution(x, self.weight, self.bias, layout, activation=self.activation)
+        return convolve(x, self.weight, self.bias, layout, self.activation, memory)
 
     @property
     def flops_per_token(self) -> int:
@@ -166,11 +166,11 @@ class LinearMixer(Mixer):
         self.conv = ShortConvolution(sum(widths), conv, activation=activation) if conv else None
         self.out = Linear(widths[2], dim, scale=(2 * depth) ** -0.5)
 
-    def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v by heads, `[B, T_local, H, K]` and `[B, T_local, H, V]`, after the convolution if there is one."""
         qkv = self.qkv(x)
         if self.conv is not None:
-            qkv = self.conv(qkv, layout)
+            qkv = self.conv(qkv, layout, memory)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.widths, dim=-1))
         return q, k, v
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
+from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer
 from longctx.model.layers import Linear
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import begin_state_scan, state_scan
+from longctx.parallel.scan import begin_state_scan
 
 
 class RetentionConfig(HeadsConfig):
@@ -70,12 +71,12 @@ class Retention(LinearMixer):
         with torch.no_grad():
             self.log_decay.copy_(torch.tensor(log_decays(self.heads), dtype=torch.float64, device="cpu"))
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, k, v = self.project(x, layout)
+        q, k, v = self.project(x, layout, memory)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         k = rotate(k, table) * self.head_dim**-0.5
         begun = begin_state_scan(ADDITIVE, k, v, (self.log_decay,), layout)
         q, gate = rotate(q, table), self.gate(x)  # while the states travel
-        out, _ = state_scan(ADDITIVE, q, k, v, (self.log_decay,), layout, begun=begun)
+        out = scan(ADDITIVE, q, k, v, (self.log_decay,), layout, memory, begun)
         return self.out(self.norm(out, gate).flatten(2))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.memory import Memory, attend
 from longctx.model.layers import Linear
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.attention import choose, softmax_attention
@@ -71,13 +72,16 @@ class Softmax(Mixer):
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         q, k = rotate(q, table), rotate(k, table)
-        out = softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
+        if memory is None:
+            out = softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
+        else:
+            out = attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
         return self.out(out.flatten(2))
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:

@@ -4,9 +4,11 @@
     h  <- h + mixer(norm(h)),  h <- h + ffn(norm(h))
     logits = norm(h) H^T           (H = E where tied)
 
-Nothing of size tokens x vocabulary exists in training: `forward` with labels returns losses (longctx.kernels.loss).
+Nothing of size tokens x vocabulary exists in training: `forward` with labels returns losses (longctx.kernels.loss);
+nor in generation: `next_logits` gives those of the last token alone.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longctx.kernels.loss import linear_cross_entropy
+from longctx.mixers import Memory
 from longctx.model.config import ModelConfig
 from longctx.model.layers import Linear, Output, RMSNorm
 from longctx.moe.report import Report
@@ -53,14 +56,17 @@ class Block(nn.Module):
         self.recompute = False
         """Keep the block's input alone, and compute the block again in the backward pass."""
 
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Report]]:
-        """`[B, T_local, D]` to the same, and what the routers in it say, by the names of their layers."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, layout, use_reentrant=False, preserve_rng_state=False)
-        return self._compute(x, layout)
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> tuple[Tensor, dict[str, Report]]:
+        """`[B, T_local, D]` to the same, and what the routers in it say, by the names of their layers.
 
-    def _compute(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Report]]:
-        mixed = Output.of(self.mixer(self.mixer_norm(x), layout))
+        With a memory as in `longctx.mixers.Mixer.forward`.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, layout, memory, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x, layout, memory)
+
+    def _compute(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, dict[str, Report]]:
+        mixed = Output.of(self.mixer(self.mixer_norm(x), layout, memory))
         x = x + mixed.out
         fed = Output.of(self.ffn(self.ffn_norm(x), layout))
         said = {"mixer": mixed.report, "ffn": fed.report}
@@ -107,6 +113,27 @@ class Decoder(nn.Module):
             return F.linear(x, self.head_weight)
         total, nll = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), loss_tile, scale)
         return Losses(total, nll.view(labels.shape), reports)
+
+    def empty_memory(self) -> list[Memory]:
+        """What each layer remembers before the first token, for a batch of any size: `next_logits` goes on from it."""
+        return [block.mixer.empty_memory() for block in self.blocks if isinstance(block, Block)]
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, memory: Sequence[Memory]) -> Tensor:
+        """Logits `[B, N]` of what follows `tokens [B, n]`, int64, n at least 1, which follow those in `memory`.
+
+        After it, these are in `memory` too; a document may come in pieces of any lengths, down to token by token. On
+        one rank. Raises ValueError where the memory is of another model or batch.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens has shape {list(tokens.shape)}: expected [batch, tokens], at least one token")
+        if len(memory) != len(self.blocks):
+            raise ValueError(f"memory is of {len(memory)} layers, and the decoder has {len(self.blocks)}")
+        layout = Layout((0, tokens.shape[1]), continued=memory[0].tokens)
+        x = self.embedding(tokens)
+        for block, remembered in zip(self.blocks, memory, strict=True):
+            x, _ = block(x, layout, remembered)
+        return F.linear(self.norm(x[:, -1]), self.head_weight)
 
     def flops(self, layout: Layout) -> int:
         """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""

@@ -1,6 +1,7 @@
 """Mixture of experts in the place of a feed-forward: a router in float32, SwiGLU experts, perhaps shared ones."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -55,8 +56,8 @@ class MoeConfig(FeedForwardConfig):
     jitter: float = Field(default=0.0, ge=0, lt=1)
     """In training, the router's input is multiplied with numbers of chance between `1 - jitter` and `1 + jitter`."""
     capacity: float | None = Field(default=None, gt=0)
-    """Choices that an expert takes of a sequence at most, as a multiple of the mean; what comes later in the sequence
-    is dropped. Nothing is dropped where absent."""
+    """Choices that an expert takes of a sequence at most in training, as a multiple of the mean; what comes later in
+    the sequence is dropped. Nothing is dropped where absent."""
 
     def problems(self) -> list[str]:
         found = []
@@ -194,7 +195,8 @@ class MixtureOfExperts(FeedForward):
             seen = x * around_one(layout, self.jitter, x.shape, self.layer, x.device).to(x.dtype)
         logits = self.router(seen)
         p = scores(logits, self.rule.score)
-        routing = choose_experts(logits, p, self.rule, layout, bias=self.bias)
+        rule = self.rule if self.training else replace(self.rule, capacity=None)
+        routing = choose_experts(logits, p, rule, layout, bias=self.bias)
         out = mixture_of_experts(x, routing, self.experts.count, self.experts, self.experts.axis)
         if self.shared is not None:
             out = out + self.shared(x, layout)

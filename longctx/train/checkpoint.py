@@ -11,6 +11,7 @@ the next save removes.
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -172,8 +173,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def read_state(path: Path) -> TrainerState:
-    """What a checkpoint says beside its tensors.
+def read_state(path: Path, option: str = "--resume") -> TrainerState:
+    """What a checkpoint says beside its tensors; `option` names a checkpoint on the command line.
 
     Raises UserError where it is no checkpoint or a file of it is missing or cut short.
     """
@@ -182,39 +183,46 @@ def read_state(path: Path) -> TrainerState:
         state, files = TrainerState(**content["state"]), content["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no checkpoint, or a damaged one: {_TRAINER} cannot be read ({error}). {_others(path)}"
+            f"{path} is no checkpoint, or a damaged one: {_TRAINER} cannot be read ({error}). {_others(path, option)}"
         ) from error
     for name, size in files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             told = "is missing" if found is None else f"has {found} bytes"
             raise UserError(
-                f"checkpoint {path} is damaged: {name} {told}, and was written with {size}. {_others(path)}"
+                f"checkpoint {path} is damaged: {name} {told}, and was written with {size}. {_others(path, option)}"
             )
     return state
 
 
-def _others(path: Path) -> str:
+def _others(path: Path, option: str) -> str:
     """What to do where the checkpoint `path` cannot be used."""
     folders = (path.parent, path, path / "checkpoints")  # the last two: where a run's own directory was given
     others = [str(other) for folder in folders for other in list_checkpoints(folder) if other != path]
     if others:
-        return f"Give another one with --resume PATH (there: {', '.join(others)})"
+        return f"Give another one with {option} PATH (there: {', '.join(others)})"
     return "There is no other one beside it: begin anew in another directory (--out)"
 
 
-def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
+def load_tensors(path: Path, tensors: dict[str, Any], option: str = "--resume") -> None:
     """Read a checkpoint into `tensors`, in place, whatever the number of ranks that wrote it.
 
-    Raises UserError where it cannot be read.
+    On every rank together, or in one process without a process group. Raises UserError where it cannot be read.
     """
+    alone = not dist.is_initialized()
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+        with warnings.catch_warnings():
+            if alone:
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=alone)
     except CheckpointException as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_causes(error)}. {_others(path)}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {_causes(error)}. {_others(path, option)}") from error
 
 
-def check_same_model(path: Path, state: TrainerState, model: dict[str, Any]) -> None:
+_ANOTHER_RUN = "Train this one into another directory (--out), or begin anew (--resume never --out …)"
+
+
+def check_same_model(path: Path, state: TrainerState, model: dict[str, Any], advice: str = _ANOTHER_RUN) -> None:
     """Raise UserError, naming every difference, where the checkpoint is of another model than `model`."""
     differences = [
         f"{key}: {state.model.get(key)!r} there, {model.get(key)!r} here"
@@ -222,7 +230,4 @@ def check_same_model(path: Path, state: TrainerState, model: dict[str, Any]) -> 
         if state.model.get(key) != model.get(key)
     ]
     if differences:
-        raise UserError(
-            f"checkpoint {path} is of another model: {'; '.join(differences)}. "
-            "Train this one into another directory (--out), or begin anew (--resume never --out …)"
-        )
+        raise UserError(f"checkpoint {path} is of another model: {'; '.join(differences)}. {advice}")

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.mixers import MIXERS
 from longctx.parallel.layout import Layout
@@ -85,6 +86,98 @@ def test_a_second_derivative_is_refused(letter):
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.square().sum().backward()
+
+
+# Going on from what is remembered
+
+
+def in_pieces(mixer, x, pieces):
+    """The outputs for `x [B, T, D]` that comes in pieces, and what is remembered in the end."""
+    memory = mixer.empty_memory()
+    with torch.no_grad():
+        parts = ((part, Layout((0, part.shape[1]), continued=memory.tokens)) for part in x.split(pieces, dim=1))
+        outs = [mixer(part, layout, memory) for part, layout in parts]
+    return torch.cat(outs, dim=1), memory
+
+
+PIECES = [(7, 1, 1, 5, 1, 13), (1, 1, 2, 9, 1, 14), (2, 26), (1,) * 28, (28,)]
+
+
+@each_mixer
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+def test_a_document_in_pieces_is_as_it_would_be_whole(letter, pieces):
+    mixer, (x, _) = built(letter), draw(28)
+    want = mixer(x, Layout((0, 28))).detach()
+    got, memory = in_pieces(mixer, x, pieces)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    assert memory.tokens == 28
+
+
+@each_mixer
+def test_in_pieces_bfloat16_stays_near_float64(letter):
+    got, _ = in_pieces(built(letter, torch.bfloat16), draw(48, torch.bfloat16)[0], (9, 1, 1, 30, *[1] * 7))
+    want = built(letter)(draw(48, torch.bfloat16)[0].double(), Layout((0, 48)))
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - want).norm() < 2e-2 * want.norm()
+
+
+@each_mixer
+def test_in_pieces_under_autocast_only_projections_are_rounded(letter):
+    (x, _), mixer = draw(48, torch.float32), built(letter, torch.float32)
+    want = built(letter)(x.double(), Layout((0, 48)))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = in_pieces(mixer, x, (9, 1, 1, 30, *[1] * 7))
+    assert (got.double() - want).norm() < 3e-2 * want.norm()
+
+
+def work_of_a_token(mixer, tokens):
+    """FLOPs, as torch counts them, of a token that comes after so many, and the bytes that are remembered then."""
+    _, memory = in_pieces(mixer, draw(tokens)[0], [*[5] * (tokens // 5)])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        mixer(draw(1)[0], Layout((0, 1), continued=tokens), memory)
+    return counter.get_total_flops(), memory.nbytes
+
+
+@each_mixer
+def test_neither_work_nor_memory_of_a_token_grows_with_those_before_where_mathematics_does_not_make_it(letter):
+    config = config_of(letter)
+    if letter == "S":
+        config = config.model_copy(update={"window": 9})
+    mixer = config.build(DIM, 1, 4, 1e-5).double()
+    (early, small), (late, large) = work_of_a_token(mixer, 10), work_of_a_token(mixer, 200)
+    assert 0 < early == late
+    if letter == "S":
+        # Room for 8 keys and the 5 of a piece, and half as much again: B 2 x 2 heads of 4 + 4 channels, float64.
+        assert large <= 1.5 * (8 + 5) * 2 * 2 * 8 * 8
+    else:
+        assert 0 < small == large
+
+
+def test_what_softmax_attention_remembers_is_keys_and_values_of_all_tokens_and_half_as_much_room():
+    _, memory = in_pieces(built("S"), draw(90)[0], (60, *[1] * 30))
+    of_a_token = 2 * 2 * (4 + 4) * 8  # B 2 x 2 key/value heads of 4 channels and 4, float64
+    assert 90 * of_a_token <= memory.nbytes <= 1.5 * 90 * of_a_token
+
+
+@each_mixer
+def test_what_does_not_fit_what_is_remembered_is_refused_and_changes_nothing(letter):
+    mixer, (x, _) = built(letter), draw(10)
+    want, _ = in_pieces(mixer, x, (4, 6))
+    got, memory = in_pieces(mixer, x[:, :4], (4,))
+    with torch.no_grad():
+        for layout, words in (
+            (Layout((0, 6)), r"continues 0 tokens, and the layer remembers 4; give Layout\(\(0, n\), continued=4\)"),
+            (Layout((0, 6), continued=5), "continues 5 tokens"),
+            (Layout((0, 2, 6), continued=4), "2 documents on 1 ranks"),
+            (Layout((0, 12), size=2, continued=4), "1 documents on 2 ranks"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                mixer(x[:, 4:], layout, memory)
+    with pytest.raises(ValueError, match=r"under torch\.no_grad"):
+        mixer(x[:, 4:], Layout((0, 6), continued=4), memory)
+    with torch.no_grad():
+        rest = mixer(x[:, 4:], Layout((0, 6), continued=4), memory)
+    assert torch.equal(torch.cat([got, rest], dim=1), want)
 
 
 @each_mixer

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels.reference import causal_document_mask
@@ -135,10 +136,61 @@ def test_flops_are_those_of_every_product_that_is_needed(tied, monkeypatch):
     model = decoder(hybrid(depth=4, tie_embeddings=tied))
     x, layout = tokens(30), Layout(BOUNDS)
     monkeypatch.setattr(lightning, "begin_state_scan", lambda *args: None)
-    monkeypatch.setattr(lightning, "state_scan", lambda recurrence, q, k, v, gates, layout, begun: (v, None))
+    monkeypatch.setattr(lightning, "scan", lambda recurrence, q, k, v, gates, layout, memory, begun: v)
     monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, window: q)
     with FlopCounterMode(display=False) as counter:
         model(x, layout)
     states = 2 * 30 * 3 * 2 * (2 * 4 * 4)
     pairs = 2 * int(causal_document_mask(BOUNDS).sum()) * 6 * 2 * (2 * 4)
     assert model.flops(layout) == counter.get_total_flops() + states + pairs
+
+
+# Generation
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pieces", [(1,) * 20, (7, 1, 1, 5, 1, 5), (19, 1), (20,)], ids=str)
+def test_logits_of_a_document_in_pieces_are_those_of_the_whole(tied, pieces):
+    model, x = decoder(hybrid(depth=4, tie_embeddings=tied)), tokens(20, batch=2)
+    for block in model.blocks:
+        block.recompute, block.ffn.tile = True, 7
+    whole, memory, seen = model(x, Layout((0, 20))), model.empty_memory(), 0
+    for part in x.split(pieces, dim=1):
+        seen += part.shape[1]
+        logits = model.next_logits(part, memory)
+        torch.testing.assert_close(logits, whole[:, seen - 1], rtol=1e-11, atol=1e-12)
+        assert not logits.requires_grad
+
+
+class _Rows(TorchDispatchMode):
+    """The most rows of a result that has a column for each token of the vocabulary."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() > 0 and out.shape[-1] == VOCABULARY:
+            self.most = max(self.most, out.numel() // VOCABULARY)
+        return out
+
+
+def test_of_a_prompt_only_the_last_token_has_logits():
+    model, x = decoder(hybrid()), tokens(200, batch=2)
+    with _Rows() as rows:
+        model.next_logits(x, model.empty_memory())
+    assert rows.most <= 12  # the head's own matrix, turned
+    with _Rows() as rows:
+        model(x, Layout((0, 200)))
+    assert rows.most == 2 * 200
+
+
+def test_what_is_remembered_of_another_model_or_batch_is_refused():
+    model, x = decoder(hybrid()), tokens(5, batch=2)
+    with pytest.raises(ValueError, match="memory is of 2 layers, and the decoder has 3"):
+        model.next_logits(x, decoder(hybrid(depth=2)).empty_memory())
+    with pytest.raises(ValueError, match=r"tokens has shape \[2, 0\]: expected \[batch, tokens\], at least one"):
+        model.next_logits(x[:, :0], model.empty_memory())
+    memory = model.empty_memory()
+    model.next_logits(x, memory)
+    with pytest.raises(ValueError, match=r"\[3, 3, 4, 4\]"):
+        model.next_logits(tokens(5, batch=3), memory)

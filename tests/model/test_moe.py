@@ -109,6 +109,24 @@ def test_jitter_moves_choices_in_training_alone():
     assert torch.equal(noisy(x, LAYOUT).out, noisy(x, LAYOUT).out)
 
 
+def test_a_capacity_drops_in_training_alone():
+    layer, x = layer_of(capacity=0.5), draw()
+    assert layer.train()(x, LAYOUT).report.dropped > 0
+    assert torch.equal(layer.eval()(x, LAYOUT).out, layer_of()(x, LAYOUT).out)
+
+
+def test_generation_routes_token_by_token():
+    """In pieces and token by token, with a capacity and noise, which are of training."""
+    moe = MoeConfig(experts=4, active=2, hidden=6, capacity=0.5, jitter=0.3, shared=1)
+    model, x = decoder(with_experts(moe=moe)).eval(), tokens(13, batch=2)
+    with torch.no_grad():
+        whole = model(x, Layout((0, 13)))
+        memory = model.empty_memory()
+        got = [model.next_logits(piece, memory) for piece in x.split([4, 1, 1, 6, 1], dim=1)]
+    for end, logits in zip((4, 5, 6, 12, 13), got, strict=True):
+        torch.testing.assert_close(logits, whole[:, end - 1], rtol=1e-10, atol=1e-11)
+
+
 def test_the_bias_is_kept_with_the_model_and_moves_after_a_step():
     layer = layer_of(bias_rate=0.5)
     assert "bias" in layer.state_dict()
