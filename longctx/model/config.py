@@ -1,11 +1,13 @@
 """`[model]`: the decoder's shape. Each mixer and feed-forward that is registered adds its own table."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model, model_validator
 
 from longctx.config import Config, Integer
 from longctx.mixers import MIXERS, MixerConfig
+from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.feed_forwards import FFNS
 from longctx.model.ffn import FeedForwardConfig
 from longctx.model.moe import MoeConfig
@@ -30,6 +32,8 @@ class _ModelConfig(Config):
     """Added to the mean square before its root, in every norm."""
     tie_embeddings: bool = True
     """One matrix for the input embedding and the output head."""
+    heads: HeadsMixConfig | None = None
+    """Without it every token reads every head."""
     vocab_size: Integer | None = Field(default=None, gt=0)
     """Rows of the embedding; where absent the tokenizer's, rounded up to a multiple of 64."""
 
@@ -63,9 +67,24 @@ class _ModelConfig(Config):
                 problems.append(f"ffn: {name} needs the table [model.{name}]")
             elif table is not None:
                 problems += [f"{name}.{problem}" for problem in table.problems()]
+        problems += self._heads_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _heads_problems(self) -> Iterator[str]:
+        """What of `[model.heads]` does not fit the mixers that it names."""
+        if self.heads is None:
+            return
+        tables = {kind.name: getattr(self, kind.name) for c, kind in MIXERS.items() if c in self.pattern}
+        for name in self.heads.mixers:
+            table: MixerConfig | None = tables.get(name)
+            if table is None:
+                yield f"heads.mixers: no layer of {self.layers!r} is {name!r}; there are {', '.join(tables)}"
+            elif (routable := table.routable()) is None:
+                yield f"heads.mixers: the heads of {name} cannot be routed"
+            else:
+                yield from (f"heads.{problem}" for problem in self.heads.problems(name, *routable))
 
     @property
     def pattern(self) -> str:
@@ -95,6 +114,12 @@ class _ModelConfig(Config):
         table: MixerConfig = getattr(self, MIXERS[self.pattern[layer]].name)
         return table
 
+    def routed_heads(self, layer: int) -> int | None:
+        """The number of heads of a layer's mixer, where a token reads some of them; else None."""
+        table = self.mixer(layer)
+        routable = table.routable()
+        return routable[0] if self.heads is not None and table.name in self.heads.mixers and routable else None
+
     def shrunk(self) -> "ModelConfig":
         """The same pattern once, narrow: for `longctx verify --shrink`."""
         tables = {kind.name: getattr(self, kind.name) for kind in MIXERS.values()}
@@ -102,6 +127,10 @@ class _ModelConfig(Config):
         depth = min(self.depth, max(len(self.layers), 1 if isinstance(self.ffn, str) else len(self.ffn)))
         for layer, name in enumerate(self.feed_forwards[:depth]):
             small[name] = self.feed_forward(layer).shrunk()
+        if self.heads is not None:
+            routables = [small[name].routable() for name in self.heads.mixers]
+            few, group = min(heads for heads, _ in routables), max(group for _, group in routables)
+            small["heads"] = self.heads.shrunk(few, group)
         unused = {name: None for name in FFNS if name not in small}
         return self.model_copy(update={"dim": 32, "depth": depth, **unused, **small})
 

@@ -51,6 +51,9 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer = config.mixer(layer).build(config.dim, layer, config.depth, config.norm_eps)
+        heads = config.routed_heads(layer)
+        if heads is not None and config.heads is not None:
+            self.mixer.mix_heads(config.heads, config.dim, heads)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = config.feed_forward(layer).build(config.dim, layer, config.depth)
         self.recompute = False

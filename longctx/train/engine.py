@@ -83,7 +83,8 @@ class TorchEngine:
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         # Decays are exponentials of parameters: rounded to bf16 a head would forget at another rate. A router's choice
         # is as fine as its logits.
-        full = [m for m in decoder.modules() if getattr(m, "full_precision", False) and policy.param_dtype is not None]
+        full = [m for m in decoder.modules() if getattr(m, "full_precision", False) and list(m.parameters())]
+        full = full if policy.param_dtype is not None else []
         divided = [m for m in decoder.modules() if isinstance(m, Experts)] if self.mesh.ep.size > 1 else []
         for experts in divided:
             self._divide(experts)

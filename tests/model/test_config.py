@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from longctx.mixers import MIXERS
+from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
@@ -15,6 +16,10 @@ from tests.model.cases import hybrid
 
 MOE = MoeConfig(experts=4, active=2, hidden=3)
 EXPERTS = {"ffn": ("swiglu", "moe"), "moe": MOE}
+
+
+def mix(*mixers, active=1, **options):
+    return HeadsMixConfig(mixers=mixers, active=active, **options)
 
 
 def refused(**changes):
@@ -34,6 +39,13 @@ def refused(**changes):
         ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),
         ({"softmax": SoftmaxConfig(heads=4, kv_heads=3)}, "softmax.kv_heads: 4 query heads are not a multiple of 3"),
         ({"ffn": "mlp"}, "ffn: there is no 'mlp'; there are swiglu, moe"),
+        ({"heads": mix("lightnin")}, "heads.mixers: no layer of 'LS' is 'lightnin'; there are lightning, softmax"),
+        ({"heads": mix("softmax", active=5, shared=3)}, "heads.active: 3 shared and 5 active of 6 heads of softmax"),
+        ({"heads": mix("softmax", shared=2)}, "heads.shared: 2 heads are not whole groups of 3, which softmax has"),
+        (
+            {"heads": mix("lightning", router="norm")},
+            "heads.router: 'norm' is for softmax layers, and lightning is none",
+        ),
         ({"ffn": ()}, "ffn: give a name, or a list of names; there are swiglu, moe"),
         ({"ffn": "moe"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
         ({"ffn": ("swiglu", "moe")}, "ffn: moe needs the table [model.moe]"),
@@ -130,3 +142,17 @@ def test_shrunk_keeps_the_feed_forwards(moe, ffn):
     assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
     assert small.feed_forwards == (("moe", "moe") if ffn == "moe" else ("swiglu", "moe", "moe"))
     assert small.feed_forward(1).experts <= 8
+
+
+@pytest.mark.parametrize(
+    "heads", [mix("softmax"), mix("lightning", shared=1, active=2), mix("softmax", shared=16, active=8)]
+)
+def test_shrunk_keeps_what_is_routed(heads):
+    softmax, lightning = SoftmaxConfig(heads=32, kv_heads=8, head_dim=4), LightningConfig(heads=16, head_dim=4)
+    small = hybrid(softmax=softmax, lightning=lightning, heads=heads).shrunk()
+    assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
+    assert small.heads.mixers == heads.mixers
+    assert (small.heads.shared > 0) == (heads.shared > 0)
+    layer = small.pattern.index("S" if "softmax" in heads.mixers else "L")
+    assert small.heads.shared + small.heads.active < small.routed_heads(layer), "some heads are not read"
+    assert small.routed_heads(1 - layer) is None

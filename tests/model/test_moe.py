@@ -9,7 +9,7 @@ from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.moe.noise import around_one
 from longctx.parallel.layout import Layout
-from tests.model.cases import VOCABULARY, decoder, hybrid, tokens, with_experts
+from tests.model.cases import VOCABULARY, decoder, hybrid, routed, tokens, with_experts
 
 LAYOUT = Layout((0, 4, 13))
 
@@ -118,7 +118,7 @@ def test_a_capacity_drops_in_training_alone():
 def test_generation_routes_token_by_token():
     """In pieces and token by token, with a capacity and noise, which are of training."""
     moe = MoeConfig(experts=4, active=2, hidden=6, capacity=0.5, jitter=0.3, shared=1)
-    model, x = decoder(with_experts(moe=moe)).eval(), tokens(13, batch=2)
+    model, x = decoder(routed(moe=moe)).eval(), tokens(13, batch=2)
     with torch.no_grad():
         whole = model(x, Layout((0, 13)))
         memory = model.empty_memory()
@@ -138,6 +138,12 @@ def test_the_bias_is_kept_with_the_model_and_moves_after_a_step():
 
 
 def test_a_decoder_reports_each_router_by_the_name_of_its_layer():
+    model, x = decoder(routed()), tokens(13)
+    reports = model(x, LAYOUT, tokens(13, seed=1)).reports
+    assert list(reports) == [
+        f"blocks.{n}.{part}" for n in range(4) for part in ("mixer", "ffn") if part == "mixer" or n % 2
+    ]
+    assert all(report.counts.sum() == 13 for name, report in reports.items() if name.endswith("mixer"))
     model, x = decoder(with_experts()), tokens(13)
     losses = model(x, LAYOUT, tokens(13, seed=1))
     assert list(losses.reports) == ["blocks.1.ffn", "blocks.3.ffn"]
@@ -162,7 +168,7 @@ def test_recomputed_blocks_route_and_report_the_same():
     x, labels = tokens(13), tokens(13, seed=1)
     answers = []
     for recompute in (False, True):
-        model: Decoder = decoder(with_experts())
+        model: Decoder = decoder(routed())
         for block in model.blocks:
             block.recompute = recompute
         losses = model(x, LAYOUT, labels)

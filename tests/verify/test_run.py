@@ -17,7 +17,7 @@ from longctx.verify import run
 from longctx.verify.cases import Case, reference
 from longctx.verify.measure import Measured, Subject, measure
 from longctx.verify.run import Row, relative, shrink, verify
-from tests.model.cases import VOCABULARY, decoder, hybrid, with_experts
+from tests.model.cases import VOCABULARY, decoder, hybrid, routed, with_experts
 
 SUBJECT = Subject(hybrid(), TrainConfig(steps=1), VOCABULARY, length=32, seed=1)
 INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
@@ -55,11 +55,15 @@ def test_experts_pass_over_ranks_that_divide_them(ranks, monkeypatch):
     chosen = [Case(2, "zigzag", True, ep=2), Case(2, "zigzag", True, dp_shard=2, ep=4)]
     chosen.append(Case(2, "zigzag", True, dp_shard=2, ep=2))
     only(monkeypatch, *chosen)
-    subject = Subject(with_experts(), TrainConfig(steps=1), VOCABULARY, 32, 1)
+    subject = Subject(routed(), TrainConfig(steps=1), VOCABULARY, 32, 1)
     rows = list(verify(subject, ranks))
     assert [row.failures for row in rows] == [[]] * len(rows)
     for row in rows[: len(chosen)]:
-        assert row.differences.keys() > {"blocks.1.ffn.experts.gate_up", "blocks.1.ffn.router.weight"}
+        assert row.differences.keys() > {
+            "blocks.1.ffn.experts.gate_up",
+            "blocks.1.ffn.router.weight",
+            "blocks.0.mixer.router.weight",
+        }
         assert 0 < max(row.differences.values()) < 1e-12
 
 
