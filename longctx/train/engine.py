@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from longctx.kernels.loss import IGNORE
 from longctx.model.config import ModelConfig
@@ -163,6 +163,15 @@ class TorchEngine:
         routing.sum_over_ranks(self.device)
         return all_reduce(summed).item(), routing
 
+    def _norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The norm of all gradients together, float64, over whatever mesh each lies.
+
+        In one collective: a number stands on as many ranks as there are copies of the model, and on no others.
+        """
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+        squares = torch.stack([n.double() for n in torch._foreach_norm(local)]).square().sum()
+        return (all_reduce(squares) / self.mesh.dp_replicate).sqrt()
+
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step over all ranks' `batches` at the learning rate `lr`.
 
@@ -171,11 +180,9 @@ class TorchEngine:
         loss, routing = self.gradients(batches)
         routing.check_finite()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        meshes = self._by_mesh(parameters)
-        norms = [get_total_norm([p.grad for p in some if p.grad is not None]) for some in meshes]
-        norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()
+        norm = self._norm([p.grad for p in parameters])
         if self.config.clip != "none":
-            for some in meshes:
+            for some in self._by_mesh(parameters):
                 clip_grads_with_norm_(some, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

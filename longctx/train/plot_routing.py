@@ -21,9 +21,13 @@ def routing_figure(steps: Sequence[StepMetrics], evaluations: Sequence[Evaluatio
     Some step has a router.
     """
     names = list(dict.fromkeys(name for step in steps for name in step.routers))
-    colors = dict(
-        zip(names, colormaps["viridis"]([n / max(1, len(names) - 1) * 0.9 for n in range(len(names))]), strict=True)
-    )
+    # A layer's colour is its depth; routers of heads are dashed.
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    shades = colormaps["viridis"]([n / max(1, len(layers) - 1) * 0.9 for n in range(len(layers))])
+    looks = {
+        name: {"color": shades[layers.index(name.rpartition(".")[0])], "linestyle": "--" if "mixer" in name else "-"}
+        for name in names
+    }
     panels: list[Callable[[Axes], None]] = []
 
     def over_steps(title: str, value: Callable[[RouterMetrics], float]) -> Callable[[Axes], None]:
@@ -31,7 +35,7 @@ def routing_figure(steps: Sequence[StepMetrics], evaluations: Sequence[Evaluatio
             for name in names:
                 at = [s.step for s in steps if name in s.routers]
                 values = [value(s.routers[name]) for s in steps if name in s.routers]
-                axes.plot(at, smoothed(values), color=colors[name], linewidth=1.2, label=name)
+                axes.plot(at, smoothed(values), linewidth=1.2, label=name, **looks[name])
             axes.set_title(title, fontsize=10, color=TEXT, loc="left")
 
         return panel
@@ -46,7 +50,7 @@ def routing_figure(steps: Sequence[StepMetrics], evaluations: Sequence[Evaluatio
         for name in names:
             at = [e.step for e in known if name in e.fluctuation]
             values = [e.fluctuation[name] for e in known if name in e.fluctuation]
-            axes.plot(at, values, color=colors[name], linewidth=1.2, marker="o", markersize=3, clip_on=False)
+            axes.plot(at, values, linewidth=1.2, marker="o", markersize=3, clip_on=False, **looks[name])
         axes.set_title("tokens whose choice changed\nsince the evaluation before", fontsize=10, color=TEXT, loc="left")
 
     if known:
