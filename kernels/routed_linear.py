@@ -31,60 +31,71 @@ def _blocks(chosen: Tensor) -> Iterator[tuple[int, slice, list[tuple[int, Tensor
             yield row, at, [(e, some) for e, some in enumerate(tokens.split(sizes)) if len(some)]
 
 
+def _rows(places: Tensor | None, row: int, at: slice, tokens: Tensor, e: int, shape: torch.Size) -> Tensor:
+    """Where the pairs of a head and some tokens of a block lie among all rows."""
+    if places is not None:
+        return places[row, at, e].index_select(0, tokens)
+    _, length, heads = shape
+    return (row * length + at.start + tokens) * heads + e
+
+
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     @exact_forward
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, chosen)
-        out = x.new_zeros(*chosen.shape, weight.shape[1])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor | None, count: int) -> Tensor:
+        ctx.save_for_backward(x, weight, chosen, places)
+        out = x.new_zeros(count, weight.shape[1])
         for row, at, heads in _blocks(chosen):
-            block, into = x[row, at], out[row, at]
+            block = x[row, at]
             for e, tokens in heads:
-                into[tokens, e] = block.index_select(0, tokens) @ weight[e].T
+                pairs = _rows(places, row, at, tokens, e, chosen.shape)
+                out.index_copy_(0, pairs, block.index_select(0, tokens) @ weight[e].T)
         return out
 
     @staticmethod
     @exact_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, chosen = ctx.saved_tensors
+        x, weight, chosen, places = ctx.saved_tensors
         dtype = accumulation_dtype(x.dtype)
         dx = torch.zeros(x.shape, dtype=dtype, device=x.device)
         dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device)
         for row, at, heads in _blocks(chosen):
-            block, grads, into = x[row, at], dy[row, at], dx[row, at]
+            block, into = x[row, at], dx[row, at]
             for e, tokens in heads:
-                grad = grads[:, e].index_select(0, tokens)
+                grad = dy.index_select(0, _rows(places, row, at, tokens, e, chosen.shape))
                 dweight[e] += grad.T @ block.index_select(0, tokens)
                 into.index_add_(0, tokens, (grad @ weight[e]).to(dtype))
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
+        return dx.to(x.dtype), dweight.to(weight.dtype), None, None, None
 
 
 class _FromHeads(torch.autograd.Function):
     @staticmethod
     @exact_forward
-    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, chosen)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, chosen, places)
         dtype = accumulation_dtype(x.dtype)
         out = torch.zeros(*chosen.shape[:2], weight.shape[1], dtype=dtype, device=x.device)
         for row, at, heads in _blocks(chosen):
-            block, into = x[row, at], out[row, at]
+            into = out[row, at]
             for e, tokens in heads:
-                into.index_add_(0, tokens, (block[:, e].index_select(0, tokens) @ weight[e].T).to(dtype))
+                pairs = x.index_select(0, _rows(places, row, at, tokens, e, chosen.shape))
+                into.index_add_(0, tokens, (pairs @ weight[e].T).to(dtype))
         return out.to(x.dtype)
 
     @staticmethod
     @exact_backward
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, chosen = ctx.saved_tensors
+        x, weight, chosen, places = ctx.saved_tensors
         dx = torch.zeros_like(x)
         dweight = torch.zeros(weight.shape, dtype=accumulation_dtype(x.dtype), device=x.device)
         for row, at, heads in _blocks(chosen):
-            block, grads, into = x[row, at], dy[row, at], dx[row, at]
+            grads = dy[row, at]
             for e, tokens in heads:
                 grad = grads.index_select(0, tokens)
-                dweight[e] += grad.T @ block[:, e].index_select(0, tokens)
-                into[tokens, e] = grad @ weight[e]
-        return dx, dweight.to(weight.dtype), None
+                pairs = _rows(places, row, at, tokens, e, chosen.shape)
+                dweight[e] += grad.T @ x.index_select(0, pairs)
+                dx.index_copy_(0, pairs, grad @ weight[e])
+        return dx, dweight.to(weight.dtype), None, None
 
 
 def _check(x: Tensor, weight: Tensor, chosen: Tensor, shape: tuple[int, ...]) -> None:
@@ -113,8 +124,8 @@ def to_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     x, weight = _autocast(x, weight)
     if x.is_cuda:
         return torch.einsum("btd,ekd->btek", x, weight) * chosen[..., None]
-    out: Tensor = _ToHeads.apply(x, weight, chosen)  # type: ignore[no-untyped-call]
-    return out
+    rows = _ToHeads.apply(x, weight, chosen, None, chosen.numel())  # type: ignore[no-untyped-call]
+    return rows.view(*chosen.shape, weight.shape[1])
 
 
 def from_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
@@ -125,5 +136,26 @@ def from_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     x, weight = _autocast(x, weight)
     if x.is_cuda:
         return torch.einsum("btev,edv->btd", x * chosen[..., None], weight)
-    out: Tensor = _FromHeads.apply(x, weight, chosen)  # type: ignore[no-untyped-call]
+    out: Tensor = _FromHeads.apply(x.reshape(-1, x.shape[3]), weight, chosen, None)  # type: ignore[no-untyped-call]
     return out
+
+
+def to_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor, count: int) -> Tensor:
+    """`[count, K]`: what `to_heads` gives for the chosen pairs, each in the row that `places` `[B, T, E]` (int64) says,
+    which are different ones; zero in rows that no pair has."""
+    _check(x, weight, chosen, (weight.shape[2],))
+    x, weight = _autocast(x, weight)
+    if x.is_cuda:
+        rows = x.new_zeros(count, weight.shape[1])
+        return rows.index_copy(0, places[chosen], torch.einsum("btd,ekd->btek", x, weight)[chosen])
+    return _ToHeads.apply(x, weight, chosen, places, count)  # type: ignore[no-untyped-call]
+
+
+def from_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
+    """`[B, T, D]`: what `from_heads` gives for x `[count, V]`, whose rows are the pairs as in `to_pairs`."""
+    _check(x.expand(*chosen.shape[:2], *x.shape), weight, chosen, (len(x), weight.shape[2]))
+    x, weight = _autocast(x, weight)
+    if x.is_cuda:
+        heads = x.new_zeros(*chosen.shape, x.shape[1]).index_put((chosen,), x[places[chosen]])
+        return torch.einsum("btev,edv->btd", heads, weight)
+    return _FromHeads.apply(x, weight, chosen, places)  # type: ignore[no-untyped-call]

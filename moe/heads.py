@@ -62,6 +62,18 @@ class Pairs:
         place = ((sequence[:, None, None] * length + token) * groups + group[:, None]) * self.share + head
         return there, place[there]
 
+    def rows_of(self, chosen: Tensor) -> Tensor:
+        """`[B, T, E]` int64: where each chosen pair lies in the flat `[B, G, N]`; 0 for the others."""
+        there, place = self._places(chosen.shape[1])
+        rows = torch.zeros(chosen.numel(), dtype=torch.int64, device=chosen.device)
+        rows[place] = there.flatten().nonzero()[:, 0]
+        return rows.view(chosen.shape)
+
+    def take(self, x: Tensor) -> Tensor:
+        """`[B, T, E]` to `[B, G, N]`, a number for each pair, zero where there is none; differentiable."""
+        there, place = self._places(x.shape[1])
+        return x.new_zeros(there.shape).index_put((there,), x.flatten().index_select(0, place))
+
     def gather(self, x: Tensor) -> Tensor:
         """`[B, T, E, D]` to `[B, N, G, D]`, zero where there is no pair; differentiable."""
         there, place = self._places(x.shape[1])
@@ -105,24 +117,39 @@ def mixture_of_heads(
             f"mixture of heads: {heads} query heads, of which {shared} are shared, over {kv_heads} key/value heads: "
             f"expected a multiple of these, and shared heads in whole groups of {share}"
         )
-    first = shared // share
-    parts = []
-    if shared:
-        parts.append(
-            softmax_attention(
-                q[:, :, :shared], k[:, :, :first], v[:, :, :first], layout, scale, schedule=schedule, window=window
-            )
-        )
-    pairs = Pairs.of(routing.chosen, kv_heads - first)
-    out = routed_attention(
-        pairs.gather(q[:, :, shared:]),
-        k[:, :, first:],
-        v[:, :, first:],
-        pairs.rows,
-        layout,
-        scale,
-        schedule=schedule,
-        window=window,
-    )
-    parts.append(pairs.scatter(out, q.shape[1]))
+    pairs = Pairs.of(routing.chosen, kv_heads - shared // share)
+    of_shared, of_routed = q.split([shared, heads - shared], dim=2)
+    queries = pairs.gather(of_routed).transpose(1, 2)
+    out_shared, out = attend_pairs(of_shared, queries, k, v, pairs, layout, scale, schedule=schedule, window=window)
+    parts = [out_shared, pairs.scatter(out.transpose(1, 2), q.shape[1])]
     return torch.cat(parts, dim=2) * routing.weights[..., None].to(q.dtype)
+
+
+def attend_pairs(
+    shared: Tensor,
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: Pairs,
+    layout: Layout,
+    scale: float,
+    *,
+    schedule: str | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two parts of `mixture_of_heads`, without weights: `[B, T_local, S, V]` and `[B, G, N, V]`.
+
+    Shapes: shared `[B, T_local, S, K]`, the queries of shared heads, perhaps none; queries `[B, G, N, K]`, those of the
+    pairs, which read the last G of the key/value heads of k and v.
+    """
+    groups = queries.shape[1]
+    first = k.shape[2] - groups
+    (k_shared, k_routed), (v_shared, v_routed) = (x.split([first, groups], dim=2) for x in (k, v))
+    if first:
+        out = softmax_attention(shared, k_shared, v_shared, layout, scale, schedule=schedule, window=window)
+    else:
+        out = v.new_empty(*shared.shape[:3], v.shape[3])
+    routed = routed_attention(
+        queries.transpose(1, 2), k_routed, v_routed, pairs.rows, layout, scale, schedule=schedule, window=window
+    )
+    return out, routed.transpose(1, 2)

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from longctx.config import Config, Integer
 from longctx.kernels.recurrence import accumulation_dtype
-from longctx.kernels.routed_linear import from_heads, to_heads
+from longctx.kernels.routed_linear import from_heads, from_pairs, to_heads
 from longctx.model.layers import Linear, Output
 from longctx.moe.head_router import BALANCE, HeadRouting, by_norm, learned
+from longctx.moe.heads import Pairs
 from longctx.parallel.layout import Layout
 
 
@@ -92,39 +93,44 @@ def read(x: Tensor, weight: Tensor, heads: int, routing: HeadRouting | None) -> 
     """`[B, T, H, K]`: x `[B, T, D]` by the rows of weight `[H K, D]`, for the heads that a token reads, else zero."""
     if routing is None:
         return F.linear(x, weight).unflatten(-1, (heads, -1))
-    shared = heads - routing.chosen.shape[-1]
-    width = len(weight) // heads
-    routed = to_heads(x, weight[shared * width :].unflatten(0, (-1, width)), routing.chosen)
-    if not shared:
+    of_shared, of_routed = divided(weight, heads, routing)
+    routed = to_heads(x, of_routed, routing.chosen)
+    if not len(of_shared):
         return routed
-    return torch.cat([F.linear(x, weight[: shared * width]).unflatten(-1, (shared, width)), routed], dim=2)
+    return torch.cat([F.linear(x, of_shared).unflatten(-1, (-1, routed.shape[3])), routed], dim=2)
 
 
-def projected(
-    x: Tensor, qkv: Linear, heads: int, kv_heads: int, routing: HeadRouting | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[B, T, H, K]`, k and v `[B, T, H_kv, K]` from one matrix, queries zero where a head is not read."""
-    rows = len(qkv.weight) // (heads + 2 * kv_heads)
-    if routing is None:
-        q, k, v = qkv(x).unflatten(-1, (-1, rows)).split([heads, kv_heads, kv_heads], dim=2)
-        return q, k, v
-    for_q, for_kv = qkv.weight.split([heads * rows, 2 * kv_heads * rows])
-    k, v = F.linear(x, for_kv).unflatten(-1, (-1, rows)).chunk(2, dim=2)
-    return read(x, for_q, heads, routing), k, v
+def divided(weight: Tensor, heads: int, routing: HeadRouting) -> tuple[Tensor, Tensor]:
+    """weight `[H K, D]` as that of shared heads, `[S K, D]`, and of routed ones, `[E, K, D]`."""
+    width, routed = len(weight) // heads, routing.chosen.shape[-1]
+    of_shared, of_routed = weight.split([(heads - routed) * width, routed * width])
+    return of_shared, of_routed.unflatten(0, (routed, width))
 
 
-def emit(y: Tensor, out: Linear, routing: HeadRouting | None, *, weighted: bool = False) -> Tensor | Output:
-    """`[B, T, D]`: the heads `[B, T, H, V]` times the router's weights, unless they are `weighted`, projected."""
+def emit(y: Tensor, out: Linear, routing: HeadRouting | None) -> Tensor | Output:
+    """`[B, T, D]`: the heads `[B, T, H, V]` times the router's weights, projected."""
     if routing is None:
         return out(y.flatten(2))
-    if not weighted:
-        y = y * routing.weights[..., None].to(y.dtype)
-    shared = y.shape[2] - routing.chosen.shape[-1]
-    width = y.shape[3]
-    weights = out.weight[:, shared * width :].unflatten(1, (-1, width)).transpose(0, 1)
-    projected = from_heads(y[:, :, shared:], weights, routing.chosen)
-    if shared:
-        projected = projected + F.linear(y[:, :, :shared].flatten(2), out.weight[:, : shared * width])
+    y = y * routing.weights[..., None].to(y.dtype)
+    heads, routed = y.shape[2], routing.chosen.shape[-1]
+    of_shared, of_routed = divided(out.weight.T, heads, routing)
+    y_shared, y_routed = y.split([heads - routed, routed], dim=2)
+    projected = from_heads(y_routed, of_routed.transpose(1, 2), routing.chosen)
+    if heads > routed:
+        projected = projected + F.linear(y_shared.flatten(2), of_shared.T)
+    return Output(projected, routing.report)
+
+
+def emit_pairs(shared: Tensor, routed: Tensor, out: Linear, routing: HeadRouting, pairs: Pairs) -> Output:
+    """The same of shared heads `[B, T, S, V]` and of pairs `[B, G, N, V]`."""
+    routed_heads = routing.chosen.shape[-1]
+    of_shared, of_routed = divided(out.weight.T, shared.shape[2] + routed_heads, routing)
+    for_shared, for_routed = routing.weights.split([shared.shape[2], routed_heads], dim=-1)
+    rows = (routed * pairs.take(for_routed)[..., None].to(routed.dtype)).flatten(0, 2)
+    projected = from_pairs(rows, of_routed.transpose(1, 2), routing.chosen, pairs.rows_of(routing.chosen))
+    if shared.shape[2]:
+        y = shared * for_shared[..., None].to(shared.dtype)
+        projected = projected + F.linear(y.flatten(2), of_shared.T)
     return Output(projected, routing.report)
 
 

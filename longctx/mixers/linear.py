@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels.features import NOT_NEGATIVE
@@ -16,10 +17,11 @@ from longctx.kernels.linear import divided, with_ones
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer
 from longctx.mixers.features import feature_map
-from longctx.mixers.heads import emit, hidden, projected
+from longctx.mixers.heads import emit, hidden, read
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig
 from longctx.model.layers import Linear, Output
+from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import Layout
 
 
@@ -69,10 +71,21 @@ class BasicLinear(Mixer):
         self.norm = None if config.normalize else HeadNorm(self.head_dim, eps)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
+    def project(self, x: Tensor, routing: HeadRouting | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[B, T_local, H, K]`, zero where a head is not read, k and v `[B, T_local, H_kv, K]`."""
+        if routing is None:
+            heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            return q, k, v
+        rows = self.heads * self.head_dim
+        for_q, for_kv = self.qkv.weight.split([rows, len(self.qkv.weight) - rows])
+        k, v = F.linear(x, for_kv).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        return read(x, for_q, self.heads, routing), k, v
+
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
-        q, k, v = projected(x, self.qkv, self.heads, self.kv_heads, routing)
+        q, k, v = self.project(x, routing)
         # The features of nothing are something.
         q, k = hidden(self.feature_q(q), routing), self.feature_k(k)
         if self.norm is None:

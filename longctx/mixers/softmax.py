@@ -6,14 +6,16 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from longctx.config import Integer
+from longctx.kernels.routed_linear import to_pairs
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.heads import emit, projected
+from longctx.mixers.heads import HeadRouter, divided, emit, emit_pairs
 from longctx.mixers.memory import Memory, attend
 from longctx.model.layers import Linear, Output
-from longctx.model.rotary import rotary_table, rotate
-from longctx.moe.heads import mixture_of_heads
+from longctx.model.rotary import rotary_table, rotate, rotate_rows
+from longctx.moe.heads import Pairs, attend_pairs
 from longctx.parallel.attention import choose, softmax_attention
 from longctx.parallel.choice import Shape, explained, fitting
 from longctx.parallel.layout import Layout
@@ -80,18 +82,42 @@ class Softmax(Mixer):
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
         scale, window = self.head_dim**-0.5, self.reach.window
-        routing = None if self.router is None or self.router.by_norm else self.route(x, layout)
-        q, k, v = projected(x, self.qkv, self.heads, self.kv_heads, routing)
-        if self.router is not None and self.router.by_norm:
-            routing = self.route(q, layout)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
+        if self.router is not None and memory is None:
+            return self._mixture(self.router, x, layout, table)
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        routing = None
+        if self.router is not None:
+            routing = self.router(q if self.router.by_norm else x, layout)
         q, k = rotate(q, table), rotate(k, table)
-        if memory is not None:
-            return emit(attend(q, k, v, layout, scale, window, memory), self.out, routing)
-        if routing is not None:
-            out = mixture_of_heads(q, k, v, routing, layout, scale, window=window)
-            return emit(out, self.out, routing, weighted=True)
-        return emit(softmax_attention(q, k, v, layout, scale, window=window), self.out, None)
+        if memory is None:
+            return self.out(softmax_attention(q, k, v, layout, scale, window=window).flatten(2))
+        return emit(attend(q, k, v, layout, scale, window, memory), self.out, routing)
+
+    def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout, table: tuple[Tensor, Tensor]) -> Output:
+        """The same of the (token, head) pairs that are read, gathered from the first projection to the last."""
+        groups = (self.heads - router.shared) * self.kv_heads // self.heads
+        rows = self.heads * self.head_dim
+        for_q, for_kv = self.qkv.weight.split([rows, 2 * self.kv_heads * self.head_dim])
+        k, v = F.linear(x, for_kv).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        if router.by_norm:
+            q = F.linear(x, for_q).unflatten(-1, (-1, self.head_dim))
+            routing = router(q, layout)
+            pairs = Pairs.of(routing.chosen, groups)
+            shared, of_routed = q.split([router.shared, router.routed], dim=2)
+            queries = pairs.gather(of_routed).transpose(1, 2)
+        else:
+            routing = router(x, layout)
+            pairs = Pairs.of(routing.chosen, groups)
+            for_shared, for_routed = divided(for_q, self.heads, routing)
+            shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
+            places, count = pairs.rows_of(routing.chosen), pairs.index.numel()
+            queries = to_pairs(x, for_routed, routing.chosen, places, count).view(*pairs.index.shape, self.head_dim)
+        shared, k = rotate(shared, table), rotate(k, table)
+        queries = rotate_rows(queries, pairs.rows, table)
+        out = attend_pairs(shared, queries, k, v, pairs, layout, self.head_dim**-0.5, window=self.reach.window)
+        return emit_pairs(*out, self.out, routing, pairs)
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule and its expected costs, where the layout leaves it to be chosen."""

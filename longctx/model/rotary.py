@@ -21,7 +21,19 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """
     if x.shape[1] != table[0].shape[0]:
         raise ValueError(f"x has {x.shape[1]} tokens: expected the {table[0].shape[0]} that the layout gives this rank")
+    cos, sin = (part[None, :, None, :] for part in table)
+    return _turned(x, cos, sin)
+
+
+def rotate_rows(x: Tensor, rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """The same for `x [..., D]`, each of which is of the position in the row of the table that `rows [...]` names."""
+    flat = rows.clamp_min(0).flatten()
+    cos, sin = (part.index_select(0, flat).view(*rows.shape, part.shape[1]) for part in table)
+    return _turned(x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = (part.to(wide)[None, :, None, :] for part in table)
+    cos, sin = cos.to(wide), sin.to(wide)
     left, right = x.to(wide).chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)

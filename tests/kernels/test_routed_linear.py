@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels import routed_linear
-from longctx.kernels.routed_linear import from_heads, to_heads
+from longctx.kernels.routed_linear import from_heads, from_pairs, to_heads, to_pairs
 
 HEADS, DIM, HEAD_DIM = 5, 7, 3
 CHOICES = {
@@ -41,6 +41,29 @@ def test_equals_the_whole_product_masked(function, choice, length):
     got = torch.autograd.grad(out, leaves, towards)
     for grad, ref in zip(got, torch.autograd.grad(want, leaves, towards), strict=True):
         torch.testing.assert_close(grad, ref)
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 21])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_pairs_may_lie_in_any_rows(choice, length):
+    torch.manual_seed(0)
+    chosen = CHOICES[choice]((2, length, HEADS))
+    count = int(chosen.sum()) + 3
+    places = torch.full(chosen.shape, -7)
+    places[chosen] = torch.randperm(count)[: count - 3]
+    x, weight = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, length, DIM), (HEADS, HEAD_DIM, DIM))
+    )
+    rows, heads = to_pairs(x, weight, chosen, places, count), to_heads(x, weight, chosen)
+    assert torch.equal(rows[places[chosen]], heads[chosen])
+    assert torch.equal(rows.count_nonzero(), heads.count_nonzero())
+    back = torch.randn(HEADS, DIM, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    got, want = from_pairs(rows, back, chosen, places), from_heads(heads, back, chosen)
+    assert torch.equal(got, want)
+    towards = torch.randn_like(want)
+    leaves = (x, weight, back)
+    for a, b in zip(torch.autograd.grad(got, leaves, towards), torch.autograd.grad(want, leaves, towards), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_only_chosen_pairs_are_multiplied():
