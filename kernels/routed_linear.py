@@ -98,11 +98,19 @@ def _check(x: Tensor, weight: Tensor, chosen: Tensor, shape: tuple[int, ...]) ->
         raise ValueError(f"routed projection: x is {tuple(x.shape)}, and the weight takes {shape} a token")
 
 
+def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """In autocast's dtype where it is on, as matrix products are."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (x if dtype is None else x.to(dtype) for x in tensors)
+
+
 def to_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     """`[B, T, E, K]`: a projection of x `[B, T, D]` for each head, weight `[E, K, D]`, zero where `chosen` `[B, T, E]`
     (bool) is not. Differentiable in x and weight. Raises ValueError where shapes do not fit.
     """
     _check(x, weight, chosen, (weight.shape[2],))
+    x, weight = _autocast(x, weight)
     if x.is_cuda:
         return torch.einsum("btd,ekd->btek", x, weight) * chosen[..., None]
     out: Tensor = _ToHeads.apply(x, weight, chosen)  # type: ignore[no-untyped-call]
@@ -114,6 +122,7 @@ def from_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     weight `[E, D, V]`. Differentiable in x and weight. Raises ValueError where shapes do not fit.
     """
     _check(x, weight, chosen, (weight.shape[0], weight.shape[2]))
+    x, weight = _autocast(x, weight)
     if x.is_cuda:
         return torch.einsum("btev,edv->btd", x * chosen[..., None], weight)
     out: Tensor = _FromHeads.apply(x, weight, chosen)  # type: ignore[no-untyped-call]

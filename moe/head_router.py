@@ -22,44 +22,49 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.moe.report import Report, entropy, marks, real_rows, top
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
+
+BALANCE = 0.01
+"""The coefficient of the loss in the published models."""
 
 
 @dataclass(frozen=True)
 class HeadRouting:
-    """What a router says of its tokens, in the accumulation dtype; rows of padding read nothing."""
+    """What tokens read; rows of padding read nothing."""
 
     chosen: Tensor
     """`[B, T_local, E]` bool: the routed heads that a token reads."""
     weights: Tensor
-    """`[B, T_local, H]`: what a head's output is multiplied with, 0 where it is not read."""
-    balance: Tensor
-    """This rank's share of the loss that balances the load: the sum over ranks is the loss."""
-    load: Tensor
-    """`[E]`: the share of the sequence's tokens that read each routed head; without gradient."""
+    """`[B, T_local, H]` in the accumulation dtype: what a head's output is multiplied with, 0 where it is not read."""
+    report: Report
 
 
-def _top(p: Tensor, active: int) -> Tensor:
-    """The `active` largest of each row, of equal ones the first: bool, of the shape of p."""
-    # Stable, so that ties are broken in the same way wherever a token lies.
-    order = p.argsort(dim=-1, descending=True, stable=True)[..., :active]
-    return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, True)
+def _mask(p: Tensor, active: int) -> Tensor:
+    """The `active` largest of each row: bool, of the shape of p."""
+    return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, top(p.detach(), active), True)
 
 
-def _routing(p: Tensor, chosen: Tensor, weights: Tensor, layout: Layout) -> HeadRouting:
-    real = torch.ones_like(chosen[..., :1])
-    for gap in layout.padding:
-        real[:, gap] = False
-    chosen = chosen & real
-    weights = weights * real
+def _routing(p: Tensor, chosen: Tensor, weights: Tensor, layout: Layout, balance: float, finite: Tensor) -> HeadRouting:
+    real = real_rows(layout, p.device)
+    chosen = chosen & real[:, None]
     tokens = p.shape[0] * layout.length
-    load = chosen.sum(dim=(0, 1)).to(p.dtype)
+    counts = chosen.sum(dim=(0, 1))
+    everywhere = counts.to(p.dtype)
     if layout.peers is not None:
-        load = all_reduce(load, layout.peers)
-    load = load / tokens
-    balance = p.shape[-1] * (load * (p * real).sum(dim=(0, 1)) / tokens).sum()
-    return HeadRouting(chosen, weights, balance, load)
+        everywhere = all_reduce(everywhere, layout.peers)
+    mean = torch.where(real[:, None], p, 0).sum(dim=(0, 1)) / tokens
+    report = Report(
+        loss=balance * p.shape[-1] * (everywhere / tokens * mean).sum(),
+        counts=counts,
+        tokens=real.sum() * p.shape[0],
+        entropy=torch.where(real, entropy(p.detach()), 0).sum(),
+        dropped=counts.new_zeros(()),
+        finite=finite,
+        choice=(chosen * marks(p.shape[-1], p.device)).sum(dim=-1),
+    )
+    return HeadRouting(chosen, torch.where(real[:, None], weights, 0), report)
 
 
 def _check(logits: Tensor, active: int, layout: Layout) -> None:
@@ -72,36 +77,42 @@ def _check(logits: Tensor, active: int, layout: Layout) -> None:
         raise ValueError(f"head router: {active} active of {logits.shape[2]} routed heads: expected 1 to all of them")
 
 
-def learned(routed: Tensor, shared: Tensor, kinds: Tensor, active: int, layout: Layout) -> HeadRouting:
+def learned(
+    routed: Tensor, shared: Tensor, kinds: Tensor, active: int, layout: Layout, balance: float = BALANCE
+) -> HeadRouting:
     """The published router, from logits: routed `[B, T_local, E]`, shared `[B, T_local, shared]` (perhaps 0 wide) and
     kinds `[B, T_local, 2]` (shared, routed), of which the last is not read where no head is shared.
 
-    Computed in the accumulation dtype. Differentiable in all three. Raises ValueError where shapes do not fit.
+    `balance` is the coefficient of the loss. Computed in the accumulation dtype. Differentiable in all three. Raises
+    ValueError where shapes do not fit.
     """
     _check(routed, active, layout)
     dtype = accumulation_dtype(routed.dtype)
     p = routed.to(dtype).softmax(dim=-1)
-    chosen = _top(p, active)
+    chosen = _mask(p, active)
     read = p * chosen
     weights = active * read / read.sum(dim=-1, keepdim=True)
+    finite = routed.detach().isfinite().all()
     if shared.shape[-1]:
+        finite = finite & shared.detach().isfinite().all() & kinds.detach().isfinite().all()
         by_kind = 2 * kinds.to(dtype).softmax(dim=-1)
         of_shared = shared.shape[-1] * shared.to(dtype).softmax(dim=-1)
         weights = torch.cat([of_shared * by_kind[..., :1], weights * by_kind[..., 1:]], dim=-1)
-    return _routing(p, chosen, weights, layout)
+    return _routing(p, chosen, weights, layout, balance, finite)
 
 
-def by_norm(q: Tensor, shared: int, active: int, layout: Layout) -> HeadRouting:
+def by_norm(q: Tensor, shared: int, active: int, layout: Layout, balance: float = BALANCE) -> HeadRouting:
     """The router without parameters: q `[B, T_local, H, K]` are the queries before rotary positions, all heads'.
 
-    Differentiable in q, straight through the choice. Raises ValueError where shapes do not fit.
+    `balance` is the coefficient of the loss. Differentiable in q, straight through the choice. Raises ValueError where
+    shapes do not fit.
     """
     norms = q[:, :, shared:].to(accumulation_dtype(q.dtype)).norm(dim=-1)
     _check(norms, active, layout)
     spread = norms.std(dim=-1, keepdim=True) if norms.shape[-1] > 1 else torch.ones_like(norms)
     p = (norms / spread.clamp_min(torch.finfo(norms.dtype).eps)).softmax(dim=-1)
-    chosen = _top(p, active)
+    chosen = _mask(p, active)
     # Forward 1 for what is read; backward the gradient of p.
     straight = chosen + p - p.detach()
     weights = torch.cat([p.new_ones(*p.shape[:2], shared), straight * chosen], dim=-1)
-    return _routing(p, chosen, weights, layout)
+    return _routing(p, chosen, weights, layout, balance, norms.detach().isfinite().all())

@@ -5,6 +5,7 @@ between pairs its own with senders and receivers exchanged. A handle owns the bu
 error that it raises names the layer and the collective. Calls and bytes are counted here (`longctx.parallel.traffic`).
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,16 +98,31 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Pending[list[Tensor]]:
     """Send `parts[r]` to rank r, all of one dtype, and receive `sizes[r]` numbers from it: flat, in rank order."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
     sent = torch.cat([part.reshape(-1) for part in parts])
-    out = sent.new_empty(sum(sizes))
+    what, work, out = _all_to_all(sent, [part.numel() for part in parts], list(sizes), group)
+    return Pending(what, [work], list(out.split(list(sizes))), sent)
+
+
+def all_to_all_rows(
+    x: Tensor, sends: Sequence[int], receives: Sequence[int], group: dist.ProcessGroup
+) -> Pending[Tensor]:
+    """Send the first sends[0] rows of `x [N, ...]` to rank 0, the next sends[1] to rank 1, and so on, and receive
+    `receives[r]` rows from rank r: `[sum(receives), ...]`, in rank order."""
+    x, width = x.contiguous(), math.prod(x.shape[1:])
+    what, work, out = _all_to_all(x.view(-1), [n * width for n in sends], [n * width for n in receives], group)
+    return Pending(what, [work], out.view(-1, *x.shape[1:]), x)
+
+
+def _all_to_all(
+    sent: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup
+) -> tuple[str, dist.Work, Tensor]:
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    out = sent.new_empty(sum(receives))
     what = _told("all_to_all", sent, size)
     with _named(what, current_layer()):
-        work = dist.all_to_all_single(
-            out, sent, list(sizes), [part.numel() for part in parts], group=group, async_op=True
-        )
-    count("all_to_all", (sum(sizes) - sizes[rank]) * out.element_size())
-    return Pending(what, [work], list(out.split(list(sizes))), sent)
+        work = dist.all_to_all_single(out, sent, receives, sends, group=group, async_op=True)
+    count("all_to_all", (sum(receives) - receives[rank]) * out.element_size())
+    return what, work, out
 
 
 def exchange(

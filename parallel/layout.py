@@ -67,6 +67,8 @@ class Layout:
     """How the states of linear layers travel: one of STATE_SCHEDULES."""
     speeds: Speeds = ASSUMED
     """What `auto` reckons with; the same on every rank."""
+    sequence: int = 0
+    """The number of the sequence in its stream, which numbers of chance depend on."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cu_seqlens", checked_cu_seqlens(self.cu_seqlens))
@@ -89,10 +91,11 @@ class Layout:
         attention: str = "auto",
         states: str = "all-gather",
         speeds: Speeds = ASSUMED,
+        sequence: int = 0,
     ) -> "Layout":
         """The layout of a sequence over the cp axis of a mesh, for this rank."""
-        cp = mesh.cp
-        return cls(tuple(cu_seqlens), order, cp.size, cp.rank, cp.group, 0, mesh.grid, attention, states, speeds)
+        cp, bounds = mesh.cp, tuple(cu_seqlens)
+        return cls(bounds, order, cp.size, cp.rank, cp.group, 0, mesh.grid, attention, states, speeds, sequence)
 
     def seen_by(self, rank: int) -> "Layout":
         """The same layout as another rank of the group sees it, without the group: to be looked at."""

@@ -49,7 +49,8 @@ class Mesh:
     dp ranks read different sequences, cp ranks split a sequence, tp ranks split heads and channels. `ep` ranks divide
     experts between them: neighbours among `dp_shard x cp`, whose tokens they exchange. `shard` has the axes over which
     parameters are laid out, (dp_shard_cp,), or (dp_replicate, dp_shard_cp) where whole copies are kept; None where
-    another framework lays them out.
+    another framework lays them out. Those of experts are divided over `expert_axis` (ep,) and then laid out over
+    `expert_shard`, (rest,) or (dp_replicate, rest), rest x ep being dp_shard x cp; None where ep is 1.
     """
 
     device_type: str
@@ -62,6 +63,8 @@ class Mesh:
     dp_replicate: int = 1
     dp_shard: int = 1
     shard: DeviceMesh | None = None
+    expert_axis: DeviceMesh | None = None
+    expert_shard: DeviceMesh | None = None
 
     @classmethod
     def build(
@@ -108,11 +111,14 @@ class Mesh:
         sequence = view(dp=dp, cp=cp, tp=tp)
         cp_axis = Axis.named(sequence, "cp")
         ulysses_axis, ring_axis, ep_axis = Axis(), cp_axis, Axis()
+        expert_axis = expert_shard = None
         if ulysses > 1:
             split = view(dp=dp, ring=cp // ulysses, ulysses=ulysses, tp=tp)
             ulysses_axis, ring_axis = Axis.named(split, "ulysses"), Axis.named(split, "ring")
         if ep > 1:
-            ep_axis = Axis.named(view(dp_replicate=dp_replicate, rest=both // ep, ep=ep, tp=tp), "ep")
+            experts = view(dp_replicate=dp_replicate, rest=both // ep, ep=ep, tp=tp)
+            ep_axis, expert_axis = Axis.named(experts, "ep"), experts["ep"]
+            expert_shard = experts["rest"] if dp_replicate == 1 else experts["dp_replicate", "rest"]
         parameters = view(dp_replicate=dp_replicate, dp_shard_cp=both, tp=tp)
         return cls(
             device_type,
@@ -125,6 +131,8 @@ class Mesh:
             dp_replicate=dp_replicate,
             dp_shard=dp_shard,
             shard=parameters["dp_shard_cp"] if dp_replicate == 1 else parameters["dp_replicate", "dp_shard_cp"],
+            expert_axis=expert_axis,
+            expert_shard=expert_shard,
         )
 
     @classmethod

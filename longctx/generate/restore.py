@@ -58,7 +58,7 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
             f"the tokenizer of {run} is with its corpus: {error}. Where the corpus is elsewhere now, add data.path=DIR"
         ) from None
     rows = recipe.model.vocabulary_rows(tokenizer.vocab_size)
-    model = {**recipe.model.model_dump(), "vocab_size": rows}
+    model = {**recipe.model.model_dump(mode="json"), "vocab_size": rows}
     advice = f"Give a checkpoint of this run with {_OPTION}, or the run that this one belongs to"
     check_same_model(path, replace(state, model=_with_defaults(state.model)), model, advice)
     decoder = _load(recipe, rows, path)
@@ -92,7 +92,7 @@ def _newest(run: Path) -> Path:
 def _with_defaults(model: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's words for its model, with the keys that models have been given since."""
     try:
-        return ModelConfig.model_validate_json(json.dumps(model)).model_dump()
+        return ModelConfig.model_validate_json(json.dumps(model)).model_dump(mode="json")
     except ValidationError:
         return model  # which has differences to name
 
@@ -109,7 +109,7 @@ def _load(recipe: Recipe, rows: int, path: Path) -> Decoder:
     load_tensors(path, {"model": decoder.state_dict()}, _OPTION)
     if recipe.train.precision == "bf16":
         _round(decoder)
-    return decoder.requires_grad_(False)
+    return decoder.requires_grad_(False).eval()
 
 
 def _round(module: nn.Module) -> None:

@@ -13,15 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
+from longctx.mixers.heads import HeadRouter, HeadsMixConfig
 from longctx.mixers.memory import Memory
+from longctx.model.layers import Output
+from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 
 
 class Mixer(nn.Module, ABC):
     """A token mixer."""
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
-        """Shapes: x and the result `[B, T_local, D]`.
+    def __init__(self) -> None:
+        super().__init__()
+        self.router: HeadRouter | None = None
+        """Which heads a token reads; all of them where None."""
+
+    def mix_heads(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
+        """Route the layer's `heads` heads from now on, for width `dim`."""
+        self.router = HeadRouter(config, dim, heads)
+
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor | Output:
+        """Shapes: x and the result `[B, T_local, D]`, with a report where heads are routed.
 
         With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
         1, and `layout` is `Layout((0, n), continued=memory.tokens)`; after it they are remembered too. The outputs are
@@ -36,8 +48,17 @@ class Mixer(nn.Module, ABC):
         return out
 
     @abstractmethod
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """The layer's own part of `forward`: what fits has been looked at."""
+
+    def route(self, x: Tensor, layout: Layout) -> HeadRouting | None:
+        """Which heads the tokens of the layer's input x `[B, T_local, D]` read; None for all of them."""
+        return None if self.router is None else self.router(x, layout)
+
+    @property
+    def unread(self) -> int:
+        """Heads that a token does not read."""
+        return 0 if self.router is None else self.router.unread
 
     def empty_memory(self) -> Memory:
         """What the layer remembers before the first token of a document, for a batch of any size."""
@@ -78,6 +99,11 @@ class MixerConfig(Config, ABC):
         """
         del size, ulysses
         return "states", STATE_SCHEDULES
+
+    def routable(self) -> tuple[int, int] | None:
+        """Query heads that `[model.heads]` can route, and how many neighbours of them read one key/value head; None
+        where they cannot be routed."""
+        return None
 
     @abstractmethod
     def problems(self, dim: int) -> list[str]:

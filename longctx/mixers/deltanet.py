@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from longctx.config import Integer
 from longctx.kernels.library import DELTA
+from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, StepDecay, unit
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import begin_state_scan
 
@@ -91,17 +92,18 @@ class _Delta(LinearMixer):
 
     def mixed(
         self, x: Tensor, layout: Layout, memory: Memory | None, *decay: Tensor, gate: nn.Module | None = None
-    ) -> Tensor:
+    ) -> Tensor | Output:
         """`[B, T_local, D]` to the same, with the logarithms of the decays and with an output gate if there are any."""
-        q, k, v = self.project(x, layout, memory)
+        routing = self.route(x, layout)
+        q, k, v = self.project(x, layout, memory, routing)
         if self.conv is None:
             q, k, v = (nn.functional.silu(y) for y in (q, k, v))
         k, gates = unit(k), (self.limit * self.beta(x).sigmoid(), *decay)
         begun = begin_state_scan(DELTA, k, v, gates, layout)
         q = unit(q) * self.head_dim**-0.5  # while the states travel
-        opened = None if gate is None else gate(x)
+        opened = None if gate is None else self.opened(gate, x, routing)
         out = scan(DELTA, q, k, v, gates, layout, memory, begun)
-        return self.out(self.norm(out, opened).flatten(2))
+        return emit(self.norm(out, opened), self.out, routing)
 
 
 class DeltaNet(_Delta):
@@ -111,7 +113,7 @@ class DeltaNet(_Delta):
         super().__init__(config, dim, depth, config.key_dim(dim))
         self.norm = HeadNorm(self.head_dim, eps)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same."""
         return self.mixed(x, layout, memory)
 
@@ -126,7 +128,7 @@ class GatedDeltaNet(_Delta):
         self.gate = Linear(dim, config.heads * value_dim)
         self.norm = HeadNorm(value_dim, eps, "silu")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x))
         return self.mixed(x, layout, memory, log_decay, gate=self.gate)
@@ -143,7 +145,7 @@ class Kda(_Delta):
         self.gate = LowRank(dim, value_dim, config.heads * value_dim, bias=True)
         self.norm = HeadNorm(value_dim, eps, "sigmoid")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x).unflatten(-1, (self.heads, self.head_dim)))
         return self.mixed(x, layout, memory, log_decay, gate=self.gate)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
+from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, log_sigmoid
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import begin_state_scan
 
@@ -64,11 +65,12 @@ class Gla(LinearMixer):
         self.gate = Linear(dim, config.heads * value_dim)
         self.norm = HeadNorm(value_dim, eps, "silu")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, k, v = self.project(x, layout, memory)
+        routing = self.route(x, layout)
+        q, k, v = self.project(x, layout, memory, routing)
         log_decay = log_sigmoid(self.decay(x), self.gate_divisor).view(k.shape)
         begun = begin_state_scan(ADDITIVE, k, v, (log_decay,), layout)
-        q, gate = q * self.head_dim**-0.5, self.gate(x)  # while the states travel
+        q, gate = q * self.head_dim**-0.5, self.opened(self.gate, x, routing)  # while the states travel
         out = scan(ADDITIVE, q, k, v, (log_decay,), layout, memory, begun)
-        return self.out(self.norm(out, gate).flatten(2))
+        return emit(self.norm(out, gate), self.out, routing)

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadsConfig, LinearMixer
-from longctx.model.layers import RMSNorm, SelfInitialised
+from longctx.model.layers import Output, RMSNorm, SelfInitialised
 from longctx.parallel.layout import Layout
 
 
@@ -77,12 +78,13 @@ class Hgrn2(LinearMixer):
         self.bound = LowerBound(width, layer, depth) if layer > 0 else None
         self.norm = RMSNorm(value_width, eps)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, f, v = self.project(x, layout, memory)
+        routing = self.route(x, layout)
+        q, f, v = self.project(x, layout, memory, routing)
         log_decay = F.logsigmoid(f.to(accumulation_dtype(f.dtype)))
         if self.bound is not None:
             log_decay = self.bound(log_decay.flatten(2)).view(f.shape)
         k = -torch.expm1(log_decay)
         out = scan(ADDITIVE, F.silu(q), k.to(q.dtype), v, (log_decay,), layout, memory)
-        return self.out(self.norm(out.flatten(2)))
+        return emit(self.norm(out.flatten(2)).view(out.shape), self.out, routing)

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank
+from longctx.model.layers import Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.prefix import log_cumsum_exp
 from longctx.parallel.scan import begin_state_scan
@@ -52,9 +54,10 @@ class LightNet(LinearMixer):
         self.gate = LowRank(dim, config.gate_rank, value_width)
         self.norm = HeadNorm(value_width, eps, "silu")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, k, v = self.project(x, layout, memory)
+        routing = self.route(x, layout)
+        q, k, v = self.project(x, layout, memory, routing)
         logits = k.to(accumulation_dtype(k.dtype)).flatten(2)
         z, before = log_cumsum_exp(logits, layout)
         if memory is not None:
@@ -67,4 +70,4 @@ class LightNet(LinearMixer):
         begun = begin_state_scan(ADDITIVE, keys, v, gates, layout)
         q, gate = F.silu(q) * self.head_dim**-0.5, self.gate(x)  # while the states travel
         out = scan(ADDITIVE, q, keys, v, gates, layout, memory, begun)
-        return self.out(self.norm(out.flatten(2), gate))
+        return emit(self.norm(out.flatten(2), gate).view(out.shape), self.out, routing)

@@ -21,8 +21,9 @@ from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.heads import emit, read
 from longctx.mixers.memory import Memory, scan
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import begin_state_scan
 
@@ -40,6 +41,9 @@ class LightningConfig(MixerConfig):
 
     def problems(self, dim: int) -> list[str]:
         return head_dim_problems(dim, self.heads, self.head_dim)
+
+    def routable(self) -> tuple[int, int] | None:
+        return self.heads, 1
 
     def shrunk(self) -> "LightningConfig":
         return LightningConfig(heads=min(self.heads, 4), head_dim=8)
@@ -85,21 +89,26 @@ class Lightning(Mixer):
             decays = torch.tensor(log_decays(self.heads, self.layer, self.depth), dtype=torch.float64, device="cpu")
             self.log_decay.copy_(decays)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         batch, length, _ = x.shape
         width = self.heads * self.head_dim
+        routing = self.route(x, layout)
         for_q, for_kv, for_u = self.qkvu.weight.split([width, 2 * width, width])
         k, v = F.linear(x, for_kv).view(batch, length, 2 * self.heads, self.head_dim).chunk(2, dim=2)
         k, gates = F.silu(k), (self.log_decay,)
         begun = begin_state_scan(ADDITIVE, k, v, gates, layout)
         # While the states travel.
-        q = F.silu(F.linear(x, for_q)).view(k.shape)
-        u = F.linear(x, for_u)
+        q = F.silu(read(x, for_q, self.heads, routing))
+        u = read(x, for_u, self.heads, routing)
         out = scan(ADDITIVE, q, k, v, gates, layout, memory, begun)
-        return self.out(rms_norm(out.flatten(2), u, self.eps))
+        return emit(rms_norm(out.flatten(2), u.flatten(2), self.eps).view(out.shape), self.out, routing)
 
     def flops(self, layout: Layout) -> int:
         """Projections, and per token and head a write and a read of the state."""
-        projections = self.qkvu.flops_per_token + self.out.flops_per_token
-        return layout.local_length * (projections + 4 * self.heads * self.head_dim**2)
+        router = 0 if self.router is None else self.router.flops_per_token
+        projections = router + self.qkvu.flops_per_token + self.out.flops_per_token
+        per_token = projections + 4 * self.heads * self.head_dim**2
+        # Of a head that is not read: its queries, its gate, its rows of the output projection, and its read.
+        saved = self.unread * (3 * 2 * self.out.out_features * self.head_dim + 2 * self.head_dim**2)
+        return layout.local_length * (per_token - saved)

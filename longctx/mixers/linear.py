@@ -16,9 +16,10 @@ from longctx.kernels.linear import divided, with_ones
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer
 from longctx.mixers.features import feature_map
+from longctx.mixers.heads import emit, hidden, projected
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.parallel.layout import Layout
 
 
@@ -68,11 +69,12 @@ class BasicLinear(Mixer):
         self.norm = None if config.normalize else HeadNorm(self.head_dim, eps)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = self.feature_q(q), self.feature_k(k)
+        routing = self.route(x, layout)
+        q, k, v = projected(x, self.qkv, self.heads, self.kv_heads, routing)
+        # The features of nothing are something.
+        q, k = hidden(self.feature_q(q), routing), self.feature_k(k)
         if self.norm is None:
             # In float32: a sum of weights is larger than float16 holds, and its rounding that of every channel.
             wide = accumulation_dtype(v.dtype)
@@ -81,10 +83,13 @@ class BasicLinear(Mixer):
         else:
             out = scan(ADDITIVE, q, k, v, (), layout, memory)
             o = self.norm(out)
-        return self.out(o.flatten(2))
+        return emit(o, self.out, routing)
 
     def flops(self, layout: Layout) -> int:
         """Projections, and per token a write for each state and a read for each query head."""
         per_token = sum(getattr(module, "flops_per_token", 0) for module in self.children())
         channels = self.head_dim + (self.norm is None)
-        return layout.local_length * (per_token + 2 * (self.heads + self.kv_heads) * self.feature_dim * channels)
+        per_token += 2 * (self.heads + self.kv_heads) * self.feature_dim * channels
+        # Of a head that is not read: its queries, its rows of the output projection, and its read.
+        saved = 2 * 2 * self.out.out_features * self.head_dim + 2 * self.feature_dim * channels
+        return layout.local_length * (per_token - self.unread * saved)

@@ -19,9 +19,10 @@ from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig
+from longctx.mixers.heads import emit, hidden
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import ShortConvolution, StepDecay
-from longctx.model.layers import Linear, RMSNorm
+from longctx.model.layers import Linear, Output, RMSNorm
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import begin_state_scan
 
@@ -50,6 +51,9 @@ class Mamba2Config(MixerConfig):
         if self.heads % self.groups:
             found.append(f"groups: {self.groups} groups do not divide {self.heads} heads")
         return found
+
+    def routable(self) -> tuple[int, int] | None:
+        return self.heads, 1
 
     def shrunk(self) -> "Mamba2Config":
         groups = min(self.groups, 2)
@@ -102,8 +106,9 @@ class Mamba2(Mixer):
         self.norm = GroupedNorm(self.width, self.groups, eps)
         self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
+        routing = self.route(x, layout)
         keys = self.groups * self.state_dim
         z, u, dt = self.inner(x).split([self.width, self.width + 2 * keys, self.heads], dim=-1)
         v, k, q = self.conv(u, layout, memory).split([self.width, keys, keys], dim=-1)
@@ -113,9 +118,15 @@ class Mamba2(Mixer):
         begun = begin_state_scan(ADDITIVE, k, written, (log_decay,), layout)
         skipped, gate = self.skip(v), F.silu(z)  # while the states travel
         out = scan(ADDITIVE, q, k, written, (log_decay,), layout, memory, begun)
-        return self.out(self.norm((out + skipped).flatten(2) * gate))
+        read = hidden(out + skipped, routing)
+        return emit(self.norm(read.flatten(2) * gate).view(read.shape), self.out, routing)
 
     def flops(self, layout: Layout) -> int:
         """Projections and convolution, and per token and head a write and a read of the state."""
         per_token = sum(module.flops_per_token for module in (self.inner, self.conv, self.out))
-        return layout.local_length * (per_token + 4 * self.heads * self.head_dim * self.state_dim)
+        per_token += 4 * self.heads * self.head_dim * self.state_dim
+        if self.router is not None:
+            per_token += self.router.flops_per_token
+        # Of a head that is not read: its rows of the output projection, and its read; queries are of whole groups.
+        saved = 2 * self.head_dim * (self.out.out_features + self.state_dim)
+        return layout.local_length * (per_token - self.unread * saved)

@@ -11,8 +11,10 @@ from longctx.config import Integer
 from longctx.kernels.pointwise import rms_norm
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.heads import hidden, read
 from longctx.mixers.memory import Memory, convolve
 from longctx.model.layers import Linear, SelfInitialised
+from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import Layout
 
 
@@ -26,6 +28,9 @@ class HeadsConfig(MixerConfig):
 
     def problems(self, dim: int) -> list[str]:
         return head_dim_problems(dim, self.heads, self.head_dim)
+
+    def routable(self) -> tuple[int, int] | None:
+        return self.heads, 1
 
     def key_dim(self, dim: int) -> int:
         """K for a model of width `dim`."""
@@ -66,7 +71,7 @@ class HeadNorm(nn.Module):
         self.eps, self.activation = eps, activation
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`[B, T, H, V]` to the same; gate of the same shape, or `[B, T, H V]`."""
+        """`[B, T, H, V]` to the same, the gate too."""
         normed = rms_norm(o, self.weight, self.eps)
         if gate is None:
             return normed
@@ -166,16 +171,36 @@ class LinearMixer(Mixer):
         self.conv = ShortConvolution(sum(widths), conv, activation=activation) if conv else None
         self.out = Linear(widths[2], dim, scale=(2 * depth) ** -0.5)
 
-    def project(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v by heads, `[B, T_local, H, K]` and `[B, T_local, H, V]`, after the convolution if there is one."""
+    def project(
+        self, x: Tensor, layout: Layout, memory: Memory | None, routing: HeadRouting | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v by heads, `[B, T_local, H, K]` and `[B, T_local, H, V]`, after the convolution if there is one.
+
+        Queries of heads that a token does not read are zero.
+        """
+        if self.conv is None and routing is not None:
+            for_q, for_kv = self.qkv.weight.split([self.widths[0], self.widths[1] + self.widths[2]])
+            k, v = F.linear(x, for_kv).split(self.widths[1:], dim=-1)
+            q = read(x, for_q, self.heads, routing)
+            return q, k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
         qkv = self.qkv(x)
         if self.conv is not None:
             qkv = self.conv(qkv, layout, memory)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.widths, dim=-1))
-        return q, k, v
+        return hidden(q, routing), k, v
+
+    def opened(self, gate: nn.Module, x: Tensor, routing: HeadRouting | None) -> Tensor:
+        """The output gate of x, `[B, T_local, H, V]`: of the heads that are read, where it is one matrix."""
+        if isinstance(gate, Linear):
+            return read(x, gate.weight, self.heads, routing)
+        return gate(x).unflatten(-1, (self.heads, -1))
 
     def flops(self, layout: Layout) -> int:
         """Projections and convolutions, and per token and head the writes and a read of the state."""
         per_token = sum(getattr(module, "flops_per_token", 0) for module in self.children())
         key_dim, value_dim = self.widths[1] // self.heads, self.widths[2] // self.heads
-        return layout.local_length * (per_token + 2 * (self.writes + 1) * self.heads * key_dim * value_dim)
+        per_token += 2 * (self.writes + 1) * self.heads * key_dim * value_dim
+        # Of a head that is not read: its read, its rows of the output projection, of the queries' and the gate's.
+        dim, gate = self.out.out_features, getattr(self, "gate", None)
+        rows = value_dim + (key_dim if self.conv is None else 0) + (value_dim if isinstance(gate, Linear) else 0)
+        return layout.local_length * (per_token - self.unread * (2 * key_dim * value_dim + 2 * dim * rows))

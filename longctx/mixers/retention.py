@@ -14,9 +14,10 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
+from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import begin_state_scan
@@ -71,12 +72,13 @@ class Retention(LinearMixer):
         with torch.no_grad():
             self.log_decay.copy_(torch.tensor(log_decays(self.heads), dtype=torch.float64, device="cpu"))
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
-        q, k, v = self.project(x, layout, memory)
+        routing = self.route(x, layout)
+        q, k, v = self.project(x, layout, memory, routing)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         k = rotate(k, table) * self.head_dim**-0.5
         begun = begin_state_scan(ADDITIVE, k, v, (self.log_decay,), layout)
-        q, gate = rotate(q, table), self.gate(x)  # while the states travel
+        q, gate = rotate(q, table), self.opened(self.gate, x, routing)  # while the states travel
         out = scan(ADDITIVE, q, k, v, (self.log_decay,), layout, memory, begun)
-        return self.out(self.norm(out, gate).flatten(2))
+        return emit(self.norm(out, gate), self.out, routing)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.heads import emit, projected
 from longctx.mixers.memory import Memory, attend
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.model.rotary import rotary_table, rotate
+from longctx.moe.heads import mixture_of_heads
 from longctx.parallel.attention import choose, softmax_attention
 from longctx.parallel.choice import Shape, explained, fitting
 from longctx.parallel.layout import Layout
@@ -48,6 +50,9 @@ class SoftmaxConfig(MixerConfig):
     def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
         return "attention", fitting(self.heads, size, ulysses)
 
+    def routable(self) -> tuple[int, int] | None:
+        return self.heads, self.heads // (self.kv_heads or self.heads)
+
     def shrunk(self) -> "SoftmaxConfig":
         kv_heads = self.kv_heads or self.heads
         # As many query heads as a verification has ranks, where there are so many, so that all schedules fit.
@@ -72,17 +77,21 @@ class Softmax(Mixer):
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        scale, window = self.head_dim**-0.5, self.reach.window
+        routing = None if self.router is None or self.router.by_norm else self.route(x, layout)
+        q, k, v = projected(x, self.qkv, self.heads, self.kv_heads, routing)
+        if self.router is not None and self.router.by_norm:
+            routing = self.route(q, layout)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         q, k = rotate(q, table), rotate(k, table)
-        if memory is None:
-            out = softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
-        else:
-            out = attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
-        return self.out(out.flatten(2))
+        if memory is not None:
+            return emit(attend(q, k, v, layout, scale, window, memory), self.out, routing)
+        if routing is not None:
+            out = mixture_of_heads(q, k, v, routing, layout, scale, window=window)
+            return emit(out, self.out, routing, weighted=True)
+        return emit(softmax_attention(q, k, v, layout, scale, window=window), self.out, None)
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule and its expected costs, where the layout leaves it to be chosen."""
@@ -93,5 +102,10 @@ class Softmax(Mixer):
 
     def flops(self, layout: Layout) -> int:
         """Projections, and for each visible pair of tokens a score and a weighted value."""
-        projections = self.qkv.flops_per_token + self.out.flops_per_token
-        return layout.local_length * projections + 4 * self.heads * self.head_dim * score_elements(layout, self.reach)
+        router = 0 if self.router is None else self.router.flops_per_token
+        read = self.heads - self.unread
+        # Queries are looked at to be routed by their norms.
+        queries = 0 if self.router is not None and self.router.by_norm else self.unread
+        dim, width = self.out.out_features, self.head_dim
+        projections = router + self.qkv.flops_per_token - 2 * dim * width * queries + 2 * dim * width * read
+        return layout.local_length * projections + 4 * read * width * score_elements(layout, self.reach)

@@ -1,12 +1,16 @@
 """`[model]`: the decoder's shape. Each mixer and feed-forward that is registered adds its own table."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model, model_validator
 
 from longctx.config import Config, Integer
 from longctx.mixers import MIXERS, MixerConfig
-from longctx.model.ffn import FFNS, FeedForwardConfig
+from longctx.mixers.heads import HeadsMixConfig
+from longctx.model.feed_forwards import FFNS
+from longctx.model.ffn import FeedForwardConfig
+from longctx.model.moe import MoeConfig
 
 VOCABULARY_MULTIPLE = 64
 """A vocabulary that the recipe does not size is rounded up to this, so that matrices are of a shape that is fast."""
@@ -21,12 +25,15 @@ class _ModelConfig(Config):
     """Layers; a mixer and a feed-forward each."""
     dim: Integer = Field(gt=0)
     """Width."""
-    ffn: str = "swiglu"
-    """The feed-forward's name."""
+    ffn: str | tuple[str, ...] = "swiglu"
+    """The feed-forward's name, or a list of names, repeated over the depth: `["swiglu", "moe"]` is experts in every
+    second layer."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square before its root, in every norm."""
     tie_embeddings: bool = True
     """One matrix for the input embedding and the output head."""
+    heads: HeadsMixConfig | None = None
+    """Without it every token reads every head."""
     vocab_size: Integer | None = Field(default=None, gt=0)
     """Rows of the embedding; where absent the tokenizer's, rounded up to a multiple of 64."""
 
@@ -46,21 +53,55 @@ class _ModelConfig(Config):
                 problems.append(f"{kind.name}: no layer of {self.layers!r} ({self.depth} deep) is {letter}; remove it")
             elif table is not None:
                 problems += [f"{kind.name}.{problem}" for problem in table.problems(self.dim)]
-        if self.ffn not in FFNS:
-            problems.append(f"ffn: there is no {self.ffn!r}; there are {', '.join(FFNS)}")
-        else:
-            problems += [f"{name}: ffn is {self.ffn!r}; remove this table" for name in FFNS if self._unused(name)]
+        names = self.feed_forwards
+        problems += [
+            f"ffn: there is no {n!r}; there are {', '.join(FFNS)}" for n in dict.fromkeys(names) if n not in FFNS
+        ]
+        if not names:
+            problems.append(f"ffn: give a name, or a list of names; there are {', '.join(FFNS)}")
+        for name in FFNS:
+            table = getattr(self, name)
+            if table is not None and name not in names:
+                problems.append(f"{name}: no layer's ffn is {name!r}; remove this table")
+            elif table is None and name in names and FFNS[name].needs_table():
+                problems.append(f"ffn: {name} needs the table [model.{name}]")
+            elif table is not None:
+                problems += [f"{name}.{problem}" for problem in table.problems()]
+        problems += self._heads_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
-    def _unused(self, ffn: str) -> bool:
-        return getattr(self, ffn) is not None and self.ffn != ffn
+    def _heads_problems(self) -> Iterator[str]:
+        """What of `[model.heads]` does not fit the mixers that it names."""
+        if self.heads is None:
+            return
+        tables = {kind.name: getattr(self, kind.name) for c, kind in MIXERS.items() if c in self.pattern}
+        for name in self.heads.mixers:
+            table: MixerConfig | None = tables.get(name)
+            if table is None:
+                yield f"heads.mixers: no layer of {self.layers!r} is {name!r}; there are {', '.join(tables)}"
+            elif (routable := table.routable()) is None:
+                yield f"heads.mixers: the heads of {name} cannot be routed"
+            else:
+                yield from (f"heads.{problem}" for problem in self.heads.problems(name, *routable))
 
     @property
     def pattern(self) -> str:
         """The letter of every layer."""
         return (self.layers * self.depth)[: self.depth]
+
+    @property
+    def feed_forwards(self) -> tuple[str, ...]:
+        """The name of every layer's feed-forward."""
+        names = (self.ffn,) if isinstance(self.ffn, str) else self.ffn
+        return (names * self.depth)[: self.depth]
+
+    @property
+    def mixture(self) -> MoeConfig | None:
+        """The configuration of its experts, where it has some."""
+        table: MoeConfig | None = getattr(self, MoeConfig.name)
+        return table
 
     def vocabulary_rows(self, tokens: int) -> int:
         """Rows of the embedding for a tokenizer of `tokens` tokens."""
@@ -73,17 +114,31 @@ class _ModelConfig(Config):
         table: MixerConfig = getattr(self, MIXERS[self.pattern[layer]].name)
         return table
 
+    def routed_heads(self, layer: int) -> int | None:
+        """The number of heads of a layer's mixer, where a token reads some of them; else None."""
+        table = self.mixer(layer)
+        routable = table.routable()
+        return routable[0] if self.heads is not None and table.name in self.heads.mixers and routable else None
+
     def shrunk(self) -> "ModelConfig":
         """The same pattern once, narrow: for `longctx verify --shrink`."""
         tables = {kind.name: getattr(self, kind.name) for kind in MIXERS.values()}
         small: dict[str, Any] = {name: table.shrunk() for name, table in tables.items() if table is not None}
-        small[self.ffn] = self.feed_forward().shrunk()
-        return self.model_copy(update={"dim": 32, "depth": min(self.depth, len(self.layers)), **small})
+        depth = min(self.depth, max(len(self.layers), 1 if isinstance(self.ffn, str) else len(self.ffn)))
+        for layer, name in enumerate(self.feed_forwards[:depth]):
+            small[name] = self.feed_forward(layer).shrunk()
+        if self.heads is not None:
+            routables = [small[name].routable() for name in self.heads.mixers]
+            few, group = min(heads for heads, _ in routables), max(group for _, group in routables)
+            small["heads"] = self.heads.shrunk(few, group)
+        unused = {name: None for name in FFNS if name not in small}
+        return self.model_copy(update={"dim": 32, "depth": depth, **unused, **small})
 
-    def feed_forward(self) -> FeedForwardConfig:
-        """The configuration of the feed-forward layers."""
-        table: FeedForwardConfig | None = getattr(self, self.ffn)
-        return FFNS[self.ffn]() if table is None else table
+    def feed_forward(self, layer: int) -> FeedForwardConfig:
+        """The configuration of a layer's feed-forward."""
+        name = self.feed_forwards[layer]
+        table: FeedForwardConfig | None = getattr(self, name)
+        return FFNS[name]() if table is None else table
 
 
 if TYPE_CHECKING:

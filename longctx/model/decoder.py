@@ -9,6 +9,7 @@ nor in generation: `next_logits` gives those of the last token alone.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from longctx.kernels.loss import linear_cross_entropy
 from longctx.mixers import Memory
 from longctx.model.config import ModelConfig
-from longctx.model.layers import Linear, RMSNorm
+from longctx.model.layers import Linear, Output, RMSNorm
+from longctx.moe.report import Report
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import layer
 
@@ -31,6 +33,17 @@ class Embedding(nn.Embedding):
         self.init_std = dim**-0.5
 
 
+class Losses(NamedTuple):
+    """What a decoder says of a batch with labels, of this rank's tokens."""
+
+    total: Tensor
+    """The negative log likelihoods (nats) times `scale`, summed, float32 or float64; differentiable."""
+    nll: Tensor
+    """`[B, T_local]`: that of each token, 0 where there is no label; not differentiable."""
+    reports: dict[str, Report]
+    """What each router says, by the name of its layer (`blocks.3.ffn`)."""
+
+
 class Block(nn.Module):
     """One layer: `h + mixer(norm(h))`, then `h + ffn(norm(h))`."""
 
@@ -38,20 +51,29 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
         self.mixer = config.mixer(layer).build(config.dim, layer, config.depth, config.norm_eps)
+        heads = config.routed_heads(layer)
+        if heads is not None and config.heads is not None:
+            self.mixer.mix_heads(config.heads, config.dim, heads)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = config.feed_forward().build(config.dim, config.depth)
+        self.ffn = config.feed_forward(layer).build(config.dim, layer, config.depth)
         self.recompute = False
         """Keep the block's input alone, and compute the block again in the backward pass."""
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
-        """`[B, T_local, D]` to the same; with a memory as in `longctx.mixers.Mixer.forward`."""
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> tuple[Tensor, dict[str, Report]]:
+        """`[B, T_local, D]` to the same, and what the routers in it say, by the names of their layers.
+
+        With a memory as in `longctx.mixers.Mixer.forward`.
+        """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, x, layout, memory, use_reentrant=False, preserve_rng_state=False)
         return self._compute(x, layout, memory)
 
-    def _compute(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), layout, memory)
-        return x + self.ffn(self.ffn_norm(x))
+    def _compute(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, dict[str, Report]]:
+        mixed = Output.of(self.mixer(self.mixer_norm(x), layout, memory))
+        x = x + mixed.out
+        fed = Output.of(self.ffn(self.ffn_norm(x), layout))
+        said = {"mixer": mixed.report, "ffn": fed.report}
+        return x + fed.out, {name: report for name, report in said.items() if report is not None}
 
 
 class Decoder(nn.Module):
@@ -77,22 +99,23 @@ class Decoder(nn.Module):
         *,
         loss_tile: int = 4096,
         scale: Tensor | float = 1.0,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | Losses:
         """Logits `[B, T_local, N]`, or with labels the losses of this rank's tokens.
 
-        Shapes: tokens and labels `[B, T_local]` int64, labels already shifted, -100 where there is none. With labels:
-        `scale` times the summed negative log likelihood (differentiable) and each token's own `[B, T_local]` (not), in
-        nats and float32; `loss_tile` tokens have their logits in memory at one time.
+        Shapes: tokens and labels `[B, T_local]` int64, labels already shifted, -100 where there is none. `scale` is
+        what the sum of the losses is multiplied with; `loss_tile` tokens have their logits in memory at one time.
         """
         x = self.embedding(tokens)
+        reports: dict[str, Report] = {}
         for number, block in enumerate(self.blocks):
             with layer(f"blocks.{number}"):
-                x = block(x, layout)
+                x, said = block(x, layout)
+            reports |= {f"blocks.{number}.{name}": report for name, report in said.items()}
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.head_weight)
         total, nll = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), loss_tile, scale)
-        return total, nll.view(labels.shape)
+        return Losses(total, nll.view(labels.shape), reports)
 
     def empty_memory(self) -> list[Memory]:
         """What each layer remembers before the first token, for a batch of any size: `next_logits` goes on from it."""
@@ -112,7 +135,7 @@ class Decoder(nn.Module):
         layout = Layout((0, tokens.shape[1]), continued=memory[0].tokens)
         x = self.embedding(tokens)
         for block, remembered in zip(self.blocks, memory, strict=True):
-            x = block(x, layout, remembered)
+            x, _ = block(x, layout, remembered)
         return F.linear(self.norm(x[:, -1]), self.head_weight)
 
     def flops(self, layout: Layout) -> int:

@@ -1,4 +1,4 @@
-"""Feed-forward layers, by name. A new one is a class here and a name in `FFNS`."""
+"""What a feed-forward is to a model, and the dense one."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Self
@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from longctx.config import Config, Integer
 from longctx.kernels.ffn import tiled_swiglu
 from longctx.kernels.pointwise import swiglu
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
+from longctx.parallel.layout import Layout
 
 
 class FeedForward(nn.Module, ABC):
-    """A map of each token by itself."""
+    """A map of each token by itself, or of each token and what its router chose for it."""
 
     tile: int | None = None
     """Tokens whose hidden activations exist at one time, made again in the backward pass; None: all, kept."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to the same."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor | Output:
+        """`[B, T_local, D]` to the same."""
 
     @property
     @abstractmethod
@@ -33,13 +34,22 @@ class FeedForwardConfig(Config, ABC):
 
     name: ClassVar[str]
 
+    @classmethod
+    def needs_table(cls) -> bool:
+        """Whether some key has no default."""
+        return any(field.is_required() for field in cls.model_fields.values())
+
     @abstractmethod
     def shrunk(self) -> Self:
         """The same kind of layer, narrow, to verify a model with at little cost."""
 
     @abstractmethod
-    def build(self, dim: int, depth: int) -> FeedForward:
-        """The layer for width `dim` in a model of `depth` layers."""
+    def build(self, dim: int, layer: int, depth: int) -> FeedForward:
+        """The feed-forward of layer `layer` (from 0) of `depth`, for width `dim`."""
+
+    def problems(self) -> list[str]:
+        """What does not fit together, in words, each beginning with the key it is about."""
+        return []
 
 
 class SwigluConfig(FeedForwardConfig):
@@ -53,7 +63,7 @@ class SwigluConfig(FeedForwardConfig):
     def shrunk(self) -> "SwigluConfig":
         return SwigluConfig(hidden=48)
 
-    def build(self, dim: int, depth: int) -> "Swiglu":
+    def build(self, dim: int, layer: int, depth: int) -> "Swiglu":
         hidden = self.hidden or -(-8 * dim // (3 * 64)) * 64
         return Swiglu(dim, hidden, depth)
 
@@ -66,8 +76,9 @@ class Swiglu(FeedForward):
         self.gate_up = Linear(dim, 2 * hidden)
         self.down = Linear(hidden, dim, scale=(2 * depth) ** -0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to the same."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """`[B, T_local, D]` to the same, each token by itself."""
+        del layout
         if self.tile is not None:
             return tiled_swiglu(x, self.gate_up.weight, self.down.weight, self.tile)
         return self.down(swiglu(self.gate_up(x)))
@@ -75,6 +86,3 @@ class Swiglu(FeedForward):
     @property
     def flops_per_token(self) -> int:
         return self.gate_up.flops_per_token + self.down.flops_per_token
-
-
-FFNS: dict[str, type[FeedForwardConfig]] = {config.name: config for config in (SwigluConfig,)}

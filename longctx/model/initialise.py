@@ -3,9 +3,9 @@
 Matrices from N(0, 1 / fan_in); those that write into the residual stream (`out`, `down`) scaled by a further
 `1 / sqrt(2 depth)`, so that the stream's variance does not grow with the depth (Radford et al. 2019); embedding rows
 from N(0, 1 / D), so that tied logits start at unit scale; norms 1; what a module's `initial(name, shape, generator)`
-says (decays, biases, convolutions). Every matrix is drawn in float32 on the CPU, one at
-a time, whatever the model's dtype, device and sharding: the same numbers on one rank and on N, and no rank holds the
-whole model.
+says (decays, biases, convolutions). Every matrix is drawn in float32 on the CPU, one at a time, an expert's by itself,
+whatever the model's dtype, device and sharding: the same numbers on one rank and on N, and no rank holds the whole
+model.
 """
 
 import hashlib
@@ -29,14 +29,36 @@ def _fill(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
+def _fill_each(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    """Fill `[E, rows, columns]`, a matrix for each expert: only those drawn of which this rank has rows."""
+    count, rows, columns = parameter.shape
+    # Numbers laid out as the parameter is: they say which rows of which experts lie here.
+    numbers = torch.arange(count * rows).view(count, rows, 1)
+    local = parameter
+    if isinstance(parameter, DTensor):
+        numbers = numbers.to(parameter.device)
+        numbers = distribute_tensor(
+            numbers, parameter.device_mesh, parameter.placements, src_data_rank=None
+        ).to_local()  # fmt: skip
+        local = parameter.to_local()
+    if local.numel():
+        assert local.shape == (*numbers.shape[:2], columns)
+        here = (numbers[0, :, 0] % rows).cpu()
+        for matrix, expert in zip(local, (numbers[:, 0, 0] // rows).tolist(), strict=True):
+            drawn = torch.randn(rows, columns, generator=_generator(seed, f"{name}.{expert}"))
+            matrix.copy_(drawn[here] * std)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw every parameter and fill every buffer of a model that may be sharded, or fresh from the meta device."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             std, initial = getattr(module, "init_std", None), getattr(module, "initial", None)
-            if initial is not None:
-                local = name.removeprefix(f"{prefix}.")
+            local = name.removeprefix(f"{prefix}.")
+            if hasattr(module, "stds"):
+                _fill_each(parameter, module.stds[local], seed, name)
+            elif initial is not None:
                 _fill(parameter, initial(local, parameter.shape, _generator(seed, name)))
             elif std is None:
                 _fill(parameter, torch.ones(parameter.shape))

@@ -1,9 +1,26 @@
 """The small layers that every model is made of."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from longctx.kernels.pointwise import rms_norm
+from longctx.moe.report import Report
+
+
+class Output(NamedTuple):
+    """What a layer that routes gives; one that does not gives its output alone."""
+
+    out: Tensor
+    """`[B, T_local, D]`."""
+    report: Report | None = None
+    """What its router says."""
+
+    @classmethod
+    def of(cls, given: "Tensor | Output") -> "Output":
+        """The same for both kinds of layer."""
+        return cls(given) if isinstance(given, Tensor) else given
 
 
 class Linear(nn.Linear):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from longctx.model.config import ModelConfig
 from longctx.recipe.sources import Mistake
 from longctx.train.config import ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -13,13 +14,15 @@ def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:
     A check whose tables are not all there is skipped, so that a recipe with a wrong table still has the others
     judged. `world_size` is the number of ranks; None where it is not known yet: what depends on it is then skipped.
     """
-    train, schedule, parallel = (tables.get(name) for name in ("train", "schedule", "parallel"))
+    train, schedule, parallel, model = (tables.get(name) for name in ("train", "schedule", "parallel", "model"))
     mistakes: list[Mistake] = []
     if train is not None and schedule is not None:
         mistakes += _schedule_fits(train, schedule)
     if parallel is not None:
         mistakes += _ulysses_fits(parallel)
         mistakes += _ranks_fit(parallel, world_size)
+    if parallel is not None and model is not None:
+        mistakes += _experts_divide(model, parallel, world_size)
     if train is not None and parallel is not None:
         mistakes += _sequences_divide(train, parallel, world_size)
     return mistakes
@@ -76,19 +79,51 @@ def _ranks_fit(parallel: ParallelConfig, world_size: int | None) -> Iterator[Mis
         )
 
 
+def _experts_divide(model: ModelConfig, parallel: ParallelConfig, world_size: int | None) -> Iterator[Mistake]:
+    ep, moe = parallel.ep, model.mixture
+    if ep == 1:
+        return
+    if moe is None:
+        yield Mistake(("parallel", "ep"), f"{ep} ranks for experts, and no layer of the model has any (model.ffn)")
+        return
+    if moe.experts % ep:
+        yield Mistake(("parallel", "ep"), f"{moe.experts} experts (model.moe.experts) do not divide over {ep} ranks")
+    shard = _dp_shard(parallel, world_size)
+    if shard is None:
+        return
+    both = shard * parallel.cp
+    if both % ep:
+        yield Mistake(("parallel", "ep"), f"{ep} does not divide dp_shard * cp = {shard} * {parallel.cp} = {both}")
+        return
+    rest = both // ep
+    for key, width in (("dim", model.dim), ("moe.hidden", moe.hidden)):
+        rows = width if key == "dim" else 2 * width
+        if rows % rest:
+            yield Mistake(
+                ("parallel", "ep"),
+                f"the {rest} ranks that hold the same experts (dp_shard * cp / ep) share their matrices by rows, and "
+                f"model.{key} = {width} gives {rows} rows, which {rest} does not divide",
+            )
+
+
+def _dp_shard(parallel: ParallelConfig, world_size: int | None) -> int | None:
+    """The size of dp_shard; None where it hangs on ranks that are not known, or do not fit."""
+    if isinstance(parallel.dp_shard, int):
+        return parallel.dp_shard if parallel.dp_shard > 0 else None
+    others = parallel.dp_replicate * parallel.cp
+    return None if world_size is None or world_size % others else world_size // others
+
+
 def _ranks(count: int) -> str:
     return "is 1 rank" if count == 1 else f"are {count} ranks"
 
 
 def _sequences_divide(train: TrainConfig, parallel: ParallelConfig, world_size: int | None) -> Iterator[Mistake]:
-    shard = parallel.dp_shard
-    if not isinstance(shard, int):
-        if world_size is None:
-            return
-        shard = world_size // (parallel.dp_replicate * parallel.cp)
+    shard = _dp_shard(parallel, world_size)
+    if shard is None:
+        return
     size = parallel.dp_replicate * shard
-    # A size below 1 comes from ranks that do not fit, which is told already.
-    if size > 0 and train.sequences_per_step % size:
+    if train.sequences_per_step % size:
         below = train.sequences_per_step // size * size
         lengths = [str(n) for n in (below, below + size) if n > 0]
         yield Mistake(

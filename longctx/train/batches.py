@@ -26,7 +26,7 @@ def to_batch(
 ) -> Batch:
     """This rank's part of a sequence. Labels were shifted before: a slice's last label lies on another rank."""
     bounds = sequence.cu_seqlens.tolist()
-    layout = Layout.on(mesh, bounds, order, attention=attention, states=states, speeds=speeds)
+    layout = Layout.on(mesh, bounds, order, attention=attention, states=states, speeds=speeds, sequence=sequence.index)
     tokens, labels = layout.shard(sequence.tokens[None]), layout.shard(sequence.labels[None], fill=IGNORE)
     return Batch(tokens.to(device), labels.to(device), layout)
 

@@ -86,6 +86,9 @@ class ParallelConfig(Config):
     ulysses: Integer = Field(default=1, gt=0)
     """Neighbouring context-parallel ranks that form an Ulysses group, a divisor of `cp`: softmax layers change heads
     for tokens inside a group, and the schedules `ulysses-ring` and `ulysses-all-gather` go on between groups."""
+    ep: Integer = Field(default=1, gt=0)
+    """Ranks that divide the experts between them and exchange tokens: neighbours among `dp_shard * cp`, which `ep`
+    divides, as it does the number of experts."""
     layout: Literal["contiguous", "zigzag", "balanced"] = "zigzag"
     """Which tokens a context-parallel rank holds. `zigzag` balances the causal work of softmax layers on one document;
     `balanced` gives out smaller pieces, so that packed documents are balanced as well (linear layers send a state for

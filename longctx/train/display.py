@@ -103,7 +103,7 @@ class PlainDisplay:
         self.message(
             f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
             f"grad norm {metrics.grad_norm:.3g}  {human_count(metrics.tokens_per_second)} tok/s  "
-            f"{metrics.utilisation:.0%} of matmul rate  {human_bytes(metrics.memory_bytes)}  "
+            f"{metrics.utilisation:.0%} of matmul rate  {human_bytes(metrics.memory_bytes)}  {_load(metrics)}"
             f"{human_duration(metrics.seconds_left)} left"
         )
 
@@ -239,11 +239,22 @@ class LiveDisplay:
                 table.add_column(ratio=ratio, no_wrap=True)
             for one, other in zip(left, right, strict=True):
                 table.add_row(*one, *other)
+        if last.routers:
+            table.add_row("fullest load", f"{_fullest(last):.2f} of the mean")
         return table
 
 
 def _what(info: RunInfo) -> str:
     return f"{human_count(info.parameters)} parameters, {info.precision}"
+
+
+def _fullest(metrics: StepMetrics) -> float:
+    """The load of the fullest expert or head over the mean, in the layer where it is largest."""
+    return max(router.imbalance for router in metrics.routers.values())
+
+
+def _load(metrics: StepMetrics) -> str:
+    return f"fullest load {_fullest(metrics):.2f}  " if metrics.routers else ""
 
 
 def _where(info: RunInfo) -> str:

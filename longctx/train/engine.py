@@ -1,27 +1,30 @@
 """The torch engine: FSDP2 over the mesh, AdamW, and the loss of one step exactly as one rank would have it.
 
 A step's loss is the summed negative log likelihood of all its tokens on all ranks, divided by the number of labels
-among them. Each rank divides its own sum by that global number, and gradients are *summed* over ranks (FSDP2 divides
-them by default), so that the result does not depend on how tokens lie over ranks.
+among them, and each router's losses, divided by the number of sequences. Each rank divides its own sum by that global
+number, and gradients are *summed* over ranks (FSDP2 divides them by default), so that the result does not depend on how
+tokens lie over ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from longctx.kernels.loss import IGNORE
 from longctx.model.config import ModelConfig
-from longctx.model.decoder import Block, Decoder
+from longctx.model.decoder import Block, Decoder, Losses
 from longctx.model.initialise import initialise
+from longctx.model.moe import Experts, MixtureOfExperts
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.config import OptimizerConfig, TrainConfig
+from longctx.train.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: the mean loss over all ranks' labels (nats), and the gradient's norm before clipping."""
+    """One optimizer step, over all ranks."""
 
     loss: float
+    """Mean over the labels, in nats, without the routers' losses."""
     grad_norm: float
+    """Before clipping."""
+    routing: Routing
 
 
 class TorchEngine:
@@ -75,69 +81,125 @@ class TorchEngine:
         if self.config.precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # Decays are exponentials of parameters: rounded to bf16 a head would forget at another rate.
-        gates = [m for m in decoder.modules() if getattr(m, "full_precision", False) and policy.param_dtype is not None]
-        for module in (*gates, *decoder.blocks, decoder):
-            fully_shard(module, mesh=self.mesh.shard, mp_policy=exact if module in gates else policy)
+        # Decays are exponentials of parameters: rounded to bf16 a head would forget at another rate. A router's choice
+        # is as fine as its logits.
+        full = [m for m in decoder.modules() if getattr(m, "full_precision", False) and list(m.parameters())]
+        full = full if policy.param_dtype is not None else []
+        divided = [m for m in decoder.modules() if isinstance(m, Experts)] if self.mesh.ep.size > 1 else []
+        for experts in divided:
+            self._divide(experts)
+        for module in (*full, *divided, *decoder.blocks, decoder):
+            if module in divided:
+                # By rows of the matrices: the experts are divided over ep already.
+                fully_shard(
+                    module, mesh=self.mesh.expert_shard, mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
+                )
+            else:
+                fully_shard(module, mesh=self.mesh.shard, mp_policy=exact if module in full else policy)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
             # gloo knows no scaled sums, and NCCL's would multiply by 1.
             module.set_force_sum_reduction_for_comms(True)
 
+    def _divide(self, experts: Experts) -> None:
+        """Leave this rank of the ep axis its own experts."""
+        assert self.mesh.expert_axis is not None
+        experts.axis = self.mesh.ep
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            part = distribute_tensor(parameter.detach(), self.mesh.expert_axis, [Shard(0)], src_data_rank=None)
+            setattr(experts, name, nn.Parameter(part))
+
     def _adamw(self) -> torch.optim.AdamW:
         config = self.optimizer_config
-        exempt = {id(m.bias) for m in self.model.modules() if isinstance(getattr(m, "bias", None), torch.Tensor)}
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2 and id(p) not in exempt]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2 or id(p) in exempt]
-        return torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        exempt = {id(m.bias) for m in self.model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)}
+        groups = []
+        # Fused over the parameters of a group, which have to lie on one mesh.
+        for parameters in self._by_mesh(self.model.parameters()):
+            matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
+            vectors = [p for p in parameters if p.ndim < 2 or id(p) in exempt]
+            groups += [
+                {"params": some, "weight_decay": decay}
+                for some, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+                if some
+            ]
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+    @staticmethod
+    def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        """Parameters, or their gradients, in groups that lie on one mesh each."""
+        found: dict[object, list[Tensor]] = {}
+        for parameter in parameters:
+            found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        return list(found.values())
 
     @property
     def parameters(self) -> int:
         """Trained numbers, over all ranks, each counted once."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def gradients(self, batches: Sequence[Batch]) -> float:
-        """Accumulate the gradients of the mean loss over all labels in all ranks' `batches`; that loss, in nats.
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, Routing]:
+        """Accumulate the gradients of a step's loss; the mean loss over all labels in all ranks' `batches`, in nats,
+        and what the routers say, both over all ranks.
 
-        Every rank has to give equally many batches.
+        The step's loss is that mean, plus the routers' losses, each the mean over all sequences. Every rank has to give
+        equally many batches.
         """
         labels = torch.tensor(float(sum(int((b.labels != IGNORE).sum()) for b in batches)), dtype=torch.float64)
         labels = all_reduce(labels.to(self.device)).clamp(min=1)
+        sequences = self.mesh.dp.size * sum(len(batch.tokens) for batch in batches)
         summed = torch.zeros((), dtype=torch.float64, device=self.device)
+        routing = Routing()
         for batch in batches:
-            loss, _ = self.model(
+            said: Losses = self.model(
                 batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile, scale=1 / labels
             )
-            loss.backward()
-            summed += loss.detach()
-        return all_reduce(summed).item()
+            whole = said.total
+            for report in said.reports.values():
+                # A router sums over the batch's rows as over one sequence.
+                whole = whole + report.loss * (len(batch.tokens) / sequences)
+            whole.backward()
+            summed += said.total.detach()
+            routing.add(said.reports)
+        routing.sum_over_ranks(self.device)
+        return all_reduce(summed).item(), routing
+
+    def _norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The norm of all gradients together, float64, over whatever mesh each lies.
+
+        In one collective: a number stands on as many ranks as there are copies of the model, and on no others.
+        """
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
+        squares = torch.stack([n.double() for n in torch._foreach_norm(local)]).square().sum()
+        return (all_reduce(squares) / self.mesh.dp_replicate).sqrt()
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over all ranks' `batches` at the learning rate `lr`."""
-        loss = self.gradients(batches)
+        """One optimizer step over all ranks' `batches` at the learning rate `lr`.
+
+        Raises NotFiniteError, before anything is changed, where a router's logits are not finite.
+        """
+        loss, routing = self.gradients(batches)
+        routing.check_finite()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = self._norm([p.grad for p in parameters])
         if self.config.clip != "none":
-            clip_grads_with_norm_(parameters, self.config.clip, norm)
+            for some in self._by_mesh(parameters):
+                clip_grads_with_norm_(some, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm.item())
+        for name, module in self.model.named_modules():
+            if isinstance(module, MixtureOfExperts):
+                module.after_step(routing.layers[name].counts)
+        return StepResult(loss, norm.item(), routing)
 
     @torch.no_grad()
-    def losses(self, batch: Batch) -> Tensor:
-        """Each token's negative log likelihood `[1, T_local]` (nats, float32), 0 where there is no label."""
-        nll: Tensor = self.model(batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile)[1]
-        return nll
+    def losses(self, batch: Batch) -> Losses:
+        """The losses of a batch that is not trained on, without noise."""
+        self.model.eval()
+        losses: Losses = self.model(batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile)
+        self.model.train()
+        return losses
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole gradient, gathered: every rank has to walk through all of them."""

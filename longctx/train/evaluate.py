@@ -13,6 +13,7 @@ from longctx.kernels.loss import IGNORE
 from longctx.parallel.collectives import all_reduce
 from longctx.train.engine import Batch, TorchEngine
 from longctx.train.metrics import EvaluationMetrics, PositionLoss
+from longctx.train.routing import Choices
 
 
 def _bucket(positions: Tensor) -> Tensor:
@@ -22,36 +23,43 @@ def _bucket(positions: Tensor) -> Tensor:
 
 
 def evaluate(
-    engine: TorchEngine, sequences: Sequence[Packed], make: Callable[[Packed], Batch], step: int
+    engine: TorchEngine, sequences: Sequence[Packed], make: Callable[[Packed], Batch], step: int, choices: Choices
 ) -> EvaluationMetrics:
     """The mean loss over all labels of `sequences` (nats), and by how many tokens of its document precede a token's.
 
-    `make` turns a sequence into this rank's batch. Every rank has to call it; the result is the same on all.
+    `make` turns a sequence into this rank's batch; `choices` are the routers' at the evaluation before, and are
+    replaced. Every rank has to call it; the result is the same on all.
     """
     dp, dp_rank = engine.mesh.dp.size, engine.mesh.dp.rank
     length = len(sequences[0].tokens)
     buckets = max(1, length).bit_length() + 1
     sums = torch.zeros(2, buckets, dtype=torch.float64)
+    routers: list[str] = []
     # FSDP's collectives are those of all ranks, so all compute equally often: the surplus has no labels.
     for first in range(0, len(sequences), dp):
         number = first + dp_rank
         batch = make(sequences[min(number, len(sequences) - 1)])
         if number >= len(sequences):
             batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
-        nll = engine.losses(batch)[0].double().cpu()
+        losses = engine.losses(batch)
+        routers = list(losses.reports)
+        if number < len(sequences):
+            choices.add(number, batch.layout, losses.reports)
+        nll = losses.nll[0].double().cpu()
         valid = batch.labels[0].cpu() != IGNORE
         places = _bucket(batch.layout.positions)[valid]
         sums[0].index_add_(0, places, nll[valid])
         sums[1].index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
     sums = all_reduce(sums.to(engine.device)).cpu()
-    losses, counts = sums.tolist()
+    summed, counts = sums.tolist()
     edges = [0, *(2**n for n in range(buckets))]
     positions = tuple(
-        PositionLoss(edges[n], edges[n + 1], losses[n] / counts[n] if counts[n] else math.nan, int(counts[n]))
+        PositionLoss(edges[n], edges[n + 1], summed[n] / counts[n] if counts[n] else math.nan, int(counts[n]))
         for n in range(buckets)
         if edges[n] < length
     )
-    return EvaluationMetrics(step, sum(losses) / sum(counts) if sum(counts) else math.nan, positions)
+    fluctuation = choices.fluctuation(routers, engine.device)
+    return EvaluationMetrics(step, sum(summed) / sum(counts) if sum(counts) else math.nan, positions, fluctuation)
 
 
 def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:

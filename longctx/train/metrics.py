@@ -45,6 +45,18 @@ class RunInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterMetrics:
+    """A router of heads or of experts over the tokens of one step."""
+
+    imbalance: float
+    """Choices of the one that was chosen most, over the mean; 1 where the load is even."""
+    entropy: float
+    """Mean entropy of the tokens' distributions over heads or experts, in nats."""
+    dropped: float
+    """Share, 0 to 1, of the choices that a capacity dropped."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
     """One optimizer step, over all ranks."""
 
@@ -67,6 +79,8 @@ class StepMetrics:
     seconds: float
     """Time of this step."""
     seconds_left: float
+    routers: dict[str, RouterMetrics] = field(default_factory=dict)
+    """By layer (`blocks.3.ffn`); empty where the model routes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,9 @@ class EvaluationMetrics:
     """Mean over all held-out tokens, in nats per token."""
     positions: tuple[PositionLoss, ...]
     """Buckets of position by powers of two, in order: [0, 1), [1, 2), [2, 4), [4, 8), …"""
+    fluctuation: dict[str, float] = field(default_factory=dict)
+    """For each router the share of held-out tokens whose heads or experts are others than at the evaluation before;
+    empty at the first evaluation after a start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +166,11 @@ class MetricsWriter:
                 "speed/utilisation": metrics.utilisation,
                 "speed/step_seconds": metrics.seconds,
                 "memory/peak_gib": metrics.memory_bytes / 2**30,
+                **{
+                    f"routing_{name}/{layer}": value
+                    for layer, router in metrics.routers.items()
+                    for name, value in asdict(router).items()
+                },
             },
         )
 
@@ -157,7 +179,8 @@ class MetricsWriter:
         self._write(metrics)
         # Zero-padded, because TensorBoard sorts its charts by name.
         by_position = {f"heldout_by_position/{b.lo:08d}": b.loss for b in metrics.positions if b.tokens}
-        self._scalars(metrics.step, {"heldout/loss": metrics.loss, **by_position})
+        fluctuation = {f"routing_fluctuation/{layer}": share for layer, share in metrics.fluctuation.items()}
+        self._scalars(metrics.step, {"heldout/loss": metrics.loss, **by_position, **fluctuation})
 
     def close(self) -> None:
         """Flush and close the files. May be called twice."""
@@ -234,6 +257,8 @@ def _parse(line: bytes) -> Record:
     record = _KINDS[fields.pop("kind")]
     if record is EvaluationMetrics:
         fields["positions"] = tuple(PositionLoss(**bucket) for bucket in fields["positions"])
+    if record is StepMetrics and "routers" in fields:
+        fields["routers"] = {layer: RouterMetrics(**router) for layer, router in fields["routers"].items()}
     return record(**fields)
 
 

@@ -1,4 +1,4 @@
-"""The two pictures of a run, drawn from its `metrics.jsonl`: the loss over steps, and over position in the context."""
+"""The pictures of a run, drawn from its `metrics.jsonl`: the loss over steps and over position, and the routers."""
 
 import math
 from pathlib import Path
@@ -7,21 +7,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
 from longctx.errors import UserError
 from longctx.train.display import human_count, human_position
 from longctx.train.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics, read_metrics
+from longctx.train.plot_routing import routing_figure
+from longctx.train.plot_style import BASELINE, TEXT, smooth, tidy
 
 FEW_TOKENS = 100
 """A bucket's mean over fewer tokens strays by more than about a fifth of a nat from the next sample's."""
 
-_TRAIN, _HELDOUT, _BASELINE, _TEXT, _GRID = "#2563eb", "#c2410c", "#6b7280", "#374151", "#e5e7eb"
+_TRAIN, _HELDOUT = "#2563eb", "#c2410c"
 _EARLIER = 6  # earlier evaluations in the picture of positions
 
 
 def draw(metrics_path: Path, out_dir: Path) -> list[Path]:
-    """Draw `loss.png` and, where there was an evaluation, `loss_by_position.png` into `out_dir`; returns their paths.
+    """Draw `loss.png`, where there was an evaluation `loss_by_position.png`, and where something is routed
+    `routing.png` into `out_dir`; returns their paths.
 
     Raises UserError where the metrics cannot be read or hold no step.
     """
@@ -33,25 +35,11 @@ def draw(metrics_path: Path, out_dir: Path) -> list[Path]:
     pictures = {"loss.png": loss_figure(metrics.steps, metrics.evaluations, info)}
     if any(_known(evaluation.positions) for evaluation in metrics.evaluations):
         pictures["loss_by_position.png"] = position_figure(metrics.evaluations)
+    if any(step.routers for step in metrics.steps):
+        pictures["routing.png"] = routing_figure(metrics.steps, metrics.evaluations)
     for name, figure in pictures.items():
         figure.savefig(out_dir / name, dpi=150)
     return [out_dir / name for name in pictures]
-
-
-def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred mean over `window` values, of which those that are not finite are left out; shape kept.
-
-    Towards both ends the window shrinks evenly, so that the curve neither lags nor bends there. NaN where a window
-    holds no finite value.
-    """
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    at = np.arange(len(values))
-    half = np.minimum(window // 2, np.minimum(at, at[::-1]))
-    count = counts[at + half + 1] - counts[at - half]
-    total = sums[at + half + 1] - sums[at - half]
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], info: RunInfo | None) -> Figure:
@@ -73,7 +61,7 @@ def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], 
         )
     if info is not None and info.unigram_loss is not None:
         label = f"token frequencies alone ({info.unigram_loss:.2f})"
-        axes.axhline(info.unigram_loss, color=_BASELINE, linestyle="--", linewidth=1.2, label=label)
+        axes.axhline(info.unigram_loss, color=BASELINE, linestyle="--", linewidth=1.2, label=label)
     if not finite.all():
         # In the frame's own height: there is no place for them among the losses.
         axes.plot(
@@ -99,8 +87,8 @@ def _token_axis(axes: Axes, steps: list[StepMetrics]) -> None:
     upper = axes.twiny()
     upper.set_xlim(axes.get_xlim())
     upper.set_xticks(np.interp(ticks, tokens, at), [human_count(tick).replace(".0", "") for tick in ticks])
-    upper.set_xlabel("tokens", color=_TEXT)
-    _tidy(upper)
+    upper.set_xlabel("tokens", color=TEXT)
+    tidy(upper, grid=False)
 
 
 def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
@@ -154,7 +142,7 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
             xytext=(0, -15),
             textcoords="offset points",
             ha="center",
-            color=_TEXT,
+            color=TEXT,
             fontsize=9,
         )
     axes.margins(y=0.1)
@@ -187,21 +175,10 @@ def _figure() -> tuple[Figure, Axes]:
     # Not pyplot: its figures are global and stay until closed, and a trainer may draw from any thread.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    _tidy(axes)
+    tidy(axes)
     return figure, axes
-
-
-def _tidy(axes: Axes) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_BASELINE)
-    axes.tick_params(colors=_TEXT, length=3)
-    axes.xaxis.label.set_color(_TEXT)
-    axes.yaxis.label.set_color(_TEXT)
 
 
 def _legend(figure: Figure) -> None:
     """Under the axes, where no curve can run through it."""
-    figure.legend(frameon=False, labelcolor=_TEXT, loc="outside lower center", ncols=3)
+    figure.legend(frameon=False, labelcolor=TEXT, loc="outside lower center", ncols=3)

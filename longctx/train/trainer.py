@@ -46,7 +46,13 @@ from longctx.train.engine import Batch, TorchEngine
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
 from longctx.train.process_group import device_type, peers_needed, process_group
+from longctx.train.routing import Choices, NotFiniteError
 from longctx.train.schedule import factor
+
+_LOWER = (
+    "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "
+    "schedule.warmup or a smaller train.clip"
+)
 
 
 def train(recipe: Recipe, *, out: Path, resume: str) -> None:
@@ -120,13 +126,18 @@ class _Trainer:
         parallel = recipe.parallel
         shard = ranks // (parallel.dp_replicate * parallel.cp) if parallel.dp_shard == "rest" else parallel.dp_shard
         self.mesh = Mesh.build(
-            kind, dp_replicate=parallel.dp_replicate, dp_shard=shard, cp=parallel.cp, ulysses=parallel.ulysses
+            kind,
+            dp_replicate=parallel.dp_replicate,
+            dp_shard=shard,
+            cp=parallel.cp,
+            ulysses=parallel.ulysses,
+            ep=parallel.ep,
         )
         with agreement():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
             self.vocab_size = self._vocabulary()
-            self.model = {**recipe.model.model_dump(), "vocab_size": self.vocab_size}
+            self.model = {**recipe.model.model_dump(mode="json"), "vocab_size": self.vocab_size}
             source, state = self._find_checkpoint(resume)
         self._check_same_start(state)
         self.engine = TorchEngine(
@@ -147,6 +158,7 @@ class _Trainer:
                 (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
+        self.choices = Choices()
         self.resumed_from = source
         self.stopped_by: int | None = None
         self.saved = self.done if source is not None else -1
@@ -261,7 +273,8 @@ class _Trainer:
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
             unigram = unigram_loss(self.stream, self.heldout, self.vocab_size)
-        axes = {"dp_replicate": self.mesh.dp_replicate, "dp_shard": self.mesh.dp_shard, "cp": self.mesh.cp.size}
+        mesh = self.mesh
+        axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "cp": mesh.cp.size, "ep": mesh.ep.size}
         info = RunInfo(
             parameters=self.engine.parameters,
             ranks=dist.get_world_size(),
@@ -332,12 +345,13 @@ class _Trainer:
         if step < recipe.train.steps:
             self.prefetcher.request(self._numbers(following))
         lr = recipe.optimizer.lr * factor(recipe.schedule, step, recipe.train.steps)
-        result = self.engine.step(batches, lr)
+        try:
+            result = self.engine.step(batches, lr)
+        except NotFiniteError as error:
+            raise UserError(f"step {step}: {error}. {_LOWER}") from error
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise UserError(
-                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}, so training "
-                "stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a "
-                "longer schedule.warmup or a smaller train.clip"
+                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}. {_LOWER}"
             )
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, following, self.tokens + tokens
@@ -356,12 +370,13 @@ class _Trainer:
             memory_bytes=int(rows[:, 1].max()),
             seconds=seconds,
             seconds_left=(recipe.train.steps - step) * (average or seconds),
+            routers={name: routed.metrics for name, routed in result.routing.layers.items()},
         )
         return metrics, bool(rows[:, 2].any())
 
     def _evaluate(self) -> None:
         assert self.heldout is not None
-        self.reporter.evaluation(evaluate(self.engine, self.heldout, self._batch, self.done))
+        self.reporter.evaluation(evaluate(self.engine, self.heldout, self._batch, self.done, self.choices))
 
     def _finish(self) -> None:
         where = self.checkpointer.folder / f"step-{self.done:08d}"

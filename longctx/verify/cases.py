@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from longctx.model.config import ModelConfig
+from longctx.model.moe import MoeConfig
 from longctx.parallel.layout import Layout, Order
 
 SEQUENCES = 2
@@ -22,6 +23,7 @@ class Case:
     packed: bool
     dp_shard: int = 1
     dp_replicate: int = 1
+    ep: int = 1
     ulysses: int = 1
     attention: str = Layout.attention
     states: str = Layout.states
@@ -32,7 +34,7 @@ class Case:
         return self.dp_replicate * self.dp_shard * self.cp
 
     def __str__(self) -> str:
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp}
+        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "ep": self.ep}
         words = [f"{name} {size}" for name, size in axes.items() if size > 1]
         if self.cp > 1:
             words.append(self.order)
@@ -57,8 +59,21 @@ def cases(most_ranks: int, model: ModelConfig) -> Iterator[Case]:
                     yield case
         if packed and most_ranks >= 4:
             yield Case(4, "balanced", packed)
+    if model.mixture is not None:
+        yield from _experts(most_ranks, model.mixture, model.dim)
     if most_ranks >= 2:
         yield from _schedules(4 if most_ranks >= 4 else 2, model)
+
+
+def _experts(most_ranks: int, moe: MoeConfig, dim: int) -> Iterator[Case]:
+    """Experts divided over ranks that split a sequence, over ranks that read others, and over both."""
+    for cp, dp_shard, dp_replicate, ep in ((2, 1, 1, 2), (1, 2, 1, 2), (2, 2, 1, 2), (2, 2, 1, 4), (2, 1, 2, 2)):
+        rest = cp * dp_shard // ep
+        if moe.experts % ep == 0 and dim % rest == 0 and 2 * moe.hidden % rest == 0:
+            for packed in (False, True):
+                case = Case(cp, "zigzag", packed, dp_shard, dp_replicate, ep)
+                if case.ranks <= most_ranks:
+                    yield case
 
 
 def _schedules(cp: int, model: ModelConfig) -> Iterator[Case]:

@@ -55,7 +55,8 @@ def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tenso
 
 def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
     """The step of `case`, on every rank of a process group of `case.ranks` on the CPU."""
-    mesh = Mesh.build("cpu", dp_replicate=case.dp_replicate, dp_shard=case.dp_shard, cp=case.cp, ulysses=case.ulysses)
+    axes = {name: getattr(case, name) for name in ("dp_replicate", "dp_shard", "cp", "ulysses", "ep")}
+    mesh = Mesh.build("cpu", **axes)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     train = subject.train.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
     engine = TorchEngine(
@@ -64,11 +65,11 @@ def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
     batches = {}
     for number in range(mesh.dp.rank, SEQUENCES, mesh.dp.size):
         tokens, labels, bounds = sequence(subject, number, case.packed)
-        layout = Layout.on(mesh, bounds, case.order, attention=case.attention, states=case.states)
+        layout = Layout.on(mesh, bounds, case.order, attention=case.attention, states=case.states, sequence=number)
         batches[number] = Batch(layout.shard(tokens), layout.shard(labels, fill=IGNORE), layout)
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}
-    loss = engine.gradients(list(batches.values()))
+    loss, _ = engine.gradients(list(batches.values()))
     gradients = {name: gradient.double() for name, gradient in engine.named_gradients()}
     first = mesh.dp.rank == 0 and mesh.cp.rank == 0
     return Measured(loss, logits, mesh.cp.rank, gradients if first else {})

@@ -2,12 +2,14 @@
 
 import torch
 
+from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
 from longctx.model.initialise import initialise
+from longctx.model.moe import MoeConfig
 
 VOCABULARY = 29
 
@@ -23,6 +25,18 @@ def hybrid(**changes: object) -> ModelConfig:
         "swiglu": SwigluConfig(hidden=10),
     }
     return ModelConfig(**(fields | changes))
+
+
+def with_experts(**changes: object) -> ModelConfig:
+    """The same with experts in the second of its layers and dense feed-forwards in the others; all losses, a bias."""
+    moe = MoeConfig(experts=4, active=2, hidden=6, shared=1, balance=0.3, z=0.05, bias_rate=0.1)
+    return hybrid(**({"ffn": ("swiglu", "moe"), "moe": moe, "depth": 4} | changes))
+
+
+def routed(**changes: object) -> ModelConfig:
+    """The same with a mixture of heads in all layers."""
+    heads = HeadsMixConfig(mixers=("softmax", "lightning"), active=1, balance=0.2)
+    return with_experts(**({"heads": heads} | changes))
 
 
 def decoder(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:

@@ -4,13 +4,22 @@ import pytest
 from pydantic import ValidationError
 
 from longctx.mixers import MIXERS
+from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
+from longctx.model.moe import MoeConfig
 from tests.mixers.cases import config_of
 from tests.model.cases import hybrid
+
+MOE = MoeConfig(experts=4, active=2, hidden=3)
+EXPERTS = {"ffn": ("swiglu", "moe"), "moe": MOE}
+
+
+def mix(*mixers, active=1, **options):
+    return HeadsMixConfig(mixers=mixers, active=active, **options)
 
 
 def refused(**changes):
@@ -29,7 +38,32 @@ def refused(**changes):
         ({"layers": "LLS", "depth": 2}, "softmax: no layer of 'LLS' (2 deep) is S; remove it"),
         ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),
         ({"softmax": SoftmaxConfig(heads=4, kv_heads=3)}, "softmax.kv_heads: 4 query heads are not a multiple of 3"),
-        ({"ffn": "mlp"}, "ffn: there is no 'mlp'; there are swiglu"),
+        ({"ffn": "mlp"}, "ffn: there is no 'mlp'; there are swiglu, moe"),
+        ({"heads": mix("lightnin")}, "heads.mixers: no layer of 'LS' is 'lightnin'; there are lightning, softmax"),
+        ({"heads": mix("softmax", active=5, shared=3)}, "heads.active: 3 shared and 5 active of 6 heads of softmax"),
+        ({"heads": mix("softmax", shared=2)}, "heads.shared: 2 heads are not whole groups of 3, which softmax has"),
+        (
+            {"heads": mix("lightning", router="norm")},
+            "heads.router: 'norm' is for softmax layers, and lightning is none",
+        ),
+        ({"ffn": ()}, "ffn: give a name, or a list of names; there are swiglu, moe"),
+        ({"ffn": "moe"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
+        ({"ffn": ("swiglu", "moe")}, "ffn: moe needs the table [model.moe]"),
+        ({"moe": MOE}, "moe: no layer's ffn is 'moe'; remove this table"),
+        ({"ffn": ("swiglu",) * 3 + ("moe",), "moe": MOE}, "moe: no layer's ffn is 'moe'; remove this table"),
+        ({**EXPERTS, "moe": MoeConfig(experts=4, active=5, hidden=3)}, "moe.active: 5 of 4 experts"),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, groups=3)},
+            "moe.groups: 3 groups do not divide 4 experts",
+        ),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, groups=2, active_groups=3)},
+            "moe.active_groups: 3 of 2 groups",
+        ),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=3, hidden=3, groups=2)},
+            "moe.active_groups: 1 groups have 2 experts, and a token takes 3",
+        ),
     ],
 )
 def test_a_mistake_is_told_with_its_key(changes, words):
@@ -83,5 +117,42 @@ def test_shrunk_keeps_the_pattern_and_is_a_valid_small_model(layers, depth, head
     assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
     assert small.pattern == pattern[: len(layers)]
     assert (small.norm_eps, small.tie_embeddings, small.ffn) == (1e-3, False, "swiglu")
-    assert isinstance(small.feed_forward(), SwigluConfig)
+    assert isinstance(small.feed_forward(0), SwigluConfig)
     assert sum(p.numel() for p in Decoder(small, 128).parameters()) < 300_000
+
+
+def test_feed_forwards_are_repeated_over_the_depth():
+    config = hybrid(depth=5, **EXPERTS)
+    assert config.feed_forwards == ("swiglu", "moe", "swiglu", "moe", "swiglu")
+    assert [type(config.feed_forward(layer)) for layer in range(3)] == [SwigluConfig, MoeConfig, SwigluConfig]
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MOE,
+        MoeConfig(experts=64, active=6, hidden=1408, shared=2),
+        MoeConfig(experts=256, active=8, hidden=2048, groups=8, active_groups=4, score="sigmoid"),
+        MoeConfig(experts=6, active=4, hidden=2048, groups=3, active_groups=2),
+    ],
+)
+@pytest.mark.parametrize("ffn", ["moe", ("swiglu", "moe", "moe")])
+def test_shrunk_keeps_the_feed_forwards(moe, ffn):
+    small = hybrid(depth=12, ffn=ffn, moe=moe, swiglu=None).shrunk()
+    assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
+    assert small.feed_forwards == (("moe", "moe") if ffn == "moe" else ("swiglu", "moe", "moe"))
+    assert small.feed_forward(1).experts <= 8
+
+
+@pytest.mark.parametrize(
+    "heads", [mix("softmax"), mix("lightning", shared=1, active=2), mix("softmax", shared=16, active=8)]
+)
+def test_shrunk_keeps_what_is_routed(heads):
+    softmax, lightning = SoftmaxConfig(heads=32, kv_heads=8, head_dim=4), LightningConfig(heads=16, head_dim=4)
+    small = hybrid(softmax=softmax, lightning=lightning, heads=heads).shrunk()
+    assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
+    assert small.heads.mixers == heads.mixers
+    assert (small.heads.shared > 0) == (heads.shared > 0)
+    layer = small.pattern.index("S" if "softmax" in heads.mixers else "L")
+    assert small.heads.shared + small.heads.active < small.routed_heads(layer), "some heads are not read"
+    assert small.routed_heads(1 - layer) is None

@@ -26,7 +26,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(tied, loss_tile):
     logits = model(x, layout)
     want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view(2, 30)
     want_grads = torch.autograd.grad(want.sum(), list(model.parameters()))
-    total, nll = model(x, layout, labels, loss_tile=loss_tile)
+    total, nll, _ = model(x, layout, labels, loss_tile=loss_tile)
     torch.testing.assert_close(nll, want.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(total, want.sum(), rtol=1e-12, atol=1e-12)
     for grad, want_grad in zip(torch.autograd.grad(total, list(model.parameters())), want_grads, strict=True):
@@ -79,7 +79,7 @@ def test_changing_a_token_leaves_earlier_logits_on_all_ranks_bitwise_unchanged(r
 
 
 def loss_and_gradients(model, x, labels):
-    total, _ = model(x, Layout(BOUNDS), labels)
+    total, *_ = model(x, Layout(BOUNDS), labels)
     return total.detach(), torch.autograd.grad(total, list(model.parameters()))
 
 
@@ -103,7 +103,7 @@ def kept_bytes(model, x, labels):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total, _ = model(x, Layout((0, x.shape[1])), labels)
+        total, *_ = model(x, Layout((0, x.shape[1])), labels)
     total.backward()
     return sum(kept.values())
 
@@ -113,8 +113,8 @@ def test_recomputing_and_tiles_keep_less_for_the_backward_pass():
     everything = kept_bytes(model, x, labels)
     for block in model.blocks:
         block.ffn.tile = 100
-    # Of 3 layers: gates, values and their product, of hidden width 10, in float64.
-    assert everything - kept_bytes(model, x, labels) >= 3 * 200 * 3 * 10 * 8
+    # Of 3 layers: gates, values and their product, of hidden width 10, in float64, for the number of rows in int32.
+    assert everything - kept_bytes(model, x, labels) >= 3 * (200 * 3 * 10 * 8 - 4)
     for block in model.blocks:
         block.recompute = True
     # The stream before each of 3 blocks and after, its last norm's scale, what the loss keeps, and the weights.

@@ -35,20 +35,23 @@ def published(routed, shared, kinds, active):
 def test_the_learned_router_is_the_published_one(shared, active):
     drawn = logits(8, shared, 2)
     want, loss = published(*drawn, active)
-    routing = learned(*drawn, active, LAYOUT)
+    routing = learned(*drawn, active, LAYOUT, balance=0.5)
     torch.testing.assert_close(routing.weights, want)
-    torch.testing.assert_close(routing.balance, loss)
+    torch.testing.assert_close(routing.report.loss, 0.5 * loss)
     assert torch.equal(routing.chosen, want[..., shared:] > 0)
-    torch.testing.assert_close(routing.load, (want[..., shared:] > 0).double().mean(dim=(0, 1)))
+    assert torch.equal(routing.report.counts, (want[..., shared:] > 0).sum(dim=(0, 1)))
+    p = drawn[0].softmax(dim=-1)
+    torch.testing.assert_close(routing.report.entropy, -(p * p.log()).sum())
+    assert routing.report.tokens == 22
 
 
 def test_uniform_logits_give_every_head_that_is_read_the_weight_1():
-    routing = learned(*(torch.zeros(2, 11, n) for n in (8, 4, 2)), 3, LAYOUT)
+    routing = learned(*(torch.zeros(2, 11, n) for n in (8, 4, 2)), 3, LAYOUT, balance=1.0)
     assert (routing.weights[..., :4] == 1).all()
     # Of equal heads the first are taken.
     assert torch.equal(routing.weights[..., 4:], torch.tensor([1.0] * 3 + [0.0] * 5).expand(2, 11, 8))
     # The loss of an even load, which one head's share of all tokens cannot fall below.
-    torch.testing.assert_close(routing.balance, torch.tensor(3.0))
+    torch.testing.assert_close(routing.report.loss, torch.tensor(3.0))
 
 
 def test_without_shared_heads_nothing_is_read_of_the_kinds():

@@ -3,6 +3,9 @@
 import pytest
 
 from longctx.errors import UserError
+from longctx.mixers.lightning import LightningConfig
+from longctx.model.config import ModelConfig
+from longctx.model.moe import MoeConfig
 from longctx.recipe import Recipe, check
 from longctx.recipe.checks import judge
 from longctx.train.config import ParallelConfig, ScheduleConfig, TrainConfig
@@ -89,3 +92,41 @@ def test_check_lists_everything_that_does_not_fit_the_ranks():
         check(recipe, 2)
     assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == ["schedule.warmup", "parallel"]
     assert check(recipe.model_copy(update={"schedule": ScheduleConfig()}), 4) is None
+
+
+def experts(world_size=None, *, count=8, hidden=6, dim=12, **parallel):
+    model = ModelConfig(
+        layers="L",
+        depth=1,
+        dim=dim,
+        lightning=LightningConfig(heads=1),
+        ffn="moe",
+        moe=MoeConfig(experts=count, active=2, hidden=hidden),
+    )
+    tables = {"model": model, "parallel": ParallelConfig(**parallel)}
+    return {".".join(map(str, mistake.key)): mistake.text for mistake in judge(tables, world_size)}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "given", "words"),
+    [
+        (4, {"ep": 2, "cp": 2}, None),
+        (4, {"ep": 4, "cp": 2}, None),
+        (None, {"ep": 3, "cp": 2}, "8 experts (model.moe.experts) do not divide over 3 ranks"),
+        (4, {"ep": 8, "cp": 2}, "8 does not divide dp_shard * cp = 2 * 2 = 4"),
+        (4, {"ep": 4, "cp": 1, "dp_replicate": 2}, "4 does not divide dp_shard * cp = 2 * 1 = 2"),
+        (8, {"ep": 1, "cp": 8, "hidden": 5}, None),
+        (8, {"ep": 2, "cp": 8, "hidden": 5}, "model.moe.hidden = 5 gives 10 rows, which 4 does not divide"),
+        (10, {"ep": 2, "hidden": 5, "dim": 6}, "model.dim = 6 gives 6 rows, which 5 does not divide"),
+        (None, {"ep": 2}, None),
+    ],
+)
+def test_experts_divide_over_ranks(world_size, given, words):
+    mistakes = experts(world_size, **given)
+    assert words in mistakes.get("parallel.ep", "") if words else "parallel.ep" not in mistakes
+
+
+def test_expert_parallelism_needs_experts():
+    model = ModelConfig(layers="L", depth=1, dim=12, lightning=LightningConfig(heads=1))
+    (mistake,) = judge({"model": model, "parallel": ParallelConfig(ep=2)}, None)
+    assert mistake.text == "2 ranks for experts, and no layer of the model has any (model.ffn)"

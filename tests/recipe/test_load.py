@@ -27,6 +27,10 @@ class Model(Config):
     depth: Integer = 4
     mixers: dict[str, Annotated[Lightning | Softmax, Field(discriminator="kind")]] = Field(default_factory=dict)
 
+    @property
+    def mixture(self) -> None:
+        """No experts."""
+
     @model_validator(mode="after")
     def _fits(self) -> "Model":
         problems = ["layers: give a pattern"] if not self.layers else []

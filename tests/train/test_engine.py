@@ -13,7 +13,7 @@ from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.config import OptimizerConfig, TrainConfig
 from longctx.train.engine import Batch, TorchEngine
-from tests.model.cases import VOCABULARY, decoder, hybrid, tokens
+from tests.model.cases import VOCABULARY, decoder, hybrid, routed, tokens
 
 LENGTH = 24
 BOUNDS = [(0, 24), (0, 5, 6, 24), (0, 23, 24), (0, 12, 24)]
@@ -25,6 +25,7 @@ OPTIMIZER = OptimizerConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
 
 
 CLIPPED, UNCLIPPED = TrainConfig(steps=1, clip=0.05), TrainConfig(steps=1, clip="none")
+TILED = TrainConfig(steps=1, clip=0.05, activation_checkpointing="block", ffn_tile=5, loss_tile=7)
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,22 @@ class Run:
     dp_shard: int = 1
     dp_replicate: int = 1
     cp: int = 1
+    ep: int = 1
     order: str = "zigzag"
     train: TrainConfig = CLIPPED
+    experts: bool = False
 
     @property
     def ranks(self):
         return self.dp_shard * self.dp_replicate * self.cp
 
     def __str__(self):
-        return f"replicate {self.dp_replicate} shard {self.dp_shard} cp {self.cp} {self.order}"
+        experts = f" experts over {self.ep}" if self.experts else ""
+        return f"replicate {self.dp_replicate} shard {self.dp_shard} cp {self.cp} {self.order}{experts}"
+
+    @property
+    def model(self):
+        return routed() if self.experts else hybrid()
 
 
 def sequence(number, seed):
@@ -53,9 +61,9 @@ def sequence(number, seed):
 
 
 def engine_of(run, **options):
-    mesh = Mesh.build("cpu", dp_replicate=run.dp_replicate, dp_shard=run.dp_shard, cp=run.cp)
+    mesh = Mesh.build("cpu", dp_replicate=run.dp_replicate, dp_shard=run.dp_shard, cp=run.cp, ep=run.ep)
     options = {"vocab_size": VOCABULARY, "seed": 7, "dtype": torch.float64} | options
-    return TorchEngine(hybrid(), run.train, OPTIMIZER, mesh, **options)
+    return TorchEngine(run.model, run.train, OPTIMIZER, mesh, **options)
 
 
 def batches_of(run, engine, seed):
@@ -80,45 +88,60 @@ def train(runs):
         gradients = {name: g.clone() for name, g in engine.named_gradients()}
         engine.optimizer.zero_grad()
         results = [engine.step(batches_of(run, engine, seed), lr) for lr, seed in STEPS]
-        answers.append((gradients, [(r.loss, r.grad_norm) for r in results], whole(engine.model.named_parameters())))
+        after = whole(engine.model.named_parameters()) | {n: b for n, b in engine.model.named_buffers() if "bias" in n}
+        answers.append((gradients, [(r.loss, r.grad_norm) for r in results], after))
     return answers
 
 
 @lru_cache
-def train_plainly(clip):
+def train_plainly(clip, experts):
     """The same on one rank, without the engine: every sequence's logits, torch's own loss, clipping and AdamW."""
-    model = decoder(hybrid())
+    model = decoder(routed() if experts else hybrid())
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     first, results = {}, []
     for lr, seed in STEPS:
         summed = torch.zeros((), dtype=torch.float64)
+        routers, counts = torch.zeros((), dtype=torch.float64), {}
         for number, bounds in enumerate(BOUNDS):
             x, labels = sequence(number, seed)
             logits = model(x, Layout(bounds))[0]
             summed = summed + F.cross_entropy(logits, labels[0], ignore_index=IGNORE, reduction="sum")
+            for name, report in model(x, Layout(bounds), labels).reports.items():
+                routers = routers + report.loss / len(BOUNDS)
+                counts[name] = counts.get(name, 0) + report.counts
         loss = summed / sum(LABELS)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + routers).backward()
         first = first or {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = clip_grad_norm_(model.parameters(), float("inf") if clip == "none" else clip)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        for name, count in counts.items():
+            if name.endswith("ffn"):
+                model.get_submodule(name).bias += 0.1 * torch.sign(count.double().mean() - count)
         results.append((loss.item(), norm.item()))
-    return first, results, {name: p.detach() for name, p in model.named_parameters()}
+    return (
+        first,
+        results,
+        {n: p.detach() for n, p in (*model.named_parameters(), *model.named_buffers()) if "log_decay" not in n},
+    )
 
 
 RUNS = {
-    1: [Run(), Run(train=UNCLIPPED)],
+    1: [Run(), Run(train=UNCLIPPED), Run(experts=True)],
     2: [
         Run(dp_shard=2),
         Run(dp_replicate=2),
         Run(cp=2, order="contiguous"),
         Run(cp=2, train=UNCLIPPED),
+        Run(dp_shard=2, experts=True),
+        Run(dp_shard=2, ep=2, experts=True),
+        Run(cp=2, ep=2, experts=True),
     ],
     4: [
         Run(dp_shard=2, cp=2),
@@ -127,8 +150,12 @@ RUNS = {
         Run(
             dp_shard=2,
             cp=2,
-            train=TrainConfig(steps=1, clip=0.05, activation_checkpointing="block", ffn_tile=5, loss_tile=7),
+            train=TILED,
         ),
+        Run(dp_shard=2, cp=2, ep=2, experts=True, train=TILED),
+        Run(dp_shard=2, cp=2, ep=4, experts=True),
+        Run(dp_replicate=2, cp=2, ep=2, experts=True),
+        Run(dp_replicate=2, dp_shard=2, ep=2, experts=True, train=UNCLIPPED),
     ],
 }
 
@@ -138,7 +165,7 @@ def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, size):
     runs = RUNS[size]
     answers = ranks.run(train, runs, size=size)
     for number, run in enumerate(runs):
-        gradients, results, parameters = train_plainly(run.train.clip)
+        gradients, results, parameters = train_plainly(run.train.clip, run.experts)
         assert run.train.clip == "none" or all(norm > run.train.clip for _, norm in results), "nothing was clipped"
         for got_gradients, got_results, got_parameters in (answer[number] for answer in answers):
             torch.testing.assert_close(got_results, results, rtol=1e-10, atol=0)
@@ -169,7 +196,7 @@ def test_weight_decay_acts_on_matrices_alone_and_a_step_without_labels_does_noth
 
 def losses_by_token(run):
     engine = engine_of(run)
-    return [engine.losses(batch) for batch in batches_of(run, engine, 0)]
+    return [engine.losses(batch).nll for batch in batches_of(run, engine, 0)]
 
 
 def test_losses_are_each_tokens_own(ranks):
@@ -186,7 +213,7 @@ def test_losses_are_each_tokens_own(ranks):
 def bf16_step(run):
     engine = engine_of(run, dtype=torch.float32)
     dtypes = {tensor.dtype for tensor in (*engine.model.parameters(), *engine.model.buffers())}
-    loss = engine.gradients(batches_of(run, engine, STEPS[0][1]))
+    loss, _ = engine.gradients(batches_of(run, engine, STEPS[0][1]))
     gradients = dict(engine.named_gradients())
     dtypes |= {g.dtype for g in gradients.values()}
     engine.step(batches_of(run, engine, STEPS[0][1]), 0.01)
@@ -199,7 +226,7 @@ def bf16_step(run):
 
 def test_bf16_computes_in_bfloat16_and_keeps_everything_else_in_float32(ranks):
     run = Run(cp=2, train=TrainConfig(steps=1, precision="bf16"))
-    want_gradients, results, _ = train_plainly(1.0)
+    want_gradients, results, _ = train_plainly(1.0, False)
     for loss, gradients, dtypes, seen in ranks.run(bf16_step, run, size=2):
         assert dtypes == {torch.float32}
         assert seen == [torch.bfloat16]

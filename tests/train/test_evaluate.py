@@ -5,16 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from longctx.data.loader import Sequence
+from longctx.model.decoder import Losses
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.batches import to_batch
 from longctx.train.config import OptimizerConfig, TrainConfig
 from longctx.train.engine import TorchEngine
 from longctx.train.evaluate import evaluate, unigram_loss
-from tests.model.cases import VOCABULARY, decoder, hybrid, tokens
+from longctx.train.routing import Choices
+from tests.model.cases import VOCABULARY, decoder, hybrid, tokens, with_experts
 
 BOUNDS = [(0, 1, 6, 24), (0, 24), (0, 8, 9, 24)]
 
@@ -43,7 +46,7 @@ def evaluation_here(runs):
             dtype=torch.float64,
         )
         make = lambda sequence, mesh=mesh, order=order: to_batch(sequence, mesh, order, torch.device("cpu"))  # noqa: E731
-        answers.append(evaluate(engine, heldout(), make, step=40))
+        answers.append(evaluate(engine, heldout(), make, 40, Choices()))
     return answers
 
 
@@ -90,10 +93,13 @@ def test_every_mesh_gives_the_mean_and_the_buckets_of_a_loop(ranks, size, runs):
 def one_token_each(axes):
     mesh = Mesh.build("cpu", **axes)
     engine = SimpleNamespace(
-        mesh=mesh, device=torch.device("cpu"), losses=lambda batch: torch.full(batch.labels.shape, 2.0)
+        mesh=mesh,
+        device=torch.device("cpu"),
+        losses=lambda batch: Losses(torch.zeros(()), torch.full(batch.labels.shape, 2.0), {}),
     )
     sequence = Sequence(torch.arange(8), torch.arange(8), torch.arange(9), 0)
-    return evaluate(engine, [sequence], lambda s: to_batch(s, mesh, "contiguous", torch.device("cpu")), step=1)
+    make = lambda s: to_batch(s, mesh, "contiguous", torch.device("cpu"))  # noqa: E731
+    return evaluate(engine, [sequence], make, 1, Choices())
 
 
 def test_a_bucket_without_a_token_has_no_loss(ranks):
@@ -101,6 +107,47 @@ def test_a_bucket_without_a_token_has_no_loss(ranks):
     assert (got.loss, got.positions[0].loss, got.positions[0].tokens) == (2.0, 2.0, 8)
     assert [p.tokens for p in got.positions[1:]] == [0, 0, 0]
     assert all(math.isnan(p.loss) for p in got.positions[1:])
+
+
+def fluctuations(axes, order):
+    """Evaluations before and after two experts of a layer change places for the router, and once more."""
+    mesh = Mesh.build("cpu", **axes)
+    engine = TorchEngine(
+        with_experts(),
+        TrainConfig(steps=1),
+        OptimizerConfig(),
+        mesh,
+        vocab_size=VOCABULARY,
+        seed=7,
+        dtype=torch.float64,
+    )
+    choices, found = Choices(), []
+    for change in (False, True, False):
+        if change:
+            for name, parameter in engine.model.named_parameters():
+                if name == "blocks.3.ffn.router.weight":
+                    whole = parameter.detach().full_tensor()
+                    swapped = whole[[1, 0, 2, 3]]
+                    with torch.no_grad():
+                        local = distribute_tensor(swapped, parameter.device_mesh, parameter.placements)
+                        parameter.copy_(local)
+        make = lambda sequence: to_batch(sequence, mesh, order, torch.device("cpu"))  # noqa: E731
+        found.append(evaluate(engine, heldout(), make, 1, choices).fluctuation)
+    return found
+
+
+def test_fluctuation_is_the_share_of_tokens_whose_experts_have_changed(ranks):
+    (one,) = ranks.run(fluctuations, {}, "contiguous", size=1)
+    first, second, third = one
+    assert first == {}
+    assert list(second) == ["blocks.1.ffn", "blocks.3.ffn"]
+    # Swapped, a set changes where it holds one of the two and not the other: that is common, and not always so.
+    assert second["blocks.1.ffn"] == 0
+    assert 0.2 < second["blocks.3.ffn"] < 0.95
+    assert set(third.values()) == {0.0}
+    for axes in ({"cp": 2}, {"dp_shard": 2, "ep": 2}):
+        for answer in ranks.run(fluctuations, axes, "zigzag", size=2):
+            assert answer == one, axes
 
 
 class Stream:

@@ -1,5 +1,6 @@
 """Training on ranks: a resumed run repeats the uninterrupted one, options change what runs, mistakes are told first."""
 
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import torch
 from longctx.model import ffn
 from longctx.model.decoder import Block
 from longctx.recipe import load
+from longctx.train.engine import TorchEngine
 from longctx.train.trainer import _Trainer
 from tests.train.runs import (
     checkpoints,
@@ -55,7 +57,7 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, workplace):
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
     assert [evaluation.step for evaluation in found.evaluations] == [10, 20]
     assert found.evaluations[1].loss < found.evaluations[0].loss
-    assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2}
+    assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2, "ep": 1}
     assert found.steps[-1].tokens == 20 * 2 * 64
     # Every schedule was reckoned with, and one was chosen.
     (layers, chosen) = next(iter(found.runs[0].attention.items()))
@@ -193,6 +195,90 @@ def sigterm_on_rank_1_in_step_7() -> Iterator[None]:
 
     with patch.object(_Trainer, "_step", step):
         yield
+
+
+# Experts
+
+
+EXPERTS = (
+    'model.ffn=["moe", "swiglu"]',
+    "model.moe={experts = 4, active = 2, hidden = 8, bias_rate = 1e-3, z = 1e-3}",
+    "evaluation.every=10",
+)
+
+
+@pytest.fixture(scope="module")
+def divided(ranks, workplace) -> Path:
+    """20 steps with experts that are divided over 2 context-parallel ranks."""
+    ranks.run(train, workplace, workplace / "divided", [*EXPERTS, "parallel.ep=2"], size=2)
+    return workplace / "divided"
+
+
+def test_a_run_tells_how_its_experts_are_chosen(divided):
+    found = metrics(divided)
+    assert found.steps[-1].loss < found.steps[0].loss - 0.5
+    assert found.runs[0].mesh["ep"] == 2
+    for step in found.steps:
+        (router,) = (step.routers[name] for name in ["blocks.0.ffn"])
+        assert list(step.routers) == ["blocks.0.ffn"]
+        assert 1 <= router.imbalance <= 2
+        assert 0 < router.entropy <= math.log(4) + 1e-6
+        assert router.dropped == 0
+    first, second = found.evaluations
+    assert first.fluctuation == {}
+    assert 0 < second.fluctuation["blocks.0.ffn"] < 1
+    assert (divided / "pictures" / "routing.png").read_bytes().startswith(b"\x89PNG")
+    bias = tensors(divided / "checkpoints" / "step-00000020")["model.blocks.0.ffn.bias"]
+    assert 0 < bias.abs().max() <= 20 * 1.001e-3
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (2, ["parallel.ep=2"]),
+        (1, ["parallel.cp=1"]),
+        (4, ["parallel.ep=4", "parallel.dp_shard=2"]),
+        (4, ["parallel.ep=2", "parallel.dp_replicate=2"]),
+    ],
+    ids=["the same", "1 rank", "ep 4", "ep 2, dp_replicate 2"],
+)
+def test_experts_are_laid_out_anew_over_other_ranks(ranks, divided, workplace, tmp_path, size, overrides):
+    out = went_on_to_be_killed(divided, tmp_path / "out", 10)
+    ranks.run(train, workplace, out, [*EXPERTS, *overrides], size=size)
+    assert losses(out)[10:] == (
+        losses(divided)[10:] if overrides == ["parallel.ep=2"] else pytest.approx(losses(divided)[10:], rel=1e-5)
+    )
+    there = tensors(divided / "checkpoints" / "step-00000020")
+    for name, tensor in tensors(out / "checkpoints" / "step-00000020").items():
+        if name.startswith("model."):
+            assert torch.linalg.vector_norm(tensor - there[name]) <= 1e-4 * torch.linalg.vector_norm(there[name]), name
+
+
+@contextmanager
+def logits_that_are_no_numbers_in_step_3() -> Iterator[None]:
+    step_of = TorchEngine.step
+
+    def step(self, batches, lr):
+        self.steps_done = getattr(self, "steps_done", 0) + 1
+        if self.steps_done == 3:
+            with torch.no_grad():
+                self.model.blocks[1].ffn.router.weight.mul_(float("nan"))
+        return step_of(self, batches, lr)
+
+    with patch.object(TorchEngine, "step", step):
+        yield
+
+
+def test_logits_that_are_no_numbers_stop_all_ranks_with_layer_and_step(ranks, workplace, tmp_path):
+    overrides = ["model.ffn=moe", EXPERTS[1], "parallel.ep=2"]
+    messages = ranks.run(
+        mistake, workplace, tmp_path / "out", overrides, "auto", logits_that_are_no_numbers_in_step_3, size=2
+    )
+    for message in messages:
+        assert message.startswith(
+            "step 3: blocks.1.ffn: the router's logits are not all finite numbers. Training stopp"
+        )
+    assert len(losses(tmp_path / "out")) == 2
 
 
 # What an option changes

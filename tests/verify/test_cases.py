@@ -8,15 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.kernels.loss import IGNORE
+from longctx.model.moe import MoeConfig
 from longctx.train.config import TrainConfig
 from longctx.verify.cases import SEQUENCES, Case, cases, documents
 from longctx.verify.measure import Subject, sequence
-from tests.model.cases import hybrid
+from tests.model.cases import hybrid, with_experts
 
 
+@pytest.mark.parametrize("model", [hybrid(), with_experts()], ids=["dense", "experts"])
 @pytest.mark.parametrize("most_ranks", range(1, 9))
-def test_every_case_fits_the_ranks(most_ranks):
-    found = list(cases(most_ranks, hybrid()))
+def test_every_case_fits_the_ranks(most_ranks, model):
+    found = list(cases(most_ranks, model))
     assert len(set(found)) == len(found)
     for case in found:
         assert case.ranks <= most_ranks
@@ -38,6 +40,19 @@ def test_on_four_ranks_everything_is_there():
     assert list(cases(1, hybrid())) == []
 
 
+def test_experts_are_divided_over_ranks_of_every_axis_but_copies():
+    found = set(cases(4, with_experts())) - set(cases(4, hybrid()))
+    axes = ((2, 1, 1, 2), (1, 2, 1, 2), (2, 2, 1, 2), (2, 2, 1, 4), (2, 1, 2, 2))
+    assert found == {
+        Case(cp, "zigzag", packed, dp_shard=shard, dp_replicate=replicate, ep=ep)
+        for cp, shard, replicate, ep in axes
+        for packed in (False, True)
+    }
+    # 6 experts do not divide over 4 ranks.
+    six = with_experts(moe=MoeConfig(experts=6, active=2, hidden=6))
+    assert {case.ep for case in cases(4, six)} == {1, 2}
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -45,6 +60,7 @@ def test_on_four_ranks_everything_is_there():
         (Case(4, "zigzag", True), "cp 4, zigzag, packed"),
         (Case(2, "contiguous", False, 2, 1), "dp_shard 2, cp 2, contiguous, one document"),
         (Case(2, "zigzag", True, 1, 2), "dp_replicate 2, cp 2, zigzag, packed"),
+        (Case(2, "zigzag", True, 2, ep=4), "dp_shard 2, cp 2, ep 4, zigzag, packed"),
         (Case(2, "zigzag", True, states="ring"), "cp 2, zigzag, states by ring, packed"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.mixers import lightning
+from longctx.moe import experts
 from longctx.parallel.layout import Layout
 from longctx.train import engine
 from longctx.train.config import TrainConfig
@@ -16,7 +17,7 @@ from longctx.verify import run
 from longctx.verify.cases import Case, reference
 from longctx.verify.measure import Measured, Subject, measure
 from longctx.verify.run import Row, relative, shrink, verify
-from tests.model.cases import VOCABULARY, decoder, hybrid
+from tests.model.cases import VOCABULARY, decoder, hybrid, routed, with_experts
 
 SUBJECT = Subject(hybrid(), TrainConfig(steps=1), VOCABULARY, length=32, seed=1)
 INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
@@ -48,6 +49,39 @@ def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, m
         # Some rounding there is: these are really other computations.
         assert row.differences[row.worst_gradient] > 0
     assert all(max(row.differences.values()) < 1e-12 for row in rows if row.precision == "fp64")
+
+
+def test_experts_pass_over_ranks_that_divide_them(ranks, monkeypatch):
+    chosen = [Case(2, "zigzag", True, ep=2), Case(2, "zigzag", True, dp_shard=2, ep=4)]
+    chosen.append(Case(2, "zigzag", True, dp_shard=2, ep=2))
+    only(monkeypatch, *chosen)
+    subject = Subject(routed(), TrainConfig(steps=1), VOCABULARY, 32, 1)
+    rows = list(verify(subject, ranks))
+    assert [row.failures for row in rows] == [[]] * len(rows)
+    for row in rows[: len(chosen)]:
+        assert row.differences.keys() > {
+            "blocks.1.ffn.experts.gate_up",
+            "blocks.1.ffn.router.weight",
+            "blocks.0.mixer.router.weight",
+        }
+        assert 0 < max(row.differences.values()) < 1e-12
+
+
+def with_a_lost_token_on_rank_1(subject, case, precision):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            right = experts.combine
+            patch.setattr(
+                experts, "combine", lambda rows, places, w: right(rows, places.index_fill(0, torch.tensor([0]), -1), w)
+            )
+        return measure(subject, case, precision)
+
+
+def test_a_token_that_its_experts_lose_is_told(ranks, monkeypatch):
+    only(monkeypatch, Case(2, "zigzag", False, ep=2))
+    subject = Subject(with_experts(), TrainConfig(steps=1), VOCABULARY, 32, 1)
+    row = next(verify(subject, ranks, measure=with_a_lost_token_on_rank_1))
+    assert {"loss", "logits", "blocks.1.ffn.experts.down"} <= set(row.failures)
 
 
 @pytest.mark.slow

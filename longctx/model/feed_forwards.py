@@ -1,0 +1,6 @@
+"""Feed-forward layers, by name. A new one is a file here and a name in `FFNS`."""
+
+from longctx.model.ffn import FeedForwardConfig, SwigluConfig
+from longctx.model.moe import MoeConfig
+
+FFNS: dict[str, type[FeedForwardConfig]] = {config.name: config for config in (SwigluConfig, MoeConfig)}
