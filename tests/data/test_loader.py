@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from longctx.data.config import DataConfig
 from longctx.data.corpus import Corpus
-from longctx.data.loader import SequenceStream, heldout_sequences, train_stream
+from longctx.data.loader import SequenceStream, heldout_sequences, train_fingerprint, train_stream
 from longctx.errors import UserError
 from tests.data.cases import END, corpus_of, document_of
 
@@ -141,6 +141,15 @@ def test_each_row_group_is_read_once_an_epoch(fresh, monkeypatch):
     for index in range(160):
         stream[index]
     assert sorted(decoded) == list(range(40))
+
+
+@pytest.mark.parametrize("window", ["none", 16, 2**24])
+def test_the_fingerprint_needs_the_manifest_alone(fresh, window):
+    corpus = fresh([5, 9, 30])
+    config = DataConfig(path=str(corpus.directory), sequence_length=8, shuffle_window=window)
+    want = train_stream(config, seed=3).fingerprint
+    assert train_fingerprint(corpus.manifest, config, seed=3) == want
+    assert (train_fingerprint(corpus.manifest, config, seed=4) == want) == (window == "none")
 
 
 def test_the_fingerprint_names_all_that_the_cursor_depends_on(fresh):

@@ -290,9 +290,9 @@ def work_counted() -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     compute, tiled = Block._compute, ffn.tiled_swiglu
 
-    def counted(self, x, layout):
+    def counted(self, x, *others):
         counts[str(x.dtype)] += 1
-        return compute(self, x, layout)
+        return compute(self, x, *others)
 
     def counted_tiles(x, gate_up, down, tile):
         counts[f"tiles of {tile}"] += 1
