@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from longctx.config import Config
 from longctx.mixers.memory import Memory
+from longctx.model.layers import Output
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 
 
 class Mixer(nn.Module, ABC):
     """A token mixer."""
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
-        """Shapes: x and the result `[B, T_local, D]`.
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor | Output:
+        """Shapes: x and the result `[B, T_local, D]`; a mixer that routes gives an Output.
 
         With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
         1, and `layout` is `Layout((0, n), continued=memory.tokens)`; after it they are remembered too. The outputs are
@@ -36,7 +37,7 @@ class Mixer(nn.Module, ABC):
         return out
 
     @abstractmethod
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """The layer's own part of `forward`: what fits has been looked at."""
 
     def empty_memory(self) -> Memory:

@@ -10,7 +10,7 @@ from torch import Tensor
 from longctx.config import Integer
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.mixers.memory import Memory, attend
-from longctx.model.layers import Linear
+from longctx.model.layers import Linear, Output
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.attention import choose, softmax_attention
 from longctx.parallel.choice import Shape, explained, fitting
@@ -72,17 +72,19 @@ class Softmax(Mixer):
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
+        return self.out(self.attention(x, layout, memory).flatten(2))
+
+    def attention(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+        """What the heads give, `[B, T_local, H, K]`."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         q, k = rotate(q, table), rotate(k, table)
         if memory is None:
-            out = softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
-        else:
-            out = attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
-        return self.out(out.flatten(2))
+            return softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
+        return attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule and its expected costs, where the layout leaves it to be chosen."""
