@@ -80,7 +80,7 @@ class AttentionExperts(Softmax):
 
     The rows of `qkv` are the query heads of all experts, in the order of `longctx.moe.attention_experts.side_by_side`,
     then the key heads, then the value heads, with `each` expert by expert; the columns of `out` are the query heads in
-    the same order. `longctx.moe.upcycle` makes both of dense layers' weights.
+    the same order. `longctx.moe.attention_upcycle` makes both of dense layers' weights.
     """
 
     def __init__(self, config: AttentionExpertsConfig, dim: int, depth: int) -> None:

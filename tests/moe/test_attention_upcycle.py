@@ -7,9 +7,8 @@ from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
-from longctx.model.layers import Output
 from longctx.model.moe import MoeConfig
-from longctx.moe.upcycle import attention_experts_out, attention_experts_qkv, feed_forward_experts, mean
+from longctx.moe.attention_upcycle import mean, upcycled_out, upcycled_qkv
 from longctx.parallel.layout import Layout
 from tests.model.cases import hybrid, tokens
 
@@ -25,14 +24,14 @@ def dense(seed):
     return layer
 
 
-def experts_of(layers, kv, **changes):
+def experts_of(layers, kv):
     """The layer of attention experts made of dense ones."""
-    config = AttentionExpertsConfig(experts=len(layers), kv=kv, **(HEADS | changes))
+    config = AttentionExpertsConfig(experts=len(layers), kv=kv, **HEADS)
     mixture = config.build(DIM, 0, 2, 1e-5).double()
     initialise(mixture, seed=1)
     with torch.no_grad():
-        mixture.qkv.weight.copy_(attention_experts_qkv([layer.qkv.weight for layer in layers], 6, 2, kv))
-        mixture.out.weight.copy_(attention_experts_out([layer.out.weight for layer in layers], 6, 2, kv))
+        mixture.qkv.weight.copy_(upcycled_qkv([layer.qkv.weight for layer in layers], 6, 2, kv))
+        mixture.out.weight.copy_(upcycled_out([layer.out.weight for layer in layers], 6, 2, kv))
     return mixture
 
 
@@ -85,11 +84,11 @@ def upcycled(seeds, config):
             if name.endswith("router.weight"):
                 continue
             if name.endswith("mixer.qkv.weight"):
-                value = attention_experts_qkv([g[name] for g in given], 6, 2, config.attention_experts.kv)
+                value = upcycled_qkv([g[name] for g in given], 6, 2, config.attention_experts.kv)
             elif name.endswith("mixer.out.weight"):
-                value = attention_experts_out([g[name] for g in given], 6, 2, config.attention_experts.kv)
+                value = upcycled_out([g[name] for g in given], 6, 2, config.attention_experts.kv)
             elif ".experts." in name:
-                value = feed_forward_experts([g[name.replace("experts.", "") + ".weight"] for g in given])
+                value = torch.stack([g[name.replace("experts.", "") + ".weight"] for g in given])
             else:
                 value = mean([g[name] for g in given])
             target.copy_(value)
@@ -137,16 +136,11 @@ def test_the_mean_of_copies_is_the_copy_in_every_dtype():
     assert torch.equal(mean([ones, threes]), torch.tensor([2.0, 2.0]))
 
 
-def test_feed_forward_experts_are_the_seeds_matrices_in_order():
-    seeds = [torch.full((4, 3), float(n)) for n in range(5)]
-    assert torch.equal(feed_forward_experts(seeds), torch.arange(5.0)[:, None, None].expand(5, 4, 3))
-
-
 def test_seeds_keep_their_dtype():
     seeds = [dense(seed).bfloat16() for seed in (2, 3)]
     for kv in ("each", "shared"):
-        assert attention_experts_qkv([s.qkv.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
-        assert attention_experts_out([s.out.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
+        assert upcycled_qkv([s.qkv.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
+        assert upcycled_out([s.out.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -154,17 +148,11 @@ def test_seeds_keep_their_dtype():
     [
         (lambda: mean([]), "no seed was given"),
         (lambda: mean([torch.ones(2), torch.ones(3)]), r"the seeds' shapes differ: \[2\], \[3\]"),
-        (lambda: attention_experts_qkv([torch.ones(41, 5)], 6, 2, "each"), "41 rows of qkv are not those of 6 query"),
-        (lambda: attention_experts_qkv([torch.ones(44, 5)], 3, 4, "each"), "3 query heads over 4 key/value heads"),
-        (lambda: attention_experts_out([torch.ones(5, 23)], 6, 2, "each"), "23 columns of out are not those of 6"),
+        (lambda: upcycled_qkv([torch.ones(41, 5)], 6, 2, "each"), "41 rows of qkv are not those of 6 query"),
+        (lambda: upcycled_qkv([torch.ones(44, 5)], 3, 4, "each"), "3 query heads over 4 key/value heads"),
+        (lambda: upcycled_out([torch.ones(5, 23)], 6, 2, "each"), "23 columns of out are not those of 6"),
     ],
 )
 def test_seeds_that_do_not_fit_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-def test_a_layer_gives_an_output_with_its_report():
-    given = experts_of([dense(2)] * 2, "each")(draw(), Layout(BOUNDS))
-    assert isinstance(given, Output)
-    assert given.report.tokens == 2 * 24

@@ -1,12 +1,18 @@
-"""Upcycling: weights of experts, made of those of dense models of one shape, the seeds (Zhang et al. 2024, BAM).
+"""Attention experts made of dense layers' weights (upcycling; Zhang et al. 2024, BAM).
 
-Attention experts and feed-forward experts are the seeds' own layers, an expert a seed; norms, embeddings and all that
-there is one of are their mean; routers are new. Every function here takes the seeds' tensors of one name and gives the
-tensor of the mixture, in the seeds' dtype and on their device; a seed may stand several times. With N equal seeds, of
-the parallel block (`h + mixer(norm(h)) + ffn(norm(h))`), the mixture computes what the seed does, whatever its routers
-say: attention experts since their weights sum to 1, feed-forward experts where a token takes one with the weight 1.
+Every function takes the tensors that seeds, dense models of one shape, have under one name, an expert a seed, and gives
+that of the mixture, in the seeds' dtype and on their device; a seed may stand several times. The arrangement, for
+experts of H query heads over H_kv key/value heads of width K:
 
-Each raises ValueError where the seeds' shapes differ or do not fit.
+    kv = "each"    qkv rows: q of expert 0, 1, …, k of expert 0, 1, …, v of expert 0, 1, …
+                   out columns: expert 0, 1, …
+    kv = "shared"  qkv rows: of each key head the q that read it, of expert 0, 1, …, then the mean of the experts' k and
+                   that of their v
+                   out columns: in the order of q
+
+The router's weights sum to 1: N equal seeds give what the seed does, whatever the router says.
+
+Each function raises ValueError where the seeds' shapes differ or do not fit.
 """
 
 from collections.abc import Sequence
@@ -18,17 +24,11 @@ from longctx.moe.attention_experts import KeysValues, side_by_side
 
 
 def mean(seeds: Sequence[Tensor]) -> Tensor:
-    """The mean of all seeds: of norms, embeddings, output heads. Summed in float64, rounded once."""
+    """The mean of all seeds, of what the mixture has one of (norms, embeddings). Summed in float64, rounded once."""
     return _stacked(seeds).to(torch.float64).mean(dim=0).to(seeds[0].dtype)
 
 
-def feed_forward_experts(seeds: Sequence[Tensor]) -> Tensor:
-    """`[N, rows, columns]`, the experts' matrices (`experts.gate_up`, `experts.down`), of those of dense feed-forwards
-    `[rows, columns]` (`gate_up.weight`, `down.weight`)."""
-    return _stacked(seeds)
-
-
-def attention_experts_qkv(seeds: Sequence[Tensor], heads: int, kv_heads: int, kv: KeysValues) -> Tensor:
+def upcycled_qkv(seeds: Sequence[Tensor], heads: int, kv_heads: int, kv: KeysValues) -> Tensor:
     """`qkv.weight` of attention experts of `qkv.weight [(H + 2 H_kv) K, D]` of softmax layers with those heads each.
 
     `[(N H + 2 N H_kv) K, D]` where each expert keeps its keys and values, `[(N H + 2 H_kv) K, D]` where they share the
@@ -47,7 +47,7 @@ def attention_experts_qkv(seeds: Sequence[Tensor], heads: int, kv_heads: int, kv
     return torch.cat([queries, keys, values]).flatten(0, 1)
 
 
-def attention_experts_out(seeds: Sequence[Tensor], heads: int, kv_heads: int, kv: KeysValues) -> Tensor:
+def upcycled_out(seeds: Sequence[Tensor], heads: int, kv_heads: int, kv: KeysValues) -> Tensor:
     """`out.weight [D, N H K]` of attention experts of `out.weight [D, H K]` of softmax layers with those heads each.
 
     Columns: the query heads in the order of `side_by_side`.
