@@ -16,7 +16,8 @@ class Report(NamedTuple):
     """This rank's share of the router's losses, each times its coefficient: the sum over ranks is the loss of the
     sequence. Differentiable."""
     counts: Tensor
-    """`[E]` int64: how many tokens were given to each expert or head, those included that a capacity then dropped."""
+    """`[E]`: how many tokens were given to each expert or head, int64, those included that a capacity then dropped.
+    With soft routing each token is given to all by shares, and these are summed, float64."""
     tokens: Tensor
     """Tokens that were routed, int64."""
     entropy: Tensor
@@ -26,7 +27,8 @@ class Report(NamedTuple):
     finite: Tensor
     """Whether all logits were finite numbers."""
     choice: Tensor
-    """`[B, T_local]` int64: a number for each set of chosen ones, whatever their order; 0 for padding."""
+    """`[B, T_local]` int64: a number for each set of chosen ones, whatever their order; 0 for padding. With soft
+    routing the set is the one of largest weight."""
 
 
 def real_rows(layout: Layout, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Token mixers, by their letters in `model.layers`. A new one is a file here and a name in `MIXERS`."""
 
+from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.base import Mixer, MixerConfig
 from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
 from longctx.mixers.gla import GlaConfig
@@ -16,6 +17,7 @@ from longctx.mixers.softmax import SoftmaxConfig
 _CONFIGS: tuple[type[MixerConfig], ...] = (
     LightningConfig,
     SoftmaxConfig,
+    AttentionExpertsConfig,
     LinearConfig,
     RetentionConfig,
     SimpleGlaConfig,

@@ -25,15 +25,15 @@ class Mixer(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.router: HeadRouter | None = None
+        self.head_router: HeadRouter | None = None
         """Which heads a token reads; all of them where None."""
 
     def mix_heads(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
         """Route the layer's `heads` heads from now on, for width `dim`."""
-        self.router = HeadRouter(config, dim, heads)
+        self.head_router = HeadRouter(config, dim, heads)
 
     def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor | Output:
-        """Shapes: x and the result `[B, T_local, D]`, with a report where heads are routed.
+        """Shapes: x and the result `[B, T_local, D]`, an Output where the mixer routes.
 
         With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
         1, and `layout` is `Layout((0, n), continued=memory.tokens)`; after it they are remembered too. The outputs are
@@ -53,12 +53,12 @@ class Mixer(nn.Module, ABC):
 
     def route(self, x: Tensor, layout: Layout) -> HeadRouting | None:
         """Which heads the tokens of the layer's input x `[B, T_local, D]` read; None for all of them."""
-        return None if self.router is None else self.router(x, layout)
+        return None if self.head_router is None else self.head_router(x, layout)
 
     @property
     def unread(self) -> int:
         """Heads that a token does not read."""
-        return 0 if self.router is None else self.router.unread
+        return 0 if self.head_router is None else self.head_router.unread
 
     def empty_memory(self) -> Memory:
         """What the layer remembers before the first token of a document, for a batch of any size."""

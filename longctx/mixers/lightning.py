@@ -106,7 +106,7 @@ class Lightning(Mixer):
 
     def flops(self, layout: Layout) -> int:
         """Projections, and per token and head a write and a read of the state."""
-        router = 0 if self.router is None else self.router.flops_per_token
+        router = 0 if self.head_router is None else self.head_router.flops_per_token
         projections = router + self.qkvu.flops_per_token + self.out.flops_per_token
         per_token = projections + 4 * self.heads * self.head_dim**2
         # Of a head that is not read: its queries, its gate, its rows of the output projection, and its read.

@@ -125,8 +125,8 @@ class Mamba2(Mixer):
         """Projections and convolution, and per token and head a write and a read of the state."""
         per_token = sum(module.flops_per_token for module in (self.inner, self.conv, self.out))
         per_token += 4 * self.heads * self.head_dim * self.state_dim
-        if self.router is not None:
-            per_token += self.router.flops_per_token
+        if self.head_router is not None:
+            per_token += self.head_router.flops_per_token
         # Of a head that is not read: its rows of the output projection, and its read; queries are of whole groups.
         saved = 2 * self.head_dim * (self.out.out_features + self.state_dim)
         return layout.local_length * (per_token - self.unread * saved)

@@ -81,21 +81,25 @@ class Softmax(Mixer):
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
-        scale, window = self.head_dim**-0.5, self.reach.window
-        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
-        if self.router is not None and memory is None:
-            return self._mixture(self.router, x, layout, table)
+        if self.head_router is None:
+            return self.out(self.attention(x, layout, memory).flatten(2))
+        if memory is None:
+            return self._mixture(self.head_router, x, layout)
+        q = self.qkv(x)[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, -1))
+        routing = self.head_router(q if self.head_router.by_norm else x, layout)
+        return emit(self.attention(x, layout, memory), self.out, routing)
+
+    def attention(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+        """What the heads give, `[B, T_local, H, K]`."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        routing = None
-        if self.router is not None:
-            routing = self.router(q if self.router.by_norm else x, layout)
+        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         q, k = rotate(q, table), rotate(k, table)
         if memory is None:
-            return self.out(softmax_attention(q, k, v, layout, scale, window=window).flatten(2))
-        return emit(attend(q, k, v, layout, scale, window, memory), self.out, routing)
+            return softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
+        return attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
 
-    def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout, table: tuple[Tensor, Tensor]) -> Output:
+    def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout) -> Output:
         """The same of the (token, head) pairs that are read, gathered from the first projection to the last."""
         groups = (self.heads - router.shared) * self.kv_heads // self.heads
         rows = self.heads * self.head_dim
@@ -114,6 +118,7 @@ class Softmax(Mixer):
             shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
             places, count = pairs.rows_of(routing.chosen), pairs.index.numel()
             queries = to_pairs(x, for_routed, routing.chosen, places, count).view(*pairs.index.shape, self.head_dim)
+        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         shared, k = rotate(shared, table), rotate(k, table)
         queries = rotate_rows(queries, pairs.rows, table)
         out = attend_pairs(shared, queries, k, v, pairs, layout, self.head_dim**-0.5, window=self.reach.window)
@@ -128,10 +133,10 @@ class Softmax(Mixer):
 
     def flops(self, layout: Layout) -> int:
         """Projections, and for each visible pair of tokens a score and a weighted value."""
-        router = 0 if self.router is None else self.router.flops_per_token
+        router = 0 if self.head_router is None else self.head_router.flops_per_token
         read = self.heads - self.unread
         # Queries are looked at to be routed by their norms.
-        queries = 0 if self.router is not None and self.router.by_norm else self.unread
+        queries = 0 if self.head_router is not None and self.head_router.by_norm else self.unread
         dim, width = self.out.out_features, self.head_dim
         projections = router + self.qkv.flops_per_token - 2 * dim * width * queries + 2 * dim * width * read
         return layout.local_length * projections + 4 * read * width * score_elements(layout, self.reach)

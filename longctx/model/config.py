@@ -1,7 +1,7 @@
 """`[model]`: the decoder's shape. Each mixer and feed-forward that is registered adds its own table."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -28,6 +28,9 @@ class _ModelConfig(Config):
     ffn: str | tuple[str, ...] = "swiglu"
     """The feed-forward's name, or a list of names, repeated over the depth: `["swiglu", "moe"]` is experts in every
     second layer."""
+    block: Literal["sequential", "parallel"] = "sequential"
+    """`sequential`: the feed-forward reads what the mixer has written, a norm before each; `parallel`: both read the
+    stream behind one norm, and their outputs are added to it together, as in PaLM, GPT-J and Cohere's models."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square before its root, in every norm."""
     tie_embeddings: bool = True

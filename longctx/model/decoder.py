@@ -1,7 +1,8 @@
 """The decoder: embedding, blocks of a mixer and a feed-forward before each of which the stream is normed, head.
 
     h_0 = E[token]
-    h  <- h + mixer(norm(h)),  h <- h + ffn(norm(h))
+    h  <- h + mixer(norm(h)),  h <- h + ffn(norm(h))     block = "sequential"
+    h  <- h + mixer(norm(h)) + ffn(norm(h)), one norm    block = "parallel" (Chowdhery et al. 2022, PaLM, section 2)
     logits = norm(h) H^T           (H = E where tied)
 
 Nothing of size tokens x vocabulary exists in training: `forward` with labels returns losses (longctx.kernels.loss);
@@ -45,7 +46,7 @@ class Losses(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: `h + mixer(norm(h))`, then `h + ffn(norm(h))`."""
+    """One layer: `h + mixer(norm(h))`, then `h + ffn(norm(h))`; or in parallel `h + mixer(norm(h)) + ffn(norm(h))`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Block(nn.Module):
         heads = config.routed_heads(layer)
         if heads is not None and config.heads is not None:
             self.mixer.mix_heads(config.heads, config.dim, heads)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if config.block == "sequential" else None
         self.ffn = config.feed_forward(layer).build(config.dim, layer, config.depth)
         self.recompute = False
         """Keep the block's input alone, and compute the block again in the backward pass."""
@@ -69,9 +70,10 @@ class Block(nn.Module):
         return self._compute(x, layout, memory)
 
     def _compute(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, dict[str, Report]]:
-        mixed = Output.of(self.mixer(self.mixer_norm(x), layout, memory))
+        normed = self.mixer_norm(x)
+        mixed = Output.of(self.mixer(normed, layout, memory))
         x = x + mixed.out
-        fed = Output.of(self.ffn(self.ffn_norm(x), layout))
+        fed = Output.of(self.ffn(normed if self.ffn_norm is None else self.ffn_norm(x), layout))
         said = {"mixer": mixed.report, "ffn": fed.report}
         return x + fed.out, {name: report for name, report in said.items() if report is not None}
 

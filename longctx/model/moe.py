@@ -8,13 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels.ffn import grouped_swiglu
-from longctx.kernels.recurrence import accumulation_dtype
 from longctx.model.ffn import FeedForward, FeedForwardConfig, Swiglu
 from longctx.model.layers import Output
+from longctx.model.router import Router
 from longctx.moe.expert_router import Score, TokenChoice, balancing_step, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
 from longctx.moe.noise import around_one
@@ -105,28 +104,6 @@ class MoeConfig(FeedForwardConfig):
 
     def build(self, dim: int, layer: int, depth: int) -> "MixtureOfExperts":
         return MixtureOfExperts(self, dim, layer, depth)
-
-
-class Router(nn.Module):
-    """Logits of each token for each expert, in float32 (higher where the input is)."""
-
-    full_precision = True
-
-    def __init__(self, dim: int, experts: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, dim))
-        self.init_std = dim**-0.5
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, E]`."""
-        dtype = accumulation_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
-
-    @property
-    def flops_per_token(self) -> int:
-        """Forward multiplications and additions for one token."""
-        return 2 * self.weight.numel()
 
 
 class Experts(nn.Module):

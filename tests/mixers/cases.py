@@ -2,7 +2,8 @@
 
 import torch
 
-from longctx.mixers import MIXERS, Mixer, MixerConfig
+from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
+from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
 from longctx.mixers.gla import GlaConfig
 from longctx.mixers.hgrn2 import Hgrn2Config
@@ -14,12 +15,15 @@ from longctx.mixers.retention import RetentionConfig
 from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
+from longctx.model.layers import Output
+from longctx.parallel.layout import Layout
 
 DIM = 12
 
 CONFIGS: dict[str, MixerConfig] = {
     "L": LightningConfig(heads=3, head_dim=5),
     "S": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4),
+    "A": AttentionExpertsConfig(experts=3, heads=4, kv_heads=2, head_dim=4, kv="shared"),
     "B": LinearConfig(heads=6, kv_heads=3, head_dim=5, feature_map="hedgehog"),
     "R": RetentionConfig(heads=3, head_dim=6),
     "I": SimpleGlaConfig(heads=3, head_dim=5, value_dim=7),
@@ -55,3 +59,8 @@ def draw(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> tup
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(batch, length, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
     return x.to(dtype), dy.to(dtype)
+
+
+def run(mixer: Mixer, x: torch.Tensor, layout: Layout, memory: Memory | None = None) -> torch.Tensor:
+    """What the mixer gives, without what a router in it says."""
+    return Output.of(mixer(x, layout, memory)).out

@@ -38,14 +38,14 @@ def routed(letter, dtype=torch.float64, router="learned"):
 def masked(mixer, letter, x, layout):
     """All heads computed, what is not read set to zero, times the weights: the same parameters."""
     module = importlib.import_module(type(mixer).__module__)
-    if letter == "S" and mixer.router.by_norm:
+    if letter == "S" and mixer.head_router.by_norm:
         q = mixer.qkv(x)[..., : mixer.heads * mixer.head_dim].unflatten(-1, (mixer.heads, -1))
-        routing = mixer.router(q, layout)
+        routing = mixer.head_router(q, layout)
     else:
-        routing = mixer.router(x, layout)
-    shared = mixer.router.shared
+        routing = mixer.head_router(x, layout)
+    shared = mixer.head_router.shared
     there = torch.cat([routing.chosen.new_ones(*x.shape[:2], shared), routing.chosen], dim=-1)[..., None]
-    router, mixer.router = mixer.router, None
+    router, mixer.head_router = mixer.head_router, None
     weights, heads = routing.weights[..., None], there.shape[2]
     name = "softmax_attention" if letter == "S" else "scan"
     right = getattr(module, name)
@@ -61,7 +61,7 @@ def masked(mixer, letter, x, layout):
             skip = type(mixer.skip).forward
             stack.enter_context(patch.object(type(mixer.skip), "forward", lambda self, v: skip(self, v) * there))
         result = mixer(x, layout)
-    mixer.router = router
+    mixer.head_router = router
     return result, routing.report
 
 
@@ -149,14 +149,14 @@ def test_a_document_in_pieces_is_as_it_would_be_whole(letter):
 def test_every_head_remembers_tokens_that_no_one_reads_it_at(letter):
     """Reading is per token, writing is not: a head that was not read before knows all earlier tokens when it is."""
     mixer, (x, _) = routed(letter), draw(20)
-    chosen = mixer.router(x, Layout((0, 20))).chosen[0]
+    chosen = mixer.head_router(x, Layout((0, 20))).chosen[0]
     # A token whose routed heads are all others than those of some later one.
     early, late = next(
         (s, t) for t in range(20) for s in range(t) if chosen[t].any() and not (chosen[s] & chosen[t]).any()
     )
     changed = x.clone()
     changed[0, early] *= 1.5  # the same router's choice, other keys and values
-    mixer.out.weight.data[:, : mixer.router.shared * mixer.out.in_features // mixer.heads] = 0
+    mixer.out.weight.data[:, : mixer.head_router.shared * mixer.out.in_features // mixer.heads] = 0
     before, after = (mixer(each, Layout((0, 20))) for each in (x, changed))
     assert torch.equal(before.report.choice, after.report.choice)
     assert not torch.equal(before.out[0, late], after.out[0, late])
@@ -182,9 +182,9 @@ def test_half_precision_and_autocast(letter):
 @each_mixer
 def test_heads_that_are_not_read_are_not_counted(letter):
     plain, mixed, layout = built(letter), routed(letter), Layout((0, 48))
-    saved = plain.flops(layout) + 48 * mixed.router.flops_per_token - mixed.flops(layout)
+    saved = plain.flops(layout) + 48 * mixed.head_router.flops_per_token - mixed.flops(layout)
     # At least their share of the output projection.
-    assert saved >= 48 * mixed.router.unread * 2 * DIM * plain.out.in_features // mixed.heads
+    assert saved >= 48 * mixed.head_router.unread * 2 * DIM * plain.out.in_features // mixed.heads
     shares = [mixed.flops(Layout(PACKINGS["ends inside slices"], "zigzag", 4, rank)) for rank in range(4)]
     assert sum(shares) == mixed.flops(Layout(PACKINGS["ends inside slices"]))
 
@@ -194,9 +194,9 @@ def test_in_a_softmax_layer_all_that_is_of_a_query_head_is_saved():
     learned, by_norm = routed("S"), routed("S", router="norm")
     keys = 48 * 2 * DIM * 2 * plain.kv_heads * plain.head_dim
     of_heads = plain.flops(layout) - keys
-    read = Fraction(plain.heads - learned.router.unread, plain.heads)
-    assert learned.flops(layout) - 48 * learned.router.flops_per_token == keys + read * of_heads
-    queries = 48 * 2 * DIM * by_norm.router.unread * plain.head_dim
+    read = Fraction(plain.heads - learned.head_router.unread, plain.heads)
+    assert learned.flops(layout) - 48 * learned.head_router.flops_per_token == keys + read * of_heads
+    queries = 48 * 2 * DIM * by_norm.head_router.unread * plain.head_dim
     assert by_norm.flops(layout) == keys + read * of_heads + queries
 
 
@@ -205,7 +205,7 @@ def test_with_all_heads_read_and_a_router_of_zeros_the_layer_is_the_dense_one():
         plain, (x, _), (heads, _) = built(letter), draw(20), config_of(letter).routable()
         want = plain(x, Layout((0, 20)))
         plain.mix_heads(HeadsMixConfig(mixers=("any",), active=heads), DIM, heads)
-        plain.router.weight = torch.nn.Parameter(torch.zeros(heads, DIM, dtype=torch.float64))
+        plain.head_router.weight = torch.nn.Parameter(torch.zeros(heads, DIM, dtype=torch.float64))
         torch.testing.assert_close(plain(x, Layout((0, 20))).out, want, rtol=1e-11, atol=1e-12)
 
 

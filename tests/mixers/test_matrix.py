@@ -14,7 +14,7 @@ from longctx.mixers import MIXERS
 from longctx.parallel.layout import Layout
 from longctx.parallel.local import LocalRanks
 from longctx.parallel.mesh import Mesh
-from tests.mixers.cases import built, config_of, draw
+from tests.mixers.cases import built, config_of, draw, run
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
 
 STRIDE = 7
@@ -40,7 +40,7 @@ def on_rank(letter, dtype, cells):
         mixer = built(letter, dtype)
         x, dy = map(layout.shard, draw(bounds[-1], dtype))
         x.requires_grad_()
-        y = mixer(x, layout)
+        y = run(mixer, x, layout)
         y.backward(dy)
         answers.append((y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}))
     return answers
@@ -53,7 +53,7 @@ def compare(answers, letter, size, dtype, cells):
         if bounds not in truths:
             mixer, (x, dy) = built(letter), draw(bounds[-1])
             x.requires_grad_()
-            y = mixer(x, Layout(bounds))
+            y = run(mixer, x, Layout(bounds))
             y.backward(dy)
             truths[bounds] = y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}
         y, dx, wanted = truths[bounds]

@@ -35,6 +35,7 @@ def refused(**changes):
         ({"layers": ""}, "layers: give a pattern of L (lightning), "),
         ({"layers": "LXS"}, "layers: 'X' in 'LXS' is no mixer; there are L (lightning), "),
         ({"softmax": None}, "layers: S needs the table [model.softmax]"),
+        ({"block": "both"}, "Input should be 'sequential' or 'parallel'"),
         ({"layers": "LLS", "depth": 2}, "softmax: no layer of 'LLS' (2 deep) is S; remove it"),
         ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),
         ({"softmax": SoftmaxConfig(heads=4, kv_heads=3)}, "softmax.kv_heads: 4 query heads are not a multiple of 3"),
@@ -111,12 +112,13 @@ def test_shrunk_keeps_the_pattern_and_is_a_valid_small_model(layers, depth, head
         softmax=SoftmaxConfig(heads=heads[0], kv_heads=heads[1], head_dim=128) if "S" in pattern else None,
         norm_eps=1e-3,
         tie_embeddings=False,
+        block="parallel",
     )
     small = config.shrunk()
     # A copy is not validated, so do it here.
     assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
     assert small.pattern == pattern[: len(layers)]
-    assert (small.norm_eps, small.tie_embeddings, small.ffn) == (1e-3, False, "swiglu")
+    assert (small.norm_eps, small.tie_embeddings, small.ffn, small.block) == (1e-3, False, "swiglu", "parallel")
     assert isinstance(small.feed_forward(0), SwigluConfig)
     assert sum(p.numel() for p in Decoder(small, 128).parameters()) < 300_000
 

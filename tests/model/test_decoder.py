@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longctx.kernels.reference import causal_document_mask
 from longctx.mixers import lightning, softmax
 from longctx.parallel.layout import Layout
-from tests.model.cases import VOCABULARY, decoder, hybrid, tokens
+from tests.model.cases import VOCABULARY, decoder, hybrid, tokens, with_experts
 from tests.parallel.cases import PACKINGS, layout_here
 
 BOUNDS = (0, 1, 17, 30)
@@ -50,9 +50,9 @@ def test_packed_documents_are_as_they_would_be_one_by_one(bounds):
     torch.testing.assert_close(model(x, Layout(bounds)), torch.cat(alone, dim=1), rtol=1e-10, atol=1e-11)
 
 
-def logits_around(bounds, order, times):
+def logits_around(bounds, order, times, arrangement):
     layout = layout_here(bounds, order)
-    model, x = decoder(hybrid(depth=4), torch.float32), tokens(bounds[-1])
+    model, x = decoder(hybrid(depth=4, block=arrangement), torch.float32), tokens(bounds[-1])
     answers = []
     with torch.no_grad():
         for t in (None, *times):
@@ -63,12 +63,13 @@ def logits_around(bounds, order, times):
     return answers
 
 
+@pytest.mark.parametrize("arrangement", ["sequential", "parallel"])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("bounds", [(0, 48), (0, 17, 48)], ids=["one document", "packed"])
-def test_changing_a_token_leaves_earlier_logits_on_all_ranks_bitwise_unchanged(ranks, bounds, order):
+def test_changing_a_token_leaves_earlier_logits_on_all_ranks_bitwise_unchanged(ranks, bounds, order, arrangement):
     times = (0, 13, 17, 36, 47)
     layout = Layout(bounds, order, 4)
-    answers = ranks.run(logits_around, bounds, order, times, size=4)
+    answers = ranks.run(logits_around, bounds, order, times, arrangement, size=4)
     before, *after = (layout.unshard(parts) for parts in zip(*answers, strict=True))
     for t, changed in zip(times, after, strict=True):
         assert torch.equal(before[:, :t], changed[:, :t]), t
@@ -145,13 +146,61 @@ def test_flops_are_those_of_every_product_that_is_needed(tied, monkeypatch):
     assert model.flops(layout) == counter.get_total_flops() + states + pairs
 
 
+# The parallel block
+
+
+def parallel(**changes):
+    return hybrid(block="parallel", **changes)
+
+
+def test_in_the_parallel_block_mixer_and_feed_forward_read_one_normed_stream():
+    model, layout = decoder(parallel()), Layout(BOUNDS)
+    assert not any("ffn_norm" in name for name, _ in model.named_parameters())
+    x = model.embedding(tokens(30, batch=2)).detach()
+    for block in model.blocks:
+        with torch.no_grad():
+            block.mixer_norm.weight.copy_(torch.linspace(0.5, 2, 12))
+        normed = x * (x.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * block.mixer_norm.weight
+        want = x + block.mixer(normed, layout) + block.ffn(normed, layout)
+        x, said = block(x, layout)
+        torch.testing.assert_close(x, want, rtol=1e-11, atol=1e-12)
+        assert said == {}
+
+
+@pytest.mark.parametrize("config", [parallel(), with_experts(block="parallel")], ids=["dense", "experts"])
+def test_recomputing_a_parallel_block_changes_no_gradient_and_reports_the_same(config):
+    x, labels, answers = tokens(30, batch=2), tokens(30, batch=2, seed=1), []
+    for recompute in (False, True):
+        model = decoder(config)
+        for block in model.blocks:
+            block.recompute, block.ffn.tile = recompute, 7
+        losses = model(x, Layout(BOUNDS), labels)
+        (losses.total + sum(report.loss for report in losses.reports.values())).backward()
+        answers.append(([p.grad for p in model.parameters()], losses.reports))
+    (grads, reports), (again, reports_again) = answers
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    assert all(grad.norm() > 0 for grad in grads)
+    assert reports.keys() == reports_again.keys()
+    assert all(torch.equal(reports[name].counts, reports_again[name].counts) for name in reports)
+
+
+def test_a_recomputed_parallel_block_keeps_its_input_alone():
+    model, x, labels = decoder(parallel()), tokens(200), tokens(200, seed=1)
+    everything = kept_bytes(model, x, labels)
+    for block in model.blocks:
+        block.recompute = True
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    # As in the sequential block: the stream before each of 3 blocks and after, its last norm's scale, the loss.
+    assert kept_bytes(model, x, labels) <= 8 * (weights + 200 * 12 * (3 + 3)) < everything
+
+
 # Generation
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "arrangement"), [(True, "sequential"), (False, "sequential"), (True, "parallel")])
 @pytest.mark.parametrize("pieces", [(1,) * 20, (7, 1, 1, 5, 1, 5), (19, 1), (20,)], ids=str)
-def test_logits_of_a_document_in_pieces_are_those_of_the_whole(tied, pieces):
-    model, x = decoder(hybrid(depth=4, tie_embeddings=tied)), tokens(20, batch=2)
+def test_logits_of_a_document_in_pieces_are_those_of_the_whole(tied, arrangement, pieces):
+    model, x = decoder(hybrid(depth=4, tie_embeddings=tied, block=arrangement)), tokens(20, batch=2)
     for block in model.blocks:
         block.recompute, block.ffn.tile = True, 7
     whole, memory, seen = model(x, Layout((0, 20))), model.empty_memory(), 0

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -255,30 +256,54 @@ def test_experts_are_laid_out_anew_over_other_ranks(ranks, divided, workplace, t
 
 
 @contextmanager
-def logits_that_are_no_numbers_in_step_3() -> Iterator[None]:
+def logits_that_are_no_numbers_in_step_3(layer: str) -> Iterator[None]:
     step_of = TorchEngine.step
 
     def step(self, batches, lr):
         self.steps_done = getattr(self, "steps_done", 0) + 1
         if self.steps_done == 3:
             with torch.no_grad():
-                self.model.blocks[1].ffn.router.weight.mul_(float("nan"))
+                self.model.get_submodule(layer).router.weight.mul_(float("nan"))
         return step_of(self, batches, lr)
 
     with patch.object(TorchEngine, "step", step):
         yield
 
 
-def test_logits_that_are_no_numbers_stop_all_ranks_with_layer_and_step(ranks, workplace, tmp_path):
-    overrides = ["model.ffn=moe", EXPERTS[1], "parallel.ep=2"]
-    messages = ranks.run(
-        mistake, workplace, tmp_path / "out", overrides, "auto", logits_that_are_no_numbers_in_step_3, size=2
-    )
+ATTENTION_EXPERTS = (
+    "model.layers=LSA",
+    "model.depth=3",
+    "model.block=parallel",
+    "model.attention_experts={experts = 3, heads = 2}",
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "overrides"),
+    [
+        ("blocks.1.ffn", ["model.ffn=moe", EXPERTS[1], "parallel.ep=2"]),
+        ("blocks.2.mixer", [*ATTENTION_EXPERTS, "model.ffn=moe", EXPERTS[1]]),
+    ],
+)
+def test_logits_that_are_no_numbers_stop_all_ranks_with_layer_and_step(ranks, workplace, tmp_path, layer, overrides):
+    around = partial(logits_that_are_no_numbers_in_step_3, layer)
+    messages = ranks.run(mistake, workplace, tmp_path / "out", overrides, "auto", around, size=2)
     for message in messages:
-        assert message.startswith(
-            "step 3: blocks.1.ffn: the router's logits are not all finite numbers. Training stopp"
-        )
+        assert message.startswith(f"step 3: {layer}: the router's logits are not all finite numbers. Training stopp")
     assert len(losses(tmp_path / "out")) == 2
+
+
+def test_a_run_tells_how_even_the_weights_of_attention_experts_are(ranks, workplace, tmp_path):
+    ranks.run(train, workplace, tmp_path / "out", [*ATTENTION_EXPERTS, "evaluation.every=10"], size=2)
+    found = metrics(tmp_path / "out")
+    assert found.steps[-1].loss < found.steps[0].loss - 0.5
+    for step in found.steps:
+        assert list(step.routers) == ["blocks.2.mixer"]
+        assert 1 <= step.routers["blocks.2.mixer"].imbalance < 3
+        assert 0 < step.routers["blocks.2.mixer"].entropy <= math.log(3) + 1e-6
+        assert step.routers["blocks.2.mixer"].dropped == 0
+    # Of a token the expert of largest weight is what may change.
+    assert 0 < found.evaluations[1].fluctuation["blocks.2.mixer"] < 1
 
 
 # What an option changes

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from longctx.mixers import lightning
+from longctx.mixers.attention_experts import AttentionExpertsConfig
+from longctx.model.moe import MoeConfig
 from longctx.moe import experts
 from longctx.parallel.layout import Layout
 from longctx.train import engine
@@ -62,8 +64,30 @@ def test_experts_pass_over_ranks_that_divide_them(ranks, monkeypatch):
         assert row.differences.keys() > {
             "blocks.1.ffn.experts.gate_up",
             "blocks.1.ffn.router.weight",
-            "blocks.0.mixer.router.weight",
+            "blocks.0.mixer.head_router.weight",
         }
+        assert 0 < max(row.differences.values()) < 1e-12
+
+
+@pytest.mark.parametrize("kv", ["each", "shared"])
+def test_attention_experts_in_parallel_blocks_pass_beside_experts_of_which_a_token_takes_one(ranks, monkeypatch, kv):
+    chosen = [Case(4, "zigzag", True), Case(2, "contiguous", False, dp_shard=2, ep=2)]
+    chosen.append(Case(4, "zigzag", True, attention="ulysses"))
+    only(monkeypatch, *chosen)
+    model = hybrid(
+        layers="LA",
+        softmax=None,
+        attention_experts=AttentionExpertsConfig(experts=2, heads=2, head_dim=4, kv=kv),
+        block="parallel",
+        ffn="moe",
+        swiglu=None,
+        moe=MoeConfig(experts=4, active=1, hidden=6, z=1e-3),
+        depth=2,
+    )
+    rows = list(verify(Subject(model, TrainConfig(steps=1, precision="bf16"), VOCABULARY, 32, 1), ranks))
+    assert [row.failures for row in rows] == [[]] * len(rows)
+    for row in rows[: len(chosen)]:
+        assert row.differences.keys() > {"blocks.1.mixer.router.weight", "blocks.1.ffn.router.weight"}
         assert 0 < max(row.differences.values()) < 1e-12
 
 
