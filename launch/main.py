@@ -315,18 +315,18 @@ def _convert_upcycle(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE... [KEY=VALUE]...",
+            metavar="SOURCE|KEY=VALUE",
             help="Dense models of one shape: checkpoints, or runs' directories, whose newest ones are taken. "
             "KEY=VALUE as for train.",
         ),
     ],
-    to: Annotated[str, typer.Option(metavar="RECIPE", help="The recipe whose [model] is made, as for train.")],
+    to: Annotated[str, typer.Option(metavar="RECIPE", help="The recipe whose model is made, as for train.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
 ) -> None:
     """Make a mixture of experts of trained dense models.
 
-    Expert e is the feed-forward of source e mod N; routers are drawn; all else is the sources' mean. The recipe
-    trains it with train.init=DIR.
+    Expert e is the feed-forward of source e mod N; routers are drawn; all else is the sources' mean.
+    A run begins with it by train.init=DIR.
     """
     from longctx.launch.convert import run_upcycle
 

@@ -1,12 +1,15 @@
 """A routed model made of dense ones begins with what they have learned, and nothing is lost on the way unsaid."""
 
+import errno
 import json
+import os
 import shutil
 import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from longctx.convert import upcycle as module
 from longctx.convert.upcycle import upcycle
@@ -15,7 +18,6 @@ from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
 from longctx.model.initialise import initialise
 from longctx.moe import upcycle as rules
-from longctx.moe.upcycle import Zeros
 from longctx.parallel.layout import Layout
 from longctx.train import weights as weights_module
 from longctx.train.weights import find_weights
@@ -170,6 +172,36 @@ def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
             assert torch.equal(found[f"blocks.2.ffn.experts.{matrix}"][expert], source)
 
 
+# What stops it
+
+
+def left_by(sources, out, error):
+    """The error that ends it; nothing of it is left."""
+    with pytest.raises(error) as caught:
+        upcycle(sources, recipe(routed()), out)
+    assert not list(out.parent.iterdir())
+    return str(caught.value)
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(dense, tmp_path):
+    stream, opened = FileSystem.create_stream, []
+
+    def full(self, path, mode):
+        opened.extend([path] * (mode == "wb"))
+        if len(opened) > 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return stream(self, path, mode)
+
+    with patch.object(FileSystem, "create_stream", full):
+        told = left_by(dense[:1], tmp_path / "out", UserError)
+    assert told.startswith(f"{tmp_path / 'out'}: cannot be written: No space left on device (")
+
+
+def test_an_interrupt_is_an_interrupt_and_nothing_is_left(dense, tmp_path):
+    with patch.object(module, "drawn", side_effect=KeyboardInterrupt):
+        left_by(dense[:1], tmp_path / "out", KeyboardInterrupt)
+
+
 # Mistakes
 
 
@@ -253,14 +285,3 @@ def test_a_source_that_cannot_be_read_leaves_nothing(dense, tmp_path):
     largest = max(source.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(b"\0" * largest.stat().st_size)
     assert f"{source} cannot be read: " in refused([source], tmp_path / "out", routed())
-
-
-# Heads: the rule that waits for the layer
-
-
-def test_a_router_of_heads_begins_with_equal_logits():
-    dense = {"blocks.1.mixer.qkv.weight"}
-    both = {*dense, "blocks.1.mixer.router.weight"}
-    assert rules.beginning("blocks.1.mixer.router.weight", dense, both) == Zeros()
-    # Of a mixer that has one of its own it is a tensor as all others.
-    assert rules.beginning("blocks.1.mixer.router.weight", both, both) == rules.Mean("blocks.1.mixer.router.weight")
