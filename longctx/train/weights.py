@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longctx.errors import UserError
 from longctx.model.config import ModelConfig
@@ -94,9 +94,7 @@ class Weights:
 
     def load_into(self, model: nn.Module) -> None:
         """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
-        tensors = get_model_state_dict(model)
-        self._read({_PREFIX.removesuffix("."): tensors})
-        set_model_state_dict(model, tensors)
+        self._read({_PREFIX.removesuffix("."): get_model_state_dict(model)})
 
     def _read(self, tensors: dict[str, Any]) -> None:
         try:
