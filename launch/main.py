@@ -43,6 +43,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare text for training, an
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 app.add_typer(bench_app, name="bench")
+convert_app = typer.Typer(no_args_is_help=True, help="Make the weights of one model of those of others.")
+app.add_typer(convert_app, name="convert")
 
 
 def _show_version(wanted: bool) -> None:
@@ -306,6 +308,29 @@ def _bench_parallel(
         delay=delay,
     )
     raise typer.Exit(bench_parallel(options, json))
+
+
+@convert_app.command("upcycle")
+def _convert_upcycle(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE|KEY=VALUE",
+            help="Dense models of one shape: checkpoints, or runs' directories, whose newest ones are taken. "
+            "KEY=VALUE as for train.",
+        ),
+    ],
+    to: Annotated[str, typer.Option(metavar="RECIPE", help="The recipe whose model is made, as for train.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+) -> None:
+    """Make a mixture of experts of trained dense models.
+
+    Expert e is the feed-forward of source e mod N; routers are drawn; all else is the sources' mean.
+    A run begins with it by train.init=DIR.
+    """
+    from longctx.launch.convert import run_upcycle
+
+    raise typer.Exit(run_upcycle(arguments, to, out))
 
 
 def _link_speed(text: str) -> float | None:

@@ -1,26 +1,24 @@
 """The model that a run has trained, on one device, with the tokenizer of its corpus."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from longctx.data.loader import train_fingerprint
 from longctx.data.manifest import Manifest
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import UserError
-from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.recipe import Recipe, load
 from longctx.train.checkpoint import TrainerState, check_same_model, list_checkpoints, load_tensors, read_state
 from longctx.train.process_group import device_type
+from longctx.train.weights import with_defaults
 
 _OPTION = "--checkpoint"
+_HOW = f"with {_OPTION} PATH"
 _KEYS = ("data.path", "train.device", "train.precision")
 """What of a run's recipe may be another here; all else was decided when it was trained, or has no part in it."""
 
@@ -49,7 +47,7 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     """
     recipe = _recipe(run, overrides)
     path = checkpoint or _newest(run)
-    state = read_state(path, _OPTION)
+    state = read_state(path, _HOW)
     try:
         manifest = Manifest.read(recipe.data.path)
         tokenizer = manifest.open_tokenizer(recipe.data.path)
@@ -60,7 +58,7 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     rows = recipe.model.vocabulary_rows(tokenizer.vocab_size)
     model = {**recipe.model.model_dump(mode="json"), "vocab_size": rows}
     advice = f"Give a checkpoint of this run with {_OPTION}, or the run that this one belongs to"
-    check_same_model(path, replace(state, model=_with_defaults(state.model)), model, advice)
+    check_same_model(path, replace(state, model=with_defaults(state.model)), model, advice)
     decoder = _load(recipe, rows, path)
     same = state.data == train_fingerprint(manifest, recipe.data, seed=recipe.seed)
     return Restored(decoder, tokenizer, path, state, same)
@@ -89,14 +87,6 @@ def _newest(run: Path) -> Path:
     return there[-1]
 
 
-def _with_defaults(model: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's words for its model, with the keys that models have been given since."""
-    try:
-        return ModelConfig.model_validate_json(json.dumps(model)).model_dump(mode="json")
-    except ValidationError:
-        return model  # which has differences to name
-
-
 def _load(recipe: Recipe, rows: int, path: Path) -> Decoder:
     device = device_type(recipe.train)
     with torch.device("meta"):
@@ -106,7 +96,7 @@ def _load(recipe: Recipe, rows: int, path: Path) -> Decoder:
         reset = getattr(module, "reset_buffers", None)
         if reset is not None:
             reset()
-    load_tensors(path, {"model": decoder.state_dict()}, _OPTION)
+    load_tensors(path, {"model": decoder.state_dict()}, _HOW)
     if recipe.train.precision == "bf16":
         _round(decoder)
     return decoder.requires_grad_(False).eval()

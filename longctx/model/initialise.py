@@ -49,20 +49,35 @@ def _fill_each(parameter: Tensor, std: float, seed: int, name: str) -> None:
             matrix.copy_(drawn[here] * std)
 
 
+def _drawn(module: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The first value of a module's own parameter, float32 on the CPU; `name` is the whole one in its model."""
+    std, initial = getattr(module, "init_std", None), getattr(module, "initial", None)
+    if initial is not None:
+        value: Tensor = initial(name.rpartition(".")[2], shape, _generator(seed, name))
+        return value
+    if std is None:
+        return torch.ones(shape)
+    return torch.randn(shape, generator=_generator(seed, name)) * std
+
+
+def drawn(model: nn.Module, name: str, seed: int) -> Tensor:
+    """What `initialise` gives the parameter `name` of a model, which may be on the meta device: float32, on the CPU.
+
+    Not for experts, which are drawn one by one.
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    assert not hasattr(module, "stds"), name
+    return _drawn(module, name, model.get_parameter(name).shape, seed)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Draw every parameter and fill every buffer of a model that may be sharded, or fresh from the meta device."""
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            std, initial = getattr(module, "init_std", None), getattr(module, "initial", None)
-            local = name.removeprefix(f"{prefix}.")
             if hasattr(module, "stds"):
-                _fill_each(parameter, module.stds[local], seed, name)
-            elif initial is not None:
-                _fill(parameter, initial(local, parameter.shape, _generator(seed, name)))
-            elif std is None:
-                _fill(parameter, torch.ones(parameter.shape))
+                _fill_each(parameter, module.stds[name.rpartition(".")[2]], seed, name)
             else:
-                _fill(parameter, torch.randn(parameter.shape, generator=_generator(seed, name)) * std)
+                _fill(parameter, _drawn(module, name, parameter.shape, seed))
         if hasattr(module, "reset_buffers"):
             module.reset_buffers()

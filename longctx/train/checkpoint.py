@@ -11,8 +11,7 @@ the next save removes.
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -23,16 +22,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future as TorchFuture
 
 from longctx.errors import UserError
 from longctx.files import sync
+from longctx.train.storage import Writer, causes, damage, read_tensors, write_listing
 
 _NAME = re.compile(r"step-(\d{8})")
-_TRAINER = "trainer.json"
+TRAINER = "trainer.json"
+"""What makes a folder a checkpoint."""
+RESUME = "with --resume PATH"
+"""How a checkpoint is given to go on from, in words."""
 _AFTER_FAILURE = "Earlier checkpoints are as they were; mend this, and go on from the newest with --resume auto"
 
 
@@ -112,17 +112,14 @@ class Checkpointer:
                 shutil.rmtree(left)
 
         def publish() -> None:
-            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-            unseen = sorted({part.relative_path for part in written.storage_data.values()} - sizes.keys())
+            seen = {file.name for file in partial.iterdir()}
+            unseen = sorted({part.relative_path for part in written.storage_data.values()} - seen)
             if unseen:
                 raise UserError(
                     f"rank 0 does not see {', '.join(unseen)}, which other ranks wrote: the run's directory (--out) "
                     "has to be on a file system that all machines share"
                 )
-            text = json.dumps({"state": asdict(state), "files": sizes}, indent=1)
-            (partial / _TRAINER).write_text(text, encoding="utf-8")
-            sync(partial / _TRAINER)
-            sync(partial)
+            write_listing(partial, TRAINER, {"state": asdict(state)})
             if final.exists():
                 _remove(final)
             partial.rename(final)
@@ -137,22 +134,10 @@ class Checkpointer:
         what = f"checkpoint {final} could not be written"
         self._on_rank_zero(what, prepare)
         try:
-            written: Metadata = dcp.save(staged, storage_writer=_Writer(partial), process_group=self._group)
+            written: Metadata = dcp.save(staged, storage_writer=Writer(partial), process_group=self._group)
         except CheckpointException as error:
-            raise UserError(f"{what}: {_causes(error)}. {_AFTER_FAILURE}") from error
+            raise UserError(f"{what}: {causes(error)}. {_AFTER_FAILURE}") from error
         self._on_rank_zero(what, publish)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Says why a file could not be written: torch's word for a full disk is `unexpected pos 704 vs 598`."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
 
 
 def _remove(path: Path) -> None:
@@ -162,10 +147,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _causes(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
@@ -173,50 +154,43 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def read_state(path: Path, option: str = "--resume") -> TrainerState:
-    """What a checkpoint says beside its tensors; `option` names a checkpoint on the command line.
+def read_state(path: Path, how: str = RESUME) -> TrainerState:
+    """What a checkpoint says beside its tensors; `how` says the way to give another one.
 
     Raises UserError where it is no checkpoint or a file of it is missing or cut short.
     """
     try:
-        content = json.loads((path / _TRAINER).read_text(encoding="utf-8"))
-        state, files = TrainerState(**content["state"]), content["files"]
+        content = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+        state, files = TrainerState(**content["state"]), dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no checkpoint, or a damaged one: {_TRAINER} cannot be read ({error}). {_others(path, option)}"
+            f"{path} is no checkpoint, or a damaged one: {TRAINER} cannot be read ({error}). {others(path, how)}"
         ) from error
-    for name, size in files.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            told = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(
-                f"checkpoint {path} is damaged: {name} {told}, and was written with {size}. {_others(path, option)}"
-            )
+    damaged = damage(path, files)
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: {damaged}. {others(path, how)}")
     return state
 
 
-def _others(path: Path, option: str) -> str:
+def others(path: Path, how: str) -> str:
     """What to do where the checkpoint `path` cannot be used."""
     folders = (path.parent, path, path / "checkpoints")  # the last two: where a run's own directory was given
-    others = [str(other) for folder in folders for other in list_checkpoints(folder) if other != path]
-    if others:
-        return f"Give another one with {option} PATH (there: {', '.join(others)})"
-    return "There is no other one beside it: begin anew in another directory (--out)"
+    found = [str(other) for folder in folders for other in list_checkpoints(folder) if other != path]
+    if found:
+        return f"Give another one {how} (there: {', '.join(found)})"
+    anew = ": begin anew in another directory (--out)" if how == RESUME else ""
+    return f"There is no other one beside it{anew}"
 
 
-def load_tensors(path: Path, tensors: dict[str, Any], option: str = "--resume") -> None:
+def load_tensors(path: Path, tensors: dict[str, Any], how: str = RESUME) -> None:
     """Read a checkpoint into `tensors`, in place, whatever the number of ranks that wrote it.
 
     On every rank together, or in one process without a process group. Raises UserError where it cannot be read.
     """
-    alone = not dist.is_initialized()
     try:
-        with warnings.catch_warnings():
-            if alone:
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=alone)
-    except CheckpointException as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_causes(error)}. {_others(path, option)}") from error
+        read_tensors(path, tensors)
+    except UserError as error:
+        raise UserError(f"checkpoint {error}. {others(path, how)}") from error
 
 
 _ANOTHER_RUN = "Train this one into another directory (--out), or begin anew (--resume never --out …)"
@@ -224,10 +198,15 @@ _ANOTHER_RUN = "Train this one into another directory (--out), or begin anew (--
 
 def check_same_model(path: Path, state: TrainerState, model: dict[str, Any], advice: str = _ANOTHER_RUN) -> None:
     """Raise UserError, naming every difference, where the checkpoint is of another model than `model`."""
-    differences = [
-        f"{key}: {state.model.get(key)!r} there, {model.get(key)!r} here"
-        for key in sorted({*state.model, *model})
-        if state.model.get(key) != model.get(key)
+    found = differences(state.model, model)
+    if found:
+        raise UserError(f"checkpoint {path} is of another model: {'; '.join(found)}. {advice}")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In which keys two models' configurations differ, in words."""
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
     ]
-    if differences:
-        raise UserError(f"checkpoint {path} is of another model: {'; '.join(differences)}. {advice}")

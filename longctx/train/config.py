@@ -12,6 +12,10 @@ class TrainConfig(Config):
 
     steps: Integer = Field(gt=0)
     """Optimizer steps."""
+    init: str | None = Field(default=None, min_length=1)
+    """Weights to begin with in the place of drawn ones, of the same model: a checkpoint, a run's directory (its newest
+    one), or what `longctx convert` wrote. Step, data and optimizer begin anew; a run that goes on from a checkpoint of
+    its own does not look at it."""
     sequences_per_step: Integer = Field(default=1, gt=0)
     """Sequences in one optimizer step, over all ranks: a multiple of the data-parallel size, and where it is more
     than that, gradients are accumulated."""

@@ -48,6 +48,7 @@ from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, R
 from longctx.train.process_group import device_type, peers_needed, process_group
 from longctx.train.routing import Choices, NotFiniteError
 from longctx.train.schedule import factor
+from longctx.train.weights import Weights, find_weights
 
 _LOWER = (
     "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -139,7 +140,8 @@ class _Trainer:
             self.vocab_size = self._vocabulary()
             self.model = {**recipe.model.model_dump(mode="json"), "vocab_size": self.vocab_size}
             source, state = self._find_checkpoint(resume)
-        self._check_same_start(state)
+            weights = self._find_weights() if source is None else None
+        self._check_same_start(state, weights)
         self.engine = TorchEngine(
             recipe.model, recipe.train, recipe.optimizer, self.mesh, vocab_size=self.vocab_size, seed=recipe.seed
         )
@@ -148,6 +150,8 @@ class _Trainer:
         stack.callback(self.checkpointer.close)
         if source is not None:
             self._load(source)
+        elif weights is not None:
+            weights.load_into(self.engine.model)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.prefetcher = Prefetcher(self.stream, self._batch)
@@ -159,7 +163,7 @@ class _Trainer:
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
         self.choices = Choices()
-        self.resumed_from = source
+        self.resumed_from, self.begun_with = source, weights
         self.stopped_by: int | None = None
         self.saved = self.done if source is not None else -1
 
@@ -205,11 +209,19 @@ class _Trainer:
             )
         return path, state
 
-    def _check_same_start(self, state: TrainerState) -> None:
-        """Raise UserError on every rank where ranks read different data, or go on from different steps."""
-        starts: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
-        dist.all_gather_object(starts, (self.stream.fingerprint, state.step))
-        for rank, (data, step) in enumerate(starts):
+    def _find_weights(self) -> Weights | None:
+        """What a fresh run begins with, checked against its model; None where that is drawn."""
+        if self.recipe.train.init is None:
+            return None
+        weights = find_weights(Path(self.recipe.train.init), "with train.init=DIR")
+        weights.check(self.recipe.model, self.vocab_size)
+        return weights
+
+    def _check_same_start(self, state: TrainerState, weights: Weights | None) -> None:
+        """Raise UserError on every rank where ranks read different data, or begin with different steps or weights."""
+        starts: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size()
+        dist.all_gather_object(starts, (self.stream.fingerprint, state.step, weights.digest if weights else ""))
+        for rank, (data, step, digest) in enumerate(starts):
             if data != starts[0][0]:
                 raise UserError(
                     f"data.path: rank {rank} reads another corpus there than rank 0; copy the same one to every machine"
@@ -218,6 +230,10 @@ class _Trainer:
                 raise UserError(
                     f"rank 0 begins after step {starts[0][1]} and rank {rank} after step {step}, by the checkpoints "
                     f"that each sees: {self.out} has to be on a file system that all machines share"
+                )
+            if digest != starts[0][2]:
+                raise UserError(
+                    f"train.init: rank {rank} sees other weights there than rank 0; copy the same ones to every machine"
                 )
 
     def _tensors(self) -> dict[str, Any]:
@@ -293,6 +309,8 @@ class _Trainer:
             self.reporter.message(f"attention, {layers}: {schedule}")
         if self.resumed_from is not None:
             self.reporter.message(f"Resumed from {self.resumed_from} after step {self.done}.")
+        if self.begun_with is not None:
+            self.reporter.message(f"Begins with the weights in {self.begun_with.path}.")
 
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
         """The schedules of attention that were chosen for a batch, by layers."""

@@ -1,0 +1,1 @@
+"""Weights of one model from those of others."""

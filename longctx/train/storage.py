@@ -1,0 +1,78 @@
+"""Folders of tensors in the format of torch.distributed.checkpoint, each with a listing of its files as JSON.
+
+The listing is written last and holds every other file's size, so that what was cut short or lost is told before a
+tensor is read. A folder is written aside and renamed when it is whole, by whoever writes it.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, WriteResult
+from torch.futures import Future as TorchFuture
+
+from longctx.errors import UserError
+from longctx.files import sync
+
+ALONE = "torch.distributed is disabled, unavailable or uninitialized"
+"""How torch's warning begins where one process reads or writes, which is what is meant there."""
+
+_METADATA, _TENSORS = ".metadata", ".distcp"
+
+
+class Writer(dcp.FileSystemWriter):
+    """Says why a file could not be written: torch's word for a full disk is `unexpected pos 704 vs 598`."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def causes(error: CheckpointException) -> str:
+    """What went wrong, and on which ranks."""
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+
+
+def write_listing(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write `content` and the sizes of the files of tensors into `name`; on the disk when this returns."""
+    files = [*folder.glob(f"*{_TENSORS}"), folder / _METADATA]
+    sizes = {file.name: file.stat().st_size for file in files}
+    (folder / name).write_text(json.dumps({**content, "files": sizes}, indent=1), encoding="utf-8")
+    sync(folder / name)
+    sync(folder)
+
+
+def damage(folder: Path, files: Mapping[str, int]) -> str | None:
+    """What the first file that is missing, or not of the size in the listing, looks like; None where all are there."""
+    for name, size in files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            told = "is missing" if found is None else f"has {found} bytes"
+            return f"{name} {told}, and was written with {size}"
+    return None
+
+
+def read_tensors(path: Path, tensors: dict[str, Any], reader: StorageReader | None = None) -> None:
+    """Read `path` into `tensors`, in place, whatever the number of ranks that wrote it; what is not asked for stays.
+
+    On every rank together, or in one process without a process group. Raises UserError, saying why, where they cannot
+    be read.
+    """
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            if alone:
+                warnings.filterwarnings("ignore", message=ALONE)
+            dcp.load(tensors, storage_reader=reader or dcp.FileSystemReader(path), no_dist=alone)
+    except CheckpointException as error:
+        raise UserError(f"{path} cannot be read: {causes(error)}") from error

@@ -1,0 +1,244 @@
+"""Weights to begin with: a checkpoint's, or those of a folder that `longctx convert` has written.
+
+Such a folder holds the model's tensors in the format of checkpoints, and `weights.json`: the model's configuration,
+where they came from, and the size of every other file.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from longctx.errors import UserError
+from longctx.model.config import ModelConfig
+from longctx.model.decoder import Decoder
+from longctx.train.checkpoint import TRAINER, differences, list_checkpoints, others, read_state
+from longctx.train.storage import ALONE, Writer, damage, read_tensors, write_listing
+
+_WEIGHTS = "weights.json"
+_PREFIX = "model."
+_PARTIAL = re.compile(r".*\.partial(-[0-9a-f]+)?")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads a folder's metadata once, for as many reads of tensors as there are."""
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        del args, kwargs
+        return self._metadata
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Whole weights on the disk, as their listing says."""
+
+    path: Path
+    how: str
+    """The way to give other ones, in words."""
+    model: dict[str, Any]
+    """The model's configuration, with the rows of its vocabulary as `vocab_size`."""
+    digest: str
+    """Of the listing: the same on two machines where they see the same weights."""
+    step: int | None
+    """Of a checkpoint."""
+
+    @cached_property
+    def _reader(self) -> _Reader:
+        return _Reader(self.path)
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The model's tensors, by name. Raises UserError where they cannot be read."""
+        try:
+            entries = self._reader.read_metadata().state_dict_metadata
+        except Exception as error:  # what pickle makes of damaged bytes is any of them
+            raise UserError(f"{self.path} cannot be read: .metadata: {error}. {others(self.path, self.how)}") from error
+        return {
+            name.removeprefix(_PREFIX): entry.size
+            for name, entry in entries.items()
+            if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One of them, whole, float32 on the CPU, in one process. Raises UserError where it cannot be read."""
+        tensor = torch.empty(self.shapes[name])
+        self._read({f"{_PREFIX}{name}": tensor})
+        return tensor
+
+    def check(self, config: ModelConfig, rows: int) -> None:
+        """Raise UserError, naming every difference, unless they are of this model, with `rows` in its vocabulary."""
+        found = differences(self.model, described(config, rows))
+        if not found:
+            found = shape_differences(self.shapes, shapes_of(config, rows))
+        if found:
+            raise UserError(f"{self.path} has the weights of another model: {'; '.join(found)}. Give others {self.how}")
+
+    def load_into(self, model: nn.Module) -> None:
+        """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
+        self._read({_PREFIX.removesuffix("."): get_model_state_dict(model)})
+
+    def _read(self, tensors: dict[str, Any]) -> None:
+        try:
+            read_tensors(self.path, tensors, self._reader)
+        except UserError as error:
+            raise UserError(f"{error}. {others(self.path, self.how)}") from error
+
+
+def find_weights(path: Path, how: str) -> Weights:
+    """The weights in `path`: a checkpoint, the newest one of a run's directory, or what `longctx convert` wrote.
+
+    `how` says the way to give other ones. Raises UserError where there are none, or a file is missing or cut short.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such directory. Give weights {how}: {_KINDS}")
+    if _PARTIAL.fullmatch(path.name):
+        raise UserError(f"{path} was being written when its writer ended: it is not whole. {others(path, how)}")
+    if (path / _WEIGHTS).is_file():
+        return _converted(path, how)
+    if not (path / TRAINER).is_file():
+        there = list_checkpoints(path / "checkpoints")
+        if not there:
+            raise UserError(f"{path} holds no weights. Give others {how}: {_KINDS}")
+        path = there[-1]
+    state = read_state(path, how)
+    return Weights(path, how, with_defaults(state.model), _digest(path / TRAINER), state.step)
+
+
+_KINDS = "a checkpoint, a run's directory that has one, or what longctx convert wrote"
+
+
+def _converted(path: Path, how: str) -> Weights:
+    try:
+        content = json.loads((path / _WEIGHTS).read_text(encoding="utf-8"))
+        model, files = dict(content["model"]), dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {_WEIGHTS} cannot be read ({error}). Convert again") from error
+    damaged = damage(path, files)
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: {damaged}. Convert again")
+    return Weights(path, how, with_defaults(model), _digest(path / _WEIGHTS), None)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def described(config: ModelConfig, rows: int) -> dict[str, Any]:
+    """A model's configuration as it stands beside its weights."""
+    return {**config.model_dump(mode="json"), "vocab_size": rows}
+
+
+def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's words for its model, with the keys that models have been given since."""
+    try:
+        return ModelConfig.model_validate_json(json.dumps(model)).model_dump(mode="json")
+    except ValidationError:
+        return model  # which has differences to name
+
+
+def shapes_of(config: ModelConfig, rows: int) -> dict[str, torch.Size]:
+    """The tensors of a model, by name, without making them."""
+    with torch.device("meta"):
+        decoder = Decoder(config, rows)
+    return {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+
+
+def shape_differences(there: Mapping[str, torch.Size], here: Mapping[str, torch.Size]) -> list[str]:
+    """In which tensors two models differ, in words."""
+
+    def told(shapes: Mapping[str, torch.Size], name: str) -> str:
+        return str(list(shapes[name])) if name in shapes else "none"
+
+    return [
+        f"{name}: {told(there, name)} there, {told(here, name)} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A float32 tensor that is made when it is written."""
+
+    shape: torch.Size
+    make: Callable[[int, int], Tensor]
+    """Its rows from the first number up to the second, on the CPU."""
+    rows: int | None = None
+    """Those that are made at one time; all where None."""
+
+
+class _Making(DefaultSavePlanner):
+    """Makes the tensors of a plan as they are written, each piece in a file of its own."""
+
+    def __init__(self, tensors: Mapping[str, Made]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[piece for item in plan.items for piece in self._pieces(item)])
+        return self.plan
+
+    def _pieces(self, item: WriteItem) -> list[WriteItem]:
+        made = self._tensors[item.index.fqn.removeprefix(_PREFIX)]
+        if made.rows is None or made.rows >= made.shape[0]:
+            return [item]
+        assert item.tensor_data is not None
+        pieces = []
+        for begin in range(0, made.shape[0], made.rows):
+            offsets = torch.Size([begin, *[0] * (len(made.shape) - 1)])
+            sizes = torch.Size([min(made.rows, made.shape[0] - begin), *made.shape[1:]])
+            data = replace(item.tensor_data, chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes))
+            index = MetadataIndex(item.index.fqn, offsets)
+            pieces.append(replace(item, index=index, type=WriteItemType.SHARD, tensor_data=data))
+        return pieces
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        made = self._tensors[index.fqn.removeprefix(_PREFIX)]
+        rows = made.shape[0] if made.shape else 1
+        begin = index.offset[0] if index.offset else 0
+        end = min(rows, begin + (made.rows or rows))
+        tensor = made.make(begin, end)
+        assert tensor.dtype == torch.float32, index
+        assert tensor.shape == (made.shape and torch.Size([end - begin, *made.shape[1:]])), index
+        return tensor
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, Made], model: Mapping[str, Any], origin: Mapping[str, Any]
+) -> None:
+    """Write a model's tensors and `weights.json` into an empty folder, in one process; on the disk when this returns.
+
+    The tensors are made and written one after the other. `model` is what `described` gives, `origin` says where they
+    came from. What goes wrong in making or writing one is raised as it is.
+    """
+    empty = {name: torch.empty(made.shape, device="meta") for name, made in tensors.items()}
+    writer = Writer(folder, single_file_per_rank=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=ALONE)
+            dcp.save(
+                {_PREFIX.removesuffix("."): empty}, storage_writer=writer, planner=_Making(tensors), no_dist=True
+            )  # fmt: skip
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+    write_listing(folder, _WEIGHTS, {"model": dict(model), "origin": dict(origin)})

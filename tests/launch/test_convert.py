@@ -1,0 +1,94 @@
+"""`longctx convert upcycle`: its arguments, what it says, and its exit status."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from longctx.launch.convert import split_arguments
+from longctx.launch.main import app
+from longctx.train.weights import find_weights
+from tests.convert.cases import save
+
+RECIPE = """
+name = "routed"
+[model]
+layers = "LS"
+depth = 3
+dim = 12
+ffn = ["moe", "swiglu"]
+lightning.heads = 3
+softmax = { heads = 6, kv_heads = 2, head_dim = 4 }
+swiglu.hidden = 10
+moe = { experts = 4, active = 2, hidden = 10 }
+[data]
+path = "nowhere"
+sequence_length = 64
+[train]
+steps = 4
+[checkpoint]
+every = 2
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A recipe, and two dense models `a` and `b`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "routed.toml").write_text(RECIPE)
+    for seed, name in enumerate("ab"):
+        save(tmp_path / name, seed)
+    return tmp_path
+
+
+def run(*arguments):
+    """Exit status, stdout and stderr."""
+    result = CliRunner().invoke(app, ["convert", "upcycle", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_sources_and_overrides_are_told_apart():
+    arguments = ["runs/a", "model.moe.experts=8", "./b=c", "step-1", "seed=3", "model.moe={experts = 2}"]
+    sources, overrides = split_arguments(arguments)
+    assert sources == [Path("runs/a"), Path("b=c"), Path("step-1")]
+    assert overrides == ["model.moe.experts=8", "seed=3", "model.moe={experts = 2}"]
+
+
+def test_it_says_what_was_made_and_how_to_begin_with_it(place):
+    status, out, said = run("a", "--to", "routed.toml", "model.moe.experts=6", "--out", "made/weights")
+    assert (status, out) == (0, "")
+    shapes = find_weights(place / "made/weights", "").shapes
+    assert shapes["blocks.0.ffn.experts.down"] == (6, 12, 10)
+    assert said.splitlines() == [
+        f"made/weights: {sum(shape.numel() for shape in shapes.values()):,} parameters, made of a",
+        "The output at the start is that of the source.",
+        "To begin a run with it: train.init=made/weights",
+    ]
+
+
+def test_it_says_what_changes_the_output(place):
+    status, _, said = run("a", "b", "--to", "routed.toml", "--out", "weights", "model.moe.normalize=false")
+    assert status == 0
+    assert said.splitlines()[1:3] == [
+        "The output at the start is not the source's: model.moe.normalize = false, so that a token's weights do not "
+        "sum to 1.",
+        "Experts are from several sources and all else is their mean: the output is that of none.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a"], "error: a exists already: choose another --out"),
+        (["gone", "--out", "x"], "error: gone: there is no such directory. Give weights as SOURCE: a checkpoint"),
+        (["seed=3", "--out", "x"], "error: give at least one SOURCE"),
+        (["a", "--out", "x", "model.moe.hidden=12"], "10 wide, not 12: give model.moe.hidden=10"),
+        (["a", "--out", "x", "model.depht=4"], "model.depht"),
+    ],
+)
+def test_mistakes_end_with_their_message_and_status_2(place, arguments, said):
+    status, out, told = run(*(["--out", "a"] if "--out" not in arguments else []), "--to", "routed.toml", *arguments)
+    assert (status, out) == (2, "")
+    assert said in told
+    assert not (place / "x").exists()
