@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from longctx.config import Config
 from longctx.mixers.memory import Memory
+from longctx.model.layers import Output
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 
 
 class Mixer(nn.Module, ABC):
     """A token mixer."""
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor:
+    lent = 0
+    """Channels for which the block's router reads its attention once more; its output then brings the attention."""
+
+    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor | Output:
         """Shapes: x and the result `[B, T_local, D]`.
 
         With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
@@ -36,7 +40,7 @@ class Mixer(nn.Module, ABC):
         return out
 
     @abstractmethod
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """The layer's own part of `forward`: what fits has been looked at."""
 
     def empty_memory(self) -> Memory:
@@ -59,6 +63,8 @@ class MixerConfig(Config, ABC):
     name: ClassVar[str]
     letter: ClassVar[str]
     """Its letter in `model.layers`."""
+    lends: ClassVar[bool] = False
+    """Whether it is attention whose weights a router can read (`Mixer.lent`)."""
 
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int, eps: float) -> Mixer:

@@ -1,6 +1,7 @@
 """Causal softmax attention with grouped key/value heads and rotary positions, as in Llama."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.memory import Memory, attend
-from longctx.model.layers import Linear
+from longctx.mixers.memory import Memory, attend, attend_to_scores
+from longctx.model.layers import Linear, Output
 from longctx.model.rotary import rotary_table, rotate
 from longctx.parallel.attention import choose, softmax_attention
 from longctx.parallel.choice import Shape, explained, fitting
@@ -23,6 +24,7 @@ class SoftmaxConfig(MixerConfig):
 
     name: ClassVar[str] = "softmax"
     letter: ClassVar[str] = "S"
+    lends: ClassVar[bool] = True
 
     heads: Integer = Field(gt=0)
     """Query heads."""
@@ -72,7 +74,7 @@ class Softmax(Mixer):
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -81,8 +83,11 @@ class Softmax(Mixer):
         if memory is None:
             out = softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
         else:
-            out = attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
-        return self.out(out.flatten(2))
+            out, k = attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory.keys)
+        out = self.out(out.flatten(2))
+        if not self.lent:
+            return out
+        return Output(out, attend=partial(attend_to_scores, q, k, layout, self.head_dim**-0.5, self.reach.window))
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule and its expected costs, where the layout leaves it to be chosen."""
@@ -92,6 +97,7 @@ class Softmax(Mixer):
         return explained(choose(layout, shape))
 
     def flops(self, layout: Layout) -> int:
-        """Projections, and for each visible pair of tokens a score and a weighted value."""
+        """Projections, and for each visible pair of tokens a score and a weighted value; both again for a router."""
         projections = self.qkv.flops_per_token + self.out.flops_per_token
-        return layout.local_length * projections + 4 * self.heads * self.head_dim * score_elements(layout, self.reach)
+        widths = 2 * self.head_dim + (self.head_dim + self.lent if self.lent else 0)
+        return layout.local_length * projections + 2 * self.heads * widths * score_elements(layout, self.reach)

@@ -63,9 +63,24 @@ class _ModelConfig(Config):
                 problems.append(f"ffn: {name} needs the table [model.{name}]")
             elif table is not None:
                 problems += [f"{name}.{problem}" for problem in table.problems()]
+        problems += self._attention_is_there()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _attention_is_there(self) -> list[str]:
+        """The words for layers whose router reads attention that their mixer does not have."""
+        found = []
+        for layer, (letter, name) in enumerate(zip(self.pattern, self.feed_forwards, strict=False)):
+            table: FeedForwardConfig | None = getattr(self, name) if name in FFNS else None
+            if table is not None and table.borrows and letter in MIXERS and not MIXERS[letter].lends:
+                able = ", ".join(f"{c} ({kind.name})" for c, kind in MIXERS.items() if kind.lends)
+                found.append(
+                    f"{name}.router: layer {layer} (counted from 0) is {letter} ({MIXERS[letter].name}), which has no "
+                    f"attention to route by; experts that are routed by it need a layer {able}"
+                )
+                break
+        return found
 
     @property
     def pattern(self) -> str:

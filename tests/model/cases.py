@@ -11,6 +11,8 @@ from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 
 VOCABULARY = 29
+ROUTERS = {"token": {}, "similarity": {"similarity_dim": 3, "temperature": 0.5}, "attention": {}}
+"""The routers of experts, and keys that only one of them has."""
 
 
 def hybrid(**changes: object) -> ModelConfig:
@@ -30,6 +32,13 @@ def with_experts(**changes: object) -> ModelConfig:
     """The same with experts in the second of its layers and dense feed-forwards in the others; all losses, a bias."""
     moe = MoeConfig(experts=4, active=2, hidden=6, shared=1, balance=0.3, z=0.05, bias_rate=0.1)
     return hybrid(**({"ffn": ("swiglu", "moe"), "moe": moe, "depth": 4} | changes))
+
+
+def routed_by(router: str, **changes: object) -> ModelConfig:
+    """The same with one of the routers."""
+    config = with_experts(**changes)
+    moe = MoeConfig(**(config.moe.model_dump() | {"router": router} | ROUTERS[router]))
+    return with_experts(moe=moe, **changes)
 
 
 def decoder(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:

@@ -14,6 +14,7 @@ from tests.mixers.cases import config_of
 from tests.model.cases import hybrid
 
 MOE = MoeConfig(experts=4, active=2, hidden=3)
+BY_ATTENTION = MoeConfig(experts=4, active=2, hidden=3, router="attention")
 EXPERTS = {"ffn": ("swiglu", "moe"), "moe": MOE}
 
 
@@ -51,6 +52,19 @@ def refused(**changes):
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=3, hidden=3, groups=2)},
             "moe.active_groups: 1 groups have 2 experts, and a token takes 3",
+        ),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, similarity_dim=4)},
+            "moe.similarity_dim: only the router 'similarity' has it, and this one is 'token'; remove it",
+        ),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, router="attention", temperature=0.5)},
+            "moe.temperature: only the router 'similarity' has it, and this one is 'attention'; remove it",
+        ),
+        (
+            {"ffn": ("swiglu", "swiglu", "moe"), "moe": BY_ATTENTION},
+            "moe.router: layer 2 (counted from 0) is L (lightning), which has no attention to route by; experts that "
+            "are routed by it need a layer S (softmax)",
         ),
     ],
 )
@@ -122,6 +136,7 @@ def test_feed_forwards_are_repeated_over_the_depth():
         MoeConfig(experts=64, active=6, hidden=1408, shared=2),
         MoeConfig(experts=256, active=8, hidden=2048, groups=8, active_groups=4, score="sigmoid"),
         MoeConfig(experts=6, active=4, hidden=2048, groups=3, active_groups=2),
+        MoeConfig(experts=6, active=4, hidden=2048, router="similarity", similarity_dim=128, temperature=0.5),
     ],
 )
 @pytest.mark.parametrize("ffn", ["moe", ("swiglu", "moe", "moe")])
@@ -130,3 +145,11 @@ def test_shrunk_keeps_the_feed_forwards(moe, ffn):
     assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
     assert small.feed_forwards == (("moe", "moe") if ffn == "moe" else ("swiglu", "moe", "moe"))
     assert small.feed_forward(1).experts <= 8
+
+
+def test_experts_may_be_routed_by_attention_where_every_one_of_their_layers_has_it():
+    config = hybrid(depth=12, ffn=("swiglu", "moe"), moe=BY_ATTENTION)
+    assert config.feed_forward(1).borrows
+    small = config.shrunk()
+    assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
+    assert small.feed_forward(1).router == "attention"
