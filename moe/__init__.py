@@ -1,1 +1,1 @@
-"""Routing: which heads a token reads."""
+"""Routing: which heads a token reads, and which experts it takes."""

@@ -74,7 +74,8 @@ def scores(logits: Tensor, score: Score) -> Tensor:
 def choose_experts(
     logits: Tensor, p: Tensor, rule: TokenChoice, layout: Layout, *, bias: Tensor | None = None
 ) -> ExpertRouting:
-    """Route this rank's tokens by their scores p `[B, T_local, E]`: `scores(logits, rule.score)`, or made of these.
+    """Route this rank's tokens by their scores p `[B, T_local, E]`: `scores(logits, rule.score)`, or averages of these
+    (`longctx.moe.token_graph`).
 
     logits of the same shape; bias `[E]` is added to scores for the choice alone. Differentiable in logits and p.
     Raises ValueError where shapes or the rule do not fit.
@@ -180,7 +181,8 @@ def _report(
         tokens=real.sum() * logits.shape[0],
         entropy=torch.where(real, entropy(shares.detach()), 0).sum(),
         dropped=((given < count) & (kept == count)).sum(),
-        finite=logits.detach().isfinite().all(),
+        # Scores may be averages, whose weights have numbers of their own.
+        finite=logits.detach().isfinite().all() & shares.detach().isfinite().all(),
         choice=chosen[given].sum(dim=-1),
     )
 

@@ -25,7 +25,7 @@ class Report(NamedTuple):
     dropped: Tensor
     """Choices that a capacity dropped, int64."""
     finite: Tensor
-    """Whether all logits were finite numbers."""
+    """Whether all logits, and the scores made of them, were finite numbers."""
     choice: Tensor
     """`[B, T_local]` int64: a number for each set of chosen ones, whatever their order; 0 for padding. With soft
     routing the set is the one of largest weight."""

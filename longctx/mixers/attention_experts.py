@@ -97,7 +97,7 @@ class AttentionExperts(Softmax):
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Output:
         """`[B, T_local, D]` to the same, and how even the weights are."""
         weights, report = soft_routing(self.router(x), layout)
-        out = self.attention(x, layout, memory)
+        out, _ = self.attention(x, layout, memory)
         by_head = side_by_side(weights[..., None, None].expand(-1, -1, -1, self.groups, self.share), 2, self.kv)
         out = out * by_head[..., None].to(out.dtype)
         return Output(self.out(out.flatten(2)), report)

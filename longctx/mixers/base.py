@@ -23,6 +23,9 @@ from longctx.parallel.layout import STATE_SCHEDULES, Layout
 class Mixer(nn.Module, ABC):
     """A token mixer."""
 
+    lent = 0
+    """Channels for which the block's router reads its attention once more; its output then brings the attention."""
+
     def __init__(self) -> None:
         super().__init__()
         self.head_router: HeadRouter | None = None
@@ -80,6 +83,8 @@ class MixerConfig(Config, ABC):
     name: ClassVar[str]
     letter: ClassVar[str]
     """Its letter in `model.layers`."""
+    lends: ClassVar[bool] = False
+    """Whether it is attention whose weights a router can read (`Mixer.lent`)."""
 
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int, eps: float) -> Mixer:

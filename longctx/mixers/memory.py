@@ -2,7 +2,8 @@
 
 A linear recurrence remembers its state, a short convolution its last W - 1 inputs, LightNet a number for each channel:
 the same size after any number of tokens. Softmax attention remembers keys and values, all of them or, with a window,
-the newest. Of training nothing passes through here.
+the newest; a router that reads earlier tokens remembers their scores. Of training nothing passes through here but
+`attend_to_scores`, which is both.
 """
 
 from typing import Any
@@ -15,15 +16,17 @@ from longctx.kernels import linear as kernel
 from longctx.kernels.attention import CAUSAL, FULL, BlockMask, Positions
 from longctx.kernels.library import DELTA
 from longctx.kernels.recurrence import Gates, LinearRecurrence
+from longctx.moe.token_graph import attention_aware
 from longctx.parallel.convolution import short_convolution
 from longctx.parallel.layout import Layout
 from longctx.parallel.scan import Begun, state_scan
 
 
 class Memory:
-    """What one layer remembers of one document, for each sequence of a batch; a new one is of no token.
+    """What one block remembers of one document, for each sequence of a batch; a new one is of no token.
 
-    A layer reads and replaces what is of its kind and leaves the rest empty.
+    A layer reads and replaces what is of its kind and leaves the rest empty; `routed` is the feed-forward's, the rest
+    the mixer's.
     """
 
     def __init__(self) -> None:
@@ -36,12 +39,14 @@ class Memory:
         self.log_sum: Tensor | None = None
         """Of LightNet: the log-sum-exp of each channel's keys, `[B, 1, D]` in the accumulation dtype."""
         self.keys = Keys()
-        """Of softmax attention."""
+        """Of softmax attention: keys and values."""
+        self.routed = Keys()
+        """Of a router that reads earlier tokens: its keys, where these are not the mixer's, and the tokens' scores."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held, what buffers hold in advance included."""
-        held = (self.state, self.window, self.log_sum, *self.keys.buffers)
+        held = (self.state, self.window, self.log_sum, *self.keys.buffers, *self.routed.buffers)
         return sum(x.untyped_storage().nbytes() for x in held if x is not None)
 
     def check(self, layout: Layout) -> None:
@@ -63,7 +68,7 @@ class Memory:
 
 
 class Keys:
-    """Keys `[B, n, H, K]` and values `[B, n, H, V]` of the newest tokens, in order.
+    """Keys `[B, n, H, K]`, values `[B, n, H, V]`, or more or fewer such tensors, of the newest tokens, in order.
 
     Buffers that are full are replaced by ones half as large again as what they have to hold: over all tokens, a token
     costs a copy of two or three, and not of all. Those of a head lie together, since every token reads all of them.
@@ -71,26 +76,26 @@ class Keys:
 
     def __init__(self) -> None:
         self.buffers: tuple[Tensor, ...] = ()
-        """Of keys and of values, `[B, H, capacity, ...]`."""
+        """`[B, H, capacity, ...]` of each."""
         self._begin = self._end = 0
 
     def __len__(self) -> int:
         return self._end - self._begin
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that are held, those of the new tokens `[B, n, H, ...]` last; views of the buffers."""
-        end = self._end + k.shape[1]
+    def append(self, *added: Tensor) -> tuple[Tensor, ...]:
+        """What is held, that of the new tokens `[B, n, H, ...]` last; views of the buffers."""
+        more = added[0].shape[1]
+        end = self._end + more
         if not self.buffers or end > self.buffers[0].shape[2]:
-            held, room = len(self), len(self) + k.shape[1]
-            grown = tuple(x.new_empty(x.shape[0], x.shape[2], room + room // 2, x.shape[3]) for x in (k, v))
+            held, room = len(self), len(self) + more
+            grown = tuple(x.new_empty(x.shape[0], x.shape[2], room + room // 2, x.shape[3]) for x in added)
             for old, new in zip(self.buffers, grown, strict=bool(self.buffers)):
                 new[:, :, :held] = old[:, :, self._begin : self._end]
             self.buffers, self._begin, self._end, end = grown, 0, held, room
-        for buffer, new in zip(self.buffers, (k, v), strict=True):
+        for buffer, new in zip(self.buffers, added, strict=True):
             buffer[:, :, self._end : end] = new.transpose(1, 2)
         self._end = end
-        keys, values = (buffer[:, :, self._begin : end].transpose(1, 2) for buffer in self.buffers)
-        return keys, values
+        return tuple(buffer[:, :, self._begin : end].transpose(1, 2) for buffer in self.buffers)
 
     def forget(self, keep: int) -> None:
         """Hold the newest `keep` alone."""
@@ -144,26 +149,52 @@ def convolve(
     return now[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, memory: Memory) -> Tensor:
-    """Causal softmax attention of the new tokens to what is remembered and to themselves, `[B, n, H, V]`.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, held: Keys
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax attention of the new tokens to what is held and to themselves, `[B, n, H, V]`; and all keys that
+    they saw, `[B, held + n, H_kv, K]`, a view.
 
     Shapes: q `[B, n, H, K]`, k and v `[B, n, H_kv, ...]`, turned to their positions; `window` as in
     `longctx.parallel.attention.softmax_attention`.
     """
-    earlier, new = len(memory.keys), layout.length
-    keys, values = memory.keys.append(k, v)
+    keys, values = held.append(k, v)
+    out = _attend(q, keys, values, layout, scale, window)
+    if window is not None:
+        held.forget(window - 1)
+    return out, keys
+
+
+def attend_to_scores(
+    q: Tensor, k: Tensor, layout: Layout, scale: float, window: int | None, r: Tensor, memory: Memory | None
+) -> Tensor:
+    """`longctx.moe.token_graph.attention_aware`, `[B, T_local, E]`; with a memory of the new tokens' scores r
+    `[B, n, E]` and of those remembered, k being all keys that `attend` gave.
+    """
+    if memory is None:
+        return attention_aware(r, q, k, layout, scale, window)
+    (scores,) = memory.routed.append(r[:, :, None])
+    values = scores.expand(-1, -1, k.shape[2], -1)
+    out = _attend(q.to(r.dtype), k.to(r.dtype), values, layout, scale, window)
+    if window is not None:
+        memory.routed.forget(window - 1)
+    return out.mean(dim=2)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
+    """Of the new tokens, the last of those that keys and values are of."""
+    new = layout.length
+    earlier = keys.shape[1] - new
     mask: BlockMask
     if new == 1:
         # Every key is seen, and the query heads of a key head are as many queries of it: it is read once for them.
-        mask, q = FULL, q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)
+        mask, q = FULL, q[:, 0].unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
     elif earlier == 0 and (window is None or window >= new):
         mask = CAUSAL
     else:
         mask = layout.kept(("memory", earlier, window, q.device), lambda: _mask(earlier, new, window, q.device))
     with torch.autocast(q.device.type, enabled=False):
         out, _ = attention.forward(q, keys, values, mask, scale)
-    if window is not None:
-        memory.keys.forget(window - 1)
     return out.transpose(1, 2).flatten(1, 2)[:, None] if new == 1 else out
 
 

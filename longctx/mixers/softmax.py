@@ -1,6 +1,7 @@
 """Causal softmax attention with grouped key/value heads and rotary positions, as in Llama."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,8 +13,8 @@ from longctx.config import Integer
 from longctx.kernels.routed_linear import to_pairs
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.mixers.heads import HeadRouter, divided, emit, emit_pairs
-from longctx.mixers.memory import Memory, attend
-from longctx.model.layers import Linear, Output
+from longctx.mixers.memory import Memory, attend, attend_to_scores
+from longctx.model.layers import Attend, Linear, Output
 from longctx.model.rotary import rotary_table, rotate, rotate_rows
 from longctx.moe.heads import Pairs, attend_pairs
 from longctx.parallel.attention import choose, softmax_attention
@@ -27,6 +28,7 @@ class SoftmaxConfig(MixerConfig):
 
     name: ClassVar[str] = "softmax"
     letter: ClassVar[str] = "S"
+    lends: ClassVar[bool] = True
 
     heads: Integer = Field(gt=0)
     """Query heads."""
@@ -81,23 +83,27 @@ class Softmax(Mixer):
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
-        if self.head_router is None:
-            return self.out(self.attention(x, layout, memory).flatten(2))
-        if memory is None:
+        if self.head_router is not None and memory is None:
             return self._mixture(self.head_router, x, layout)
-        q = self.qkv(x)[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, -1))
-        routing = self.head_router(q if self.head_router.by_norm else x, layout)
-        return emit(self.attention(x, layout, memory), self.out, routing)
+        heads, attend = self.attention(x, layout, memory)
+        if self.head_router is not None:
+            q = self.qkv(x)[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, -1))
+            return emit(heads, self.out, self.head_router(q if self.head_router.by_norm else x, layout))
+        out = self.out(heads.flatten(2))
+        return Output(out, attend=attend) if self.lent else out
 
-    def attention(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
-        """What the heads give, `[B, T_local, H, K]`."""
+    def attention(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, Attend]:
+        """What the heads give, `[B, T_local, H, K]`, and their attention for other values."""
+        scale, window = self.head_dim**-0.5, self.reach.window
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         q, k = rotate(q, table), rotate(k, table)
         if memory is None:
-            return softmax_attention(q, k, v, layout, self.head_dim**-0.5, window=self.reach.window)
-        return attend(q, k, v, layout, self.head_dim**-0.5, self.reach.window, memory)
+            out = softmax_attention(q, k, v, layout, scale, window=window)
+        else:
+            out, k = attend(q, k, v, layout, scale, window, memory.keys)
+        return out, partial(attend_to_scores, q, k, layout, scale, window)
 
     def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout) -> Output:
         """The same of the (token, head) pairs that are read, gathered from the first projection to the last."""
@@ -132,11 +138,12 @@ class Softmax(Mixer):
         return explained(choose(layout, shape))
 
     def flops(self, layout: Layout) -> int:
-        """Projections, and for each visible pair of tokens a score and a weighted value."""
+        """Projections, and for each visible pair of tokens a score and a weighted value; both again for a router."""
         router = 0 if self.head_router is None else self.head_router.flops_per_token
         read = self.heads - self.unread
         # Queries are looked at to be routed by their norms.
         queries = 0 if self.head_router is not None and self.head_router.by_norm else self.unread
         dim, width = self.out.out_features, self.head_dim
         projections = router + self.qkv.flops_per_token - 2 * dim * width * queries + 2 * dim * width * read
-        return layout.local_length * projections + 4 * read * width * score_elements(layout, self.reach)
+        again = self.heads * (width + self.lent) if self.lent else 0
+        return layout.local_length * projections + 2 * (2 * read * width + again) * score_elements(layout, self.reach)

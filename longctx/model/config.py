@@ -71,6 +71,7 @@ class _ModelConfig(Config):
             elif table is not None:
                 problems += [f"{name}.{problem}" for problem in table.problems()]
         problems += self._heads_problems()
+        problems += self._attention_is_there()
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -88,6 +89,27 @@ class _ModelConfig(Config):
                 yield f"heads.mixers: the heads of {name} cannot be routed"
             else:
                 yield from (f"heads.{problem}" for problem in self.heads.problems(name, *routable))
+
+    def _attention_is_there(self) -> list[str]:
+        """The words for layers whose router reads attention that their mixer does not have."""
+        found = []
+        for layer, (letter, name) in enumerate(zip(self.pattern, self.feed_forwards, strict=False)):
+            table: FeedForwardConfig | None = getattr(self, name) if name in FFNS else None
+            if table is not None and table.borrows and letter in MIXERS and not MIXERS[letter].lends:
+                able = ", ".join(f"{c} ({kind.name})" for c, kind in MIXERS.items() if kind.lends)
+                found.append(
+                    f"{name}.router: layer {layer} (counted from 0) is {letter} ({MIXERS[letter].name}), which has no "
+                    f"attention to route by; experts that are routed by it need a layer {able}"
+                )
+                break
+            routed = self.heads is not None and letter in MIXERS and MIXERS[letter].name in self.heads.mixers
+            if table is not None and table.borrows and routed:
+                found.append(
+                    f"{name}.router: layer {layer} (counted from 0) has routed heads ([model.heads]), and experts "
+                    "that are routed by attention need all of them"
+                )
+                break
+        return found
 
     @property
     def pattern(self) -> str:

@@ -57,6 +57,7 @@ class Block(nn.Module):
             self.mixer.mix_heads(config.heads, config.dim, heads)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if config.block == "sequential" else None
         self.ffn = config.feed_forward(layer).build(config.dim, layer, config.depth)
+        self.mixer.lent = self.ffn.borrowed
         self.recompute = False
         """Keep the block's input alone, and compute the block again in the backward pass."""
 
@@ -73,7 +74,7 @@ class Block(nn.Module):
         normed = self.mixer_norm(x)
         mixed = Output.of(self.mixer(normed, layout, memory))
         x = x + mixed.out
-        fed = Output.of(self.ffn(normed if self.ffn_norm is None else self.ffn_norm(x), layout))
+        fed = Output.of(self.ffn(normed if self.ffn_norm is None else self.ffn_norm(x), layout, mixed.attend, memory))
         said = {"mixer": mixed.report, "ffn": fed.report}
         return x + fed.out, {name: report for name, report in said.items() if report is not None}
 
@@ -120,7 +121,7 @@ class Decoder(nn.Module):
         return Losses(total, nll.view(labels.shape), reports)
 
     def empty_memory(self) -> list[Memory]:
-        """What each layer remembers before the first token, for a batch of any size: `next_logits` goes on from it."""
+        """What each block remembers before the first token, for a batch of any size: `next_logits` goes on from it."""
         return [block.mixer.empty_memory() for block in self.blocks if isinstance(block, Block)]
 
     @torch.no_grad()
@@ -146,5 +147,5 @@ class Decoder(nn.Module):
         total = layout.local_length * 2 * rows * dim
         for block in self.blocks:
             assert isinstance(block, Block)
-            total += block.mixer.flops(layout) + layout.local_length * block.ffn.flops_per_token
+            total += block.mixer.flops(layout) + block.ffn.flops(layout)
         return total

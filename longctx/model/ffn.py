@@ -1,38 +1,64 @@
 """What a feed-forward is to a model, and the dense one."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from longctx.config import Config, Integer
 from longctx.kernels.ffn import tiled_swiglu
 from longctx.kernels.pointwise import swiglu
-from longctx.model.layers import Linear, Output
+from longctx.mixers.memory import Memory
+from longctx.model.layers import Attend, Linear, Output
 from longctx.parallel.layout import Layout
 
 
 class FeedForward(nn.Module, ABC):
     """A map of each token by itself, or of each token and what its router chose for it."""
 
+    borrowed = 0
+    """Channels for which its router reads the attention of the block's mixer; 0: it does not."""
+
     tile: int | None = None
     """Tokens whose hidden activations exist at one time, made again in the backward pass; None: all, kept."""
 
     @abstractmethod
-    def forward(self, x: Tensor, layout: Layout) -> Tensor | Output:
-        """`[B, T_local, D]` to the same."""
+    def forward(
+        self, x: Tensor, layout: Layout, attend: Attend | None = None, memory: Memory | None = None
+    ) -> Tensor | Output:
+        """`[B, T_local, D]` to the same.
+
+        `attend`: the attention of the block's mixer, where `borrowed` asks for it. `memory`: the block's, as in
+        `longctx.mixers.Mixer.forward`.
+        """
 
     @property
     @abstractmethod
     def flops_per_token(self) -> int:
-        """Forward multiplications and additions for one token."""
+        """Forward multiplications and additions for one token by itself."""
+
+    def flops(self, layout: Layout) -> int:
+        """Those of one forward pass over this rank's tokens, what goes through the mixer's attention not counted."""
+        return layout.local_length * self.flops_per_token
+
+    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """As in `longctx.mixers.Mixer.schedule`, of a router that reads other tokens by attention of its own."""
+        del layout, dtype
+        return None
 
 
 class FeedForwardConfig(Config, ABC):
     """A feed-forward's table in a recipe, `[model.<name>]`."""
 
     name: ClassVar[str]
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its router reads the attention of the block's mixer."""
+        return False
 
     @classmethod
     def needs_table(cls) -> bool:
@@ -46,6 +72,11 @@ class FeedForwardConfig(Config, ABC):
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int) -> FeedForward:
         """The feed-forward of layer `layer` (from 0) of `depth`, for width `dim`."""
+
+    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
+        """As in `longctx.mixers.MixerConfig.schedules`; None where it reads no other token by itself."""
+        del size, ulysses
+        return None
 
     def problems(self) -> list[str]:
         """What does not fit together, in words, each beginning with the key it is about."""
@@ -76,9 +107,9 @@ class Swiglu(FeedForward):
         self.gate_up = Linear(dim, 2 * hidden)
         self.down = Linear(hidden, dim, scale=(2 * depth) ** -0.5)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, memory: Memory | None = None) -> Tensor:
         """`[B, T_local, D]` to the same, each token by itself."""
-        del layout
+        del layout, attend, memory
         if self.tile is not None:
             return tiled_swiglu(x, self.gate_up.weight, self.down.weight, self.tile)
         return self.down(swiglu(self.gate_up(x)))

@@ -1,6 +1,6 @@
 """The small layers that every model is made of."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,29 @@ from torch import Tensor, nn
 from longctx.kernels.pointwise import rms_norm
 from longctx.moe.report import Report
 
+if TYPE_CHECKING:
+    from longctx.mixers.memory import Memory
+
+
+class Attend(Protocol):
+    """A layer's attention, the mean of its heads, of other values than its own."""
+
+    def __call__(self, r: Tensor, memory: "Memory | None") -> Tensor:
+        """`[B, T_local, C]` to the same in r's dtype; differentiable, also in what the attention is made of.
+
+        With the memory that the layer was called with r is of the new tokens, and is remembered.
+        """
+
 
 class Output(NamedTuple):
-    """What a layer that routes gives; one that does not gives its output alone."""
+    """What a layer that routes gives, or whose attention is read once more; any other gives its output alone."""
 
     out: Tensor
     """`[B, T_local, D]`."""
     report: Report | None = None
     """What its router says."""
+    attend: Attend | None = None
+    """Its attention, where the block's router reads it: for use within the block, since it holds queries and keys."""
 
     @classmethod
     def of(cls, given: "Tensor | Output") -> "Output":

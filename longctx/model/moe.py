@@ -1,24 +1,33 @@
 """Mixture of experts in the place of a feed-forward: a router in float32, SwiGLU experts, perhaps shared ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels.ffn import grouped_swiglu
+from longctx.mixers.memory import Memory, attend
 from longctx.model.ffn import FeedForward, FeedForwardConfig, Swiglu
-from longctx.model.layers import Output
+from longctx.model.layers import Attend, Output, SelfInitialised
 from longctx.model.router import Router
 from longctx.moe.expert_router import Score, TokenChoice, balancing_step, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
 from longctx.moe.noise import around_one
+from longctx.moe.token_graph import one_head_schedule, similarity_aware, similarity_estimates
+from longctx.parallel.choice import explained, fitting
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
+from longctx.parallel.visibility import score_elements
+
+SIMILARITY_DIM = 64
+"""Width of the keys of a similarity-aware router, where the model is as wide and the recipe says nothing."""
 
 
 class MoeConfig(FeedForwardConfig):
@@ -34,6 +43,16 @@ class MoeConfig(FeedForwardConfig):
     """Hidden width of an expert."""
     shared: Integer = Field(default=0, ge=0)
     """Experts that all tokens take beside those: one layer of width `shared * hidden`."""
+    router: Literal["token", "similarity", "attention"] = "token"
+    """By what a token chooses: its own scores, or an average of those of its document up to it: weighted by how like
+    the tokens are (`similarity`, with matrices that are learned), or by the attention of the block's softmax layer
+    (`attention`, the mean of its heads; every layer with experts then needs one)."""
+    similarity_dim: Integer | None = Field(default=None, gt=0)
+    """Width of the queries and keys by which tokens are compared, with the router `similarity`; where absent 64, or
+    `dim` where that is less."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Of that comparison: its weights are the softmax of `q k / (temperature * sqrt(similarity_dim))`; 1 where absent.
+    The lower, the more only what is most alike counts."""
     score: Score = "softmax"
     """What makes scores of the router's logits."""
     normalize: bool = True
@@ -71,7 +90,20 @@ class MoeConfig(FeedForwardConfig):
             found.append(
                 f"active_groups: {self.active_groups} groups have {have} experts, and a token takes {self.active}"
             )
+        if self.router != "similarity":
+            found += [
+                f"{key}: only the router 'similarity' has it, and this one is {self.router!r}; remove it"
+                for key in ("similarity_dim", "temperature")
+                if getattr(self, key) is not None
+            ]
         return found
+
+    @property
+    def borrows(self) -> bool:
+        return self.router == "attention"
+
+    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
+        return ("attention", fitting(1, size, ulysses)) if self.router == "similarity" else None
 
     @property
     def rule(self) -> TokenChoice:
@@ -99,11 +131,49 @@ class MoeConfig(FeedForwardConfig):
             "active": min(self.active, experts // groups * active_groups),
             "hidden": 16,
             "shared": min(self.shared, 1),
+            "similarity_dim": 8 if self.router == "similarity" else None,
         }
         return self.model_copy(update=changes)
 
     def build(self, dim: int, layer: int, depth: int) -> "MixtureOfExperts":
         return MixtureOfExperts(self, dim, layer, depth)
+
+
+class Similarity(SelfInitialised):
+    """How like tokens are: `u_i^T W_a^T W_b u_j / tau` (`longctx.moe.token_graph`), tau = temperature sqrt(K).
+
+    W_a and W_b begin equal, so that a token is at first most like itself and its scores are near its own: with two
+    matrices of chance every token would begin with an average over all, and all with the same experts.
+    """
+
+    def __init__(self, dim: int, width: int, temperature: float) -> None:
+        super().__init__()
+        self.width = width
+        """K."""
+        self.scale = 1 / (temperature * math.sqrt(width))
+        self.weight = nn.Parameter(torch.empty(2 * width, dim))
+        """W_a above W_b."""
+        self.reset_parameters()
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The first value of a parameter: each of the two from N(0, 1 / dim), as projections are."""
+        return (torch.randn(self.width, shape[1], generator=generator) * shape[1] ** -0.5).repeat(2, 1)
+
+    def forward(self, u: Tensor, r: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+        """Scores r `[B, T_local, E]` averaged over the tokens of `u [B, T_local, D]` that are like each, in r's dtype.
+
+        With a memory over those that are remembered too.
+        """
+        q, k = F.linear(u, self.weight).chunk(2, dim=-1)
+        if memory is None:
+            return similarity_aware(r, q, k, layout, self.scale)
+        q, k, values = (x.to(r.dtype)[:, :, None] for x in (q, k, r))
+        out, _ = attend(q, k, values, layout, self.scale, None, memory.routed)
+        return out[:, :, 0]
+
+    def flops(self, layout: Layout, experts: int) -> int:
+        """Projections, and for each pair of tokens that see each other a score and a weighted sum."""
+        return 2 * layout.local_length * self.weight.numel() + 2 * (self.width + experts) * score_elements(layout)
 
 
 class Experts(nn.Module):
@@ -144,6 +214,11 @@ class MixtureOfExperts(FeedForward):
         self.rule, self.layer = config.rule, layer
         self.bias_rate, self.jitter = config.bias_rate, config.jitter
         self.router = Router(dim, config.experts)
+        self.borrowed = config.experts if config.borrows else 0
+        self.similarity: Similarity | None = None
+        if config.router == "similarity":
+            width = config.similarity_dim or min(SIMILARITY_DIM, dim)
+            self.similarity = Similarity(dim, width, 1.0 if config.temperature is None else config.temperature)
         self.experts = Experts(config.experts, dim, config.hidden, depth)
         self.shared = Swiglu(dim, config.shared * config.hidden, depth) if config.shared else None
         self.register_buffer("bias", torch.zeros(config.experts) if config.bias_rate else None)
@@ -165,13 +240,19 @@ class MixtureOfExperts(FeedForward):
         if self.shared is not None:
             self.shared.tile = tile
 
-    def forward(self, x: Tensor, layout: Layout) -> Output:
+    def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, memory: Memory | None = None) -> Output:
         """`[B, T_local, D]` to the same; 0 for padding where no expert is shared."""
         seen = x
         if self.training and self.jitter:
             seen = x * around_one(layout, self.jitter, x.shape, self.layer, x.device).to(x.dtype)
         logits = self.router(seen)
         p = scores(logits, self.rule.score)
+        if self.similarity is not None:
+            p = self.similarity(seen, p, layout, memory)
+        elif self.borrowed:
+            if attend is None:
+                raise ValueError(f"experts of layer {self.layer}: their router reads the mixer's attention; give it")
+            p = attend(p, memory)
         rule = self.rule if self.training else replace(self.rule, capacity=None)
         routing = choose_experts(logits, p, rule, layout, bias=self.bias)
         out = mixture_of_experts(x, routing, self.experts.count, self.experts, self.experts.axis)
@@ -189,3 +270,14 @@ class MixtureOfExperts(FeedForward):
     def flops_per_token(self) -> int:
         shared = 0 if self.shared is None else self.shared.flops_per_token
         return self.router.flops_per_token + self.rule.active * self.experts.flops_of_one + shared
+
+    def flops(self, layout: Layout) -> int:
+        graph = 0 if self.similarity is None else self.similarity.flops(layout, self.experts.count)
+        return super().flops(layout) + graph
+
+    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """The schedule of a similarity-aware router, where the layout leaves it to be chosen."""
+        del dtype  # what is attended with is as wide as scores are
+        if self.similarity is None or layout.size == 1 or one_head_schedule(layout) != "auto":
+            return None
+        return explained(similarity_estimates(layout, self.similarity.width, self.experts.count, torch.float32))

@@ -317,9 +317,10 @@ class _Trainer:
         chosen: dict[str, list[str]] = {}
         for number, block in enumerate(self.engine.model.blocks):
             assert isinstance(block, Block)
-            schedule = block.mixer.schedule(sample.layout, dtype)
-            if schedule is not None:
-                chosen.setdefault(schedule, []).append(str(number))
+            for name, part in ((str(number), block.mixer), (f"{number} (router)", block.ffn)):
+                schedule = part.schedule(sample.layout, dtype)
+                if schedule is not None:
+                    chosen.setdefault(schedule, []).append(name)
         return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in chosen.items()}
 
     def _training_flops(self, batches: Sequence[Batch]) -> float:

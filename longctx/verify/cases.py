@@ -77,9 +77,11 @@ def _experts(most_ranks: int, moe: MoeConfig, dim: int) -> Iterator[Case]:
 
 
 def _schedules(cp: int, model: ModelConfig) -> Iterator[Case]:
-    """Each way in which a mixer can reach other ranks' tokens but the one that the other cases take."""
+    """Each way in which a mixer or a router can reach other ranks' tokens but the one that the other cases take."""
     both = cp // 2
-    ways = [model.mixer(layer).schedules(cp, both) for layer in range(len(model.pattern))]
+    layers = range(len(model.pattern))
+    routers = (model.feed_forward(layer).schedules(cp, both) for layer in layers)
+    ways = [model.mixer(layer).schedules(cp, both) for layer in layers] + [way for way in routers if way is not None]
     for field, schedule in dict.fromkeys((field, schedule) for field, schedules in ways for schedule in schedules):
         if schedule != getattr(Layout, field):
             ulysses = both if schedule.startswith("ulysses-") else 1

@@ -20,20 +20,25 @@ def turned(x, positions, theta):
 
 
 def dense(x, layer, heads, kv_heads, head_dim, theta, bounds):
-    """Head by head with a whole score matrix; the rows of the one projection are q, k, v, in this order."""
+    """Head by head with a whole score matrix."""
+    outs = [weights @ v for weights, v in dense_heads(x, layer, heads, kv_heads, head_dim, theta, bounds)]
+    return torch.cat(outs, dim=-1) @ layer.out.weight.T
+
+
+def dense_heads(x, layer, heads, kv_heads, head_dim, theta, bounds, window=None):
+    """Weights `[B, T, T]` and values of each head; the rows of the one projection are q, k, v, in this order."""
     sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     q, k, v = ((x @ w.T).unflatten(-1, (-1, head_dim)) for w in layer.qkv.weight.split(sizes))
     positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)])
     documents = torch.cat([torch.full((e - b,), n) for n, (b, e) in enumerate(itertools.pairwise(bounds))])
     mask = (documents[:, None] == documents[None, :]).tril()
+    if window is not None:
+        mask = mask.triu(1 - window)
     q, k = turned(q, positions, theta), turned(k, positions, theta)
-    outs = []
     for head in range(heads):
         key = head // (heads // kv_heads)
         scores = torch.einsum("bqd,bkd->bqk", q[:, :, head], k[:, :, key]) / head_dim**0.5
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-        outs.append(weights @ v[:, :, key])
-    return torch.cat(outs, dim=-1) @ layer.out.weight.T
+        yield scores.masked_fill(~mask, float("-inf")).softmax(dim=-1), v[:, :, key]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, None, None), (6, 2, 6), (4, 1, 2), (1, 1, 8)], ids=str)
@@ -57,6 +62,33 @@ def test_moving_a_document_changes_nothing_but_the_distances_within_it_do():
     torch.testing.assert_close(mixer(moved, Layout((0, 5, 17)))[:, 5:], mixer(x, Layout((0, 12))))
     swapped = x[:, [1, 0, *range(2, 12)]]
     assert (mixer(swapped, Layout((0, 12)))[:, -1] - mixer(x, Layout((0, 12)))[:, -1]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_attention_that_it_lends_is_the_mean_of_its_heads(window):
+    mixer = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, window=window).build(12, 0, 2, 1e-5).double()
+    initialise(mixer, seed=5)
+    layout, generator = Layout((0, 1, 13, 40)), torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)).requires_grad_()
+    r, do = (torch.randn(2, 40, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    plain = mixer(x, layout)
+    assert isinstance(plain, torch.Tensor), "it lends none where nobody asked"
+    mixer.lent = 5
+    given = mixer(x, layout)
+    assert torch.equal(given.out, plain)
+    heads = [weights for weights, _ in dense_heads(x, mixer, 6, 2, 4, 10_000.0, layout.cu_seqlens, window)]
+    want = sum(heads) / 6 @ r
+    torch.testing.assert_close(given.attend(r, None), want, rtol=1e-11, atol=1e-12)
+    for weight in (x, mixer.qkv.weight):
+        (got,) = torch.autograd.grad(given.attend(r, None), weight, do, retain_graph=True)
+        (ref,) = torch.autograd.grad(want, weight, do, retain_graph=True)
+        torch.testing.assert_close(got, ref, rtol=1e-10, atol=1e-11)
+
+
+def test_attention_that_is_lent_costs_its_scores_and_the_channels_once_more():
+    mixer, layout = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4).build(10, 0, 1, 1e-5), Layout((0, 3, 10))
+    before, mixer.lent = mixer.flops(layout), 5
+    assert mixer.flops(layout) - before == (3 * 4 + 7 * 8) // 2 * 6 * (2 * 4 + 2 * 5)
 
 
 def test_flops_are_the_projections_and_two_products_for_each_pair_that_is_seen():

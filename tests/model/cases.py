@@ -12,6 +12,8 @@ from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 
 VOCABULARY = 29
+ROUTERS = {"token": {}, "similarity": {"similarity_dim": 3, "temperature": 0.5}, "attention": {}}
+"""The routers of experts, and keys that only one of them has."""
 
 
 def hybrid(**changes: object) -> ModelConfig:
@@ -37,6 +39,20 @@ def routed(**changes: object) -> ModelConfig:
     """The same with a mixture of heads in all layers."""
     heads = HeadsMixConfig(mixers=("softmax", "lightning"), active=1, balance=0.2)
     return with_experts(**({"heads": heads} | changes))
+
+
+def routed_by(router: str, **changes: object) -> ModelConfig:
+    """`with_experts` with one of the routers."""
+    config = with_experts(**changes)
+    moe = MoeConfig(**(config.moe.model_dump() | {"router": router} | ROUTERS[router]))
+    return with_experts(moe=moe, **changes)
+
+
+def model_of(router: str | None) -> ModelConfig:
+    """The dense model, or one with experts and that router of theirs; with the plain one heads are routed too."""
+    if router is None:
+        return hybrid()
+    return routed() if router == "token" else routed_by(router)
 
 
 def decoder(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:

@@ -15,6 +15,7 @@ from tests.mixers.cases import config_of
 from tests.model.cases import hybrid
 
 MOE = MoeConfig(experts=4, active=2, hidden=3)
+BY_ATTENTION = MoeConfig(experts=4, active=2, hidden=3, router="attention")
 EXPERTS = {"ffn": ("swiglu", "moe"), "moe": MOE}
 
 
@@ -47,6 +48,10 @@ def refused(**changes):
             {"heads": mix("lightning", router="norm")},
             "heads.router: 'norm' is for softmax layers, and lightning is none",
         ),
+        (
+            {"ffn": ("swiglu", "moe"), "moe": BY_ATTENTION, "heads": mix("softmax")},
+            "moe.router: layer 1 (counted from 0) has routed heads ([model.heads]), and experts that are routed",
+        ),
         ({"ffn": ()}, "ffn: give a name, or a list of names; there are swiglu, moe"),
         ({"ffn": "moe"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
         ({"ffn": ("swiglu", "moe")}, "ffn: moe needs the table [model.moe]"),
@@ -64,6 +69,19 @@ def refused(**changes):
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=3, hidden=3, groups=2)},
             "moe.active_groups: 1 groups have 2 experts, and a token takes 3",
+        ),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, similarity_dim=4)},
+            "moe.similarity_dim: only the router 'similarity' has it, and this one is 'token'; remove it",
+        ),
+        (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, router="attention", temperature=0.5)},
+            "moe.temperature: only the router 'similarity' has it, and this one is 'attention'; remove it",
+        ),
+        (
+            {"ffn": ("swiglu", "swiglu", "moe"), "moe": BY_ATTENTION},
+            "moe.router: layer 2 (counted from 0) is L (lightning), which has no attention to route by; experts that "
+            "are routed by it need a layer S (softmax)",
         ),
     ],
 )
@@ -136,6 +154,7 @@ def test_feed_forwards_are_repeated_over_the_depth():
         MoeConfig(experts=64, active=6, hidden=1408, shared=2),
         MoeConfig(experts=256, active=8, hidden=2048, groups=8, active_groups=4, score="sigmoid"),
         MoeConfig(experts=6, active=4, hidden=2048, groups=3, active_groups=2),
+        MoeConfig(experts=6, active=4, hidden=2048, router="similarity", similarity_dim=128, temperature=0.5),
     ],
 )
 @pytest.mark.parametrize("ffn", ["moe", ("swiglu", "moe", "moe")])
@@ -158,3 +177,11 @@ def test_shrunk_keeps_what_is_routed(heads):
     layer = small.pattern.index("S" if "softmax" in heads.mixers else "L")
     assert small.heads.shared + small.heads.active < small.routed_heads(layer), "some heads are not read"
     assert small.routed_heads(1 - layer) is None
+
+
+def test_experts_may_be_routed_by_attention_where_every_one_of_their_layers_has_it():
+    config = hybrid(depth=12, ffn=("swiglu", "moe"), moe=BY_ATTENTION)
+    assert config.feed_forward(1).borrows
+    small = config.shrunk()
+    assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
+    assert small.feed_forward(1).router == "attention"

@@ -13,7 +13,7 @@ from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.config import OptimizerConfig, TrainConfig
 from longctx.train.engine import Batch, TorchEngine
-from tests.model.cases import VOCABULARY, decoder, hybrid, routed, tokens
+from tests.model.cases import VOCABULARY, decoder, hybrid, model_of, tokens
 
 LENGTH = 24
 BOUNDS = [(0, 24), (0, 5, 6, 24), (0, 23, 24), (0, 12, 24)]
@@ -38,19 +38,20 @@ class Run:
     ep: int = 1
     order: str = "zigzag"
     train: TrainConfig = CLIPPED
-    experts: bool = False
+    experts: str | None = None
+    """The router, where there are experts."""
 
     @property
     def ranks(self):
         return self.dp_shard * self.dp_replicate * self.cp
 
     def __str__(self):
-        experts = f" experts over {self.ep}" if self.experts else ""
+        experts = f" experts by {self.experts} over {self.ep}" if self.experts else ""
         return f"replicate {self.dp_replicate} shard {self.dp_shard} cp {self.cp} {self.order}{experts}"
 
     @property
     def model(self):
-        return routed() if self.experts else hybrid()
+        return model_of(self.experts)
 
 
 def sequence(number, seed):
@@ -96,7 +97,7 @@ def train(runs):
 @lru_cache
 def train_plainly(clip, experts):
     """The same on one rank, without the engine: every sequence's logits, torch's own loss, clipping and AdamW."""
-    model = decoder(routed() if experts else hybrid())
+    model = decoder(model_of(experts))
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -133,15 +134,15 @@ def train_plainly(clip, experts):
 
 
 RUNS = {
-    1: [Run(), Run(train=UNCLIPPED), Run(experts=True)],
+    1: [Run(), Run(train=UNCLIPPED), Run(experts="token")],
     2: [
         Run(dp_shard=2),
         Run(dp_replicate=2),
         Run(cp=2, order="contiguous"),
         Run(cp=2, train=UNCLIPPED),
-        Run(dp_shard=2, experts=True),
-        Run(dp_shard=2, ep=2, experts=True),
-        Run(cp=2, ep=2, experts=True),
+        Run(dp_shard=2, experts="token"),
+        Run(dp_shard=2, ep=2, experts="token"),
+        Run(cp=2, ep=2, experts="token"),
     ],
     4: [
         Run(dp_shard=2, cp=2),
@@ -152,18 +153,23 @@ RUNS = {
             cp=2,
             train=TILED,
         ),
-        Run(dp_shard=2, cp=2, ep=2, experts=True, train=TILED),
-        Run(dp_shard=2, cp=2, ep=4, experts=True),
-        Run(dp_replicate=2, cp=2, ep=2, experts=True),
-        Run(dp_replicate=2, dp_shard=2, ep=2, experts=True, train=UNCLIPPED),
+        Run(dp_shard=2, cp=2, ep=2, experts="token", train=TILED),
+        Run(dp_shard=2, cp=2, ep=4, experts="token"),
+        Run(dp_replicate=2, cp=2, ep=2, experts="token"),
+        Run(dp_replicate=2, dp_shard=2, ep=2, experts="token", train=UNCLIPPED),
+    ],
+    "tokens together, 1 rank": [Run(experts="similarity"), Run(experts="attention", train=TILED)],
+    "tokens together, 2 ranks": [Run(cp=2, ep=2, experts="similarity"), Run(cp=2, experts="attention")],
+    "tokens together, 4 ranks": [
+        Run(cp=4, ep=2, experts="similarity", train=TILED),
+        Run(dp_shard=2, cp=2, ep=4, experts="attention"),
     ],
 }
 
 
-@pytest.mark.parametrize("size", RUNS)
-def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, size):
-    runs = RUNS[size]
-    answers = ranks.run(train, runs, size=size)
+@pytest.mark.parametrize("runs", RUNS.values(), ids=map(str, RUNS))
+def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, runs):
+    answers = ranks.run(train, runs, size=runs[0].ranks)
     for number, run in enumerate(runs):
         gradients, results, parameters = train_plainly(run.train.clip, run.experts)
         assert run.train.clip == "none" or all(norm > run.train.clip for _, norm in results), "nothing was clipped"
@@ -226,7 +232,7 @@ def bf16_step(run):
 
 def test_bf16_computes_in_bfloat16_and_keeps_everything_else_in_float32(ranks):
     run = Run(cp=2, train=TrainConfig(steps=1, precision="bf16"))
-    want_gradients, results, _ = train_plainly(1.0, False)
+    want_gradients, results, _ = train_plainly(1.0, None)
     for loss, gradients, dtypes, seen in ranks.run(bf16_step, run, size=2):
         assert dtypes == {torch.float32}
         assert seen == [torch.bfloat16]

@@ -14,6 +14,8 @@ from longctx.verify.cases import SEQUENCES, Case, cases, documents
 from longctx.verify.measure import Subject, sequence
 from tests.model.cases import hybrid, with_experts
 
+MOE = MoeConfig(experts=4, active=2, hidden=6)
+
 
 @pytest.mark.parametrize("model", [hybrid(), with_experts()], ids=["dense", "experts"])
 @pytest.mark.parametrize("most_ranks", range(1, 9))
@@ -51,6 +53,14 @@ def test_experts_are_divided_over_ranks_of_every_axis_but_copies():
     # 6 experts do not divide over 4 ranks.
     six = with_experts(moe=MoeConfig(experts=6, active=2, hidden=6))
     assert {case.ep for case in cases(4, six)} == {1, 2}
+
+
+def test_a_similarity_router_is_verified_by_schedules_that_its_mixers_do_not_have():
+    moe = MoeConfig(experts=4, active=2, hidden=6, router="similarity")
+    model = hybrid(layers="L", softmax=None, ffn="moe", swiglu=None, moe=moe)
+    attention = {case.attention for case in cases(4, model)}
+    assert attention == {"auto", "all-gather", "ring"}
+    assert {case.attention for case in cases(4, model.model_copy(update={"moe": MOE}))} == {"auto"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from longctx.verify import run
 from longctx.verify.cases import Case, reference
 from longctx.verify.measure import Measured, Subject, measure
 from longctx.verify.run import Row, relative, shrink, verify
-from tests.model.cases import VOCABULARY, decoder, hybrid, routed, with_experts
+from tests.model.cases import VOCABULARY, decoder, hybrid, routed, routed_by, with_experts
 
 SUBJECT = Subject(hybrid(), TrainConfig(steps=1), VOCABULARY, length=32, seed=1)
 INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
@@ -88,6 +88,18 @@ def test_attention_experts_in_parallel_blocks_pass_beside_experts_of_which_a_tok
     assert [row.failures for row in rows] == [[]] * len(rows)
     for row in rows[: len(chosen)]:
         assert row.differences.keys() > {"blocks.1.mixer.router.weight", "blocks.1.ffn.router.weight"}
+        assert 0 < max(row.differences.values()) < 1e-12
+
+
+@pytest.mark.parametrize("router", ["similarity", "attention"])
+def test_experts_that_tokens_choose_together_pass(ranks, router, monkeypatch):
+    chosen = [Case(2, "contiguous", False), Case(4, "zigzag", True, ep=2)]
+    chosen.append(Case(4, "zigzag", True, ulysses=2, attention="ulysses-all-gather"))
+    only(monkeypatch, *chosen)
+    rows = list(verify(Subject(routed_by(router), TrainConfig(steps=1), VOCABULARY, 32, 1), ranks))
+    assert [row.failures for row in rows] == [[]] * len(rows)
+    for row in rows[: len(chosen)]:
+        assert ("blocks.1.ffn.similarity.weight" in row.differences) == (router == "similarity")
         assert 0 < max(row.differences.values()) < 1e-12
 
 
