@@ -12,12 +12,11 @@ import time
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from longctx.kernels.routed_linear import from_heads, to_heads
-from longctx.moe.head_router import learned
-from longctx.moe.heads import mixture_of_heads
-from longctx.parallel.attention import softmax_attention
+from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.initialise import initialise
+from longctx.model.layers import Output
 from longctx.parallel.layout import Layout
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 64
@@ -32,42 +31,30 @@ VARIANTS: dict[str, tuple[int, int]] = {
 
 
 class Layer:
-    """The weights, and one run."""
+    """The model's own layer with as many heads to read, and one run."""
 
-    def __init__(self, tokens: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, tokens: int, device: str, dtype: torch.dtype, shared: int, active: int) -> None:
         generator = torch.Generator().manual_seed(0)
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
-
         self.layout = Layout((0, tokens))
-        rows = 2 * KV_HEADS * HEAD_DIM + WIDTH, HEADS + 2, WIDTH
-        self.kvq, self.router, self.out = ((drawn(n, WIDTH) * WIDTH**-0.5).requires_grad_() for n in rows)
-        self.x, self.grad = drawn(1, tokens, WIDTH), drawn(1, tokens, WIDTH)
+        config = SoftmaxConfig(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+        self.mixer = config.build(WIDTH, 0, 1, 1e-5)
+        if active:
+            self.mixer.mix_heads(HeadsMixConfig(mixers=("softmax",), shared=shared, active=active), WIDTH, HEADS)
+        initialise(self.mixer, seed=0)
+        self.mixer.to(device, dtype)
+        self.x, self.grad = (torch.randn(1, tokens, WIDTH, generator=generator).to(device, dtype) for _ in range(2))
 
-    def forward(self, x: Tensor, shared: int, active: int) -> Tensor:
-        """The layer's output."""
-        dense = 2 * KV_HEADS + shared
-        heads = F.linear(x, self.kvq[: dense * HEAD_DIM]).unflatten(-1, (-1, HEAD_DIM))
-        k, v, q = heads.split([KV_HEADS, KV_HEADS, shared], dim=2)
-        if not active:
-            return F.linear(softmax_attention(q, k, v, self.layout, HEAD_DIM**-0.5).flatten(2), self.out)
-        logits = F.linear(x, self.router).split([HEADS - shared, shared, 2], dim=-1)
-        routing = learned(*logits, active, self.layout)
-        routed = to_heads(x, self.kvq[dense * HEAD_DIM :].unflatten(0, (-1, HEAD_DIM)), routing.chosen)
-        out = mixture_of_heads(torch.cat([q, routed], dim=2), k, v, routing, self.layout, HEAD_DIM**-0.5)
-        of_shared = F.linear(out[:, :, :shared].flatten(2), self.out[:, : shared * HEAD_DIM])
-        weights = self.out[:, shared * HEAD_DIM :].unflatten(1, (-1, HEAD_DIM)).transpose(0, 1)
-        return of_shared + from_heads(out[:, :, shared:], weights, routing.chosen)
-
-    def run(self, shared: int, active: int) -> float:
+    def run(self) -> float:
         """Seconds forward and backward."""
         x = self.x.clone().requires_grad_()
-        for weight in (self.kvq, self.router, self.out):
-            weight.grad = None
+        self.mixer.zero_grad()
         _synchronize(x)
         began = time.perf_counter()
-        self.forward(x, shared, active).backward(self.grad)
+        out, report, _ = Output.of(self.mixer(x, self.layout))
+        if report is None:
+            out.backward(self.grad)
+        else:
+            torch.autograd.backward((out, report.loss), (self.grad, torch.ones_like(report.loss)))
         _synchronize(x)
         return time.perf_counter() - began
 
@@ -93,11 +80,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
-    layer = Layer(options.tokens, options.device, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    layers = {name: Layer(options.tokens, options.device, dtype, *variant) for name, variant in VARIANTS.items()}
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(options.repeats + 1):
-        for name, variant in VARIANTS.items():
-            times[name].append(layer.run(*variant))
+        for name, layer in layers.items():
+            times[name].append(layer.run())
     # The first round warms up.
     medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     print(f"{options.tokens:,} tokens, {options.device}, {options.dtype}, median of {options.repeats}")
