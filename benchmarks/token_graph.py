@@ -4,10 +4,10 @@ quarter of the temperature.
 .venv/bin/python benchmarks/token_graph.py data/stdlib [--steps 300] [--seeds 1 2 3] [--out runs/token_graph]
 
 Of each router and seed a model of bytes is trained by `longctx train` on one CPU rank, with the same data in the same
-order and, but for what the similarity-aware router has in addition, the same initial weights. Then are shown, as means
-over layers: the held-out loss at the end; the entropy of the scores that the choice is made of (r~ of
-`longctx.moe.token_graph`, before the largest are taken, which is the distribution of a token's expert in Nguyen et al.
-2025), over the training tokens of the last tenth of the steps; the fluctuation, the share of held-out tokens
+order and, but for what the similarity-aware router has in addition, the same initial weights. Then are shown, as
+means over layers: the held-out loss at the end; the entropy of the scores that the choice is made of, over the
+training tokens of the last tenth of the steps (r~ of `longctx.moe.token_graph` before the largest are taken: what we
+take the entropy of expert selection in Nguyen et al. 2025 to be of); the fluctuation, the share of held-out tokens
 whose experts are others than at the evaluation before, at the last one and as the mean over those of the second half;
 and how uneven the load was. Runs that are there are not run again.
 """
