@@ -1,12 +1,13 @@
-"""What routing along a graph of tokens does to a small model: the three routers, trained alike.
+"""What routing along a graph of tokens does to a small model: the three routers, trained alike, and similarity with a
+quarter of the temperature.
 
 .venv/bin/python benchmarks/token_graph.py data/stdlib [--steps 300] [--seeds 1 2 3] [--out runs/token_graph]
 
 Of each router and seed a model of bytes is trained by `longctx train` on one CPU rank, with the same data in the same
-order and, but for what the similarity-aware router has in addition, the same initial weights. Then are shown, as means
-over layers: the held-out loss at the end; the entropy of the scores that the choice is made of (r~ of
-`longctx.moe.token_graph`, before the largest are taken, which is the distribution of a token's expert in Nguyen et al.
-2025), over the training tokens of the last tenth of the steps; the fluctuation, the share of held-out tokens
+order and, but for what the similarity-aware router has in addition, the same initial weights. Then are shown, as
+means over layers: the held-out loss at the end; the entropy of the scores that the choice is made of, over the
+training tokens of the last tenth of the steps (r~ of `longctx.moe.token_graph` before the largest are taken: what we
+take the entropy of expert selection in Nguyen et al. 2025 to be of); the fluctuation, the share of held-out tokens
 whose experts are others than at the evaluation before, at the last one and as the mean over those of the second half;
 and how uneven the load was. Runs that are there are not run again.
 """
@@ -21,7 +22,13 @@ from pathlib import Path
 
 from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
 
-ROUTERS = ("token", "similarity", "attention")
+ROUTERS = {
+    "token": 'router = "token"',
+    "similarity": 'router = "similarity"',
+    "similarity-cold": 'router = "similarity"\ntemperature = 0.25',
+    "attention": 'router = "attention"',
+}
+"""By name, their lines of the recipe."""
 EXPERTS, ACTIVE = 16, 2
 EVALUATIONS = 10
 RECIPE = """\
@@ -41,7 +48,7 @@ heads = 2
 experts = {experts}
 active = {active}
 hidden = 32
-router = "{router}"
+{router}
 
 [data]
 path = "{data}"
@@ -72,7 +79,7 @@ every = {steps}
 [logging]
 every = 1
 """
-HEADS = ("router", "held-out loss", "entropy", "fluctuation, last", "second half", "largest load", "tokens/s")
+HEADS = ("router", "held-out loss", "entropy", "fluctuation, last", "second half", "largest load")
 
 
 def trained(folder: Path, router: str, seed: int, steps: int, data: Path) -> Metrics:
@@ -85,7 +92,7 @@ def trained(folder: Path, router: str, seed: int, steps: int, data: Path) -> Met
             seed=seed,
             experts=EXPERTS,
             active=ACTIVE,
-            router=router,
+            router=ROUTERS[router],
             data=data.resolve(),
             steps=steps,
             warmup=steps // 20,
@@ -111,14 +118,13 @@ def row(metrics: Metrics) -> tuple[float, ...]:
         changes[-1],
         statistics.fmean(changes[len(changes) // 2 :]),
         statistics.fmean(each.imbalance for each in routers),
-        statistics.median(step.tokens_per_second for step in metrics.steps),
     )
 
 
 def line(router: str, rows: Sequence[tuple[float, ...]]) -> str:
     """A line of the table: the mean over seeds, and the least and the most."""
     cells = []
-    for values, form in zip(zip(*rows, strict=True), (".4f", ".3f", ".1%", ".1%", ".2f", ",.0f"), strict=True):
+    for values, form in zip(zip(*rows, strict=True), (".4f", ".3f", ".1%", ".1%", ".2f"), strict=True):
         mean, low, high = (format(f(values), form) for f in (statistics.fmean, min, max))
         cells.append(f"{mean} ({low} to {high})" if len(values) > 1 else mean)
     return f"| {router} | {' | '.join(cells)} |"
