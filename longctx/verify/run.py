@@ -4,7 +4,8 @@ Every layout that fits runs one step, forward and backward, in float64 and in th
 with one rank. In float64 the relative difference `|x - ref| / |ref|` (norms) of the loss, the logits and every
 parameter's gradient has to be within 1e-10. In the recipe's precision the truth is the float64 result of one rank, and
 a layout may be as far from it as one rank is, times `SLACK`, and at least 1e-5: rounding differs from layout to layout,
-and nothing else may. One rank's own distance is a row of the table.
+and nothing else may. One rank's own distance is a row of the table; of the loss, which is one number, the larger of
+its two rows counts.
 """
 
 import math
@@ -124,8 +125,11 @@ def verify(
         bound = ONE_RANK_BOUNDS[precision]
         bounds = {n: bound if n in ("loss", "logits") else bound * ONE_RANK_GRADIENTS for n in own[packed]}
         yield Row(reference(packed), precision, own[packed], bounds)
+    # A loss is one number, and its rounding may cancel by chance: hardly in both of one rank's.
+    loss = max(of_one["loss"] for of_one in own.values())
     for case in todo:
         got = values(case, precision).named()
         differences = {name: relative(got[name], ref) for name, ref in truth[case.packed].items()}
-        bounds = {name: max(BOUND, SLACK * own[case.packed][name]) for name in differences}
+        spread = own[case.packed] | {"loss": loss}
+        bounds = {name: max(BOUND, SLACK * spread[name]) for name in differences}
         yield Row(case, precision, differences, bounds)
