@@ -69,6 +69,7 @@ def test_experts_pass_over_ranks_that_divide_them(ranks, monkeypatch):
         assert 0 < max(row.differences.values()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["each", "shared"])
 def test_attention_experts_in_parallel_blocks_pass_beside_experts_of_which_a_token_takes_one(ranks, monkeypatch, kv):
     chosen = [Case(4, "zigzag", True), Case(2, "contiguous", False, dp_shard=2, ep=2)]
@@ -91,6 +92,7 @@ def test_attention_experts_in_parallel_blocks_pass_beside_experts_of_which_a_tok
         assert 0 < max(row.differences.values()) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["similarity", "attention"])
 def test_experts_that_tokens_choose_together_pass(ranks, router, monkeypatch):
     chosen = [Case(2, "contiguous", False), Case(4, "zigzag", True, ep=2)]
