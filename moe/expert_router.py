@@ -174,7 +174,7 @@ def _report(
     if rule.z:
         squares = logits.to(dtype).logsumexp(dim=-1).square()
         loss = loss + rule.z * torch.where(real, squares, 0).sum() / tokens
-    chosen = torch.cat([marks(count, p.device), marks(1, p.device).zero_()])
+    chosen = torch.nn.functional.pad(marks(count, p.device), (0, 1))
     return Report(
         loss=loss,
         counts=counts,

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from longctx.moe.expert_router import TokenChoice, balancing_step, choose_experts, scores
+from longctx.moe.report import marks
 from longctx.parallel.layout import Layout
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
@@ -120,6 +121,17 @@ def test_a_set_of_experts_has_one_mark_whatever_its_order():
     logits = torch.tensor([[[3.0, 2, 0, 0], [2.0, 3, 0, 0], [0.0, 3, 2, 0]]])
     first, second, third = route(logits, TokenChoice(2), Layout((0, 3))).report.choice[0]
     assert first == second != third
+
+
+def test_marks_are_the_same_after_any_number_of_routings():
+    """They are made once and kept: a router that changed them would hide a later one's choices."""
+    marks.cache_clear()
+    before = marks(1, torch.device("cpu")).clone()
+    assert before != 0
+    route(draw(), TokenChoice(2))
+    assert torch.equal(marks(1, torch.device("cpu")), before)
+    alone = route(draw(experts=1), TokenChoice(1))
+    assert torch.equal(alone.report.choice, before.expand(2, 11))
 
 
 def queue(experts, most):
