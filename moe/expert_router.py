@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.recurrence import accumulation_dtype
-from longctx.moe.report import Report, entropy, marks, real_rows, top
-from longctx.parallel.collectives import all_gather, all_reduce
+from longctx.moe.report import Report, entropy, load_loss, marks, real_rows, top
+from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
 
 Score = Literal["softmax", "sigmoid"]
@@ -88,7 +88,7 @@ def choose_experts(
     real = real_rows(layout, p.device)
     count = p.shape[-1]
     given = torch.where(real[:, None], experts, count)
-    counts = _counts(given.flatten(), count)
+    counts = torch.bincount(given.flatten(), minlength=count + 1)[:count]
     kept = given
     if rule.capacity is not None:
         most = math.ceil(rule.capacity * layout.length * rule.active / count)
@@ -114,21 +114,12 @@ def _within_groups(p: Tensor, rule: TokenChoice) -> Tensor:
     return grouped.masked_fill(~allowed[..., None], -math.inf).flatten(-2)
 
 
-def _counts(flat: Tensor, count: int) -> Tensor:
-    """How often each of `count` numbers stands in `flat`, int64; larger ones are not counted."""
-    ends = torch.searchsorted(flat.sort().values, torch.arange(count, device=flat.device), right=True)
-    return ends.diff(prepend=ends.new_zeros(1))
-
-
 def _queued(given: Tensor, count: int, layout: Layout) -> Tensor:
     """How many choices of earlier tokens of its sequence, and of the same token, stand before each choice in the queue
     of its expert: `[B, T_local, active]`, of given `[B, T_local, active]`, in which `count` is no expert."""
     batch = len(given)
     pieces = len(layout.local)
-    piece = torch.empty(given.shape[1], dtype=torch.int64, device=given.device)
-    step = given.shape[1] // pieces
-    for number in range(pieces):
-        piece[number * step : (number + 1) * step] = number
+    piece = torch.arange(given.shape[1], device=given.device) // layout.piece_length
     row = torch.arange(batch, device=given.device)[:, None, None]
     key = (row * pieces + piece[:, None]) * (count + 1) + given
     # Sorted by queue, and in a queue by token: the place in the queue is that among equal keys.
@@ -162,18 +153,12 @@ def _report(
 ) -> Report:
     dtype, count = p.dtype, p.shape[-1]
     shares = p if rule.score == "softmax" else p / p.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    tokens = logits.shape[0] * layout.length
     loss = p.new_zeros(())
     if rule.balance:
-        everywhere = counts.to(dtype)
-        if layout.peers is not None:
-            everywhere = all_reduce(everywhere, layout.peers)
-        load = everywhere / (tokens * rule.active)
-        mean = torch.where(real[:, None], shares, 0).sum(dim=(0, 1)) / tokens
-        loss = loss + rule.balance * count * (load * mean).sum()
+        loss = loss + rule.balance / rule.active * load_loss(shares, counts, layout)
     if rule.z:
         squares = logits.to(dtype).logsumexp(dim=-1).square()
-        loss = loss + rule.z * torch.where(real, squares, 0).sum() / tokens
+        loss = loss + rule.z * torch.where(real, squares, 0).sum() / (len(logits) * layout.length)
     chosen = torch.nn.functional.pad(marks(count, p.device), (0, 1))
     return Report(
         loss=loss,

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.recurrence import accumulation_dtype
-from longctx.moe.report import Report, entropy, marks, real_rows, top
-from longctx.parallel.collectives import all_reduce
+from longctx.moe.report import Report, entropy, load_loss, marks, real_rows, top
 from longctx.parallel.layout import Layout
 
 BALANCE = 0.01
@@ -49,14 +48,9 @@ def _mask(p: Tensor, active: int) -> Tensor:
 def _routing(p: Tensor, chosen: Tensor, weights: Tensor, layout: Layout, balance: float, finite: Tensor) -> HeadRouting:
     real = real_rows(layout, p.device)
     chosen = chosen & real[:, None]
-    tokens = p.shape[0] * layout.length
     counts = chosen.sum(dim=(0, 1))
-    everywhere = counts.to(p.dtype)
-    if layout.peers is not None:
-        everywhere = all_reduce(everywhere, layout.peers)
-    mean = torch.where(real[:, None], p, 0).sum(dim=(0, 1)) / tokens
     report = Report(
-        loss=balance * p.shape[-1] * (everywhere / tokens * mean).sum(),
+        loss=balance * load_loss(p, counts, layout),
         counts=counts,
         tokens=real.sum() * p.shape[0],
         entropy=torch.where(real, entropy(p.detach()), 0).sum(),

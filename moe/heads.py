@@ -10,6 +10,7 @@ Queries and outputs are projected by `longctx.kernels.routed_linear`, for the sa
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Pairs:
     where a key/value head has fewer than N pairs."""
     share: int
     """S."""
+    length: int
+    """T."""
 
     @classmethod
     def of(cls, chosen: Tensor, groups: int) -> "Pairs":
@@ -35,7 +38,7 @@ class Pairs:
 
         Waits for the device: how many pairs there are decides the shapes of what follows.
         """
-        batch, _, heads = chosen.shape
+        batch, length, heads = chosen.shape
         share = heads // groups
         by_group = chosen.unflatten(2, (groups, share)).transpose(1, 2).flatten(2)
         counts = by_group.sum(dim=2)
@@ -46,48 +49,51 @@ class Pairs:
         begins = counts.flatten().cumsum(0).view_as(counts) - counts
         numbers = torch.arange(len(flat), device=chosen.device) - begins[sequence, group]
         index[sequence, group, most - counts[sequence, group] + numbers] = flat
-        return cls(index, share)
+        return cls(index, share, length)
 
-    @property
+    @cached_property
     def rows(self) -> Tensor:
         """`[B, G, N]`: the token of each pair, -1 where there is none."""
         return torch.div(self.index, self.share, rounding_mode="floor")
 
-    def _places(self, length: int) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _at(self) -> tuple[Tensor, Tensor]:
         """Which entries are pairs, `[B, G, N]` bool, and where these lie in a flat `[B, T, E]`."""
         there = self.index >= 0
         batch, groups, _ = self.index.shape
         sequence, group = (torch.arange(n, device=self.index.device) for n in (batch, groups))
         token, head = self.rows, self.index % self.share
-        place = ((sequence[:, None, None] * length + token) * groups + group[:, None]) * self.share + head
+        place = ((sequence[:, None, None] * self.length + token) * groups + group[:, None]) * self.share + head
         return there, place[there]
 
-    def rows_of(self, chosen: Tensor) -> Tensor:
-        """`[B, T, E]` int64: where each chosen pair lies in the flat `[B, G, N]`; 0 for the others."""
-        there, place = self._places(chosen.shape[1])
-        rows = torch.zeros(chosen.numel(), dtype=torch.int64, device=chosen.device)
-        rows[place] = there.flatten().nonzero()[:, 0]
-        return rows.view(chosen.shape)
+    @cached_property
+    def places(self) -> Tensor:
+        """`[B, T, E]` int64: where each pair lies in the flat `[B, G, N]`; 0 for what is none."""
+        there, place = self._at
+        batch, groups, _ = self.index.shape
+        rows = torch.zeros(batch, self.length, groups * self.share, dtype=torch.int64, device=self.index.device)
+        rows.view(-1)[place] = there.flatten().nonzero()[:, 0]
+        return rows
 
     def take(self, x: Tensor) -> Tensor:
         """`[B, T, E]` to `[B, G, N]`, a number for each pair, zero where there is none; differentiable."""
-        there, place = self._places(x.shape[1])
+        there, place = self._at
         return x.new_zeros(there.shape).index_put((there,), x.flatten().index_select(0, place))
 
     def gather(self, x: Tensor) -> Tensor:
         """`[B, T, E, D]` to `[B, N, G, D]`, zero where there is no pair; differentiable."""
-        there, place = self._places(x.shape[1])
+        there, place = self._at
         out = x.new_zeros(*there.shape, x.shape[3])
         out[there] = x.flatten(0, 2).index_select(0, place)
         return out.transpose(1, 2)
 
-    def scatter(self, x: Tensor, length: int) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """`[B, N, G, D]` to `[B, T, E, D]`, zero where no pair is; differentiable."""
-        there, place = self._places(length)
+        there, place = self._at
         batch, _, groups, dim = x.shape
-        flat = x.new_zeros(batch * length * groups * self.share, dim)
+        flat = x.new_zeros(batch * self.length * groups * self.share, dim)
         flat = flat.index_copy(0, place, x.transpose(1, 2)[there])
-        return flat.view(batch, length, groups * self.share, dim)
+        return flat.view(batch, self.length, groups * self.share, dim)
 
 
 def mixture_of_heads(
@@ -121,7 +127,7 @@ def mixture_of_heads(
     of_shared, of_routed = q.split([shared, heads - shared], dim=2)
     queries = pairs.gather(of_routed).transpose(1, 2)
     out_shared, out = attend_pairs(of_shared, queries, k, v, pairs, layout, scale, schedule=schedule, window=window)
-    parts = [out_shared, pairs.scatter(out.transpose(1, 2), q.shape[1])]
+    parts = [out_shared, pairs.scatter(out.transpose(1, 2))]
     return torch.cat(parts, dim=2) * routing.weights[..., None].to(q.dtype)
 
 

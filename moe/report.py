@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 
 
@@ -37,6 +38,20 @@ def real_rows(layout: Layout, device: torch.device) -> Tensor:
     for gap in layout.padding:
         real[gap] = False
     return real
+
+
+def load_loss(p: Tensor, counts: Tensor, layout: Layout) -> Tensor:
+    """This rank's share of `E sum_e f_e P_e`: f_e the choices of e for each token of the sequence, P_e the mean of p_e.
+
+    p `[B, T_local, E]`, counts `[E]` the choices of this rank's tokens; a collective over the layout's ranks.
+    Differentiable in p.
+    """
+    tokens = p.shape[0] * layout.length
+    everywhere = counts.to(p.dtype)
+    if layout.peers is not None:
+        everywhere = all_reduce(everywhere, layout.peers)
+    mean = torch.where(real_rows(layout, p.device)[:, None], p, 0).sum(dim=(0, 1)) / tokens
+    return p.shape[-1] * (everywhere / tokens * mean).sum()
 
 
 @cache

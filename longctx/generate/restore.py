@@ -15,7 +15,7 @@ from longctx.model.decoder import Decoder
 from longctx.recipe import Recipe, load
 from longctx.train.checkpoint import TrainerState, check_same_model, list_checkpoints, load_tensors, read_state
 from longctx.train.process_group import device_type
-from longctx.train.weights import with_defaults
+from longctx.train.weights import described, with_defaults
 
 _OPTION = "--checkpoint"
 _HOW = f"with {_OPTION} PATH"
@@ -56,7 +56,7 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
             f"the tokenizer of {run} is with its corpus: {error}. Where the corpus is elsewhere now, add data.path=DIR"
         ) from None
     rows = recipe.model.vocabulary_rows(tokenizer.vocab_size)
-    model = {**recipe.model.model_dump(mode="json"), "vocab_size": rows}
+    model = described(recipe.model, rows)
     advice = f"Give a checkpoint of this run with {_OPTION}, or the run that this one belongs to"
     check_same_model(path, replace(state, model=with_defaults(state.model)), model, advice)
     decoder = _load(recipe, rows, path)

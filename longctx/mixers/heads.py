@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.config import Config, Integer
-from longctx.kernels.recurrence import accumulation_dtype
 from longctx.kernels.routed_linear import from_heads, from_pairs, to_heads
 from longctx.model.layers import Linear, Output
+from longctx.model.router import exact_logits
 from longctx.moe.head_router import BALANCE, HeadRouting, by_norm, learned
 from longctx.moe.heads import Pairs
 from longctx.parallel.layout import Layout
@@ -72,9 +72,7 @@ class HeadRouter(nn.Module):
         """The routing of x `[B, T_local, D]`, the layer's input, or the queries `[B, T_local, H, K]` of all heads."""
         if self.weight is None:
             return by_norm(x, self.shared, self.active, layout, self.balance)
-        dtype = accumulation_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        logits = exact_logits(x, self.weight)
         routed, shared, kinds = logits.split([self.routed, self.shared, 2 if self.shared else 0], dim=-1)
         return learned(routed, shared, kinds, self.active, layout, self.balance)
 
@@ -127,7 +125,7 @@ def emit_pairs(shared: Tensor, routed: Tensor, out: Linear, routing: HeadRouting
     of_shared, of_routed = divided(out.weight.T, shared.shape[2] + routed_heads, routing)
     for_shared, for_routed = routing.weights.split([shared.shape[2], routed_heads], dim=-1)
     rows = (routed * pairs.take(for_routed)[..., None].to(routed.dtype)).flatten(0, 2)
-    projected = from_pairs(rows, of_routed.transpose(1, 2), routing.chosen, pairs.rows_of(routing.chosen))
+    projected = from_pairs(rows, of_routed.transpose(1, 2), routing.chosen, pairs.places)
     if shared.shape[2]:
         y = shared * for_shared[..., None].to(shared.dtype)
         projected = projected + F.linear(y.flatten(2), of_shared.T)

@@ -87,8 +87,10 @@ class Softmax(Mixer):
             return self._mixture(self.head_router, x, layout)
         heads, attend = self.attention(x, layout, memory)
         if self.head_router is not None:
-            q = self.qkv(x)[..., : self.heads * self.head_dim].unflatten(-1, (self.heads, -1))
-            return emit(heads, self.out, self.head_router(q if self.head_router.by_norm else x, layout))
+            seen = x
+            if self.head_router.by_norm:
+                seen = F.linear(x, self.qkv.weight[: self.heads * self.head_dim]).unflatten(-1, (self.heads, -1))
+            return emit(heads, self.out, self.head_router(seen, layout))
         out = self.out(heads.flatten(2))
         return Output(out, attend=attend) if self.lent else out
 
@@ -122,8 +124,8 @@ class Softmax(Mixer):
             pairs = Pairs.of(routing.chosen, groups)
             for_shared, for_routed = divided(for_q, self.heads, routing)
             shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
-            places, count = pairs.rows_of(routing.chosen), pairs.index.numel()
-            queries = to_pairs(x, for_routed, routing.chosen, places, count).view(*pairs.index.shape, self.head_dim)
+            queries = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
+            queries = queries.view(*pairs.index.shape, self.head_dim)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         shared, k = rotate(shared, table), rotate(k, table)
         queries = rotate_rows(queries, pairs.rows, table)

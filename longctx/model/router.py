@@ -7,6 +7,13 @@ from torch.nn import functional as F
 from longctx.kernels.recurrence import accumulation_dtype
 
 
+def exact_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[B, T, D]` by weight `[E, D]`, `[B, T, E]` in float32 (higher where the input is), under autocast too."""
+    dtype = accumulation_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
 class Router(nn.Module):
     """Logits of each token for each expert, in float32 (higher where the input is)."""
 
@@ -19,9 +26,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, D]` to `[B, T, E]`."""
-        dtype = accumulation_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+        return exact_logits(x, self.weight)
 
     @property
     def flops_per_token(self) -> int:

@@ -126,7 +126,7 @@ class TorchEngine:
 
     @staticmethod
     def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-        """Parameters, or their gradients, in groups that lie on one mesh each."""
+        """Parameters in groups that lie on one mesh each."""
         found: dict[object, list[Tensor]] = {}
         for parameter in parameters:
             found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
@@ -188,9 +188,10 @@ class TorchEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for name, module in self.model.named_modules():
-            if isinstance(module, MixtureOfExperts):
-                module.after_step(routing.layers[name].counts)
+        for name, routed in routing.layers.items():
+            layer = self.model.get_submodule(name)
+            if isinstance(layer, MixtureOfExperts):
+                layer.after_step(routed.counts)
         return StepResult(loss, norm.item(), routing)
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, R
 from longctx.train.process_group import device_type, peers_needed, process_group
 from longctx.train.routing import Choices, NotFiniteError
 from longctx.train.schedule import factor
-from longctx.train.weights import Weights, find_weights
+from longctx.train.weights import Weights, described, find_weights
 
 _LOWER = (
     "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -138,7 +138,7 @@ class _Trainer:
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
             self.vocab_size = self._vocabulary()
-            self.model = {**recipe.model.model_dump(mode="json"), "vocab_size": self.vocab_size}
+            self.model = described(recipe.model, self.vocab_size)
             source, state = self._find_checkpoint(resume)
             weights = self._find_weights() if source is None else None
         self._check_same_start(state, weights)

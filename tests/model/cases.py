@@ -10,6 +10,7 @@ from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
+from longctx.parallel.layout import Layout
 
 VOCABULARY = 29
 ROUTERS = {"token": {}, "similarity": {"similarity_dim": 3, "temperature": 0.5}, "attention": {}}
@@ -65,3 +66,17 @@ def decoder(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Decoder:
 def tokens(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Tokens of chance, `[batch, length]`."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def recomputed(config: ModelConfig, layout: Layout) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """Every parameter's gradient of all losses of a batch, with kept activations and with blocks computed again."""
+    x, labels = tokens(layout.length), tokens(layout.length, seed=1)
+    answers = []
+    for recompute in (False, True):
+        model = decoder(config)
+        for block in model.blocks:
+            block.recompute = recompute
+        losses = model(x, layout, labels)
+        (losses.total + sum(r.loss for r in losses.reports.values())).backward()
+        answers.append([p.grad for p in model.parameters()])
+    return answers[0], answers[1]

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from longctx.kernels import reference
-from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.moe.noise import around_one
 from longctx.parallel.layout import Layout
-from tests.model.cases import VOCABULARY, decoder, hybrid, routed, tokens, with_experts
+from tests.model.cases import VOCABULARY, decoder, hybrid, recomputed, routed, tokens, with_experts
 
 LAYOUT = Layout((0, 4, 13))
 
@@ -168,14 +167,6 @@ def test_a_later_token_changes_no_earlier_choice_and_no_output_but_for_rounding(
 
 
 def test_recomputed_blocks_route_and_report_the_same():
-    x, labels = tokens(13), tokens(13, seed=1)
-    answers = []
-    for recompute in (False, True):
-        model: Decoder = decoder(routed())
-        for block in model.blocks:
-            block.recompute = recompute
-        losses = model(x, LAYOUT, labels)
-        (losses.total + sum(r.loss for r in losses.reports.values())).backward()
-        answers.append([p.grad for p in model.parameters()])
+    answers = recomputed(routed(), LAYOUT)
     for a, b in zip(*answers, strict=True):
         assert torch.equal(a, b)

@@ -13,7 +13,7 @@ from longctx.model.initialise import initialise
 from longctx.model.moe import SIMILARITY_DIM, MoeConfig
 from longctx.moe.expert_router import choose_experts
 from longctx.parallel.layout import Layout
-from tests.model.cases import ROUTERS, VOCABULARY, decoder, routed_by, tokens
+from tests.model.cases import ROUTERS, VOCABULARY, decoder, recomputed, routed_by, tokens
 
 LAYOUT = Layout((0, 4, 13))
 SHARING = [name for name in ROUTERS if name != "token"]
@@ -140,15 +140,7 @@ def test_scores_of_earlier_tokens_reach_the_choice_and_the_gradient(router):
 
 @pytest.mark.parametrize("router", SHARING)
 def test_recomputed_blocks_route_and_report_the_same(router):
-    x, labels = tokens(13), tokens(13, seed=1)
-    answers = []
-    for recompute in (False, True):
-        model = decoder(routed_by(router))
-        for block in model.blocks:
-            block.recompute = recompute
-        losses = model(x, LAYOUT, labels)
-        (losses.total + sum(r.loss for r in losses.reports.values())).backward()
-        answers.append([p.grad for p in model.parameters()])
+    answers = recomputed(routed_by(router), LAYOUT)
     for a, b in zip(*answers, strict=True):
         assert torch.equal(a, b)
 

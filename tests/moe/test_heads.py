@@ -97,7 +97,7 @@ def test_pairs_are_those_that_were_chosen_in_order_of_tokens(length, groups, sha
         got = pairs.index[b, g].tolist()
         assert got == [-1] * (len(got) - len(want)) + want
     x = torch.randn(2, length, groups * share, 3)
-    assert torch.equal(pairs.scatter(pairs.gather(x), length), x * chosen[..., None])
+    assert torch.equal(pairs.scatter(pairs.gather(x)), x * chosen[..., None])
 
 
 def test_shared_heads_read_whole_key_value_heads():

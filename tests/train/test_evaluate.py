@@ -1,6 +1,7 @@
 """The held-out loss, over all labels and by position, against a loop over tokens."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -32,21 +33,20 @@ def heldout():
     return sequences
 
 
+def engine_on(mesh, model):
+    train, optimizer = TrainConfig(steps=1), OptimizerConfig()
+    return TorchEngine(model, train, optimizer, mesh, vocab_size=VOCABULARY, seed=7, dtype=torch.float64)
+
+
+def maker(mesh, order):
+    return partial(to_batch, mesh=mesh, order=order, device=torch.device("cpu"))
+
+
 def evaluation_here(runs):
     answers = []
     for axes, order in runs:
         mesh = Mesh.build("cpu", **axes)
-        engine = TorchEngine(
-            hybrid(),
-            TrainConfig(steps=1),
-            OptimizerConfig(),
-            mesh,
-            vocab_size=VOCABULARY,
-            seed=7,
-            dtype=torch.float64,
-        )
-        make = lambda sequence, mesh=mesh, order=order: to_batch(sequence, mesh, order, torch.device("cpu"))  # noqa: E731
-        answers.append(evaluate(engine, heldout(), make, 40, Choices()))
+        answers.append(evaluate(engine_on(mesh, hybrid()), heldout(), maker(mesh, order), 40, Choices()))
     return answers
 
 
@@ -98,8 +98,7 @@ def one_token_each(axes):
         losses=lambda batch: Losses(torch.zeros(()), torch.full(batch.labels.shape, 2.0), {}),
     )
     sequence = Sequence(torch.arange(8), torch.arange(8), torch.arange(9), 0)
-    make = lambda s: to_batch(s, mesh, "contiguous", torch.device("cpu"))  # noqa: E731
-    return evaluate(engine, [sequence], make, 1, Choices())
+    return evaluate(engine, [sequence], maker(mesh, "contiguous"), 1, Choices())
 
 
 def test_a_bucket_without_a_token_has_no_loss(ranks):
@@ -112,15 +111,7 @@ def test_a_bucket_without_a_token_has_no_loss(ranks):
 def fluctuations(axes, order):
     """Evaluations before and after two experts of a layer change places for the router, and once more."""
     mesh = Mesh.build("cpu", **axes)
-    engine = TorchEngine(
-        with_experts(),
-        TrainConfig(steps=1),
-        OptimizerConfig(),
-        mesh,
-        vocab_size=VOCABULARY,
-        seed=7,
-        dtype=torch.float64,
-    )
+    engine = engine_on(mesh, with_experts())
     choices, found = Choices(), []
     for change in (False, True, False):
         if change:
@@ -131,8 +122,7 @@ def fluctuations(axes, order):
                     with torch.no_grad():
                         local = distribute_tensor(swapped, parameter.device_mesh, parameter.placements)
                         parameter.copy_(local)
-        make = lambda sequence: to_batch(sequence, mesh, order, torch.device("cpu"))  # noqa: E731
-        found.append(evaluate(engine, heldout(), make, 1, choices).fluctuation)
+        found.append(evaluate(engine, heldout(), maker(mesh, order), 1, choices).fluctuation)
     return found
 
 
