@@ -25,6 +25,10 @@ DELTA = [kind for kind in KINDS if kind.startswith("delta")]
 ONE = (1, 1, 1, 1)
 pytestmark = [pytest.mark.gpu] if CUDA else []
 each_kind = pytest.mark.parametrize("kind", DELTA)
+richest_kind = pytest.mark.parametrize(
+    "kind", ["delta, vector", *(pytest.param(k, marks=pytest.mark.slow) for k in DELTA if k != "delta, vector")]
+)
+"""The kind that has all there is; the others, which have less, are slow tests."""
 
 
 def moved(case, device):
@@ -55,13 +59,13 @@ def test_all_passes_equal_the_reference(kind, starts):
     check(draw(kind, 40, batch=1, heads=ONE, key_dim=20, value_dim=12), [Segment(0, 40, starts)], starts)
 
 
-@each_kind
+@richest_kind
 def test_segments_of_any_length_that_follow_each_other(kind):
     segments = [Segment(0, 1), Segment(1, 1), Segment(1, 36, (34,)), Segment(36, 40, (0, 1, 3))]
     check(draw(kind, 40, batch=1, heads=ONE), segments, (35, 36, 37, 39))
 
 
-@each_kind
+@richest_kind
 def test_segments_in_any_order(kind):
     case = on_device(draw(kind, 60, batch=1, heads=ONE))
     segments = [Segment(35, 60, (5,)), Segment(0, 35)]
@@ -117,7 +121,7 @@ def test_grouped_heads(kind, heads):
     check(draw(kind, 10, batch=1, heads=heads), [Segment(0, 10, (7,))], (7,))
 
 
-@each_kind
+@richest_kind
 def test_gates_with_fewer_heads_than_each_other(kind):
     case = draw(kind, 10, batch=1, heads=(4, 2, 4, 4))
     first, *others = case.gates
@@ -125,8 +129,8 @@ def test_gates_with_fewer_heads_than_each_other(kind):
     check(case, [Segment(0, 10)], ())
 
 
-@pytest.mark.parametrize("kind", DELTA[1:])
-@pytest.mark.parametrize("dims", [(1, 40), (33, 16), (65, 130)], ids=str)
+@richest_kind
+@pytest.mark.parametrize("dims", [(1, 40), (33, 16), pytest.param((65, 130), marks=pytest.mark.slow)], ids=str)
 def test_head_dims(kind, dims):
     check(draw(kind, 19, batch=1, heads=ONE, key_dim=dims[0], value_dim=dims[1]), [Segment(0, 19, (4,))], (4,))
 
@@ -139,7 +143,7 @@ def test_large_head_dims(kind, dims):
     check(case, [Segment(0, 40, (9,))], (9,))
 
 
-@each_kind
+@richest_kind
 @pytest.mark.parametrize("blocks", [(16, 16, 16), (64, 32, 16)], ids=str)
 def test_tiles_of_any_size(kind, blocks, monkeypatch):
     chunk, block_k, block_v = blocks
@@ -176,7 +180,7 @@ def test_shares_of_0_and_2(kind):
     check(replace(case, gates=(beta, *case.gates[1:])), [Segment(0, 40)], ())
 
 
-@each_kind
+@richest_kind
 def test_without_gradients_of_gates_the_others_are_the_same(kind):
     case = on_device(draw(kind, 40, batch=1, heads=ONE))
     with_gates, _ = by_recurrence(case, [Segment(0, 40, (7,))], module=delta)
@@ -212,7 +216,7 @@ def test_changing_a_token_leaves_earlier_outputs_bitwise_unchanged(kind, t):
     assert not torch.equal(before[:, t], after[:, t])
 
 
-@each_kind
+@richest_kind
 def test_strided_inputs_give_the_same_and_stay_as_they_are(kind):
     case = on_device(draw(kind, 20, heads=(2, 2, 2, 2)))
     want, _ = by_recurrence(case, [Segment(0, 20, (3,))], module=delta)
@@ -254,7 +258,7 @@ def test_no_tokens(kind):
     assert torch.equal(dstates, dends)
 
 
-@each_kind
+@richest_kind
 def test_scratch_for_few_segments_at_a_time_gives_the_same(kind, monkeypatch):
     case = on_device(draw(kind, 20, batch=1, heads=ONE))
     segments = Segment(0, 20, (9,)).cut(8)

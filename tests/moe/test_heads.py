@@ -1,6 +1,7 @@
 """Mixture of heads: what is routed equals all heads times a mask, and nothing else is computed."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def attend(layout, router, schedule, window):
     return out.detach(), *grads, routing.report.loss.item(), routing.report.counts
 
 
+@cache
 def masked(bounds, router, window):
     """The same as all heads times the weights."""
     layout = Layout(bounds)
@@ -71,7 +73,7 @@ def cases_of(size):
     return everything[:: 5 if size == 1 else 7]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_what_is_routed_equals_all_heads_times_their_weights(ranks, size):
     cases = cases_of(size)
     answers = ranks.run(on_rank, cases, size=size)

@@ -3,7 +3,6 @@
 import pytest
 import torch.distributed as dist
 
-from longctx.parallel.local import LocalRankError, LocalRanks
 from longctx.parallel.mesh import Mesh
 
 
@@ -47,6 +46,12 @@ def test_experts_are_divided_among_neighbours_that_shard_parameters(ranks):
     assert [each["ep"] for each in ranks.run(axes_of, {"cp": 4, "ep": 4}, size=4)] == [[0, 1, 2, 3]] * 4
 
 
+def refusal(sizes):
+    with pytest.raises(ValueError, match="mesh: ") as caught:
+        Mesh.build("cpu", **sizes)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -56,9 +61,8 @@ def test_experts_are_divided_among_neighbours_that_shard_parameters(ranks):
         ({"cp": 0}, "cp is 0: expected at least 1"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_with_the_arithmetic(sizes, message):
-    with LocalRanks(2) as pool, pytest.raises(LocalRankError, match=message):
-        pool.run(axes_of, sizes)
+def test_sizes_that_cannot_be_are_refused_with_the_arithmetic(ranks, sizes, message):
+    assert all(message in each for each in ranks.run(refusal, sizes, size=2))
 
 
 def of_groups(ulysses, ring):

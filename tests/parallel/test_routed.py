@@ -103,7 +103,7 @@ def cases_of(size):
     return everything[:: 1 if size == 1 else 11]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_routed_queries_get_what_all_queries_get_there(ranks, size):
     cases = cases_of(size)
     if size == 1:

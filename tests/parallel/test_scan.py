@@ -1,6 +1,7 @@
 """The state scan over ranks against the recurrence on one."""
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -50,13 +51,18 @@ def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype,
     assert all(answer[-1] == ({"all_gather": 2} if size > 1 else {}) for each in answers for answer in each)
 
 
+@cache
+def whole(kind, bounds, continued):
+    """Everything of the whole sequence, by the reference."""
+    case = draw(kind, bounds[-1], heads=HEADS)
+    if not continued:
+        case.state.zero_()
+    return by_reference(case, bounds[1:-1] if continued else bounds[:-1])
+
+
 def compare(answers, kind, cases, size, dtype, bound):
     for number, (bounds, order, continued) in enumerate(cases):
-        layout = Layout(bounds, order, size)
-        case = draw(kind, bounds[-1], heads=HEADS)
-        if not continued:
-            case.state.zero_()
-        want = by_reference(case, bounds[1:-1] if continued else bounds[:-1])
+        layout, want = Layout(bounds, order, size), whole(kind, bounds, continued)
         outs, finals, grads, _ = zip(*(answer[number] for answer in answers), strict=True)
         got = {"o": layout.unshard(outs)}
         names = [name for name in want if name.startswith("d")]
@@ -76,7 +82,7 @@ def compare(answers, kind, cases, size, dtype, bound):
 
 @each_kind
 @pytest.mark.parametrize("states", ["ring", "tree"])
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_other_schedules_of_states_give_the_same(ranks, kind, states, size):
     bounds = [PACKINGS["ends inside slices"], PACKINGS["over all ranks but the ends"], UNEVEN["a ragged end"]]
     cases = list(itertools.product(bounds, ORDERS, [False, True]))

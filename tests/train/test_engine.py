@@ -167,7 +167,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("runs", RUNS.values(), ids=map(str, RUNS))
+SLOW = "tokens together, 4 ranks"
+
+
+@pytest.mark.parametrize(
+    "runs", [pytest.param(runs, id=str(name), marks=[pytest.mark.slow] * (name == SLOW)) for name, runs in RUNS.items()]
+)
 def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, runs):
     answers = ranks.run(train, runs, size=runs[0].ranks)
     for number, run in enumerate(runs):

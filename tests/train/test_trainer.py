@@ -88,7 +88,7 @@ def test_a_run_that_is_done_is_left_alone(ranks, whole, workplace, tmp_path):
     ("size", "overrides"),
     [
         (2, CP2),
-        (2, DP2),
+        pytest.param(2, DP2, marks=pytest.mark.slow),
         (4, ("parallel.dp_replicate=2", "parallel.cp=2", "parallel.layout=contiguous")),
     ],
     ids=["cp 2, accumulating", "dp 2, accumulating", "4 ranks, replicated"],
@@ -115,7 +115,7 @@ def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, workplace, tm
         (2, ("parallel.layout=contiguous",)),
         (2, ("parallel.cp=1", "parallel.dp_shard=2")),
         (2, ("parallel.cp=1", "parallel.dp_replicate=2")),
-        (4, ("parallel.cp=4",)),
+        pytest.param(4, ("parallel.cp=4",), marks=pytest.mark.slow),
         (4, ("parallel.cp=2", "parallel.dp_shard=2")),
     ],
     ids=["1 rank", "contiguous", "dp_shard 2", "dp_replicate 2", "cp 4", "dp_shard 2, cp 2"],
@@ -239,7 +239,7 @@ def test_a_run_tells_how_its_experts_are_chosen(divided):
         (2, ["parallel.ep=2"]),
         (1, ["parallel.cp=1"]),
         (4, ["parallel.ep=4", "parallel.dp_shard=2"]),
-        (4, ["parallel.ep=2", "parallel.dp_replicate=2"]),
+        pytest.param(4, ["parallel.ep=2", "parallel.dp_replicate=2"], marks=pytest.mark.slow),
     ],
     ids=["the same", "1 rank", "ep 4", "ep 2, dp_replicate 2"],
 )

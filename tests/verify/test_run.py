@@ -35,7 +35,7 @@ def fp64_failures(ranks, function):
     return {str(row.case): row.failures for row in islice(verify(SUBJECT, ranks, measure=function), chosen)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, monkeypatch):
     chosen = [Case(2, "zigzag", True), Case(4, "contiguous", False), Case(2, "contiguous", True, dp_replicate=2)]
     chosen.append(Case(4, "zigzag", True, ulysses=2, attention="ulysses-ring", states="tree"))
