@@ -197,26 +197,35 @@ class Piece:
     mask: Mask | Tensor
 
 
+FINE = 256
+"""Queries of a bool mask at most: half of what is computed under it is not seen."""
+
+
 def pieces(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> list[Piece]:
     """A mask of `[Tq]` bounds, or of `[G, Tq]` for heads together, cut into rectangles and triangles with a plain mask.
 
     Where all queries of a tile see a stretch of keys, it is one piece without mask, as long as it is (unless it is
-    shorter than `q_tile`, and not worth a piece). The rest is cut into tiles of `k_tile` keys, which have a bool mask
-    of at most `q_tile * k_tile` (of each head) where they are not full or causal. None is empty.
+    shorter than `q_tile`, and not worth a piece). The rest is cut into tiles of `k_tile` keys, and where these are not
+    full or causal into tiles of `FINE` queries in the same way, with bool masks of at most `q_tile * k_tile` (of each
+    head). None is empty.
     """
     cut: list[Piece] = []
     begin, end = begin.cpu(), end.cpu()
     for top, left, right in _spans(begin, end, q_tile, k_tile):
         bottom = min(top + q_tile, begin.shape[-1])
-        lows, highs = begin[..., top:bottom], end[..., top:bottom]
-        shared = int(lows.max()), int(highs.min())
-        if shared[1] - shared[0] >= q_tile:
-            cut.extend(_masked(top, left, shared[0], lows, highs, k_tile))
-            cut.append(Piece(top, bottom, *shared, FULL))
-            cut.extend(_masked(top, shared[1], right, lows, highs, k_tile))
-        else:
-            cut.extend(_masked(top, left, right, lows, highs, k_tile))
+        cut.extend(_tile(top, left, right, begin[..., top:bottom], end[..., top:bottom], q_tile, k_tile))
     return cut
+
+
+def _tile(top: int, left: int, right: int, lows: Tensor, highs: Tensor, q_tile: int, k_tile: int) -> Iterator[Piece]:
+    """The keys `[left, right)` of the queries from `top` on, which see what lows and highs say."""
+    shared = max(int(lows.max()), left), min(int(highs.min()), right)
+    if shared[1] - shared[0] >= q_tile:
+        yield from _masked(top, left, shared[0], lows, highs, k_tile)
+        yield Piece(top, top + lows.shape[-1], *shared, FULL)
+        yield from _masked(top, shared[1], right, lows, highs, k_tile)
+    else:
+        yield from _masked(top, left, right, lows, highs, k_tile)
 
 
 def _spans(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> Iterator[tuple[int, int, int]]:
@@ -250,6 +259,11 @@ def _masked(top: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile
             mask = FULL
         elif last - first == stop - at and bool((low <= at).all()) and _counts_up(high - at):
             mask = CAUSAL
+        elif last - first > FINE:
+            for inner in range(0, last - first, FINE):
+                some = slice(inner, inner + FINE)
+                yield from _tile(top + first + inner, at, stop, low[..., some], high[..., some], FINE, k_tile)
+            continue
         else:
             keys = torch.arange(at, stop, dtype=lows.dtype)
             mask = (keys >= low[..., None]) & (keys < high[..., None])

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
+from longctx.mixers.division import Share
 from longctx.mixers.heads import HeadRouter, HeadsMixConfig
 from longctx.mixers.memory import Memory
 from longctx.model.layers import Output
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
+from longctx.parallel.mesh import Axis
 
 
 class Mixer(nn.Module, ABC):
@@ -25,11 +27,15 @@ class Mixer(nn.Module, ABC):
 
     lent = 0
     """Channels for which the block's router reads its attention once more; its output then brings the attention."""
+    counts: ClassVar[tuple[str, ...]] = ("heads",)
+    """The attributes that count heads, or channels of all heads together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head_router: HeadRouter | None = None
         """Which heads a token reads; all of them where None."""
+        self.across = Axis()
+        """The ranks that divide the heads between them (`longctx.mixers.division`)."""
 
     def mix_heads(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
         """Route the layer's `heads` heads from now on, for width `dim`."""
@@ -53,6 +59,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """The layer's own part of `forward`: what fits has been looked at."""
+
+    @abstractmethod
+    def shares(self) -> dict[str, Share]:
+        """How heads divide the layer's parameters, and the buffers that have a number for each."""
 
     def route(self, x: Tensor, layout: Layout) -> HeadRouting | None:
         """Which heads the tokens of the layer's input x `[B, T_local, D]` read; None for all of them."""

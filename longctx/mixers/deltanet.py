@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longctx.config import Integer
 from longctx.kernels.library import DELTA
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, StepDecay, unit
@@ -89,6 +90,11 @@ class _Delta(LinearMixer):
         width = config.heads * self.head_dim
         super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
         self.beta = Linear(dim, config.heads)
+
+    def shares(self) -> dict[str, Share]:
+        """What there is of a decay and an output gate beside the rest, and how much is written."""
+        decay = ("step.weight", "step.up.weight", "decay.A_log", "decay.dt_bias")
+        return super().shares() | rows(self, "beta.weight", *decay, "gate.weight", "gate.up.weight", "gate.bias")
 
     def mixed(
         self, x: Tensor, layout: Layout, memory: Memory | None, *decay: Tensor, gate: nn.Module | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank, log_sigmoid
@@ -64,6 +65,10 @@ class Gla(LinearMixer):
         self.decay = LowRank(dim, config.gate_rank, width, bias=True)
         self.gate = Linear(dim, config.heads * value_dim)
         self.norm = HeadNorm(value_dim, eps, "silu")
+
+    def shares(self) -> dict[str, Share]:
+        """The gates beside the rest."""
+        return super().shares() | rows(self, "decay.up.weight", "decay.bias", "gate.weight")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""

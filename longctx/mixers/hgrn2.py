@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import HeadsConfig, LinearMixer
-from longctx.model.layers import Output, RMSNorm, SelfInitialised
+from longctx.mixers.parts import HeadsConfig, LinearMixer, WholeNorm
+from longctx.model.layers import Output, SelfInitialised
 from longctx.parallel.layout import Layout
 
 
@@ -76,7 +77,11 @@ class Hgrn2(LinearMixer):
         value_width = config.heads * (config.value_dim or key_dim)
         super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv, activation=None)
         self.bound = LowerBound(width, layer, depth) if layer > 0 else None
-        self.norm = RMSNorm(value_width, eps)
+        self.norm = WholeNorm(value_width, eps)
+
+    def shares(self) -> dict[str, Share]:
+        """The lower bound and the norm beside the rest."""
+        return super().shares() | rows(self, "bound.bound", "norm.weight")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.recurrence import accumulation_dtype
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer, LowRank
+from longctx.mixers.parts import HeadsConfig, LinearMixer, LowRank, WholeNorm
 from longctx.model.layers import Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.prefix import log_cumsum_exp
@@ -52,7 +53,11 @@ class LightNet(LinearMixer):
         width, value_width = config.heads * self.head_dim, config.heads * (config.value_dim or self.head_dim)
         super().__init__(dim, depth, config.heads, (width, width, value_width), config.conv, activation=None)
         self.gate = LowRank(dim, config.gate_rank, value_width)
-        self.norm = HeadNorm(value_width, eps, "silu")
+        self.norm = WholeNorm(value_width, eps, "silu")
+
+    def shares(self) -> dict[str, Share]:
+        """The output gate and the norm beside the rest."""
+        return super().shares() | rows(self, "gate.up.weight", "norm.weight")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
-from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit, read
 from longctx.mixers.memory import Memory, scan
 from longctx.model.layers import Linear, Output
 from longctx.parallel.layout import Layout
+from longctx.parallel.norm import rms_norm_across
 from longctx.parallel.scan import begin_state_scan
 
 
@@ -86,8 +87,14 @@ class Lightning(Mixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            decays = torch.tensor(log_decays(self.heads, self.layer, self.depth), dtype=torch.float64, device="cpu")
-            self.log_decay.copy_(decays)
+            every = log_decays(self.heads * self.across.size, self.layer, self.depth)
+            mine = every[self.heads * self.across.rank :][: self.heads]
+            self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
+
+    def shares(self) -> dict[str, Share]:
+        """Queries, keys, values and gates; the output's columns; the decays."""
+        width = self.heads * self.head_dim
+        return {"qkvu.weight": Share(0, (width,) * 4), "out.weight": Share(1, (width,)), **rows(self, "log_decay")}
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
@@ -102,7 +109,8 @@ class Lightning(Mixer):
         q = F.silu(read(x, for_q, self.heads, routing))
         u = read(x, for_u, self.heads, routing)
         out = scan(ADDITIVE, q, k, v, gates, layout, memory, begun)
-        return emit(rms_norm(out.flatten(2), u.flatten(2), self.eps).view(out.shape), self.out, routing)
+        normed = rms_norm_across(out.flatten(2), u.flatten(2), self.eps, self.across)
+        return emit(normed.view(out.shape), self.out, routing)
 
     def flops(self, layout: Layout) -> int:
         """Projections, and per token and head a write and a read of the state."""

@@ -16,6 +16,7 @@ from longctx.kernels.library import ADDITIVE
 from longctx.kernels.linear import divided, with_ones
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer
+from longctx.mixers.division import Share, rows
 from longctx.mixers.features import feature_map
 from longctx.mixers.heads import emit, hidden, read
 from longctx.mixers.memory import Memory, scan
@@ -61,6 +62,8 @@ class LinearConfig(HeadsConfig):
 class BasicLinear(Mixer):
     """The layer."""
 
+    counts = ("heads", "kv_heads")
+
     def __init__(self, config: LinearConfig, dim: int, depth: int, eps: float) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
@@ -70,6 +73,16 @@ class BasicLinear(Mixer):
         self.feature_k, _ = feature_map(config.feature_map, self.kv_heads, self.head_dim)
         self.norm = None if config.normalize else HeadNorm(self.head_dim, eps)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
+
+    def shares(self) -> dict[str, Share]:
+        """Queries, keys and values; what maps are learned of each head; the output's columns."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        maps = [f"feature_{x}.{name}" for x in "qk" for name in ("weight", "bias")]
+        return {
+            "qkv.weight": Share(0, (width, kv_width, kv_width)),
+            "out.weight": Share(1, (width,)),
+            **rows(self, *maps),
+        }
 
     def project(self, x: Tensor, routing: HeadRouting | None) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T_local, H, K]`, zero where a head is not read, k and v `[B, T_local, H_kv, K]`."""

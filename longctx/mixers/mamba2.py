@@ -19,6 +19,7 @@ from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.mixers.base import Mixer, MixerConfig
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit, hidden
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import ShortConvolution, StepDecay
@@ -80,18 +81,21 @@ class GroupedNorm(RMSNorm):
 
     def __init__(self, dim: int, groups: int, eps: float) -> None:
         super().__init__(dim, eps)
-        self.groups = groups
+        self.group = dim // groups
+        """Channels of a group."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, D]` to the same."""
-        if self.groups == 1:
+        if self.group == x.shape[-1]:
             return super().forward(x)
-        parts = x.unflatten(-1, (self.groups, -1))
-        return rms_norm(parts, parts.new_ones(parts.shape[-1]), self.eps).flatten(2) * self.weight
+        parts = x.unflatten(-1, (-1, self.group))
+        return rms_norm(parts, parts.new_ones(self.group), self.eps).flatten(2) * self.weight
 
 
 class Mamba2(Mixer):
     """The layer; z, u and dt come from one projection."""
+
+    counts = ("heads", "groups", "width")
 
     def __init__(self, config: Mamba2Config, dim: int, depth: int, eps: float) -> None:
         super().__init__()
@@ -105,6 +109,17 @@ class Mamba2(Mixer):
         self.skip = Skip(self.heads)
         self.norm = GroupedNorm(self.width, self.groups, eps)
         self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
+
+    def shares(self) -> dict[str, Share]:
+        """Groups, and with them their heads."""
+        mixed = (self.width, *(self.groups * self.state_dim,) * 2)
+        return {
+            "inner.weight": Share(0, (self.width, *mixed, self.heads)),
+            "conv.weight": Share(0, mixed),
+            "conv.bias": Share(0, mixed),
+            "out.weight": Share(1, (self.width,)),
+            **rows(self, "decay.A_log", "decay.dt_bias", "skip.weight", "norm.weight"),
+        }
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""

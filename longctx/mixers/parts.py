@@ -11,11 +11,14 @@ from longctx.config import Integer
 from longctx.kernels.pointwise import rms_norm
 from longctx.kernels.recurrence import accumulation_dtype
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.division import Share
 from longctx.mixers.heads import hidden, read
 from longctx.mixers.memory import Memory, convolve
 from longctx.model.layers import Linear, SelfInitialised
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import Layout
+from longctx.parallel.mesh import Axis
+from longctx.parallel.norm import rms_norm_across
 
 
 class HeadsConfig(MixerConfig):
@@ -70,13 +73,29 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(value_dim))
         self.eps, self.activation = eps, activation
 
+    def norm(self, o: Tensor) -> Tensor:
+        """Without the gate."""
+        return rms_norm(o, self.weight, self.eps)
+
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """`[B, T, H, V]` to the same, the gate too."""
-        normed = rms_norm(o, self.weight, self.eps)
+        normed = self.norm(o)
         if gate is None:
             return normed
         gate = F.silu(gate) if self.activation == "silu" else torch.sigmoid(gate)
         return normed * gate.view(normed.shape)
+
+
+class WholeNorm(HeadNorm):
+    """The same over the channels of all heads together, on whichever ranks they are."""
+
+    def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
+        super().__init__(width, eps, activation)
+        self.across = Axis()
+
+    def norm(self, o: Tensor) -> Tensor:
+        """Without the gate; `[B, T, H V]`."""
+        return rms_norm_across(o, self.weight, self.eps, self.across)
 
 
 class LowRank(SelfInitialised):
@@ -152,6 +171,7 @@ class LinearMixer(Mixer):
     recurrence reads them; whatever of it has `flops_per_token` is counted.
     """
 
+    counts = ("heads", "widths")
     writes = 1
     """Times that a token's state is gone over to write: 2 with the delta rule."""
 
@@ -170,6 +190,11 @@ class LinearMixer(Mixer):
         self.qkv = Linear(dim, sum(widths))
         self.conv = ShortConvolution(sum(widths), conv, activation=activation) if conv else None
         self.out = Linear(widths[2], dim, scale=(2 * depth) ** -0.5)
+
+    def shares(self) -> dict[str, Share]:
+        """Queries, keys and values, their convolution, and the output's columns; a subclass adds its gates'."""
+        found = {"qkv.weight": Share(0, self.widths), "out.weight": Share(1, self.widths[2:])}
+        return found if self.conv is None else found | {"conv.weight": Share(0, self.widths)}
 
     def project(
         self, x: Tensor, layout: Layout, memory: Memory | None, routing: HeadRouting | None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer
@@ -70,7 +71,12 @@ class Retention(LinearMixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            self.log_decay.copy_(torch.tensor(log_decays(self.heads), dtype=torch.float64, device="cpu"))
+            mine = log_decays(self.heads * self.across.size)[self.heads * self.across.rank :][: self.heads]
+            self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
+
+    def shares(self) -> dict[str, Share]:
+        """The output gate and the decays beside the rest."""
+        return super().shares() | rows(self, "gate.weight", "log_decay")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""

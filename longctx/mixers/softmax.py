@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.routed_linear import to_pairs
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
+from longctx.mixers.division import Share
 from longctx.mixers.heads import HeadRouter, divided, emit, emit_pairs
 from longctx.mixers.memory import Memory, attend, attend_to_scores
 from longctx.model.layers import Attend, Linear, Output
@@ -72,6 +73,8 @@ class SoftmaxConfig(MixerConfig):
 class Softmax(Mixer):
     """The layer; q, k and v come from one projection."""
 
+    counts = ("heads", "kv_heads")
+
     def __init__(self, config: SoftmaxConfig, dim: int, depth: int) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
@@ -80,6 +83,11 @@ class Softmax(Mixer):
         self.reach = Reach(window=config.window)
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
+
+    def shares(self) -> dict[str, Share]:
+        """Queries, keys and values; the output's columns."""
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""

@@ -1,10 +1,13 @@
 """Masks by position: what they show, and the tiles and pieces that are left of them."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.kernels import attention_masks
 from longctx.kernels.attention import CAUSAL, FULL, Positions, packed_documents, sliding_window
 from longctx.kernels.attention_masks import key_bounds, pieces, query_bounds, visible_tiles
 from tests.kernels.attention_cases import dense, masks
@@ -41,8 +44,13 @@ def test_bounds_show_what_the_definition_shows(name):
 
 
 @settings(max_examples=150, deadline=None)
-@given(mask=positions(), q_tile=st.sampled_from([1, 4, 16]), k_tile=st.sampled_from([1, 3, 16]))
-def test_any_sorted_positions_give_exact_bounds_tiles_and_pieces(mask, q_tile, k_tile):
+@given(
+    mask=positions(),
+    q_tile=st.sampled_from([1, 4, 16]),
+    k_tile=st.sampled_from([1, 3, 16]),
+    fine=st.sampled_from([1, 3, 16]),
+)
+def test_any_sorted_positions_give_exact_bounds_tiles_and_pieces(mask, q_tile, k_tile, fine):
     (begin, end), seen = mask.bounds, dense(mask)
     keys = len(mask.key)
     assert torch.equal(shown(begin, end, keys), seen)
@@ -66,10 +74,12 @@ def test_any_sorted_positions_give_exact_bounds_tiles_and_pieces(mask, q_tile, k
         assert not seen[inside[~rows[inside]]].any()
 
     covered = torch.zeros_like(seen, dtype=torch.int64)
-    for piece in pieces(begin, end, q_tile, k_tile):
+    with patch.object(attention_masks, "FINE", fine):
+        cut = pieces(begin, end, q_tile, k_tile)
+    for piece in cut:
         view = covered[piece.q_begin : piece.q_end, piece.k_begin : piece.k_end]
         if isinstance(piece.mask, torch.Tensor):
-            assert piece.mask.numel() <= q_tile * k_tile
+            assert piece.mask.numel() <= min(q_tile, fine) * k_tile
             assert piece.mask.any(dim=1).any()
             view += piece.mask
         else:

@@ -1,0 +1,122 @@
+"""Megatron's transformer layer with a mixer of longctx, chosen by the layer's number over all pipeline stages.
+
+A pattern of letters, as in a recipe's `model.layers`, says which: `S` is Megatron's own self-attention, with its
+projections, norms and rotary positions, around attention over context-parallel ranks; any other letter is a mixer
+(`longctx.adapters.megatron.mixer`). The rest of the layer is what Megatron's configuration says: its norms and linear
+layers, by TransformerEngine where `transformer_impl` asks for it, its feed-forward or its mixture of experts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from longctx.adapters.megatron.attention import SoftmaxAttention
+from longctx.adapters.megatron.mixer import TokenMixer
+from longctx.adapters.megatron.norms import Norm
+from longctx.mixers import MIXERS, MixerConfig
+from longctx.mixers.heads import HeadsMixConfig
+
+SOFTMAX = "S"
+
+
+class Layer(TransformerLayer):  # type: ignore[misc]
+    """One layer of a stack with a pattern; `ModuleSpec(module=Layer, params={"pattern": "LLLS"})`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules | None = None,
+        layer_number: int = 1,
+        hidden_dropout: float | None = None,
+        pg_collection: Any = None,
+        vp_stage: int | None = None,
+        *,
+        pattern: str,
+        mixers: Mapping[str, MixerConfig] | None = None,
+        heads: HeadsMixConfig | None = None,
+        **newer: Any,
+    ) -> None:
+        """`layer_number` counts from 1 within the pipeline stage. `mixers`: configurations by letter, in the place of
+        those that follow from Megatron's (`default_mixer`); with one for `S` that layer is longctx's own, rotary
+        positions included. `heads`: a mixture of heads, for the mixers that it names.
+
+        Raises ValueError where the pattern has a letter that there is not, and what the mixers raise.
+        """
+        number = layer_number
+        if not newer.get("is_mtp_layer") and newer.get("add_layer_offset", True):
+            group = None if pg_collection is None else getattr(pg_collection, "pp", None)
+            rank = parallel_state.get_pipeline_model_parallel_rank() if group is None else group.rank()
+            number += get_transformer_layer_offset(config, vp_stage, rank)
+        letters = {letter_of(pattern, n) for n in range(1, config.num_layers + 1)}
+        if len(letters) > 1:
+            # Layers that differ are saved under numbers of their own, not as slices of one tensor.
+            config.hetereogenous_dist_checkpoint = True
+        chosen = submodules or layer_submodules(config, number, pattern, mixers or {}, heads)
+        super().__init__(config, chosen, layer_number, hidden_dropout, pg_collection, vp_stage, **newer)
+
+
+def letter_of(pattern: str, layer_number: int) -> str:
+    """The letter of a layer, counted from 1: the pattern again and again."""
+    return pattern[(layer_number - 1) % len(pattern)]
+
+
+def layer_submodules(
+    config: TransformerConfig,
+    layer_number: int,
+    pattern: str,
+    mixers: Mapping[str, MixerConfig],
+    heads: HeadsMixConfig | None,
+) -> TransformerLayerSubmodules:
+    """What a layer is made of."""
+    engine = config.transformer_impl == "transformer_engine"
+    options: dict[str, Any] = {
+        "num_experts": config.num_moe_experts if has_experts(config, layer_number) else None,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+    }
+    if engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(**options)
+    else:
+        spec = get_gpt_layer_local_spec(normalization=config.normalization, **options)
+    parts = spec.submodules
+    letter = letter_of(pattern, layer_number)
+    mixer = mixers.get(letter)
+    routed = heads if heads is not None and MIXERS[letter].name in heads.mixers else None
+    if letter == SOFTMAX and mixer is None and routed is None:
+        parts.self_attention.submodules.core_attention = SoftmaxAttention
+    else:
+        parts.self_attention = ModuleSpec(
+            module=TokenMixer, params={"mixer": letter if mixer is None else mixer, "heads": routed}
+        )
+        if engine:
+            # TransformerEngine's attention has its norm in its projection.
+            from megatron.core.extensions.transformer_engine import TENorm
+
+            parts.input_layernorm = TENorm
+    for name in ("input_layernorm", "pre_mlp_layernorm"):
+        if getattr(parts, name) is WrappedTorchNorm:
+            setattr(parts, name, Norm)
+    return parts
+
+
+def has_experts(config: TransformerConfig, layer_number: int) -> bool:
+    """Whether `num_moe_experts` and `moe_layer_freq` give a layer, counted from 1, a mixture of experts."""
+    if config.num_moe_experts is None:
+        return False
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return (layer_number - 1) % frequency == 0
+    return bool(frequency[layer_number - 1])

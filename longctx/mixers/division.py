@@ -1,0 +1,84 @@
+"""The heads of a mixer divided over ranks (tensor parallelism): each has some of the heads, and gives a summand.
+
+A mixer says which of its parameters heads divide, and along which dim (`Mixer.shares`); the rest is whole on every
+rank, where its gradient is a summand too. A parameter that several projections lie in one after another is divided part
+by part, so that a rank has whole heads of each.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.parallel.mesh import Axis
+
+if TYPE_CHECKING:
+    from longctx.mixers.base import Mixer
+
+
+class Share(NamedTuple):
+    """How ranks divide a tensor: along a dim in which parts lie one after another, each in order of heads."""
+
+    dim: int
+    parts: tuple[int, ...]
+    """The lengths of the parts, of all ranks together."""
+
+    def of(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """What a rank has of the whole tensor."""
+        pieces = [part.chunk(size, self.dim)[rank] for part in whole.split(self.parts, self.dim)]
+        return torch.cat(pieces, self.dim)
+
+    def whole(self, each: Sequence[Tensor]) -> Tensor:
+        """The whole tensor, of what every rank has."""
+        lengths = [part // len(each) for part in self.parts]
+        pieces = zip(*(x.split(lengths, self.dim) for x in each), strict=True)
+        return torch.cat([piece for part in pieces for piece in part], self.dim)
+
+
+def rows(module: nn.Module, *names: str) -> dict[str, Share]:
+    """Shares of parameters or buffers of a module whose rows are heads, or channels of heads, and nothing else."""
+    tensors = dict([*module.named_parameters(), *module.named_buffers()])
+    return {name: Share(0, (len(tensors[name]),)) for name in names if name in tensors}
+
+
+@torch.no_grad()
+def divide(mixer: "Mixer", axis: Axis) -> None:
+    """Leave a mixer with all of its heads those of this rank; its output is from now on a summand of the layer's.
+
+    A norm over all heads then runs over the ranks of the axis. Nothing else communicates: adding outputs up, and the
+    gradients of the input and of `whole_parameters`, is the caller's. Raises ValueError where heads do not divide.
+    """
+    if axis.size == 1:
+        return
+    if mixer.head_router is not None:
+        raise ValueError("tensor parallelism: the heads of a mixture of heads are not divided")
+    for name in mixer.counts:
+        count = getattr(mixer, name)
+        for each in count if isinstance(count, tuple) else (count,):
+            if each % axis.size:
+                raise ValueError(f"tensor parallelism: {name} {each} does not divide over {axis.size} ranks")
+    for name, share in mixer.shares().items():
+        owner, _, last = name.rpartition(".")
+        module = mixer.get_submodule(owner)
+        tensor = getattr(module, last)
+        part = share.of(tensor.detach(), axis.rank, axis.size).clone()
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, last, nn.Parameter(part))
+        else:
+            module.register_buffer(last, part, persistent=last not in module._non_persistent_buffers_set)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = part.shape
+    for name in mixer.counts:
+        count = getattr(mixer, name)
+        parts = tuple(each // axis.size for each in count) if isinstance(count, tuple) else count // axis.size
+        setattr(mixer, name, parts)
+    for module in mixer.modules():
+        if hasattr(module, "across"):
+            object.__setattr__(module, "across", axis)
+
+
+def whole_parameters(mixer: "Mixer") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that every rank has whole: a backward pass gives each a summand of its gradient."""
+    shares = mixer.shares()
+    return ((name, parameter) for name, parameter in mixer.named_parameters() if name not in shares)

@@ -1,0 +1,64 @@
+"""Megatron's GPT with our layers, over tensor- and context-parallel ranks: the losses and gradients of one rank."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+
+from longctx.adapters.megatron import specs
+from tests.adapters.megatron.cases import Run, trained, whole
+
+HYBRIDS = {name: value for name, value in vars(specs).items() if isinstance(value, specs.ModuleSpec)}
+
+
+def compare(run, answers, alone, reference):
+    found, gradients = whole(run, answers)
+    want, wanted = whole(reference, alone)
+    assert (found - want).norm() <= 1e-10 * want.norm(), run
+    assert set(gradients) == set(wanted)
+    for name, ref in wanted.items():
+        assert (gradients[name] - ref).norm() <= 1e-10 * ref.norm(), f"{name}, {run}"
+
+
+def check(ranks, spec, runs, own=False):
+    """Runs against one rank, whose attention is Megatron's own where `own`."""
+    for reference in dict.fromkeys(
+        replace(run, tp=1, cp=1, sequence_parallel=False, comm=None, levels=None) for run in runs
+    ):
+        reference = replace(reference, own=own)
+        alone = [answer[0] for answer in ranks.run(trained, [reference], spec, size=1)]
+        mine = [
+            run
+            for run in runs
+            if replace(run, tp=1, cp=1, sequence_parallel=False, comm=None, levels=None, own=own) == reference
+        ]
+        for size in sorted({run.ranks for run in mine}):
+            these = [run for run in mine if run.ranks == size]
+            answers = ranks.run(trained, these, spec, size=size)
+            for number, run in enumerate(these):
+                compare(run, [answer[number] for answer in answers], alone, reference)
+
+
+def test_attention_is_megatrons_own(ranks):
+    more = [Run(), Run(batch=2), Run(options=(("window_size", (5, 0)),))]
+    schedules = [Run(cp=2, comm=comm) for comm in (None, "p2p", "all_gather", "a2a", "ring")]
+    over = [Run(tp=2, cp=2, sequence_parallel=True, batch=2), Run(tp=2, cp=2), Run(tp=4, sequence_parallel=True)]
+    levels = [Run(cp=4, comm="a2a+p2p", levels=(2, 2)), Run(cp=4, comm="ulysses-all-gather", levels=(2, 2))]
+    windows = [Run(cp=4, comm="ring", options=(("window_size", (5, 0)),))]
+    check(ranks, specs.softmax, [*more, *schedules, *over, *levels, *windows], own=True)
+
+
+PARALLEL = [
+    Run(cp=2, batch=2),
+    Run(tp=2, sequence_parallel=True),
+    Run(tp=2, cp=2),
+    Run(cp=2, packed=True),
+    Run(tp=2, cp=2, sequence_parallel=True, packed=True),
+    Run(cp=4, packed=True),
+]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_every_stack_equals_itself_on_one_rank(ranks, name):
+    check(ranks, HYBRIDS[name], PARALLEL)
