@@ -8,7 +8,6 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.mixers.base import MixerConfig
-from longctx.mixers.division import Share
 from longctx.mixers.memory import Memory
 from longctx.mixers.softmax import Softmax, SoftmaxConfig
 from longctx.model.layers import Output
@@ -84,6 +83,8 @@ class AttentionExperts(Softmax):
     the same order. `longctx.moe.attention_upcycle` makes both of dense layers' weights.
     """
 
+    divisible = False
+
     def __init__(self, config: AttentionExpertsConfig, dim: int, depth: int) -> None:
         super().__init__(config.together(dim), dim, depth)
         self.kv: KeysValues = config.kv
@@ -94,10 +95,6 @@ class AttentionExperts(Softmax):
         # Each expert begins as it would alone: as many inputs as its own heads have.
         self.out.init_std *= config.experts**0.5
         self.router = Router(dim, config.experts)
-
-    def shares(self) -> dict[str, Share]:
-        """Raises ValueError: which heads read which would not stay together."""
-        raise ValueError("tensor parallelism: the heads of attention experts are not divided")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Output:
         """`[B, T_local, D]` to the same, and how even the weights are."""

@@ -27,6 +27,8 @@ class Mixer(nn.Module, ABC):
 
     lent = 0
     """Channels for which the block's router reads its attention once more; its output then brings the attention."""
+    divisible: ClassVar[bool] = True
+    """Whether ranks can divide the heads between them."""
     counts: ClassVar[tuple[str, ...]] = ("heads",)
     """The attributes that count heads, or channels of all heads together."""
 

@@ -5,7 +5,7 @@ rank, where its gradient is a summand too. A parameter that several projections 
 by part, so that a rank has whole heads of each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,13 +46,15 @@ def rows(module: nn.Module, *names: str) -> dict[str, Share]:
 def divide(mixer: "Mixer", axis: Axis) -> None:
     """Leave a mixer with all of its heads those of this rank; its output is from now on a summand of the layer's.
 
-    A norm over all heads then runs over the ranks of the axis. Nothing else communicates: adding outputs up, and the
-    gradients of the input and of `whole_parameters`, is the caller's. Raises ValueError where heads do not divide.
+    A norm over all heads then runs over the ranks of the axis. Nothing else communicates: adding up outputs, the
+    gradients of the input and those of parameters that every rank has whole, is the caller's. Raises ValueError where
+    heads do not divide.
     """
     if axis.size == 1:
         return
-    if mixer.head_router is not None:
-        raise ValueError("tensor parallelism: the heads of a mixture of heads are not divided")
+    if mixer.head_router is not None or not mixer.divisible:
+        kind = type(mixer).__name__ if mixer.head_router is None else "a mixture of heads"
+        raise ValueError(f"tensor parallelism: the heads of {kind} are not divided")
     for name in mixer.counts:
         count = getattr(mixer, name)
         for each in count if isinstance(count, tuple) else (count,):
@@ -76,9 +78,3 @@ def divide(mixer: "Mixer", axis: Axis) -> None:
     for module in mixer.modules():
         if hasattr(module, "across"):
             object.__setattr__(module, "across", axis)
-
-
-def whole_parameters(mixer: "Mixer") -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that every rank has whole: a backward pass gives each a summand of its gradient."""
-    shares = mixer.shares()
-    return ((name, parameter) for name, parameter in mixer.named_parameters() if name not in shares)

@@ -93,7 +93,7 @@ def refusal(letter, changes):
         ("S", {"heads": 3, "kv_heads": 3}, "heads 3 does not divide over 2 ranks"),
         ("S", {"heads": 2, "kv_heads": 1}, "kv_heads 1 does not divide over 2 ranks"),
         ("M", {"groups": 1}, "groups 1 does not divide over 2 ranks"),
-        ("A", {}, "the heads of attention experts are not divided"),
+        ("A", {}, "the heads of AttentionExperts are not divided"),
     ],
 )
 def test_heads_that_do_not_divide_are_refused(ranks, letter, changes, message):

@@ -7,6 +7,7 @@ nothing, `auto`. Tensor parallelism needs nothing here: a rank's heads attend by
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from longctx.adapters.megatron.layouts import Groups, Placement, attention_schedule, packed_bounds, placement
+from longctx.adapters.megatron.layouts import Groups, Placement, attention_schedule, placed
+from longctx.adapters.megatron.router import Attend
 from longctx.kernels import attention as blocks
 from longctx.kernels.attention import FULL, BlockMask, Positions
+from longctx.moe.token_graph import attention_aware
 from longctx.parallel.attention import softmax_attention
 
 CAUSAL_TYPES = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -64,6 +67,10 @@ class SoftmaxAttention(MegatronModule):  # type: ignore[misc]
             )
         self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.window = window_of(config, layer_number)
+        self.lends = False
+        """Whether the layer's router reads the attention once more."""
+        self.attend: Attend | None = None
+        """What it then reads, of the batch that was computed last."""
 
     def forward(
         self,
@@ -87,25 +94,28 @@ class SoftmaxAttention(MegatronModule):  # type: ignore[misc]
         if not causal and kind is not AttnMaskType.no_mask:
             raise ValueError(f"attn_mask_type: {kind.name}; only causal attention, and no_mask, lie over ranks here")
         if packed_seq_params is not None:
-            where = self._packed(packed_seq_params, len(query))
+            where = placed(len(query), packed_seq_params, self.groups, self.schedule)
             return self._over_ranks(query[None], key[None], value[None], where, causal)[0].flatten(1)
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         if k.shape[1] != q.shape[1]:
             return self._generated(q, k, v).flatten(2).transpose(0, 1)
-        length = q.shape[1] * self.groups.cp.size
-        where = placement((0, length), False, self.groups, self.schedule)
+        where = placed(q.shape[1], None, self.groups, self.schedule)
         if causal and attention_mask is not None:
             check_causal(attention_mask, where)
         return self._over_ranks(q, k, v, where, causal).flatten(2).transpose(0, 1).contiguous()
 
-    def _packed(self, packed: PackedSeqParams, rows: int) -> Placement:
-        bounds = packed_bounds(packed, rows * self.groups.cp.size)
-        return placement(bounds, True, self.groups, self.schedule)
-
     def _over_ranks(self, q: Tensor, k: Tensor, v: Tensor, where: Placement, causal: bool) -> Tensor:
         if where.take is not None:
             q, k, v = (where.take(x, 1) for x in (q, k, v))
+        if self.lends:
+            self.attend = partial(self._attend, q, k, where)
         out = softmax_attention(q, k, v, where.layout, self.softmax_scale, causal=causal, window=self.window)
+        return out if where.give is None else where.give(out, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, where: Placement, r: Tensor) -> Tensor:
+        """The attention of these queries to these keys, the mean of the rank's heads, of scores `[b, s/cp, E]`."""
+        r = r if where.take is None else where.take(r, 1)
+        out = attention_aware(r, q, k, where.layout, self.softmax_scale, self.window)
         return out if where.give is None else where.give(out, 1)
 
     def _generated(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ layers, by TransformerEngine where `transformer_impl` asks for it, its feed-forw
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
@@ -26,10 +27,11 @@ from megatron.core.transformer.transformer_layer import (
 from longctx.adapters.megatron.attention import SoftmaxAttention
 from longctx.adapters.megatron.mixer import TokenMixer
 from longctx.adapters.megatron.norms import Norm
+from longctx.adapters.megatron.router import AttentionRouter, Choice, GraphRouter, SimilarityRouter
 from longctx.mixers import MIXERS, MixerConfig
 from longctx.mixers.heads import HeadsMixConfig
 
-SOFTMAX = "S"
+SOFTMAX, TOKEN = "S", Choice()
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
@@ -47,11 +49,13 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         pattern: str,
         mixers: Mapping[str, MixerConfig] | None = None,
         heads: HeadsMixConfig | None = None,
+        choice: Choice = TOKEN,
         **newer: Any,
     ) -> None:
         """`layer_number` counts from 1 within the pipeline stage. `mixers`: configurations by letter, in the place of
         those that follow from Megatron's (`default_mixer`); with one for `S` that layer is longctx's own, rotary
-        positions included. `heads`: a mixture of heads, for the mixers that it names.
+        positions included. `heads`: a mixture of heads, for the mixers that it names. `choice`: how tokens choose
+        experts, where there are any.
 
         Raises ValueError where the pattern has a letter that there is not, and what the mixers raise.
         """
@@ -64,8 +68,30 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         if len(letters) > 1:
             # Layers that differ are saved under numbers of their own, not as slices of one tensor.
             config.hetereogenous_dist_checkpoint = True
-        chosen = submodules or layer_submodules(config, number, pattern, mixers or {}, heads)
+        chosen = submodules or layer_submodules(config, number, pattern, mixers or {}, heads, choice)
         super().__init__(config, chosen, layer_number, hidden_dropout, pg_collection, vp_stage, **newer)
+        router = getattr(self.mlp, "router", None)
+        self.graph_router = router if isinstance(router, GraphRouter) else None
+        self.lender = getattr(self.self_attention, "core_attention", None) if choice.by == "attention" else None
+        if self.graph_router is not None and self.lender is not None:
+            self.lender.lends = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's; its router knows the batch's documents meanwhile."""
+        if self.graph_router is None:
+            return super().forward(*args, **kwargs)
+        self.graph_router.packed = kwargs.get("packed_seq_params")
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.graph_router.packed = self.graph_router.attend = None
+            if self.lender is not None:
+                self.lender.attend = None
+
+    def _forward_mlp(self, *args: Any, **kwargs: Any) -> Any:
+        if self.graph_router is not None and self.lender is not None:
+            self.graph_router.attend = self.lender.attend
+        return super()._forward_mlp(*args, **kwargs)
 
 
 def letter_of(pattern: str, layer_number: int) -> str:
@@ -79,6 +105,7 @@ def layer_submodules(
     pattern: str,
     mixers: Mapping[str, MixerConfig],
     heads: HeadsMixConfig | None,
+    choice: Choice,
 ) -> TransformerLayerSubmodules:
     """What a layer is made of."""
     engine = config.transformer_impl == "transformer_engine"
@@ -106,6 +133,13 @@ def layer_submodules(
             from megatron.core.extensions.transformer_engine import TENorm
 
             parts.input_layernorm = TENorm
+    if options["num_experts"] is not None and choice.by != "token":
+        choice.check(config, letter)
+        # A ModuleSpec in 0.16, a partial function later.
+        experts = parts.mlp.submodules if isinstance(parts.mlp, ModuleSpec) else parts.mlp.keywords["submodules"]
+        experts.router = AttentionRouter
+        if choice.by == "similarity":
+            experts.router = partial(SimilarityRouter, width=choice.similarity_dim, temperature=choice.temperature)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         if getattr(parts, name) is WrappedTorchNorm:
             setattr(parts, name, Norm)

@@ -73,24 +73,24 @@ class Placement:
 
 
 @lru_cache(maxsize=64)
-def placement(
-    bounds: tuple[int, ...], packed: bool, groups: Groups, attention: str, states: str = "all-gather"
-) -> Placement:
+def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: str) -> Placement:
     """Of one sequence with these `cu_seqlens`: made once, since layers keep their plans with the layout."""
     cp = groups.cp
     if cp.size == 1:
-        return Placement(Layout(bounds, attention=attention, states=states))
+        return Placement(Layout(bounds, attention=attention))
     if not packed:
-        layout = Layout(
-            bounds, "zigzag", cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention, states=states
-        )
-        return Placement(layout)
-    layout = Layout(
-        bounds, "balanced", cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention, states=states
-    )
+        return Placement(Layout(bounds, "zigzag", cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention))
+    layout = Layout(bounds, "balanced", cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention)
     have = [by_documents(bounds, cp.size, rank) for rank in range(cp.size)]
     want = [layout.seen_by(rank).tokens for rank in range(cp.size)]
     return Placement(layout, Reorder.of(have, want, cp), Reorder.of(want, have, cp))
+
+
+def placed(rows: int, packed: PackedSeqParams | None, groups: Groups, attention: str) -> Placement:
+    """Of a batch of which this rank has `rows` tokens."""
+    length = rows * groups.cp.size
+    bounds = (0, length) if packed is None else packed_bounds(packed, length)
+    return placement(bounds, packed is not None, groups, attention)
 
 
 def by_documents(bounds: Sequence[int], size: int, rank: int) -> Tensor:

@@ -23,10 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from longctx.adapters.megatron.checkpoints import sharded
-from longctx.adapters.megatron.layouts import Groups, attention_schedule, packed_bounds, placement
+from longctx.adapters.megatron.layouts import Groups, attention_schedule, placed
 from longctx.adapters.megatron.losses import attach
 from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
-from longctx.mixers.division import divide, whole_parameters
+from longctx.mixers.division import divide
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.layers import Linear, Output
 from longctx.parallel.collectives import all_reduce
@@ -94,14 +94,15 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
             self.to(torch.cuda.current_device())
 
     def _divide(self, tp: Axis) -> None:
-        self.shares = self.mixer.shares() if tp.size > 1 else {}
+        self.shares = self.mixer.shares()
+        """How heads divide parameters, with the lengths of all ranks together."""
         divide(self.mixer, tp)
-        for name, share in self.shares.items():
-            tensor = self.mixer.get_parameter(name) if name in dict(self.mixer.named_parameters()) else None
-            if tensor is not None:
-                set_tensor_model_parallel_attributes(tensor, True, share.dim, 1)
-        if tp.size > 1:
-            for _, parameter in whole_parameters(self.mixer):
+        if tp.size == 1:
+            return
+        for name, parameter in self.mixer.named_parameters():
+            if name in self.shares:
+                set_tensor_model_parallel_attributes(parameter, True, self.shares[name].dim, 1)
+            else:
                 # Each rank's gradient is that of its own heads.
                 parameter.register_hook(lambda grad: all_reduce(grad.contiguous(), tp.group))
 
@@ -152,16 +153,14 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         return out, None
 
     def _train(self, x: Tensor, packed: PackedSeqParams | None) -> Tensor:
-        length = x.shape[1] * self.groups.cp.size
-        bounds = (0, length) if packed is None else packed_bounds(packed, length)
-        where = placement(bounds, packed is not None, self.groups, self.schedule)
+        where = placed(x.shape[1], packed, self.groups, self.schedule)
         if where.take is not None:
             x = where.take(x, 1)
         given = Output.of(self.mixer(x, where.layout))
         out = given.out if where.give is None else where.give(given.out, 1)
         if given.report is None or not self.training:
             return out
-        return attach(out, given.report.loss, self.config, self.groups.cp.size, length * len(x))
+        return attach(out, given.report.loss, self.config, self.groups.cp.size, where.layout.length * len(x))
 
     def _generate(self, x: Tensor, context: Any) -> Tensor:
         """The next tokens of the documents of a static inference context, which holds what layers remember."""

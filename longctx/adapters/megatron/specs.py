@@ -17,24 +17,28 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from longctx.adapters.megatron.layer import Layer
+from longctx.adapters.megatron.layer import TOKEN, Layer
 from longctx.adapters.megatron.norms import Norm
+from longctx.adapters.megatron.router import Choice
 from longctx.mixers import MIXERS, MixerConfig
 from longctx.mixers.heads import HeadsMixConfig
 
 
 def layer_spec(
-    pattern: str, mixers: Mapping[str, MixerConfig] | None = None, heads: HeadsMixConfig | None = None
+    pattern: str,
+    mixers: Mapping[str, MixerConfig] | None = None,
+    heads: HeadsMixConfig | None = None,
+    choice: Choice = TOKEN,
 ) -> ModuleSpec:
-    """The spec of a stack whose layers follow a pattern of letters, again and again; `mixers` and `heads` as in
-    `longctx.adapters.megatron.layer.Layer`.
+    """The spec of a stack whose layers follow a pattern of letters, again and again; `mixers`, `heads` and `choice` as
+    in `longctx.adapters.megatron.layer.Layer`.
 
     Raises ValueError for a letter that there is not.
     """
     strange = sorted(set(pattern) - set(MIXERS))
     if strange or not pattern:
         raise ValueError(f"pattern: {pattern!r}; letters are {', '.join(sorted(MIXERS))}")
-    return ModuleSpec(module=Layer, params={"pattern": pattern, "mixers": mixers, "heads": heads})
+    return ModuleSpec(module=Layer, params={"pattern": pattern, "mixers": mixers, "heads": heads, "choice": choice})
 
 
 def block_spec(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,11 +92,12 @@ def parallel(run: Run, **more: Any) -> None:
     model_parallel_cuda_manual_seed(5)
 
 
-def gpt(run: Run, spec: Any, **changes: Any) -> Any:
-    """The model; the same weights for every run."""
-    from longctx.adapters.megatron.specs import block_spec
+def gpt(run: Run, spec: Any, *, pre_process: bool = True, post_process: bool = True, **changes: Any) -> Any:
+    """The model, or a pipeline stage of it; the same weights for every run."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from longctx.adapters.megatron.specs import block_spec
 
     config = config_of(run, **changes)
     chosen = get_gpt_layer_local_spec(normalization="RMSNorm") if run.own else block_spec(spec, config)
@@ -105,6 +107,8 @@ def gpt(run: Run, spec: Any, **changes: Any) -> Any:
         chosen,
         VOCABULARY,
         LENGTH,
+        pre_process=pre_process,
+        post_process=post_process,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
         parallel_output=False,
@@ -122,7 +126,7 @@ def rows_of(run: Run, rank: int) -> torch.Tensor:
     """The tokens that Megatron gives a context-parallel rank."""
     bounds = BOUNDS if run.packed else (0, LENGTH)
     parts = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         chunks = torch.arange(begin, end).chunk(2 * run.cp) if run.cp > 1 else [torch.arange(begin, end)]
         parts += [chunks[rank], chunks[2 * run.cp - 1 - rank]] if run.cp > 1 else chunks
     return torch.cat(parts)
@@ -169,8 +173,9 @@ class Answer:
 
 def trained(runs: list[Run], spec: Any, around: Callable[[Any], None] | None = None) -> list[Answer]:
     """Forward and backward of each run, on every rank."""
-    from longctx.adapters.megatron.mixer import TokenMixer
     from megatron.core import parallel_state
+
+    from longctx.adapters.megatron.mixer import TokenMixer
 
     answers = []
     with on_cpu():
@@ -180,7 +185,8 @@ def trained(runs: list[Run], spec: Any, around: Callable[[Any], None] | None = N
             if around is not None:
                 around(model)
             found = losses(run, model)
-            (found.sum() / (run.batch * LENGTH)).backward()
+            # As its schedules and its data parallelism do: times cp, and then the mean over those ranks.
+            (found.sum() * run.cp / (run.batch * LENGTH)).backward()
             divided = {}
             for name, module in model.named_modules():
                 if isinstance(module, TokenMixer):
@@ -211,7 +217,7 @@ def whole(run: Run, answers: list[Answer]) -> tuple[torch.Tensor, dict[str, torc
             found[:, rows_of(run, answer.cp)] = answer.losses
     gradients = {}
     for name in answers[0].gradients:
-        each = [sum(a.gradients[name] for a in answers if a.tp == rank) for rank in range(run.tp)]
+        each = [sum(a.gradients[name] for a in answers if a.tp == rank) / run.cp for rank in range(run.tp)]
         how = answers[0].divided.get(name) if run.tp > 1 else None
         if how is None:
             gradients[name] = each[0]

@@ -24,6 +24,8 @@ class _OnCpu(TorchFunctionMode):
             kwargs["pin_memory"] = False
         if function is torch.Tensor.cuda:
             return args[0]
+        if function is torch.Tensor.type and len(args) == 1:
+            return "torch.cuda.FloatTensor"  # what gradients have to be that are clipped
         if function is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
             args = (args[0], "cpu", *args[2:])
         return function(*args, **kwargs)
@@ -51,6 +53,11 @@ class _Stream:
 class _Event(_Stream):
     def record(self, stream: Any = None) -> None:
         """It has happened."""
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What is on the host already, as the counts that collectives take."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 @contextlib.contextmanager
@@ -87,5 +94,9 @@ def on_cpu() -> Iterator[None]:
         }
         for name, answer in states.items():
             stack.enter_context(patch.object(parallel_random, name, answer))
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+        stack.enter_context(patch.object(moe_utils, "te_general_gemm", None, create=True))
+        stack.enter_context(patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _as_numbers))
         stack.enter_context(_OnCpu())
         yield

@@ -7,9 +7,22 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.adapters.megatron import specs
+from longctx.adapters.megatron.router import Choice
+from longctx.mixers.heads import HeadsMixConfig
 from tests.adapters.megatron.cases import Run, trained, whole
 
 HYBRIDS = {name: value for name, value in vars(specs).items() if isinstance(value, specs.ModuleSpec)}
+
+
+EXPERTS = (
+    ("num_moe_experts", 4),
+    ("moe_router_topk", 2),
+    ("moe_ffn_hidden_size", 16),
+    ("moe_router_dtype", "fp64"),
+    ("moe_token_dispatcher_type", "alltoall"),
+    ("moe_router_load_balancing_type", "none"),
+    ("moe_grouped_gemm", False),
+)
 
 
 def compare(run, answers, alone, reference):
@@ -23,16 +36,10 @@ def compare(run, answers, alone, reference):
 
 def check(ranks, spec, runs, own=False):
     """Runs against one rank, whose attention is Megatron's own where `own`."""
-    for reference in dict.fromkeys(
-        replace(run, tp=1, cp=1, sequence_parallel=False, comm=None, levels=None) for run in runs
-    ):
-        reference = replace(reference, own=own)
+    alone_of = {run: replace(run, tp=1, cp=1, sequence_parallel=False, comm=None, levels=None, own=own) for run in runs}
+    for reference in dict.fromkeys(alone_of.values()):
         alone = [answer[0] for answer in ranks.run(trained, [reference], spec, size=1)]
-        mine = [
-            run
-            for run in runs
-            if replace(run, tp=1, cp=1, sequence_parallel=False, comm=None, levels=None, own=own) == reference
-        ]
+        mine = [run for run in runs if alone_of[run] == reference]
         for size in sorted({run.ranks for run in mine}):
             these = [run for run in mine if run.ranks == size]
             answers = ranks.run(trained, these, spec, size=size)
@@ -62,3 +69,15 @@ PARALLEL = [
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_every_stack_equals_itself_on_one_rank(ranks, name):
     check(ranks, HYBRIDS[name], PARALLEL)
+
+
+@pytest.mark.parametrize("by", ["token", "similarity", "attention"])
+def test_experts_that_tokens_choose_together(ranks, by):
+    spec = specs.layer_spec("S", choice=Choice(by=by, similarity_dim=6, temperature=0.5))
+    over = [Run(cp=2, batch=2), Run(tp=2, sequence_parallel=True), Run(tp=2, cp=2, sequence_parallel=True)]
+    check(ranks, spec, [replace(run, options=EXPERTS) for run in [*over, Run(cp=4, packed=True)]])
+
+
+def test_a_mixture_of_heads(ranks):
+    heads = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
+    check(ranks, specs.layer_spec("LS", heads=heads), [Run(cp=2, batch=2), Run(cp=2, packed=True), Run(cp=4)])

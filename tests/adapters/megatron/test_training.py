@@ -1,0 +1,48 @@
+"""Training with Megatron-Core around our layers: its optimizer, pipeline, recomputation and checkpoints."""
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+
+from longctx.adapters.megatron.specs import layer_spec
+from tests.adapters.megatron.cases import Run
+from tests.adapters.megatron.training import Training, trained
+
+HYBRID = layer_spec("EMSL")
+
+
+@pytest.fixture(scope="module")
+def alone(ranks):
+    """The losses of six steps on one rank."""
+    return ranks.run(trained, HYBRID, Training(Run(), 6), size=1)[0]
+
+
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+TRAININGS = {
+    "tp 2, cp 2": (4, Training(Run(tp=2, cp=2, sequence_parallel=True), 3)),
+    "cp 2, dp 2": (4, Training(Run(cp=2), 3)),
+    "dp 2": (2, Training(Run(), 3)),
+    "tp 2, distributed optimizer": (2, Training(Run(tp=2), 3, distributed=True)),
+    "cp 2, distributed optimizer": (2, Training(Run(cp=2), 3, distributed=True)),
+    "all recomputed": (2, Training(Run(cp=2), 3, changes=RECOMPUTED)),
+    "attention recomputed": (
+        2,
+        Training(Run(cp=2), 3, changes={"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
+    ),
+}
+
+
+@pytest.mark.parametrize(("size", "training"), TRAININGS.values(), ids=TRAININGS)
+def test_losses_are_those_of_one_rank(ranks, alone, size, training):
+    for losses in ranks.run(trained, HYBRID, training, size=size):
+        # The distributed optimizer keeps its parts in float32.
+        assert losses == pytest.approx(alone[:3], rel=1e-5 if training.distributed else 1e-9)
+
+
+def test_saved_on_some_ranks_it_goes_on_on_others(ranks, alone, tmp_path):
+    folder = tmp_path / "checkpoint"
+    ranks.run(trained, HYBRID, Training(Run(tp=2, cp=2), 3, save=folder), size=4)
+    for run, pp in ((Run(cp=4), 1), (Run(tp=4, sequence_parallel=True), 1), (Run(cp=2), 2), (Run(), 1)):
+        rest = Training(run, 3, begin=3, load=folder, pp=pp)
+        for losses in ranks.run(trained, HYBRID, rest, size=run.ranks * pp):
+            assert losses == pytest.approx(alone[3:], rel=1e-9), run
