@@ -21,7 +21,7 @@ PREPARE = $(PY) -m longctx data prepare "$(STDLIB)" --suffix .py --exclude site-
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter-out 0,$(GPUS)),--nproc $(GPUS) parallel.cp=$(GPUS),--nproc 2)
 
-.PHONY: help install quickstart million test test-all lint format types docs tree clean
+.PHONY: help install quickstart million test test-all test-adapters lint format types docs tree clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 20
@@ -55,11 +55,19 @@ million: .venv/installed ## Train on one sequence of 1,048,576 tokens, on 2 rank
 # Each worker starts ranks of its own.
 PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-test: lint types ## Check all: style, layers, types, and the tests (about 12 minutes on 2 cores)
-	@$(PYTEST)
+test: lint types ## Check all: style, layers, types, and the tests (about 9 minutes on 2 cores)
+	@$(PYTEST) --ignore tests/adapters
 
 test-all: lint types ## The same with the slow grids
-	@$(PYTEST) -m 'slow or not slow'
+	@$(PYTEST) --ignore tests/adapters -m 'slow or not slow'
+
+test-adapters: .venv/adapters ## The layers inside other frameworks, which this installs (minutes)
+	@$(PYTEST) tests/adapters
+
+.venv/adapters: .venv/installed
+	@echo "Installing the frameworks that the adapters are for into .venv"
+	@$(PY) -m pip install --quiet -c constraints.txt -e '.[megatron]' --no-build-isolation
+	@touch $@
 
 lint: .venv/installed tree ## Check style, format, and which folder imports which
 	@$(PY) -m ruff check --quiet .

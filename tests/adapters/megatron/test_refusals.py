@@ -1,0 +1,84 @@
+"""What would be wrong inside Megatron-Core is refused by name."""
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+
+from longctx.adapters.megatron.layouts import by_documents
+from longctx.adapters.megatron.router import Choice
+from longctx.adapters.megatron.specs import layer_spec, softmax
+from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.lightning import LightningConfig
+from tests.adapters.megatron.cases import LENGTH, Run, gpt, parallel, tokens
+from tests.adapters.megatron.shim import on_cpu
+from tests.adapters.megatron.test_layers import EXPERTS
+
+
+def forward(run, spec, changes, mask):
+    model = gpt(run, spec, **changes)
+    x, _ = tokens(1)
+    model(x, torch.arange(LENGTH)[None], mask)
+
+
+def refusal(run, spec, changes, mask=None):
+    with on_cpu():
+        parallel(run)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is looked at by the caller
+            forward(run, spec, changes, mask)
+        return str(caught.value)
+
+
+def refused(ranks, *arguments, size=1):
+    (message, *_) = ranks.run(refusal, *arguments, size=size)
+    return message
+
+
+HEADS = HeadsMixConfig(mixers=("softmax",), shared=4, active=2)
+TOGETHER = layer_spec("S", choice=Choice(by="attention"))
+LINEAR = layer_spec("LS", choice=Choice(by="attention"))
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]}
+
+
+@pytest.mark.parametrize(
+    ("run", "spec", "changes", "message"),
+    [
+        (Run(), softmax, {"attention_dropout": 0.1}, "attention_dropout: 0.1; attention over ranks has none"),
+        (Run(), softmax, {"softmax_type": "off-by-one"}, "softmax_type: 'off-by-one'; only 'vanilla'"),
+        (Run(), softmax, {"window_size": (5, 2)}, "window_size: (5, 2) reaches 2 tokens ahead"),
+        (Run(cp=2, comm="everything"), softmax, {}, "cp_comm_type: there is no schedule 'everything'"),
+        (Run(cp=2, comm="a2a+p2p"), softmax, {}, "needs two hierarchical_context_parallel_sizes"),
+        (Run(tp=2), layer_spec("S", heads=HEADS), {}, "the heads of a mixture of heads are not divided"),
+        (
+            Run(tp=2),
+            layer_spec("L", mixers={"L": LightningConfig(heads=3, head_dim=4)}),
+            {},
+            "heads 3 does not divide over 2",
+        ),
+        (
+            Run(),
+            TOGETHER,
+            dict(EXPERTS) | SELECTIVE,
+            "recompute_modules: core_attn, moe would lose the router's gradient",
+        ),
+        (Run(), LINEAR, dict(EXPERTS), "router 'attention': a layer 'L' has no attention to read"),
+    ],
+)
+def test_what_is_not_computed(ranks, run, spec, changes, message):
+    assert message in refused(ranks, run, spec, changes, size=run.ranks)
+
+
+def test_a_mask_that_is_not_the_causal_one(ranks):
+    mask = torch.ones(1, 1, LENGTH, LENGTH).tril() < 0.5
+    mask[..., 20:, :20] = True
+    assert "is not the causal mask; give documents as packed sequences" in refused(ranks, Run(), softmax, {}, mask)
+
+
+def test_documents_that_do_not_divide():
+    with pytest.raises(ValueError, match="a document of 6 tokens does not divide into 4 chunks for 2"):
+        by_documents((0, 8, 14), 2, 0)
+
+
+def test_a_letter_that_there_is_not():
+    with pytest.raises(ValueError, match="pattern: 'LX'; letters are "):
+        layer_spec("LX")
