@@ -2,5 +2,5 @@
 
 from longctx.adapters.versions import Tested
 
-TESTED = Tested("megatron-core", oldest="0.16.1", newest="0.16", extra="megatron")
+TESTED = Tested("megatron-core", "megatron.core", oldest="0.16.1", newest="0.20", extra="megatron")
 TESTED.check()

@@ -7,9 +7,16 @@ Data is Megatron's mock data; what follows CHECKOUT is added to the arguments be
 checkout's own Megatron-Core, with what it asks of CUDA answered by the CPU (`shim.py`).
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it would compile for the device that is not there
+
+import torch
 
 from tests.adapters.megatron.shim import on_cpu
 
@@ -25,12 +32,30 @@ ARGUMENTS = """
     --mamba-head-dim 16 --mamba-num-groups 2 --mamba-state-dim 16
 """
 
+ANSWERS = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 0,
+    "memory_reserved": lambda *_: 0,
+    "max_memory_reserved": lambda *_: 0,
+    "memory_stats": lambda *_: {},
+    "reset_peak_memory_stats": lambda *_: None,
+    "get_device_properties": lambda *_: SimpleNamespace(total_memory=2**34, major=9, minor=0, multi_processor_count=1),
+    "get_device_capability": lambda *_: (9, 0),
+}
+"""What the training script asks of CUDA before it begins, and reports."""
+
 
 def main(checkout: Path, more: list[str]) -> None:
     """Run it in this rank."""
     sys.path.insert(0, str(checkout))
     sys.argv = ["pretrain_gpt.py", *ARGUMENTS.split(), *more]
-    with on_cpu():
+    if (checkout / "megatron" / "legacy").is_dir():
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = lambda args: None  # CUDA's compiler is asked for, and the kernels are switched off above
+    with on_cpu(), patch.multiple(torch.cuda, **ANSWERS):
         runpy.run_path(str(checkout / "pretrain_gpt.py"), run_name="__main__")
 
 
