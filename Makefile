@@ -66,7 +66,7 @@ test-adapters: .venv/adapters ## The layers inside other frameworks, which this 
 
 .venv/adapters: .venv/installed
 	@echo "Installing the frameworks that the adapters are for into .venv"
-	@$(PY) -m pip install --quiet -c constraints.txt -e '.[megatron,huggingface]' --no-build-isolation
+	@$(PY) -m pip install --quiet -c constraints.txt -e '.[megatron,deepspeed,huggingface]' --no-build-isolation
 	@touch $@
 
 lint: .venv/installed tree ## Check style, format, and which folder imports which

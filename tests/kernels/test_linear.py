@@ -83,7 +83,7 @@ def test_backward_the_gradients_of_queries_are_made_while_those_of_states_travel
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("constant", "scalar") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind", [kind if kind == "scalar" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
 @pytest.mark.parametrize(
     "heads",

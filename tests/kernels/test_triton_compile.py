@@ -123,7 +123,7 @@ def compile_all(kernels, decay, key_dim, value_dim):
         sys.stdout.write(f"{name} {registers} {spilled} {compiled.metadata.shared}\n")
 
 
-@pytest.mark.parametrize("kernels", [additive, delta])
+@pytest.mark.parametrize("kernels", [pytest.param(additive, marks=pytest.mark.slow), delta])
 @pytest.mark.parametrize(
     "decay", [x if x == "scalar" else pytest.param(x, marks=pytest.mark.slow) for x in tuning.DECAYS]
 )

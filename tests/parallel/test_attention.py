@@ -97,7 +97,11 @@ def schedules(size):
     return [s for s in ACROSS if grid(size) > 1 or not s.startswith("ulysses-")]
 
 
-@pytest.mark.parametrize("reach", REACHES, ids=lambda r: "-".join(map(str, r.values())))
+@pytest.mark.parametrize(
+    "reach",
+    [pytest.param(r, marks=[pytest.mark.slow] * (r == REACHES[-1])) for r in REACHES],
+    ids=lambda r: "-".join(map(str, r.values())),
+)
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_every_schedule_and_layout_equals_one_rank(ranks, size, reach):
     bounds = [*PACKINGS.values(), *UNEVEN.values()]

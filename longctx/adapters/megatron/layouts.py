@@ -72,9 +72,9 @@ class Placement:
     """And back."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: str) -> Placement:
-    """Of one sequence with these `cu_seqlens`: made once, since layers keep their plans with the layout."""
+    """Of one sequence with these `cu_seqlens`: made once for all layers, which keep their plans with the layout."""
     cp = groups.cp
     if cp.size == 1:
         return Placement(Layout(bounds, attention=attention))

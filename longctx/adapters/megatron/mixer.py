@@ -6,7 +6,7 @@ as it comes, and so are packed batches. The projections are the mixer's own: it 
 first, and of a mixture of heads only what is read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,15 +81,14 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         chosen = default_mixer(mixer, config) if isinstance(mixer, str) else mixer
         self.schedule = attention_schedule(cp_comm_type)
         with torch.device("cpu"):
-            self.mixer = chosen.build(
-                config.hidden_size, layer_number - 1, config.num_layers, config.layernorm_epsilon
-            ).to(config.params_dtype)
+            self.mixer = chosen.build(config.hidden_size, layer_number - 1, config.num_layers, config.layernorm_epsilon)
             if heads is not None:
                 _route(self.mixer, chosen, heads, config.hidden_size)
+            self.mixer.to(torch.promote_types(config.params_dtype, torch.float32))
             if config.perform_initialization:
                 initialise(self.mixer, config)
-        self.full = [m for m in self.mixer.modules() if getattr(m, "full_precision", False)]
         self._divide(self.groups.tp)
+        self.to(config.params_dtype)
         if not config.use_cpu_initialization:
             self.to(torch.cuda.current_device())
 
@@ -109,14 +108,22 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TokenMixer":
         """As in every module, but that decays and routers stay in float32 where a model becomes one of half precision:
         a rounded decay is another rate of forgetting."""
-        kept = [(m, name, p) for m in self.full for name, p in m.named_parameters(recurse=False)]
-        values = [p.detach().clone() for _, _, p in kept]
+        kept = [(module, name, x.detach().clone()) for module, name, x in self._exact()]
         super()._apply(fn, recurse)
-        for (module, name, _), value in zip(kept, values, strict=True):
-            parameter = getattr(module, name)
-            if parameter.dtype != value.dtype and parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = value.to(parameter.device)
+        for module, name, value in kept:
+            now = getattr(module, name)
+            if now.dtype in (torch.bfloat16, torch.float16):
+                now.data = value.to(now.device)
         return self
+
+    def _exact(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Parameters and buffers that half precision would change the meaning of."""
+        for module in self.mixer.modules():
+            buffers = module.named_buffers(recurse=False)
+            parameters = module.named_parameters(recurse=False) if getattr(module, "full_precision", False) else ()
+            for name, tensor in (*buffers, *parameters):
+                if tensor.is_floating_point():
+                    yield module, name, tensor
 
     def forward(
         self,

@@ -112,7 +112,7 @@ def gpt(run: Run, spec: Any, *, pre_process: bool = True, post_process: bool = T
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
         parallel_output=False,
-    ).double()
+    ).to(torch.bfloat16 if config.bf16 else torch.float64)
 
 
 def tokens(batch: int) -> tuple[torch.Tensor, torch.Tensor]:

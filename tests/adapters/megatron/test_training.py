@@ -1,11 +1,13 @@
 """Training with Megatron-Core around our layers: its optimizer, pipeline, recomputation and checkpoints."""
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.adapters.megatron.specs import layer_spec
-from tests.adapters.megatron.cases import Run
+from tests.adapters.megatron.cases import Run, gpt, losses, parallel
+from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import Training, trained
 
 HYBRID = layer_spec("EMSL")
@@ -34,9 +36,42 @@ TRAININGS = {
 
 @pytest.mark.parametrize(("size", "training"), TRAININGS.values(), ids=TRAININGS)
 def test_losses_are_those_of_one_rank(ranks, alone, size, training):
-    for losses in ranks.run(trained, HYBRID, training, size=size):
+    for found in ranks.run(trained, HYBRID, training, size=size):
         # The distributed optimizer keeps its parts in float32.
-        assert losses == pytest.approx(alone[:3], rel=1e-5 if training.distributed else 1e-9)
+        assert found == pytest.approx(alone[:3], rel=1e-5 if training.distributed else 1e-9)
+
+
+def in_bf16():
+    """Of a model as Megatron makes it one of bf16: what is in float32, and how far its losses are from exact ones."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.module import Float16Module
+
+    with on_cpu():
+        run = Run()
+        parallel(run)
+        exact = gpt(run, HYBRID, params_dtype=torch.float32).float()
+        want = losses(run, exact)
+        narrow = gpt(run, HYBRID, bf16=True, params_dtype=torch.bfloat16)
+        model = Float16Module(narrow.config, narrow)
+        found = losses(run, model)
+        found.mean().backward()
+        parallel_state.destroy_model_parallel()
+        exact_of = dict([*exact.named_parameters(), *exact.named_buffers()])
+        kept = {}
+        for name, x in [*model.module.named_parameters(), *model.module.named_buffers()]:
+            if x.dtype == torch.float32:
+                kept[name] = torch.equal(x, exact_of[name].float())
+        finite = all(p.grad.isfinite().all() for p in model.parameters())
+        return kept, finite, ((found - want).norm() / want.norm()).item()
+
+
+def test_decays_stay_in_float32_in_a_model_of_bf16(ranks):
+    ((kept, finite, difference),) = ranks.run(in_bf16, size=1)
+    names = {name.rpartition("self_attention.mixer.")[2] for name in kept}
+    assert {"decay.A_log", "decay.dt_bias", "log_decay"} <= names
+    assert all(same for name, same in kept.items() if "mixer" in name)
+    assert finite
+    assert difference < 0.02
 
 
 def test_saved_on_some_ranks_it_goes_on_on_others(ranks, alone, tmp_path):
@@ -44,5 +79,5 @@ def test_saved_on_some_ranks_it_goes_on_on_others(ranks, alone, tmp_path):
     ranks.run(trained, HYBRID, Training(Run(tp=2, cp=2), 3, save=folder), size=4)
     for run, pp in ((Run(cp=4), 1), (Run(tp=4, sequence_parallel=True), 1), (Run(cp=2), 2), (Run(), 1)):
         rest = Training(run, 3, begin=3, load=folder, pp=pp)
-        for losses in ranks.run(trained, HYBRID, rest, size=run.ranks * pp):
-            assert losses == pytest.approx(alone[3:], rel=1e-9), run
+        for found in ranks.run(trained, HYBRID, rest, size=run.ranks * pp):
+            assert found == pytest.approx(alone[3:], rel=1e-9), run
