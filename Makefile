@@ -55,7 +55,7 @@ million: .venv/installed ## Train on one sequence of 1,048,576 tokens, on 2 rank
 # Each worker starts ranks of its own.
 PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-test: lint types ## Check all: style, layers, types, and the tests (about 9 minutes on 2 cores)
+test: lint types ## Check all: style, layers, types, and the tests (about 10 minutes on 2 cores)
 	@$(PYTEST) --ignore tests/adapters
 
 test-all: lint types ## The same with the slow grids
