@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,7 +48,7 @@ from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, R
 from longctx.train.process_group import device_type, peers_needed, process_group
 from longctx.train.routing import Choices, NotFiniteError
 from longctx.train.schedule import factor
-from longctx.train.weights import Weights, described, find_weights
+from longctx.train.weights import Weights, described, find_weights, with_defaults
 
 _LOWER = (
     "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -200,7 +200,7 @@ class _Trainer:
                 f"or give another directory with --out to begin from {path}"
             )
         state = read_state(path)
-        check_same_model(path, state, self.model)
+        check_same_model(path, replace(state, model=with_defaults(state.model)), self.model)
         if state.data != self.stream.fingerprint:
             raise UserError(
                 f"checkpoint {path} was trained on other data, another seed, shuffle_window or sequence_length: step "

@@ -1,5 +1,6 @@
 """Training on ranks: a resumed run repeats the uninterrupted one, options change what runs, mistakes are told first."""
 
+import json
 import math
 import os
 import shutil
@@ -441,6 +442,16 @@ def test_checkpoints_that_do_not_fit_the_run(ranks, whole, workplace, overrides,
     told = refusals(ranks, workplace, out, overrides, resume)
     for message in messages:
         assert message in told
+
+
+def test_a_checkpoint_from_before_a_key_of_the_model_goes_on(ranks, whole, workplace, tmp_path):
+    out = went_on_to_be_killed(whole, tmp_path / "out", 10)
+    file = out / "checkpoints" / "step-00000010" / "trainer.json"
+    content = json.loads(file.read_text())
+    del content["state"]["model"]["block"], content["state"]["model"]["heads"]
+    file.write_text(json.dumps(content))
+    ranks.run(train, workplace, out, size=2)
+    assert losses(out) == losses(whole)
 
 
 def test_a_checkpoint_from_elsewhere_for_a_run_that_has_its_own(ranks, whole, workplace, tmp_path):
