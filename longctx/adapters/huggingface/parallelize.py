@@ -101,6 +101,8 @@ def _linear_layers(model: Any) -> int:
     strange = sorted(set(layers) - SOFTMAX_LAYERS - LINEAR_LAYERS)
     if strange:
         raise ValueError(f"parallelize: {kind!r}: layers of the kinds {', '.join(strange)} are not known here")
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(f"parallelize: {kind!r}: output_router_logits: its losses would be those of one rank's tokens")
     head = model.get_output_embeddings()
     if head is None or head.bias is not None:
         raise ValueError(f"parallelize: {name}: expected a model for causal language modelling, its head without bias")

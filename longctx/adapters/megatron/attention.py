@@ -105,18 +105,16 @@ class SoftmaxAttention(MegatronModule):  # type: ignore[misc]
         return self._over_ranks(q, k, v, where, causal).flatten(2).transpose(0, 1).contiguous()
 
     def _over_ranks(self, q: Tensor, k: Tensor, v: Tensor, where: Placement, causal: bool) -> Tensor:
-        if where.take is not None:
-            q, k, v = (where.take(x, 1) for x in (q, k, v))
+        q, k, v = where.taken(q, k, v)
         if self.lends:
             self.attend = partial(self._attend, q, k, where)
         out = softmax_attention(q, k, v, where.layout, self.softmax_scale, causal=causal, window=self.window)
-        return out if where.give is None else where.give(out, 1)
+        return where.given(out)
 
     def _attend(self, q: Tensor, k: Tensor, where: Placement, r: Tensor) -> Tensor:
         """The attention of these queries to these keys, the mean of the rank's heads, of scores `[b, s/cp, E]`."""
-        r = r if where.take is None else where.take(r, 1)
-        out = attention_aware(r, q, k, where.layout, self.softmax_scale, self.window)
-        return out if where.give is None else where.give(out, 1)
+        (r,) = where.taken(r)
+        return where.given(attention_aware(r, q, k, where.layout, self.softmax_scale, self.window))
 
     def _generated(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The newest queries against all keys that Megatron's inference context has."""

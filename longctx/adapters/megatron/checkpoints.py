@@ -39,7 +39,7 @@ def sharded(
 
 def _parts(
     key: str, tensor: Tensor, share: Share, offsets: tuple[Any, ...], replica_id: Any, tp: Axis
-) -> ShardedTensorFactory | ShardedTensor:
+) -> ShardedTensorFactory:
     """One tensor for each projection that lies in the parameter, divided in order of heads."""
     lengths = [part // tp.size for part in share.parts]
     where = (*offsets, (share.dim + len(offsets), tp.rank, tp.size))

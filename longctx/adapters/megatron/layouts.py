@@ -71,6 +71,15 @@ class Placement:
     give: Reorder | None = None
     """And back."""
 
+    def taken(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Megatron's rows `[b, s/cp, ...]` in the layout's order."""
+        take = self.take
+        return given if take is None else tuple(take(x, 1) for x in given)
+
+    def given(self, x: Tensor) -> Tensor:
+        """And back."""
+        return x if self.give is None else self.give(x, 1)
+
 
 @lru_cache(maxsize=8)
 def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: str) -> Placement:

@@ -161,10 +161,9 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
 
     def _train(self, x: Tensor, packed: PackedSeqParams | None) -> Tensor:
         where = placed(x.shape[1], packed, self.groups, self.schedule)
-        if where.take is not None:
-            x = where.take(x, 1)
+        (x,) = where.taken(x)
         given = Output.of(self.mixer(x, where.layout))
-        out = given.out if where.give is None else where.give(given.out, 1)
+        out = where.given(given.out)
         if given.report is None or not self.training:
             return out
         return attach(out, given.report.loss, self.config, self.groups.cp.size, where.layout.length * len(x))

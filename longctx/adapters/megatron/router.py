@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longctx.adapters.megatron.layouts import Groups, attention_schedule, placed
+from longctx.adapters.megatron.layouts import Groups, placed
 from longctx.moe.token_graph import similarity_aware
 from longctx.parallel.collectives import all_reduce
 
@@ -43,8 +43,6 @@ class Choice:
 
     def check(self, config: TransformerConfig, letter: str) -> None:
         """Raise ValueError for what would lose gradients or be passed by, and for attention that there is not."""
-        if self.by == "token":
-            return
         again = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
         lost = sorted({"moe", "core_attn"} & set(again)) if self.by == "attention" else []
         if lost:
@@ -103,7 +101,6 @@ class SimilarityRouter(GraphRouter):
         self, config: TransformerConfig, pg_collection: Any = None, *, width: int, temperature: float, **newer: Any
     ) -> None:
         super().__init__(config, pg_collection, **newer)
-        self.schedule = attention_schedule("all_gather")
         self.scale = 1 / (temperature * width**0.5)
         one = torch.empty(width, config.hidden_size)
         # Equal at first: a token is then most like itself (longctx.model.moe.Similarity).
@@ -115,11 +112,10 @@ class SimilarityRouter(GraphRouter):
         """See the class."""
         q, k = F.linear(x, self.similarity.to(x.device)).chunk(2, dim=-1)
         r, q, k = (self.whole(each).transpose(0, 1) for each in (scores, q, k))
-        where = placed(r.shape[1], self.packed, self.groups, self.schedule)
-        if where.take is not None:
-            r, q, k = (where.take(each, 1) for each in (r, q, k))
-        out = similarity_aware(r, q, k, where.layout, self.scale)
-        return self.own((out if where.give is None else where.give(out, 1)).transpose(0, 1))
+        where = placed(r.shape[1], self.packed, self.groups, "all-gather")
+        r, q, k = where.taken(r, q, k)
+        out = where.given(similarity_aware(r, q, k, where.layout, self.scale))
+        return self.own(out.transpose(0, 1))
 
 
 class AttentionRouter(GraphRouter):

@@ -213,6 +213,10 @@ def test_what_cannot_be_exact_is_refused():
     )
     with pytest.raises(ValueError, match="parallelize: 'rwkv' has layers that are not known here; there are llama, "):
         parallelize(rwkv, Mesh("cpu", dp=None, cp=None))
+    routed = model_of("mixtral")
+    routed.config.output_router_logits = True
+    with pytest.raises(ValueError, match="'mixtral': output_router_logits: its losses would be those of one rank"):
+        parallelize(routed, one_rank())
     model = parallelize(model_of("llama"), one_rank())
     x, _ = batch()
     with pytest.raises(ValueError, match="output_hidden_states: not computed over ranks"):
