@@ -42,6 +42,12 @@ def rows(module: nn.Module, *names: str) -> dict[str, Share]:
     return {name: Share(0, (len(tensors[name]),)) for name in names if name in tensors}
 
 
+def own(values: Sequence[float], axis: Axis) -> Sequence[float]:
+    """Of a number for each head of all ranks those of this rank's heads."""
+    each = len(values) // axis.size
+    return values[axis.rank * each :][:each]
+
+
 @torch.no_grad()
 def divide(mixer: "Mixer", axis: Axis) -> None:
     """Leave a mixer with all of its heads those of this rank; its output is from now on a summand of the layer's.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.division import Share, rows
+from longctx.mixers.division import Share, own, rows
 from longctx.mixers.heads import emit, read
 from longctx.mixers.memory import Memory, scan
 from longctx.model.layers import Linear, Output
@@ -87,8 +87,7 @@ class Lightning(Mixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            every = log_decays(self.heads * self.across.size, self.layer, self.depth)
-            mine = every[self.heads * self.across.rank :][: self.heads]
+            mine = own(log_decays(self.heads * self.across.size, self.layer, self.depth), self.across)
             self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
 
     def shares(self) -> dict[str, Share]:

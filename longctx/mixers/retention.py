@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longctx.config import Integer
 from longctx.kernels.library import ADDITIVE
-from longctx.mixers.division import Share, rows
+from longctx.mixers.division import Share, own, rows
 from longctx.mixers.heads import emit
 from longctx.mixers.memory import Memory, scan
 from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer
@@ -71,7 +71,7 @@ class Retention(LinearMixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            mine = log_decays(self.heads * self.across.size)[self.heads * self.across.rank :][: self.heads]
+            mine = own(log_decays(self.heads * self.across.size), self.across)
             self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
 
     def shares(self) -> dict[str, Share]:

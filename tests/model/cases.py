@@ -1,7 +1,10 @@
 """The models that the tests are made with."""
 
+import itertools
+
 import torch
 
+from longctx.kernels import reference
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -80,3 +83,14 @@ def recomputed(config: ModelConfig, layout: Layout) -> tuple[list[torch.Tensor |
         (losses.total + sum(r.loss for r in losses.reports.values())).backward()
         answers.append([p.grad for p in model.parameters()])
     return answers[0], answers[1]
+
+
+def best_two(layer, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The sum of each token's two experts of largest scores p `[B, T, E]`, x `[B, T, D]`, a token at a time."""
+    out = torch.zeros_like(x)
+    for b, t in itertools.product(range(x.shape[0]), range(x.shape[1])):
+        best = p[b, t].argsort(descending=True)[:2]
+        for e in best:
+            y = reference.swiglu(x[b, t] @ layer.experts.gate_up[e].T) @ layer.experts.down[e].T
+            out[b, t] = out[b, t] + p[b, t, e] / p[b, t, best].sum() * y
+    return out

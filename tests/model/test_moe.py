@@ -8,7 +8,7 @@ from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.moe.noise import around_one
 from longctx.parallel.layout import Layout
-from tests.model.cases import VOCABULARY, decoder, hybrid, recomputed, routed, tokens, with_experts
+from tests.model.cases import VOCABULARY, best_two, decoder, hybrid, recomputed, routed, tokens, with_experts
 
 LAYOUT = Layout((0, 4, 13))
 
@@ -25,13 +25,7 @@ def draw(dtype=torch.float64):
 
 def written_out(layer, x):
     p = (x @ layer.router.weight.T).softmax(dim=-1)
-    out = torch.zeros_like(x)
-    for b in range(2):
-        for t in range(13):
-            best = p[b, t].argsort(descending=True)[:2]
-            for e in best:
-                y = reference.swiglu(x[b, t] @ layer.experts.gate_up[e].T) @ layer.experts.down[e].T
-                out[b, t] += p[b, t, e] / p[b, t, best].sum() * y
+    out = best_two(layer, x, p)
     if layer.shared is not None:
         out += reference.swiglu(x @ layer.shared.gate_up.weight.T) @ layer.shared.down.weight.T
     return out

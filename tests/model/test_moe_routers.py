@@ -6,14 +6,13 @@ import weakref
 import pytest
 import torch
 
-from longctx.kernels import reference
 from longctx.mixers.memory import Memory
 from longctx.model import moe
 from longctx.model.initialise import initialise
 from longctx.model.moe import SIMILARITY_DIM, MoeConfig
 from longctx.moe.expert_router import choose_experts
 from longctx.parallel.layout import Layout
-from tests.model.cases import ROUTERS, VOCABULARY, decoder, recomputed, routed_by, tokens
+from tests.model.cases import ROUTERS, VOCABULARY, best_two, decoder, recomputed, routed_by, tokens
 
 LAYOUT = Layout((0, 4, 13))
 SHARING = [name for name in ROUTERS if name != "token"]
@@ -36,18 +35,6 @@ def same_document(bounds):
     return mask.tril()
 
 
-def written_out(layer, x, p):
-    """The experts' sum by scores p, a token at a time."""
-    out = torch.zeros_like(x)
-    for b in range(2):
-        for t in range(13):
-            best = p[b, t].argsort(descending=True)[:2]
-            for e in best:
-                y = reference.swiglu(x[b, t] @ layer.experts.gate_up[e].T) @ layer.experts.down[e].T
-                out[b, t] = out[b, t] + p[b, t, e] / p[b, t, best].sum() * y
-    return out
-
-
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_by_similarity_it_is_the_equation(score):
     layer, x = layer_of(router="similarity", similarity_dim=3, temperature=0.4, score=score), draw()
@@ -58,7 +45,7 @@ def test_by_similarity_it_is_the_equation(score):
     r = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
     s = torch.einsum("bid,de,bje->bij", x, w_a.T @ w_b, x) / (0.4 * 3**0.5)
     p = s.masked_fill(~same_document(LAYOUT.cu_seqlens), -torch.inf).softmax(dim=-1) @ r
-    got, want = layer(x, LAYOUT), written_out(layer, x, p)
+    got, want = layer(x, LAYOUT), best_two(layer, x, p)
     torch.testing.assert_close(got.out, want, rtol=1e-11, atol=1e-12)
     report = choose_experts(logits, p, layer.rule, LAYOUT).report
     torch.testing.assert_close(got.report.loss, report.loss)
@@ -77,7 +64,7 @@ def test_by_attention_it_is_what_the_mixers_attention_makes_of_the_scores():
     a = a / a.sum(dim=-1, keepdim=True)
     p = a @ (x @ layer.router.weight.T).softmax(dim=-1)
     got = layer(x, LAYOUT, lambda r, memory: a @ r)
-    torch.testing.assert_close(got.out, written_out(layer, x, p), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got.out, best_two(layer, x, p), rtol=1e-11, atol=1e-12)
     with pytest.raises(ValueError, match="experts of layer 1: their router reads the mixer's attention"):
         layer(x, LAYOUT)
 
