@@ -65,6 +65,8 @@ class Mesh:
     shard: DeviceMesh | None = None
     expert_axis: DeviceMesh | None = None
     expert_shard: DeviceMesh | None = None
+    tokens: ProcessGroup | None = None
+    """The ranks that together hold the tokens of a step, dp x cp, for sums over them; None: all ranks."""
 
     @classmethod
     def build(

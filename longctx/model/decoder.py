@@ -141,6 +141,17 @@ class Decoder(nn.Module):
             x, _ = block(x, layout, remembered)
         return F.linear(self.norm(x[:, -1]), self.head_weight)
 
+    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+        """The schedules of attention that were chosen for a layout, in words, by the layer's number."""
+        chosen = {}
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            for name, part in ((str(number), block.mixer), (f"{number} (router)", block.ffn)):
+                schedule = part.schedule(layout, dtype)
+                if schedule is not None:
+                    chosen[name] = schedule
+        return chosen
+
     def flops(self, layout: Layout) -> int:
         """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""
         rows, dim = self.embedding.weight.shape

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -33,6 +34,8 @@ class Recipe(Config):
     """Names the run and, unless `--out` does, its directory: letters, digits, `.`, `_` and `-`."""
     seed: Integer = Field(default=1, ge=0)
     """Decides the initial parameters and the order of the data."""
+    engine: Literal["torch"] = "torch"
+    """What lays the model out over ranks and steps it. `torch`: FSDP2, built in."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class TrainerState:
     speeds: dict[str, float] | None = None
     """What the schedules of attention were chosen with, so that a resumed run chooses them again; None where nothing
     was measured."""
+    format: str = "torch"
+    """Whose names and shapes the tensors have: the built-in model's, or `megatron`, Megatron-Core's."""
 
 
 class Checkpointer:
@@ -74,7 +77,17 @@ class Checkpointer:
         self.wait()
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)
-        self._pending = self._thread.submit(self._write, staged, state)
+        self._pending = self._thread.submit(self._write, partial(self._write_tensors, staged), state)
+
+    def save_with(self, write: Callable[[Path], Metadata], state: TrainerState) -> None:
+        """Write `step-<state.step>` by another framework's means, on the caller's thread.
+
+        `write` puts all ranks' files into a folder, in a format of torch.distributed.checkpoint, and returns what its
+        metadata say. Raises UserError, on every rank, where the folder cannot be made or published; what `write`
+        raises is raised as it is.
+        """
+        self.wait()
+        self._write(write, state)
 
     def wait(self) -> None:
         """Wait for the save under way. Raises UserError, on every rank, where it could not be written."""
@@ -102,9 +115,13 @@ class Checkpointer:
         if outcome[0] is not None:
             raise UserError(f"{what}: {outcome[0]}. {_AFTER_FAILURE}")
 
-    def _write(self, staged: dict[str, Any], state: TrainerState) -> None:
+    def _write_tensors(self, staged: dict[str, Any], folder: Path) -> Metadata:
+        written: Metadata = dcp.save(staged, storage_writer=Writer(folder), process_group=self._group)
+        return written
+
+    def _write(self, write: Callable[[Path], Metadata], state: TrainerState) -> None:
         final = self.folder / f"step-{state.step:08d}"
-        partial = final.with_name(final.name + ".partial")
+        draft = final.with_name(final.name + ".partial")
 
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,17 +129,17 @@ class Checkpointer:
                 shutil.rmtree(left)
 
         def publish() -> None:
-            seen = {file.name for file in partial.iterdir()}
+            seen = {file.name for file in draft.iterdir()}
             unseen = sorted({part.relative_path for part in written.storage_data.values()} - seen)
             if unseen:
                 raise UserError(
                     f"rank 0 does not see {', '.join(unseen)}, which other ranks wrote: the run's directory (--out) "
                     "has to be on a file system that all machines share"
                 )
-            write_listing(partial, TRAINER, {"state": asdict(state)})
+            write_listing(draft, TRAINER, {"state": asdict(state)})
             if final.exists():
                 _remove(final)
-            partial.rename(final)
+            draft.rename(final)
             sync(self.folder)
             there = list_checkpoints(self.folder)
             place = there.index(final)
@@ -134,7 +151,7 @@ class Checkpointer:
         what = f"checkpoint {final} could not be written"
         self._on_rank_zero(what, prepare)
         try:
-            written: Metadata = dcp.save(staged, storage_writer=Writer(partial), process_group=self._group)
+            written = write(draft)
         except CheckpointException as error:
             raise UserError(f"{what}: {causes(error)}. {_AFTER_FAILURE}") from error
         self._on_rank_zero(what, publish)
@@ -180,6 +197,12 @@ def others(path: Path, how: str) -> str:
         return f"Give another one {how} (there: {', '.join(found)})"
     anew = ": begin anew in another directory (--out)" if how == RESUME else ""
     return f"There is no other one beside it{anew}"
+
+
+def check_format(path: Path, state: TrainerState, wanted: str, advice: str) -> None:
+    """Raise UserError where the checkpoint's tensors are not those of the format that is wanted."""
+    if state.format != wanted:
+        raise UserError(f"checkpoint {path} has the tensors of engine = {state.format!r}. {advice}")
 
 
 def load_tensors(path: Path, tensors: dict[str, Any], how: str = RESUME) -> None:

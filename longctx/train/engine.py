@@ -1,4 +1,5 @@
-"""The torch engine: FSDP2 over the mesh, AdamW, and the loss of one step exactly as one rank would have it.
+"""What trains a model on ranks, and the torch engine: FSDP2 over the mesh, AdamW, and the loss of one step exactly as
+one rank would have it.
 
 A step's loss is the summed negative log likelihood of all its tokens on all ranks, divided by the number of labels
 among them, and each router's losses, divided by the number of sequences. Each rank divides its own sum by that global
@@ -8,9 +9,12 @@ tokens lie over ranks.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_
@@ -23,8 +27,10 @@ from longctx.model.moe import Experts, MixtureOfExperts
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from longctx.train.checkpoint import Checkpointer, TrainerState, load_tensors
 from longctx.train.config import OptimizerConfig, TrainConfig
 from longctx.train.routing import Routing
+from longctx.train.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,42 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     routing: Routing
+
+
+class Engine(Protocol):
+    """A model and its optimizer on ranks, as the trainer sees them; every rank calls every method."""
+
+    mesh: Mesh
+    device: torch.device
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers, over all ranks, each counted once."""
+
+    def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over all ranks' `batches`, equally many on each, at the learning rate `lr`.
+
+        Its loss is the mean over all labels, plus the routers' losses. Raises NotFiniteError, before anything is
+        changed, where a router's logits are not finite.
+        """
+
+    def losses(self, batch: Batch) -> Losses:
+        """The losses of a batch that is not trained on, without noise."""
+
+    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+        """The schedules of attention that were chosen for a layout, in words, by layer; of this rank's layers."""
+
+    def flops(self, layout: Layout) -> int:
+        """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""
+
+    def begin_with(self, weights: Weights) -> None:
+        """Begin with these in the place of drawn ones. Raises UserError where they cannot be read."""
+
+    def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
+        """Begin to write a checkpoint; the model may change when this returns."""
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of this engine's, written on any ranks. Raises UserError where it cannot be read."""
 
 
 class TorchEngine:
@@ -173,10 +215,7 @@ class TorchEngine:
         return (all_reduce(squares) / self.mesh.dp_replicate).sqrt()
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over all ranks' `batches` at the learning rate `lr`.
-
-        Raises NotFiniteError, before anything is changed, where a router's logits are not finite.
-        """
+        """As in `Engine`."""
         loss, routing = self.gradients(batches)
         routing.check_finite()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -196,11 +235,39 @@ class TorchEngine:
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Losses:
-        """The losses of a batch that is not trained on, without noise."""
+        """As in `Engine`."""
         self.model.eval()
         losses: Losses = self.model(batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile)
         self.model.train()
         return losses
+
+    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+        """As in `Engine`."""
+        return self.model.schedules(layout, dtype)
+
+    def flops(self, layout: Layout) -> int:
+        """As in `Engine`."""
+        return self.model.flops(layout)
+
+    def begin_with(self, weights: Weights) -> None:
+        """As in `Engine`."""
+        weights.load_into(self.model)
+
+    def _tensors(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
+        """As in `Engine`; written in the background, while training goes on."""
+        checkpointer.save(self._tensors(), state)
+
+    def load(self, path: Path) -> None:
+        """As in `Engine`."""
+        tensors = self._tensors()
+        load_tensors(path, tensors)
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
+        )
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole gradient, gathered: every rank has to walk through all of them."""

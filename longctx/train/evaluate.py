@@ -11,7 +11,7 @@ from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import SequenceStream
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.collectives import all_reduce
-from longctx.train.engine import Batch, TorchEngine
+from longctx.train.engine import Batch, Engine
 from longctx.train.metrics import EvaluationMetrics, PositionLoss
 from longctx.train.routing import Choices
 
@@ -23,7 +23,7 @@ def _bucket(positions: Tensor) -> Tensor:
 
 
 def evaluate(
-    engine: TorchEngine, sequences: Sequence[Packed], make: Callable[[Packed], Batch], step: int, choices: Choices
+    engine: Engine, sequences: Sequence[Packed], make: Callable[[Packed], Batch], step: int, choices: Choices
 ) -> EvaluationMetrics:
     """The mean loss over all labels of `sequences` (nats), and by how many tokens of its document precede a token's.
 
@@ -50,7 +50,7 @@ def evaluate(
         places = _bucket(batch.layout.positions)[valid]
         sums[0].index_add_(0, places, nll[valid])
         sums[1].index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
-    sums = all_reduce(sums.to(engine.device)).cpu()
+    sums = all_reduce(sums.to(engine.device), engine.mesh.tokens).cpu()
     summed, counts = sums.tolist()
     edges = [0, *(2**n for n in range(buckets))]
     positions = tuple(
@@ -58,7 +58,7 @@ def evaluate(
         for n in range(buckets)
         if edges[n] < length
     )
-    fluctuation = choices.fluctuation(routers, engine.device)
+    fluctuation = choices.fluctuation(routers, engine.device, engine.mesh.tokens)
     return EvaluationMetrics(step, sum(summed) / sum(counts) if sum(counts) else math.nan, positions, fluctuation)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from longctx.errors import UserError
 from longctx.moe.report import Report, real_rows
@@ -102,13 +103,16 @@ class Choices:
                 sums += torch.tensor([float((now != before).sum()), float(len(now))], dtype=torch.float64)
             self._before[name, number] = now
 
-    def fluctuation(self, names: Sequence[str], device: torch.device) -> dict[str, float]:
-        """For each router the share of tokens, over all ranks, whose choice has changed; those that were compared.
+    def fluctuation(
+        self, names: Sequence[str], device: torch.device, group: ProcessGroup | None = None
+    ) -> dict[str, float]:
+        """For each router the share of tokens, over the ranks of a group (None: all), whose choice has changed; those
+        that were compared.
 
         A collective where there are routers, and every rank names the same ones, in the same order.
         """
         if not names:
             return {}
         sums = torch.stack([self._changed.pop(name, torch.zeros(2, dtype=torch.float64)) for name in names])
-        summed = all_reduce(sums.to(device)).tolist()
+        summed = all_reduce(sums.to(device), group).tolist()
         return {name: changed / compared for name, (changed, compared) in zip(names, summed, strict=True) if compared}

@@ -15,20 +15,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import heldout_sequences, train_stream
 from longctx.errors import UserError
-from longctx.model.decoder import Block
 from longctx.parallel.agreement import agreement
 from longctx.parallel.collectives import all_gather
-from longctx.parallel.mesh import Mesh
 from longctx.parallel.speeds import ASSUMED, Speeds, measure_speeds
 from longctx.recipe import Recipe, check, dump
 from longctx.train import machine
@@ -38,11 +34,11 @@ from longctx.train.checkpoint import (
     TrainerState,
     check_same_model,
     list_checkpoints,
-    load_tensors,
     read_state,
 )
 from longctx.train.display import Display, make_display
-from longctx.train.engine import Batch, TorchEngine
+from longctx.train.engine import Batch
+from longctx.train.engines import build_engine
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
 from longctx.train.process_group import device_type, peers_needed, process_group
@@ -123,17 +119,6 @@ class _Reporter:
 class _Trainer:
     def __init__(self, recipe: Recipe, out: Path, resume: str, kind: str, stack: ExitStack) -> None:
         self.recipe, self.out = recipe, out
-        ranks = dist.get_world_size()
-        parallel = recipe.parallel
-        shard = ranks // (parallel.dp_replicate * parallel.cp) if parallel.dp_shard == "rest" else parallel.dp_shard
-        self.mesh = Mesh.build(
-            kind,
-            dp_replicate=parallel.dp_replicate,
-            dp_shard=shard,
-            cp=parallel.cp,
-            ulysses=parallel.ulysses,
-            ep=parallel.ep,
-        )
         with agreement():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
@@ -142,16 +127,14 @@ class _Trainer:
             source, state = self._find_checkpoint(resume)
             weights = self._find_weights() if source is None else None
         self._check_same_start(state, weights)
-        self.engine = TorchEngine(
-            recipe.model, recipe.train, recipe.optimizer, self.mesh, vocab_size=self.vocab_size, seed=recipe.seed
-        )
-        self.device = self.engine.device
-        self.checkpointer = Checkpointer(out / "checkpoints", recipe.checkpoint.keep, parallel.timeout)
+        self.engine = build_engine(recipe, kind, self.vocab_size)
+        self.mesh, self.device = self.engine.mesh, self.engine.device
+        self.checkpointer = Checkpointer(out / "checkpoints", recipe.checkpoint.keep, recipe.parallel.timeout)
         stack.callback(self.checkpointer.close)
         if source is not None:
-            self._load(source)
+            self.engine.load(source)
         elif weights is not None:
-            weights.load_into(self.engine.model)
+            self.engine.begin_with(weights)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.prefetcher = Prefetcher(self.stream, self._batch)
@@ -236,26 +219,12 @@ class _Trainer:
                     f"train.init: rank {rank} sees other weights there than rank 0; copy the same ones to every machine"
                 )
 
-    def _tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.engine.model, self.engine.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-    def _load(self, path: Path) -> None:
-        tensors = self._tensors()
-        load_tensors(path, tensors)
-        set_state_dict(
-            self.engine.model,
-            self.engine.optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
-        )
-
     def _save(self) -> None:
         if self.saved != self.done:
             speeds = None if self.speeds is None else asdict(self.speeds)
             at = self.done, self.cursor.sequences, self.tokens
             state = TrainerState(*at, self.stream.fingerprint, self.model, speeds)
-            self.checkpointer.save(self._tensors(), state)
+            self.engine.save(self.checkpointer, state)
             self.saved = self.done
 
     def _batch(self, sequence: Packed) -> Batch:
@@ -315,17 +284,13 @@ class _Trainer:
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
         """The schedules of attention that were chosen for a batch, by layers."""
         chosen: dict[str, list[str]] = {}
-        for number, block in enumerate(self.engine.model.blocks):
-            assert isinstance(block, Block)
-            for name, part in ((str(number), block.mixer), (f"{number} (router)", block.ffn)):
-                schedule = part.schedule(sample.layout, dtype)
-                if schedule is not None:
-                    chosen.setdefault(schedule, []).append(name)
+        for name, schedule in self.engine.schedules(sample.layout, dtype).items():
+            chosen.setdefault(schedule, []).append(name)
         return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in chosen.items()}
 
     def _training_flops(self, batches: Sequence[Batch]) -> float:
         """What training on these needs on this rank: forward, and twice as much backward, recomputation not counted."""
-        return 3.0 * sum(self.engine.model.flops(batch.layout) for batch in batches)
+        return 3.0 * sum(self.engine.flops(batch.layout) for batch in batches)
 
     def run(self) -> None:
         steps = self.recipe.train.steps
