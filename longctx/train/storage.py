@@ -23,6 +23,8 @@ from longctx.files import sync
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"
 """How torch's warning begins where one process reads or writes, which is what is meant there."""
 
+_METADATA = ".metadata"
+
 
 class Writer(dcp.FileSystemWriter):
     """Says why a file could not be written: torch's word for a full disk is `unexpected pos 704 vs 598`."""
@@ -43,7 +45,9 @@ def causes(error: CheckpointException) -> str:
 
 def write_listing(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Write `content` and the sizes of all other files into `name`; on the disk when this returns."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != name}
+    # The only hidden one that is of the content: another is the lock of whoever writes.
+    files = [*sorted(folder.glob("[!.]*")), folder / _METADATA]
+    sizes = {file.name: file.stat().st_size for file in files if file.name != name}
     (folder / name).write_text(json.dumps({**content, "files": sizes}, indent=1), encoding="utf-8")
     sync(folder / name)
     sync(folder)
