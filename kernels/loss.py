@@ -4,6 +4,7 @@ The gradient of the loss to the logits is known as soon as the logits are, so th
 is made in the forward pass, and the logits are never computed twice (the manner of Hsu et al. 2024, Liger Kernel).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ from longctx.kernels.recurrence import accumulation_dtype
 IGNORE = -100
 """The label of a token that has none."""
 
+Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From what a part of the vocabulary gives of tokens `[t]`, the logarithm of its exponentials' sum and the logit of the
+label (0 where it lies in another part), to those of the whole."""
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @exact_forward
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, tile: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, tile: int, scale: Tensor, first: int, merge: Merge | None
+    ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(x.dtype)
         nll = torch.zeros(labels.shape, dtype=dtype, device=x.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
@@ -29,15 +36,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, labels.shape[0], tile):
             part = slice(begin, begin + tile)
             valid = labels[part] >= 0
-            targets = labels[part].clamp(min=0)[:, None]
+            targets = labels[part] - first
+            # A label of the whole vocabulary that it does not have is an error of indexing.
+            here = valid if merge is None else valid & (targets >= 0) & (targets < len(weight))
+            targets = torch.where(here, targets, 0)[:, None]
             logits = torch.matmul(x[part], weight.T).to(dtype)
             lse = logits.logsumexp(dim=-1)
-            nll[part] = torch.where(valid, lse - logits.gather(-1, targets)[:, 0], 0.0)
+            picked = torch.where(here, logits.gather(-1, targets)[:, 0], 0.0)
+            if merge is not None:
+                lse, picked = merge(lse, picked)
+            nll[part] = torch.where(valid, lse - picked, 0.0)
             if dx is None and dweight is None:
                 continue
             dlogits = logits.sub_(lse[:, None]).exp_()
             # One place a row, so that plain indexing is exact, and deterministic on every device.
-            dlogits[rows[: len(targets)], targets[:, 0]] -= 1
+            dlogits[rows[: len(targets)], targets[:, 0]] -= here.to(dtype)
             dlogits = dlogits.mul_(valid[:, None] * scale).to(x.dtype)
             if dx is not None:
                 torch.matmul(dlogits, weight, out=dx[part])
@@ -59,11 +72,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, tile: int, scale: Tensor | float = 1.0
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tile: int,
+    scale: Tensor | float = 1.0,
+    first: int = 0,
+    merge: Merge | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`scale` times the summed negative log likelihood of `softmax(x weight^T)`, and each token's own.
 
@@ -73,9 +94,12 @@ def linear_cross_entropy(
 
     Divide by the number of labels with `scale`, not afterwards: it multiplies the gradients before they are rounded to
     bf16, where a factor that comes later would itself be rounded to 8 bits.
+
+    `weight` may be a part of the vocabulary that begins with row `first`; `merge` then puts the parts together, and the
+    gradient of x is this part's summand.
     """
     if labels.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy: labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
     scale = torch.as_tensor(scale, dtype=accumulation_dtype(x.dtype), device=x.device)
-    total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile, scale)  # type: ignore[no-untyped-call]
+    total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile, scale, first, merge)  # type: ignore[no-untyped-call]
     return total, nll
