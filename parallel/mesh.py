@@ -148,16 +148,18 @@ class Mesh:
         ep: ProcessGroup | None = None,
         ulysses: ProcessGroup | None = None,
         ring: ProcessGroup | None = None,
+        tokens: ProcessGroup | None = None,
     ) -> "Mesh":
         """The mesh of groups that another framework has made, as this rank is in them; None is a group of one rank.
 
-        `ulysses` and `ring`, both or neither, divide `cp` as in `Grid`. Raises ValueError where they do not.
+        `ulysses` and `ring`, both or neither, divide `cp` as in `Grid`; `tokens` has the ranks of dp x cp. Raises
+        ValueError where they do not divide it so.
         """
         axes: dict[str, Any] = {
             name: Axis.of(group)
             for name, group in (("cp", cp), ("dp", dp), ("tp", tp), ("ep", ep), ("ulysses", ulysses), ("ring", ring))
         }
-        mesh = cls(device_type, **axes, dp_shard=axes["dp"].size)
+        mesh = cls(device_type, **axes, dp_shard=axes["dp"].size, tokens=tokens)
         if ulysses is not None or ring is not None:
             mesh._check_grid()
         return mesh

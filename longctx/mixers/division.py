@@ -48,6 +48,21 @@ def own(values: Sequence[float], axis: Axis) -> Sequence[float]:
     return values[axis.rank * each :][:each]
 
 
+def obstacle(mixer: "Mixer", size: int) -> str | None:
+    """What keeps the heads of a mixer from being divided over so many ranks, in words; None where nothing does."""
+    if size == 1:
+        return None
+    if mixer.head_router is not None or not mixer.divisible:
+        kind = type(mixer).__name__ if mixer.head_router is None else "a mixture of heads"
+        return f"the heads of {kind} are not divided"
+    for name in mixer.counts:
+        count = getattr(mixer, name)
+        for each in count if isinstance(count, tuple) else (count,):
+            if each % size:
+                return f"{name} {each} does not divide over {size} ranks"
+    return None
+
+
 @torch.no_grad()
 def divide(mixer: "Mixer", axis: Axis) -> None:
     """Leave a mixer with all of its heads those of this rank; its output is from now on a summand of the layer's.
@@ -58,14 +73,9 @@ def divide(mixer: "Mixer", axis: Axis) -> None:
     """
     if axis.size == 1:
         return
-    if mixer.head_router is not None or not mixer.divisible:
-        kind = type(mixer).__name__ if mixer.head_router is None else "a mixture of heads"
-        raise ValueError(f"tensor parallelism: the heads of {kind} are not divided")
-    for name in mixer.counts:
-        count = getattr(mixer, name)
-        for each in count if isinstance(count, tuple) else (count,):
-            if each % axis.size:
-                raise ValueError(f"tensor parallelism: {name} {each} does not divide over {axis.size} ranks")
+    found = obstacle(mixer, axis.size)
+    if found is not None:
+        raise ValueError(f"tensor parallelism: {found}")
     for name, share in mixer.shares().items():
         owner, _, last = name.rpartition(".")
         module = mixer.get_submodule(owner)

@@ -95,8 +95,11 @@ class SwigluConfig(FeedForwardConfig):
         return SwigluConfig(hidden=48)
 
     def build(self, dim: int, layer: int, depth: int) -> "Swiglu":
-        hidden = self.hidden or -(-8 * dim // (3 * 64)) * 64
-        return Swiglu(dim, hidden, depth)
+        return Swiglu(dim, self.width(dim), depth)
+
+    def width(self, dim: int) -> int:
+        """The hidden width for a model of width `dim`."""
+        return self.hidden or -(-8 * dim // (3 * 64)) * 64
 
 
 class Swiglu(FeedForward):

@@ -1,9 +1,11 @@
 """What no table of a recipe can judge alone: sizes against ranks, steps against the schedule."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from longctx.model.config import ModelConfig
+from longctx.recipe.engines import engine_has_it
 from longctx.recipe.sources import Mistake
 from longctx.train.config import ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -15,7 +17,7 @@ def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:
     judged. `world_size` is the number of ranks; None where it is not known yet: what depends on it is then skipped.
     """
     train, schedule, parallel, model = (tables.get(name) for name in ("train", "schedule", "parallel", "model"))
-    mistakes: list[Mistake] = []
+    mistakes: list[Mistake] = list(engine_has_it(tables))
     if train is not None and schedule is not None:
         mistakes += _schedule_fits(train, schedule)
     if parallel is not None:
@@ -55,26 +57,30 @@ def _ulysses_fits(parallel: ParallelConfig) -> Iterator[Mistake]:
 
 
 def _ranks_fit(parallel: ParallelConfig, world_size: int | None) -> Iterator[Mistake]:
-    replicate, shard, cp = parallel.dp_replicate, parallel.dp_shard, parallel.cp
+    sizes = {name: getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
+    # Those that only some engines have are told where they are used.
+    sizes = {name: size for name, size in sizes.items() if size != 1 or name not in ("tp", "pp")}
+    shard = parallel.dp_shard
     if isinstance(shard, int) and shard < 1:
         yield Mistake(("parallel", "dp_shard"), f"should be greater than 0 or 'rest', not {shard}")
         return
     if world_size is None:
         return
+    if shard == "rest":
+        del sizes["dp_shard"]
+    product = math.prod(sizes.values())
+    told = f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {product}"
     if isinstance(shard, int):
-        product = replicate * shard * cp
         if product != world_size:
             yield Mistake(
                 ("parallel",),
-                f"dp_replicate * dp_shard * cp = {replicate} * {shard} * {cp} = {product}, but there "
-                f"{_ranks(world_size)}; start {product} (--nproc {product} on one machine), or write "
+                f"{told}, but there {_ranks(world_size)}; start {product} (--nproc {product} on one machine), or write "
                 "dp_shard = 'rest'",
             )
-    elif world_size % (replicate * cp):
-        product = replicate * cp
+    elif world_size % product:
         yield Mistake(
             ("parallel",),
-            f"dp_replicate * cp = {replicate} * {cp} = {product} does not divide the number of ranks, {world_size}; "
+            f"{told} does not divide the number of ranks, {world_size}; "
             f"start a multiple of {product} (--nproc {product} on one machine)",
         )
 
@@ -110,8 +116,7 @@ def _dp_shard(parallel: ParallelConfig, world_size: int | None) -> int | None:
     """The size of dp_shard; None where it hangs on ranks that are not known, or do not fit."""
     if isinstance(parallel.dp_shard, int):
         return parallel.dp_shard if parallel.dp_shard > 0 else None
-    others = parallel.dp_replicate * parallel.cp
-    return None if world_size is None or world_size % others else world_size // others
+    return None if world_size is None else parallel.shard(world_size)
 
 
 def _ranks(count: int) -> str:

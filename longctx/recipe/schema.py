@@ -18,6 +18,7 @@ from longctx.train.config import (
     CheckpointConfig,
     EvaluationConfig,
     LoggingConfig,
+    MegatronConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
@@ -34,14 +35,17 @@ class Recipe(Config):
     """Names the run and, unless `--out` does, its directory: letters, digits, `.`, `_` and `-`."""
     seed: Integer = Field(default=1, ge=0)
     """Decides the initial parameters and the order of the data."""
-    engine: Literal["torch"] = "torch"
-    """What lays the model out over ranks and steps it. `torch`: FSDP2, built in."""
+    engine: Literal["torch", "megatron"] = "torch"
+    """What lays the model out over ranks and steps it. `torch`: FSDP2, built in. `megatron`: Megatron-Core, with its
+    linear layers, tensor and pipeline parallelism, optimizer and checkpoints; on GPUs (docs/megatron.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
+    megatron: MegatronConfig | None = None
+    """For `engine = "megatron"`, which takes the defaults where it is absent."""
     evaluation: EvaluationConfig | None = None
     """Without it nothing is held out."""
     checkpoint: CheckpointConfig

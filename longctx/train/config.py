@@ -79,7 +79,7 @@ class ScheduleConfig(Config):
 
 
 class ParallelConfig(Config):
-    """`[parallel]`: how ranks divide the work. `dp_replicate * dp_shard * cp` is the number of ranks."""
+    """`[parallel]`: how ranks divide the work. `dp_replicate * dp_shard * cp * tp * pp` is the number of ranks."""
 
     dp_replicate: Integer = Field(default=1, gt=0)
     """Groups of ranks that each hold the whole model (hybrid sharding)."""
@@ -93,6 +93,10 @@ class ParallelConfig(Config):
     ep: Integer = Field(default=1, gt=0)
     """Ranks that divide the experts between them and exchange tokens: neighbours among `dp_shard * cp`, which `ep`
     divides, as it does the number of experts."""
+    tp: Integer = Field(default=1, gt=0)
+    """Ranks that divide heads and channels of every layer (tensor parallelism); the engine `megatron` has it."""
+    pp: Integer = Field(default=1, gt=0)
+    """Ranks that each hold some of the layers (pipeline parallelism); the engine `megatron` has it."""
     layout: Literal["contiguous", "zigzag", "balanced"] = "zigzag"
     """Which tokens a context-parallel rank holds. `zigzag` balances the causal work of softmax layers on one document;
     `balanced` gives out smaller pieces, so that packed documents are balanced as well (linear layers send a state for
@@ -106,6 +110,24 @@ class ParallelConfig(Config):
     rule over many ranks."""
     timeout: Duration = Field(default=600.0, gt=0)
     """Seconds that a rank waits for another one before it stops with an error."""
+
+
+    def shard(self, ranks: int) -> int | None:
+        """The size of dp_shard among so many ranks; None where the other axes do not divide them."""
+        others = self.dp_replicate * self.cp * self.tp * self.pp
+        if isinstance(self.dp_shard, int):
+            return self.dp_shard
+        return None if ranks % others else ranks // others
+
+
+class MegatronConfig(Config):
+    """`[megatron]`: what `engine = "megatron"` alone has."""
+
+    sequence_parallel: bool = True
+    """Where `tp` is more than 1, divide what lies between layers over these ranks too, along the sequence (Korthikanti
+    et al. 2022)."""
+    distributed_optimizer: bool = True
+    """Divide the optimizer's state over data- and context-parallel ranks."""
 
 
 class EvaluationConfig(Config):

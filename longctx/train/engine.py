@@ -88,6 +88,9 @@ class Engine(Protocol):
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of this engine's, written on any ranks. Raises UserError where it cannot be read."""
 
+    def close(self) -> None:
+        """Let go of what it holds beyond itself, before the process group ends."""
+
 
 class TorchEngine:
     """The model and its optimizer on the ranks of a mesh."""
@@ -268,6 +271,9 @@ class TorchEngine:
         set_state_dict(
             self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
         )
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's whole gradient, gathered: every rank has to walk through all of them."""

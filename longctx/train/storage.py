@@ -63,13 +63,15 @@ def damage(folder: Path, files: Mapping[str, int]) -> str | None:
     return None
 
 
-def read_tensors(path: Path, tensors: dict[str, Any], reader: StorageReader | None = None) -> None:
+def read_tensors(
+    path: Path, tensors: dict[str, Any], reader: StorageReader | None = None, *, alone: bool = False
+) -> None:
     """Read `path` into `tensors`, in place, whatever the number of ranks that wrote it; what is not asked for stays.
 
-    On every rank together, or in one process without a process group. Raises UserError, saying why, where they cannot
+    On every rank together, or in one process: where there is no process group, or a rank reads `alone`. Raises UserError, saying why, where they cannot
     be read.
     """
-    alone = not dist.is_initialized()
+    alone = alone or not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             if alone:

@@ -32,13 +32,14 @@ from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.checkpoint import (
     Checkpointer,
     TrainerState,
+    check_format,
     check_same_model,
     list_checkpoints,
     read_state,
 )
 from longctx.train.display import Display, make_display
 from longctx.train.engine import Batch
-from longctx.train.engines import build_engine
+from longctx.train.engines import FORMATS, build_engine
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
 from longctx.train.process_group import device_type, peers_needed, process_group
@@ -118,7 +119,7 @@ class _Reporter:
 
 class _Trainer:
     def __init__(self, recipe: Recipe, out: Path, resume: str, kind: str, stack: ExitStack) -> None:
-        self.recipe, self.out = recipe, out
+        self.recipe, self.out, self.format = recipe, out, FORMATS[recipe.engine]
         with agreement():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
@@ -128,6 +129,7 @@ class _Trainer:
             weights = self._find_weights() if source is None else None
         self._check_same_start(state, weights)
         self.engine = build_engine(recipe, kind, self.vocab_size)
+        stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
         self.checkpointer = Checkpointer(out / "checkpoints", recipe.checkpoint.keep, recipe.parallel.timeout)
         stack.callback(self.checkpointer.close)
@@ -165,7 +167,7 @@ class _Trainer:
 
     def _find_checkpoint(self, resume: str) -> tuple[Path | None, TrainerState]:
         """Where to go on from, checked against this run, and the state there."""
-        fresh = TrainerState(0, 0, 0, self.stream.fingerprint, self.model)
+        fresh = TrainerState(0, 0, 0, self.stream.fingerprint, self.model, None, self.format)
         there = list_checkpoints(self.out / "checkpoints")
         if resume == "never":
             if there:
@@ -183,6 +185,7 @@ class _Trainer:
                 f"or give another directory with --out to begin from {path}"
             )
         state = read_state(path)
+        check_format(path, state, self.format, "Go on with that engine, or begin another run with its weights")
         check_same_model(path, replace(state, model=with_defaults(state.model)), self.model)
         if state.data != self.stream.fingerprint:
             raise UserError(
@@ -223,7 +226,7 @@ class _Trainer:
         if self.saved != self.done:
             speeds = None if self.speeds is None else asdict(self.speeds)
             at = self.done, self.cursor.sequences, self.tokens
-            state = TrainerState(*at, self.stream.fingerprint, self.model, speeds)
+            state = TrainerState(*at, self.stream.fingerprint, self.model, speeds, self.format)
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
 

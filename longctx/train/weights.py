@@ -79,9 +79,9 @@ class Weights:
         }
 
     def read(self, name: str) -> Tensor:
-        """One of them, whole, float32 on the CPU, in one process. Raises UserError where it cannot be read."""
+        """One of them, whole, float32 on the CPU, by this process alone. Raises UserError where it cannot be read."""
         tensor = torch.empty(self.shapes[name])
-        self._read({f"{_PREFIX}{name}": tensor})
+        self._read({f"{_PREFIX}{name}": tensor}, alone=True)
         return tensor
 
     def check(self, config: ModelConfig, rows: int) -> None:
@@ -96,9 +96,9 @@ class Weights:
         """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
         self._read({_PREFIX.removesuffix("."): get_model_state_dict(model)})
 
-    def _read(self, tensors: dict[str, Any]) -> None:
+    def _read(self, tensors: dict[str, Any], *, alone: bool = False) -> None:
         try:
-            read_tensors(self.path, tensors, self._reader)
+            read_tensors(self.path, tensors, self._reader, alone=alone)
         except UserError as error:
             raise UserError(f"{error}. {others(self.path, self.how)}") from error
 

@@ -81,6 +81,14 @@ class Placement:
         return x if self.give is None else self.give(x, 1)
 
 
+class Given(PackedSeqParams):  # type: ignore[misc]
+    """A batch that lies over ranks as a layout of ours says, in the place of what Megatron says of documents."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(qkv_format="thd")
+        self.placement = Placement(layout)
+
+
 @lru_cache(maxsize=8)
 def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: str) -> Placement:
     """Of one sequence with these `cu_seqlens`: made once for all layers, which keep their plans with the layout."""
@@ -97,6 +105,8 @@ def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: 
 
 def placed(rows: int, packed: PackedSeqParams | None, groups: Groups, attention: str) -> Placement:
     """Of a batch of which this rank has `rows` tokens."""
+    if isinstance(packed, Given):
+        return packed.placement
     length = rows * groups.cp.size
     bounds = (0, length) if packed is None else packed_bounds(packed, length)
     return placement(bounds, packed is not None, groups, attention)

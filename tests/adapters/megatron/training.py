@@ -116,11 +116,15 @@ def _state(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
     return {"model": parts, "optimizer": optimizer.sharded_state_dict(parts, is_loading=loading)}
 
 
+def may_start_processes() -> None:
+    """Megatron writes checkpoints in processes of its own, which the tests' ranks, being daemons, may not start."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
 def _save(folder: Path, model: Any, optimizer: Any) -> None:
     from megatron.core import dist_checkpointing
 
-    # It writes in processes of its own, which the tests' ranks, being daemons, may not start.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    may_start_processes()
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()

@@ -1,0 +1,90 @@
+"""What a recipe asks for and the engine that it names does not have."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from longctx.mixers.attention_experts import AttentionExpertsConfig
+from longctx.mixers.division import obstacle
+from longctx.model.config import ModelConfig
+from longctx.model.ffn import SwigluConfig
+from longctx.recipe.sources import Mistake
+from longctx.train.config import ParallelConfig, TrainConfig
+
+
+def engine_has_it(tables: Mapping[str, Any]) -> Iterator[Mistake]:
+    """All mistakes of that kind. A check whose tables are not all there is skipped."""
+    engine, parallel = tables.get("engine"), tables.get("parallel")
+    if engine is None:
+        return
+    for name in ("megatron",):
+        if engine != name and tables.get(name) is not None:
+            yield Mistake((name,), f"this table is the engine {name!r}'s, and engine is {engine!r}; remove it")
+    if engine == "megatron":
+        yield from _megatron(tables)
+    elif parallel is not None:
+        for axis in ("tp", "pp"):
+            if getattr(parallel, axis) > 1:
+                yield Mistake(("parallel", axis), f"engine = {engine!r} has no {axis}; engine = 'megatron' has")
+
+
+def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:
+    model: ModelConfig | None = tables.get("model")
+    train: TrainConfig | None = tables.get("train")
+    parallel: ParallelConfig | None = tables.get("parallel")
+    if train is not None and train.ffn_tile != "none":
+        yield Mistake(("train", "ffn_tile"), "engine = 'megatron' has Megatron's feed-forwards, which have no tiles")
+    if parallel is not None:
+        if parallel.dp_replicate > 1:
+            yield Mistake(("parallel", "dp_replicate"), "engine = 'megatron' has one kind of data parallelism: dp_shard")
+        if parallel.pp > 1 and parallel.layout == "balanced":
+            yield Mistake(
+                ("parallel", "layout"), "a pipeline takes batches of one length, which 'balanced' does not promise"
+            )
+    if model is None:
+        return
+    if set(model.feed_forwards) != {SwigluConfig.name}:
+        yield Mistake(
+            ("model", "ffn"),
+            "engine = 'megatron' has dense feed-forwards ('swiglu'); with experts train on the engine 'torch', or "
+            "with Megatron's own script (docs/megatron.md)",
+        )
+    if model.block != "sequential":
+        yield Mistake(("model", "block"), f"engine = 'megatron' has sequential blocks, not {model.block!r}")
+    if model.heads is not None:
+        yield Mistake(
+            ("model", "heads"),
+            "engine = 'megatron' reads all heads; for a mixture of them train on the engine 'torch', or with "
+            "Megatron's own script (docs/megatron.md)",
+        )
+    if AttentionExpertsConfig.letter in model.pattern:
+        yield Mistake(
+            ("model", "layers"),
+            f"engine = 'megatron' routes nothing, and a layer is {AttentionExpertsConfig.letter} (attention experts): "
+            "train on the engine 'torch'",
+        )
+    elif parallel is not None:
+        yield from _divides(model, parallel)
+
+
+def _divides(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mistake]:
+    """What tensor- and pipeline-parallel ranks cannot divide between them."""
+    tp, pp = parallel.tp, parallel.pp
+    if model.depth % pp:
+        yield Mistake(("parallel", "pp"), f"{model.depth} layers (model.depth) do not divide over {pp} ranks")
+    for letter in dict.fromkeys(model.pattern):
+        layer = model.pattern.index(letter)
+        table = model.mixer(layer)
+        with torch.device("meta"):
+            mixer = table.build(model.dim, layer, model.depth, model.norm_eps)
+        found = obstacle(mixer, tp)
+        if found is not None:
+            yield Mistake(("parallel", "tp"), f"model.{table.name}: {found}")
+    feed_forward = model.feed_forward(0)
+    if isinstance(feed_forward, SwigluConfig) and feed_forward.width(model.dim) % tp:
+        yield Mistake(
+            ("parallel", "tp"),
+            f"the feed-forward is {feed_forward.width(model.dim)} wide, which {tp} ranks do not divide "
+            "(model.swiglu.hidden)",
+        )

@@ -1,0 +1,127 @@
+"""`engine = "megatron"`: a recipe's run is that of the built-in engine."""
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+
+from tests.adapters.megatron.shim import on_cpu
+from tests.adapters.megatron.training import may_start_processes
+from longctx.train.checkpoint import list_checkpoints
+from tests.train.runs import losses, metrics, mistake, train, went_on_to_be_killed, write_workplace
+
+STEPS = ["train.steps=8", "checkpoint.every=4", "evaluation.every=8", "evaluation.sequences=3"]
+HYBRID = ["model.layers=LES", "model.depth=4", "model.gated_deltanet.heads=2", "model.lightning.heads=2"]
+HYBRID += ["model.softmax.heads=4", "model.softmax.kv_heads=2", *STEPS]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return write_workplace(tmp_path_factory.mktemp("megatron"))
+
+
+def megatron(workplace, out, overrides=(), resume="auto"):
+    may_start_processes()
+    train(workplace, out, ["engine=megatron", "train.deterministic=false", *overrides], resume, on_cpu)
+
+
+@pytest.fixture(scope="module")
+def built_in(ranks, workplace):
+    """A run of eight steps on one rank, saved after four."""
+    out = workplace / "torch"
+    ranks.run(train, workplace, out, [*HYBRID, "parallel.cp=1"], size=1)
+    return out
+
+
+def curve(out):
+    """The loss and the norm of the gradient of each step."""
+    return [(step.loss, step.grad_norm) for step in metrics(out).steps]
+
+
+def assert_same(found, want):
+    assert len(found) == len(want)
+    for each, wanted in zip(found, want, strict=True):
+        assert each == pytest.approx(wanted, rel=1e-5)
+
+
+ONE = "parallel.cp=1"
+RUNS = {
+    "one rank": (1, [ONE]),
+    "one rank, no distributed optimizer": (1, [ONE, "megatron.distributed_optimizer=false"]),
+    "cp 2": (2, []),
+    "cp 2, balanced, one document after another": (2, ["parallel.layout=balanced"]),
+    "tp 2": (2, [ONE, "parallel.tp=2"]),
+    "tp 2, no sequence parallelism": (2, [ONE, "parallel.tp=2", "megatron.sequence_parallel=false"]),
+    "dp 2": (2, [ONE]),
+    "pp 2": (2, [ONE, "parallel.pp=2"]),
+    "pp 2, tp 2, recomputed": (4, [ONE, "parallel.pp=2", "parallel.tp=2", "train.activation_checkpointing=block"]),
+    "tp 2, cp 2": (4, ["parallel.tp=2"]),
+    "ulysses 2 of cp 4": (4, ["parallel.cp=4", "parallel.ulysses=2", "parallel.attention=ulysses-ring"]),
+}
+
+
+@pytest.mark.parametrize(("size", "overrides"), RUNS.values(), ids=RUNS)
+def test_a_run_is_that_of_the_built_in_engine(ranks, workplace, built_in, tmp_path, size, overrides):
+    ranks.run(megatron, workplace, tmp_path / "run", [*HYBRID, *overrides, "checkpoint.every=100"], size=size)
+    assert_same(curve(tmp_path / "run"), curve(built_in))
+    held, want = metrics(tmp_path / "run").evaluations, metrics(built_in).evaluations
+    assert [e.loss for e in held] == pytest.approx([e.loss for e in want], rel=1e-5)
+    assert [[p.tokens for p in e.positions] for e in held] == [[p.tokens for p in e.positions] for e in want]
+
+
+def test_an_untied_head(ranks, workplace, tmp_path):
+    untied = [*HYBRID, "model.tie_embeddings=false", "train.steps=3"]
+    ranks.run(train, workplace, tmp_path / "torch", [*untied, ONE], size=1)
+    ranks.run(megatron, workplace, tmp_path / "run", [*untied, ONE, "parallel.tp=2", "parallel.pp=2"], size=4)
+    assert_same(curve(tmp_path / "run"), curve(tmp_path / "torch"))
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, workplace, built_in):
+    """A run that was saved after four steps, on tp 2 and cp 2."""
+    out = workplace / "megatron"
+    ranks.run(megatron, workplace, out, [*HYBRID, "parallel.tp=2"], size=4)
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-00000004", "step-00000008"]
+    return out
+
+
+RESUMED = {name: RUNS[name] for name in ("one rank", "tp 2", "pp 2", "ulysses 2 of cp 4")}
+
+
+@pytest.mark.parametrize(("size", "overrides"), RESUMED.values(), ids=RESUMED)
+def test_it_goes_on_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in, saved, tmp_path, size, overrides):
+    out = went_on_to_be_killed(saved, tmp_path / "run", 4)
+    ranks.run(megatron, workplace, out, [*HYBRID, *overrides], size=size)
+    assert_same(curve(out), curve(built_in))
+
+
+def test_it_begins_with_weights_of_the_built_in_engine(ranks, workplace, built_in, tmp_path):
+    begin = [*HYBRID, "train.steps=2", f"train.init={built_in}"]
+    ranks.run(train, workplace, tmp_path / "torch", [*begin, ONE], size=1)
+    ranks.run(megatron, workplace, tmp_path / "run", [*begin, "parallel.tp=2"], size=4)
+    assert_same(curve(tmp_path / "run"), curve(tmp_path / "torch"))
+
+
+def test_bf16_follows_the_curve_of_float32(ranks, workplace, built_in, tmp_path):
+    ranks.run(megatron, workplace, tmp_path / "run", [*HYBRID, "train.precision=bf16", "checkpoint.every=100"], size=2)
+    for found, want in zip(losses(tmp_path / "run"), losses(built_in), strict=True):
+        assert found == pytest.approx(want, rel=0.02)
+
+
+def test_a_checkpoint_of_another_engine_is_refused(ranks, workplace, built_in, saved, tmp_path):
+    out = went_on_to_be_killed(saved, tmp_path / "run", 4)
+    (said,) = set(ranks.run(mistake, workplace, out, HYBRID, size=2))
+    assert "step-00000004 has the tensors of engine = 'megatron'" in said
+    out = went_on_to_be_killed(built_in, tmp_path / "other", 4)
+    (said,) = set(ranks.run(mistake, workplace, out, [*HYBRID, "engine=megatron"], "auto", on_cpu, size=2))
+    assert "step-00000004 has the tensors of engine = 'torch'" in said
+
+
+def test_without_a_gpu_it_is_refused(ranks, workplace, tmp_path):
+    (said,) = set(ranks.run(mistake, workplace, tmp_path / "run", [*HYBRID, "engine=megatron"], size=2))
+    assert "engine: 'megatron' needs GPUs" in said
+
+
+def test_a_length_that_sequence_parallelism_does_not_divide_is_refused(ranks, workplace, tmp_path):
+    overrides = [*HYBRID, ONE, "engine=megatron", "parallel.tp=2", "data.sequence_length=63"]
+    (said,) = set(ranks.run(mistake, workplace, tmp_path / "run", overrides, "auto", on_cpu, size=2))
+    assert "a rank has 63 tokens of 63, which 2 tensor-parallel ranks do not divide" in said
