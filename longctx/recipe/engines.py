@@ -37,7 +37,9 @@ def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:
         yield Mistake(("train", "ffn_tile"), "engine = 'megatron' has Megatron's feed-forwards, which have no tiles")
     if parallel is not None:
         if parallel.dp_replicate > 1:
-            yield Mistake(("parallel", "dp_replicate"), "engine = 'megatron' has one kind of data parallelism: dp_shard")
+            yield Mistake(
+                ("parallel", "dp_replicate"), "engine = 'megatron' has one kind of data parallelism: dp_shard"
+            )
         if parallel.pp > 1 and parallel.layout == "balanced":
             yield Mistake(
                 ("parallel", "layout"), "a pipeline takes batches of one length, which 'balanced' does not promise"

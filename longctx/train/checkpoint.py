@@ -22,7 +22,6 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from longctx.errors import UserError
@@ -79,12 +78,11 @@ class Checkpointer:
         assert isinstance(staged, dict)
         self._pending = self._thread.submit(self._write, partial(self._write_tensors, staged), state)
 
-    def save_with(self, write: Callable[[Path], Metadata], state: TrainerState) -> None:
+    def save_with(self, write: Callable[[Path], None], state: TrainerState) -> None:
         """Write `step-<state.step>` by another framework's means, on the caller's thread.
 
-        `write` puts all ranks' files into a folder, in a format of torch.distributed.checkpoint, and returns what its
-        metadata say. Raises UserError, on every rank, where the folder cannot be made or published; what `write`
-        raises is raised as it is.
+        `write` makes a folder and puts all ranks' files into it, in a format of torch.distributed.checkpoint. Raises
+        UserError, on every rank, where it cannot be published; what `write` raises is raised as it is.
         """
         self.wait()
         self._write(write, state)
@@ -115,11 +113,10 @@ class Checkpointer:
         if outcome[0] is not None:
             raise UserError(f"{what}: {outcome[0]}. {_AFTER_FAILURE}")
 
-    def _write_tensors(self, staged: dict[str, Any], folder: Path) -> Metadata:
-        written: Metadata = dcp.save(staged, storage_writer=Writer(folder), process_group=self._group)
-        return written
+    def _write_tensors(self, staged: dict[str, Any], folder: Path) -> None:
+        dcp.save(staged, storage_writer=Writer(folder), process_group=self._group)
 
-    def _write(self, write: Callable[[Path], Metadata], state: TrainerState) -> None:
+    def _write(self, write: Callable[[Path], None], state: TrainerState) -> None:
         final = self.folder / f"step-{state.step:08d}"
         draft = final.with_name(final.name + ".partial")
 
@@ -130,6 +127,7 @@ class Checkpointer:
 
         def publish() -> None:
             seen = {file.name for file in draft.iterdir()}
+            written = dcp.FileSystemReader(draft).read_metadata()
             unseen = sorted({part.relative_path for part in written.storage_data.values()} - seen)
             if unseen:
                 raise UserError(
@@ -151,7 +149,7 @@ class Checkpointer:
         what = f"checkpoint {final} could not be written"
         self._on_rank_zero(what, prepare)
         try:
-            written = write(draft)
+            write(draft)
         except CheckpointException as error:
             raise UserError(f"{what}: {causes(error)}. {_AFTER_FAILURE}") from error
         self._on_rank_zero(what, publish)

@@ -111,7 +111,6 @@ class ParallelConfig(Config):
     timeout: Duration = Field(default=600.0, gt=0)
     """Seconds that a rank waits for another one before it stops with an error."""
 
-
     def shard(self, ranks: int) -> int | None:
         """The size of dp_shard among so many ranks; None where the other axes do not divide them."""
         others = self.dp_replicate * self.cp * self.tp * self.pp

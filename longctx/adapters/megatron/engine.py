@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -20,10 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 
 from longctx.adapters.megatron.language_model import build, transformer_config
 from longctx.adapters.megatron.layouts import Given
+from longctx.adapters.megatron.moments import fill as load_optimizer
+from longctx.adapters.megatron.moments import moments
 from longctx.adapters.megatron.weights import fill, mark
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
@@ -201,22 +201,22 @@ class MegatronEngine:
         """As in `Engine`; waits until it is written."""
         checkpointer.save_with(self._write, state)
 
-    def _write(self, folder: Path) -> Metadata:
+    def _write(self, folder: Path) -> None:
         if dist.get_rank() == 0:
             folder.mkdir()
         dist.barrier()
         dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata=_RESHARDABLE)
-        dist.barrier()
-        return dcp.FileSystemReader(folder).read_metadata()
 
     def load(self, path: Path) -> None:
         """As in `Engine`."""
+        with moments(self.optimizer):
+            wanted = self._state(loading=True)
         try:
-            loaded = dist_checkpointing.load(self._state(loading=True), str(path))
+            loaded = dist_checkpointing.load(wanted, str(path))
         except CheckpointingException as error:
             raise UserError(f"checkpoint {path} cannot be read: {error}. {others(path, RESUME)}") from error
         self.model.load_state_dict(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(self.optimizer, loaded["optimizer"])
 
     def close(self) -> None:
         """Ends Megatron's groups, which are global."""
@@ -249,9 +249,7 @@ def _parallel(recipe: Recipe, device_type: str) -> Mesh:
     model_parallel_cuda_manual_seed(recipe.seed)
     levels: dict[str, Any] = {}
     if ulysses is not None:
-        levels = dict(
-            zip(("ulysses", "ring"), parallel_state.get_hierarchical_context_parallel_groups(), strict=True)
-        )
+        levels = dict(zip(("ulysses", "ring"), parallel_state.get_hierarchical_context_parallel_groups(), strict=True))
     return Mesh.of_groups(
         device_type,
         dp=parallel_state.get_data_parallel_group(),

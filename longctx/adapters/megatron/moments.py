@@ -1,0 +1,56 @@
+"""Going on with torch's Adam, which Megatron takes where there is neither Apex nor TransformerEngine.
+
+It makes its state at the first step, and counts steps for each parameter. Megatron reads the state before; its
+distributed optimizer does not expect the count among what it fills, and gives all parameters one count together, which
+each of them would then raise.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _on_adam(optimizer: Any) -> Iterator[Any]:
+    """The parts of a Megatron optimizer that step with torch's."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            yield part
+
+
+@contextmanager
+def moments(optimizer: Any) -> Iterator[None]:
+    """Meanwhile a Megatron optimizer that made no step has the state that it makes at its first one."""
+    parts = list(_on_adam(optimizer))
+    for part in parts:
+        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+            empty = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            part.optimizer.state[parameter] = {"step": torch.zeros(()), **empty}
+    yield
+    for part in parts:
+        part.optimizer.state.clear()
+
+
+def fill(optimizer: Any, loaded: Any) -> None:
+    """Load a state that was read from a checkpoint."""
+    for part in _on_adam(optimizer):
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            _keep_count(part)
+    optimizer.load_state_dict(loaded)
+    for part in _on_adam(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _keep_count(part: Any) -> None:
+    """Have a distributed optimizer leave the count of steps, which it has set by then, as it is."""
+    fill_in = part._set_main_param_and_optimizer_states
+
+    def fill_all_but_the_count(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, place = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        fill_in(model_param, {"step": state["step"], **tensors})
+
+    part._set_main_param_and_optimizer_states = fill_all_but_the_count
