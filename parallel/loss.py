@@ -11,7 +11,7 @@ from longctx.parallel.mesh import Axis
 def divided_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, tile: int, axis: Axis, scale: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """As `longctx.kernels.loss.linear_cross_entropy`, where `weight [N / axis.size, D]` is this rank's rows of the head.
+    """As `longctx.kernels.loss.linear_cross_entropy`, where this rank has rows of the head, `weight [N / size, D]`.
 
     x `[T, D]` and labels `[T]`, which count through the whole vocabulary, are the same on every rank of the axis. The
     results are those of the whole head and the same on all; the gradient of x is a summand. A tile sends two numbers a

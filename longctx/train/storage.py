@@ -68,8 +68,8 @@ def read_tensors(
 ) -> None:
     """Read `path` into `tensors`, in place, whatever the number of ranks that wrote it; what is not asked for stays.
 
-    On every rank together, or in one process: where there is no process group, or a rank reads `alone`. Raises UserError, saying why, where they cannot
-    be read.
+    On every rank together, or in one process: where there is no process group, or a rank reads `alone`. Raises
+    UserError, saying why, where they cannot be read.
     """
     alone = alone or not dist.is_initialized()
     try:

@@ -1,7 +1,7 @@
 """`engine = "megatron"`: a recipe's model as Megatron-Core's, with its parallelism, its optimizer and its checkpoints.
 
-Data, layouts, mixers and the loss in tiles are ours, so that a step is that of the built-in engine: gradients are summed
-over ranks and divided by the number of labels of the whole step (Megatron's `calculate_per_token_loss`).
+Data, layouts, mixers and the loss in tiles are ours, so that a step is that of the built-in engine: gradients are
+summed over ranks and divided by the number of labels of the whole step (Megatron's `calculate_per_token_loss`).
 """
 
 import math

@@ -1,8 +1,8 @@
 """Megatron's GPT of a recipe's `[model]`, with the loss of its head in tiles.
 
-Every layer is `longctx.adapters.megatron.layer.Layer` with the mixers of the recipe, softmax attention included, so that
-positions, documents and the order of tokens over ranks are those of our layouts; embedding, norms, feed-forwards, head,
-and what divides them over ranks, are Megatron's.
+Every layer is `longctx.adapters.megatron.layer.Layer` with the mixers of the recipe, softmax attention included, so
+that positions, documents and the order of tokens over ranks are those of our layouts; embedding, norms, feed-forwards,
+head, and what divides them over ranks, are Megatron's.
 """
 
 from typing import Any

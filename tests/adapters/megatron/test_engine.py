@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.train.checkpoint import list_checkpoints
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
-from longctx.train.checkpoint import list_checkpoints
 from tests.train.runs import losses, metrics, mistake, train, went_on_to_be_killed, write_workplace
 
 STEPS = ["train.steps=8", "checkpoint.every=4", "evaluation.every=8", "evaluation.sequences=3"]
