@@ -22,8 +22,8 @@ from torch import Tensor
 
 from longctx.adapters.megatron.language_model import build, transformer_config
 from longctx.adapters.megatron.layouts import Given
-from longctx.adapters.megatron.moments import fill as load_optimizer
-from longctx.adapters.megatron.moments import moments
+from longctx.adapters.megatron.optimizers import fill as load_optimizer
+from longctx.adapters.megatron.optimizers import moments
 from longctx.adapters.megatron.weights import fill, mark
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE

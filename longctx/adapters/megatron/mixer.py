@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from longctx.adapters.megatron.checkpoints import sharded
 from longctx.adapters.megatron.layouts import Groups, attention_schedule, placed
 from longctx.adapters.megatron.losses import attach
+from longctx.adapters.megatron.optimizers import count_both_dtypes
 from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
 from longctx.mixers.division import divide
 from longctx.mixers.heads import HeadsMixConfig
@@ -114,6 +115,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
             now = getattr(module, name)
             if now.dtype in (torch.bfloat16, torch.float16):
                 now.data = value.to(now.device)
+                count_both_dtypes()
         return self
 
     def _exact(self) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -12,6 +12,8 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 
+_KINDS = {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float16: "torch.cuda.HalfTensor"}
+
 
 class _OnCpu(TorchFunctionMode):
     """`device="cuda"` is the CPU, nothing is pinned, and `.cuda()` is what it is called on."""
@@ -25,7 +27,8 @@ class _OnCpu(TorchFunctionMode):
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.Tensor.type and len(args) == 1:
-            return "torch.cuda.FloatTensor"  # what gradients have to be that are clipped
+            # Gradients that are clipped have to be of CUDA and float32; tests have them in float64 too.
+            return _KINDS.get(args[0].dtype, "torch.cuda.FloatTensor")
         if function is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
             args = (args[0], "cpu", *args[2:])
         return function(*args, **kwargs)

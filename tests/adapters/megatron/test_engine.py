@@ -101,10 +101,15 @@ def test_it_begins_with_weights_of_the_built_in_engine(ranks, workplace, built_i
     assert_same(curve(tmp_path / "run"), curve(tmp_path / "torch"))
 
 
-def test_bf16_follows_the_curve_of_float32(ranks, workplace, built_in, tmp_path):
-    ranks.run(megatron, workplace, tmp_path / "run", [*HYBRID, "train.precision=bf16", "checkpoint.every=100"], size=2)
+def test_bf16_follows_the_curve_of_float32_and_goes_on(ranks, workplace, built_in, tmp_path):
+    """With decays in float32 beside it, in one optimizer."""
+    overrides = [*HYBRID, "train.precision=bf16"]
+    ranks.run(megatron, workplace, tmp_path / "run", overrides, size=2)
     for found, want in zip(losses(tmp_path / "run"), losses(built_in), strict=True):
         assert found == pytest.approx(want, rel=0.02)
+    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "resumed", 4)
+    ranks.run(megatron, workplace, out, overrides, size=2)
+    assert curve(out) == curve(tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_engine_is_refused(ranks, workplace, built_in, saved, tmp_path):

@@ -1,16 +1,38 @@
-"""Going on with torch's Adam, which Megatron takes where there is neither Apex nor TransformerEngine.
+"""What Megatron's optimizers need where its own cases end.
 
-It makes its state at the first step, and counts steps for each parameter. Megatron reads the state before; its
-distributed optimizer does not expect the count among what it fills, and gives all parameters one count together, which
-each of them would then raise.
+Parameters of two dtypes in one group: its distributed optimizer (0.16 to 0.20) puts those in float32 first and goes on
+counting as if it had not, so that checkpoints would have one parameter's moments under another's name.
+
+Torch's Adam, which it takes where there is neither Apex nor TransformerEngine: that makes its state at the first step,
+and counts steps for each parameter. Megatron reads the state before; its distributed optimizer does not expect the
+count among what it fills, and gives all parameters one count together, which each of them would then raise.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+
+def count_both_dtypes() -> None:
+    """From now on distributed optimizers know where parameters of two dtypes stand in a group."""
+    begin = DistributedOptimizer.__init__
+    if hasattr(begin, "__wrapped__"):
+        return
+
+    @wraps(begin)
+    def begin_and_count(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        groups = zip(getattr(self, "model_fp32_groups", ()), getattr(self, "model_float16_groups", ()), strict=True)
+        for number, (exact, rounded) in enumerate(groups):
+            for place, parameter in enumerate((*exact, *rounded)):
+                self.model_param_group_index_map[parameter] = number, place
+
+    DistributedOptimizer.__init__ = begin_and_count
 
 
 def _on_adam(optimizer: Any) -> Iterator[Any]:
