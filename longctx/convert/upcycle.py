@@ -192,7 +192,9 @@ def _beside_routing(model: Mapping[str, Any]) -> dict[str, Any]:
     kept["layers"] = model["layers"].replace(AttentionExpertsConfig.letter, SoftmaxConfig.letter)
     for table in (model.get("softmax"), model.get("attention_experts")):
         if table is not None:
-            kept |= {f"softmax.{key}": table[key] for key in SoftmaxConfig.model_fields}
+            # What attention experts have no key for is as in a softmax layer that does not say it.
+            fields = SoftmaxConfig.model_fields.items()
+            kept |= {f"softmax.{key}": table.get(key, field.default) for key, field in fields}
     return kept
 
 

@@ -72,7 +72,7 @@ class AttentionExpertsConfig(MixerConfig):
         return self.model_copy(update={"experts": min(self.experts, 3), **changes})
 
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "AttentionExperts":
-        return AttentionExperts(self, dim, depth)
+        return AttentionExperts(self, dim, depth, eps)
 
 
 class AttentionExperts(Softmax):
@@ -85,8 +85,8 @@ class AttentionExperts(Softmax):
 
     divisible = False
 
-    def __init__(self, config: AttentionExpertsConfig, dim: int, depth: int) -> None:
-        super().__init__(config.together(dim), dim, depth)
+    def __init__(self, config: AttentionExpertsConfig, dim: int, depth: int, eps: float) -> None:
+        super().__init__(config.together(dim), dim, depth, eps)
         self.kv: KeysValues = config.kv
         self.groups = config.kv_heads or config.heads
         """Key/value heads that one expert reads."""

@@ -1,4 +1,8 @@
-"""Causal softmax attention with grouped key/value heads and rotary positions, as in Llama."""
+"""Causal softmax attention with grouped key/value heads and rotary positions, as in Llama.
+
+Queries and keys may be normed head by head before they are turned, and what a head gives may be multiplied with the
+sigmoid of a projection of the layer's input (Qiu et al. 2025, Gated Attention, the form after the values).
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,11 +16,11 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.routed_linear import to_pairs
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.division import Share
+from longctx.mixers.division import Share, rows
 from longctx.mixers.heads import HeadRouter, divided, emit, emit_pairs
 from longctx.mixers.memory import Memory, attend, attend_to_scores
-from longctx.model.layers import Attend, Linear, Output
-from longctx.model.rotary import rotary_table, rotate, rotate_rows
+from longctx.model.layers import Attend, Linear, Norm, Output, norm_layer
+from longctx.model.rotary import RopeScaling, rotary_table, rotate, rotate_rows
 from longctx.moe.heads import Pairs, attend_pairs
 from longctx.parallel.attention import choose, softmax_attention
 from longctx.parallel.choice import Shape, explained, fitting
@@ -39,15 +43,30 @@ class SoftmaxConfig(MixerConfig):
     """`dim / heads` where absent."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
-
+    rotary_dim: Integer | None = Field(default=None, gt=0)
+    """Channels of a head that are turned, the first ones, an even number; all where absent."""
+    rope_scaling: RopeScaling | None = None
+    """Without it no frequency is scaled."""
+    qk_norm: Norm | None = None
+    """Norm of queries and keys, of each head by itself, with a weight per channel that heads share: `rms`, or
+    `zero_centered_rms`, which multiplies with 1 plus its weight; none where absent."""
+    output_gate: bool = False
+    """Multiply what heads give with the sigmoid of a projection of the layer's input, channel by channel."""
     window: Integer | None = Field(default=None, gt=0)
     """A token sees the newest `window` tokens of its document, itself included; all earlier ones where absent."""
 
     def problems(self, dim: int) -> list[str]:
         found = head_dim_problems(dim, self.heads, self.head_dim)
         head_dim = self.head_dim or dim // self.heads
-        if not found and head_dim % 2:
+        if not found and self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > head_dim):
+            found.append(
+                f"rotary_dim: rotary positions turn pairs of a head's {head_dim} channels: {self.rotary_dim} has to be "
+                "even, and no more than these"
+            )
+        elif not found and self.rotary_dim is None and head_dim % 2:
             found.append(f"head_dim: rotary positions turn pairs, so {head_dim} has to be even")
+        if self.rope_scaling is not None:
+            found += [f"rope_scaling.{problem}" for problem in self.rope_scaling.problems()]
         if self.kv_heads is not None and self.heads % self.kv_heads:
             found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
         return found
@@ -64,10 +83,12 @@ class SoftmaxConfig(MixerConfig):
         group = min(self.heads // kv_heads, 4)
         few = min(kv_heads, 2 if group > 1 else 4)
         window = None if self.window is None else min(self.window, 16)
-        return SoftmaxConfig(heads=few * group, kv_heads=few, head_dim=8, rope_theta=self.rope_theta, window=window)
+        rotary_dim = None if self.rotary_dim is None else 4
+        changes = {"heads": few * group, "kv_heads": few, "head_dim": 8, "window": window, "rotary_dim": rotary_dim}
+        return self.model_copy(update=changes)
 
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "Softmax":
-        return Softmax(self, dim, depth)
+        return Softmax(self, dim, depth, eps)
 
 
 class Softmax(Mixer):
@@ -75,25 +96,33 @@ class Softmax(Mixer):
 
     counts = ("heads", "kv_heads")
 
-    def __init__(self, config: SoftmaxConfig, dim: int, depth: int) -> None:
+    def __init__(self, config: SoftmaxConfig, dim: int, depth: int, eps: float) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim = config.head_dim or dim // config.heads
-        self.rope_theta = config.rope_theta
+        self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
+        self.rotary_dim = config.rotary_dim or self.head_dim
         self.reach = Reach(window=config.window)
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        kind = config.qk_norm
+        self.q_norm = None if kind is None else norm_layer(kind, self.head_dim, eps)
+        self.k_norm = None if kind is None else norm_layer(kind, self.head_dim, eps)
+        self.gate = Linear(dim, self.heads * self.head_dim) if config.output_gate else None
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
     def shares(self) -> dict[str, Share]:
-        """Queries, keys and values; the output's columns."""
+        """Queries, keys and values; the gate; the output's columns."""
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
+        divided = {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
+        return divided | rows(self, "gate.weight")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
         if self.head_router is not None and memory is None:
             return self._mixture(self.head_router, x, layout)
         heads, attend = self.attention(x, layout, memory)
+        if self.gate is not None:
+            heads = heads * self.gate(x).sigmoid().view(heads.shape)
         if self.head_router is not None:
             seen = x
             if self.head_router.by_norm:
@@ -107,13 +136,22 @@ class Softmax(Mixer):
         scale, window = self.head_dim**-0.5, self.reach.window
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = self._turned(q, k, layout)
         if memory is None:
             out = softmax_attention(q, k, v, layout, scale, window=window)
         else:
             out, k = attend(q, k, v, layout, scale, window, memory.keys)
         return out, partial(attend_to_scores, q, k, layout, scale, window)
+
+    def _table(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_table(layout.positions.to(x.device), self.rotary_dim, self.rope_theta, self.rope_scaling)
+
+    def _turned(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """q and k `[B, T_local, ., K]`, normed where there are norms, turned to their positions."""
+        table = self._table(layout, q)
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        return rotate(q, table), rotate(k, table)
 
     def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout) -> Output:
         """The same of the (token, head) pairs that are read, gathered from the first projection to the last."""
@@ -134,11 +172,17 @@ class Softmax(Mixer):
             shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
             queries = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
             queries = queries.view(*pairs.index.shape, self.head_dim)
-        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
-        shared, k = rotate(shared, table), rotate(k, table)
-        queries = rotate_rows(queries, pairs.rows, table)
-        out = attend_pairs(shared, queries, k, v, pairs, layout, self.head_dim**-0.5, window=self.reach.window)
-        return emit_pairs(*out, self.out, routing, pairs)
+        shared, k = self._turned(shared, k, layout)
+        queries = queries if self.q_norm is None else self.q_norm(queries)
+        queries = rotate_rows(queries, pairs.rows, self._table(layout, x))
+        scale, window = self.head_dim**-0.5, self.reach.window
+        of_shared, of_pairs = attend_pairs(shared, queries, k, v, pairs, layout, scale, window=window)
+        if self.gate is not None:
+            for_shared, for_routed = divided(self.gate.weight, self.heads, routing)
+            opened = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
+            of_shared = of_shared * F.linear(x, for_shared).sigmoid().view(of_shared.shape)
+            of_pairs = of_pairs * opened.sigmoid().view(of_pairs.shape)
+        return emit_pairs(of_shared, of_pairs, self.out, routing, pairs)
 
     def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule and its expected costs, where the layout leaves it to be chosen."""
@@ -154,6 +198,7 @@ class Softmax(Mixer):
         # Queries are looked at to be routed by their norms.
         queries = 0 if self.head_router is not None and self.head_router.by_norm else self.unread
         dim, width = self.out.out_features, self.head_dim
-        projections = router + self.qkv.flops_per_token - 2 * dim * width * queries + 2 * dim * width * read
+        gates = 0 if self.gate is None else read
+        projections = router + self.qkv.flops_per_token + 2 * dim * width * (read + gates - queries)
         again = self.heads * (width + self.lent) if self.lent else 0
         return layout.local_length * projections + 2 * (2 * read * width + again) * score_elements(layout, self.reach)

@@ -89,6 +89,8 @@ class _ModelConfig(Config):
                 yield f"heads.mixers: the heads of {name} cannot be routed"
             else:
                 yield from (f"heads.{problem}" for problem in self.heads.problems(name, *routable))
+                if self.heads.router == "norm" and getattr(table, "qk_norm", None) is not None:
+                    yield f"heads.router: 'norm' reads how large queries are, and {name}.qk_norm makes them alike"
 
     def _attention_is_there(self) -> list[str]:
         """The words for layers whose router reads attention that their mixer does not have."""

@@ -1,11 +1,12 @@
 """The small layers that every model is made of."""
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from longctx.kernels.pointwise import rms_norm
+from longctx.kernels.recurrence import accumulation_dtype
 from longctx.moe.report import Report
 
 if TYPE_CHECKING:
@@ -61,6 +62,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """The same times `1 + weight`, as in Gemma and Qwen3-Next: the weight begins at 0."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        nn.init.zeros_(self.weight)
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The first value of the weight (`longctx.model.initialise`)."""
+        del name, generator
+        return torch.zeros(shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In bfloat16 the sum would lose what makes the weight small.
+        return rms_norm(x, 1 + self.weight.to(accumulation_dtype(x.dtype)), self.eps)
+
+
+Norm = Literal["rms", "zero_centered_rms"]
+"""The kinds of `norm_layer`."""
+
+
+def norm_layer(kind: Norm, dim: int, eps: float) -> RMSNorm:
+    """A norm over `dim` channels."""
+    return RMSNorm(dim, eps) if kind == "rms" else ZeroCenteredRMSNorm(dim, eps)
 
 
 class SelfInitialised(nn.Module):

@@ -1,4 +1,4 @@
-"""A configuration of every registered mixer, for the properties that all of them have."""
+"""A configuration of every registered mixer, for the properties that all of them have, and of options beside it."""
 
 import torch
 
@@ -16,6 +16,7 @@ from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
 from longctx.model.layers import Output
+from longctx.model.rotary import RopeScaling
 from longctx.parallel.layout import Layout
 
 DIM = 12
@@ -38,8 +39,26 @@ CONFIGS: dict[str, MixerConfig] = {
 """By letter: head widths that are no powers of two, and heads that do not make up the model's width."""
 
 
+OPTIONS: dict[str, MixerConfig] = {
+    "S with norms, a gate and some channels turned": SoftmaxConfig(
+        heads=6,
+        kv_heads=2,
+        head_dim=6,
+        rotary_dim=4,
+        rope_theta=30.0,
+        rope_scaling=RopeScaling(factor=8.0, low_freq_factor=0.5, original_max_position_embeddings=20),
+        qk_norm="zero_centered_rms",
+        output_gate=True,
+    ),
+    "S with norms": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, qk_norm="rms", window=9),
+}
+"""What a published model has a layer of and the letter's own configuration has not, by words that begin with it."""
+
+
 def config_of(letter: str) -> MixerConfig:
-    """The mixer's entry in `CONFIGS`, which every registered one must have."""
+    """The mixer's entry in `CONFIGS`, which every registered one must have; or that of an option in `OPTIONS`."""
+    if letter in OPTIONS:
+        return OPTIONS[letter]
     assert letter in CONFIGS, (
         f"{MIXERS[letter].name} ({letter}) is registered, but tests/mixers/cases.py has no configuration of it: add "
         "one, and what every mixer has to fulfil is tested of it"

@@ -9,7 +9,7 @@ from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from tests.mixers.cases import CONFIGS, DIM, draw, run
+from tests.mixers.cases import DIM, config_of, draw, run
 
 BOUNDS = (0, 5, 17, 18, 31, 48)
 EIGHT = {
@@ -24,7 +24,7 @@ LETTERS = sorted(EIGHT)
 
 
 def whole(letter, **changes):
-    config = CONFIGS[letter].model_copy(update=EIGHT[letter] | changes)
+    config = config_of(letter).model_copy(update=EIGHT[letter[0]] | changes)
     mixer = config.build(DIM, 1, 4, 1e-5).double()
     initialise(mixer, seed=3)
     return mixer
@@ -79,7 +79,7 @@ def test_parts_that_are_put_together_are_the_whole(letter):
 
 def refusal(letter, changes):
     mesh = Mesh.build("cpu", tp=2)
-    mixer = whole(letter, **changes) if letter in EIGHT else CONFIGS[letter].build(DIM, 0, 1, 1e-5)
+    mixer = whole(letter, **changes) if letter in EIGHT else config_of(letter).build(DIM, 0, 1, 1e-5)
     try:
         divide(mixer, mesh.tp)
     except ValueError as error:

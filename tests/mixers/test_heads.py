@@ -24,7 +24,7 @@ each_mixer = pytest.mark.parametrize("letter", ROUTED)
 def mix_of(letter, router="learned"):
     heads, group = config_of(letter).routable()
     shared = group if heads > 2 * group else 0
-    return HeadsMixConfig(mixers=(MIXERS[letter].name,), shared=shared, active=(heads - shared) // 2, router=router)
+    return HeadsMixConfig(mixers=(MIXERS[letter[0]].name,), shared=shared, active=(heads - shared) // 2, router=router)
 
 
 def routed(letter, dtype=torch.float64, router="learned"):
@@ -38,7 +38,7 @@ def routed(letter, dtype=torch.float64, router="learned"):
 def masked(mixer, letter, x, layout):
     """All heads computed, what is not read set to zero, times the weights: the same parameters."""
     module = importlib.import_module(type(mixer).__module__)
-    if letter == "S" and mixer.head_router.by_norm:
+    if letter[0] == "S" and mixer.head_router.by_norm:
         q = mixer.qkv(x)[..., : mixer.heads * mixer.head_dim].unflatten(-1, (mixer.heads, -1))
         routing = mixer.head_router(q, layout)
     else:
@@ -47,7 +47,7 @@ def masked(mixer, letter, x, layout):
     there = torch.cat([routing.chosen.new_ones(*x.shape[:2], shared), routing.chosen], dim=-1)[..., None]
     router, mixer.head_router = mixer.head_router, None
     weights, heads = routing.weights[..., None], there.shape[2]
-    name = "softmax_attention" if letter == "S" else "scan"
+    name = "softmax_attention" if letter[0] == "S" else "scan"
     right = getattr(module, name)
     out = type(mixer.out).forward
 
@@ -57,7 +57,7 @@ def masked(mixer, letter, x, layout):
     with ExitStack() as stack:
         stack.enter_context(patch.object(module, name, lambda *args, **kwargs: right(*args, **kwargs) * there))
         stack.enter_context(patch.object(type(mixer.out), "forward", times_weights))
-        if letter == "M":
+        if letter[0] == "M":
             skip = type(mixer.skip).forward
             stack.enter_context(patch.object(type(mixer.skip), "forward", lambda self, v: skip(self, v) * there))
         result = mixer(x, layout)

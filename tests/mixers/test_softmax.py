@@ -7,7 +7,10 @@ import torch
 
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
+from longctx.model.rotary import RopeScaling
 from longctx.parallel.layout import Layout
+
+LENGTH = {"original_max_position_embeddings": 64}
 
 
 def turned(x, positions, theta):
@@ -52,6 +55,43 @@ def test_layer_equals_a_dense_one(heads, kv_heads, head_dim, theta, bounds):
     x = 3 * torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = dense(x, mixer, heads, kv_heads or heads, head_dim or 12 // heads, theta, bounds)
     torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("qk_norm", ["rms", "zero_centered_rms"])
+def test_norms_a_gate_and_channels_that_stay_are_as_written_out(qk_norm):
+    options = {"rotary_dim": 4, "qk_norm": qk_norm, "output_gate": True}
+    mixer = SoftmaxConfig(heads=4, kv_heads=2, head_dim=6, **options).build(12, 0, 2, 1e-3).double()
+    initialise(mixer, seed=5)
+    generator, bounds = torch.Generator().manual_seed(0), (0, 1, 13, 40)
+    x = 3 * torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for norm in (mixer.q_norm, mixer.k_norm):
+            norm.weight += 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)
+
+    def normed(y, norm):
+        weight = norm.weight + (1 if qk_norm == "zero_centered_rms" else 0)
+        return y / (y.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight
+
+    q, k, v = (x @ mixer.qkv.weight.T).unflatten(-1, (-1, 6)).split([4, 2, 2], dim=2)
+    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)])
+    q, k = (normed(y, norm) for y, norm in ((q, mixer.q_norm), (k, mixer.k_norm)))
+    q, k = (torch.cat([turned(y[..., :4], positions, 10_000.0), y[..., 4:]], dim=-1) for y in (q, k))
+    documents = torch.cat([torch.full((e - b,), n) for n, (b, e) in enumerate(itertools.pairwise(bounds))])
+    mask = (documents[:, None] == documents[None, :]).tril()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, dim=2)) / 6**0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    heads = torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(2, dim=2)).flatten(2)
+    want = (heads * (x @ mixer.gate.weight.T).sigmoid()) @ mixer.out.weight.T
+    torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+
+
+def test_norms_of_queries_begin_as_norms_alone_and_the_rest_as_without_options():
+    plain = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4).build(12, 0, 2, 1e-5)
+    other = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, qk_norm="zero_centered_rms").build(12, 0, 2, 1e-5)
+    for mixer in (plain, other):
+        initialise(mixer, seed=5)
+    assert not other.q_norm.weight.any()
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_moving_a_document_changes_nothing_but_the_distances_within_it_do():
@@ -105,6 +145,12 @@ def test_flops_are_the_projections_and_two_products_for_each_pair_that_is_seen()
         ({"heads": 2, "kv_heads": 4}, "kv_heads: 2 query heads are not a multiple of 4"),
         ({"heads": 4}, "head_dim: rotary positions turn pairs, so 3 has to be even"),
         ({"heads": 4, "head_dim": 5}, "head_dim: rotary positions turn pairs, so 5 has to be even"),
+        ({"heads": 4, "rotary_dim": 4}, "rotary_dim: rotary positions turn pairs of a head's 3 channels: 4 has to be"),
+        ({"heads": 2, "rotary_dim": 3}, "rotary_dim: rotary positions turn pairs of a head's 6 channels: 3 has to be"),
+        (
+            {"heads": 2, "rope_scaling": RopeScaling(factor=2.0, low_freq_factor=4.0, **LENGTH)},
+            "rope_scaling.high_freq_factor: 4.0 has to be above low_freq_factor 4.0",
+        ),
     ],
 )
 def test_heads_that_do_not_fit_are_named_with_their_key(arguments, words):

@@ -52,6 +52,13 @@ def refused(**changes):
             {"ffn": ("swiglu", "moe"), "moe": BY_ATTENTION, "heads": mix("softmax")},
             "moe.router: layer 1 (counted from 0) has routed heads ([model.heads]), and experts that are routed",
         ),
+        (
+            {
+                "heads": mix("softmax", router="norm"),
+                "softmax": SoftmaxConfig(heads=6, head_dim=4, qk_norm="rms"),
+            },
+            "heads.router: 'norm' reads how large queries are, and softmax.qk_norm makes them alike",
+        ),
         ({"ffn": ()}, "ffn: give a name, or a list of names; there are swiglu, moe"),
         ({"ffn": "moe"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
         ({"ffn": ("swiglu", "moe")}, "ffn: moe needs the table [model.moe]"),

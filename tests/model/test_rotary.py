@@ -1,11 +1,12 @@
 """Rotary positions, against complex numbers."""
 
 import cmath
+import math
 
 import pytest
 import torch
 
-from longctx.model.rotary import rotary_table, rotate
+from longctx.model.rotary import RopeScaling, rotary_table, rotate
 
 POSITIONS = (0, 1, 1000, 2**20 + 1, 2**23 + 5)
 
@@ -39,6 +40,37 @@ def test_scores_depend_on_distances_alone():
     ).sum()
     torch.testing.assert_close(score(7, 3), score(2**20 + 4, 2**20), rtol=1e-7, atol=1e-8)
     assert abs(score(7, 3) - score(7, 2)) > 1e-3
+
+
+def test_scaled_frequencies_are_those_of_llama_3_1():
+    """Case by case, with wavelengths, as the release of Llama 3.1 has it; 8, 1, 4 and 8192 are its numbers."""
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    plain = [5e5 ** (-2 * i / 128) for i in range(64)]
+    want, kinds = [], set()
+    for frequency in plain:
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            want.append(frequency)
+            kinds.add("short")
+        elif wavelength > 8192 / 1:
+            want.append(frequency / 8)
+            kinds.add("long")
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            want.append((1 - smooth) * frequency / 8 + smooth * frequency)
+            kinds.add("between")
+    assert len(kinds) == 3
+    cos, sin = rotary_table(torch.tensor([1]), 128, 5e5, scaling)
+    got = torch.atan2(sin, cos)[0]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_of_a_narrower_table_the_first_channels_are_turned_and_the_rest_stays():
+    x = torch.randn(1, 3, 2, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    table = rotary_table(torch.arange(3), 6, 500.0)
+    got = rotate(x, table)
+    assert torch.equal(got[..., :6], rotate(x[..., :6], table))
+    assert torch.equal(got[..., 6:], x[..., 6:])
 
 
 def test_positions_of_another_number_of_tokens_are_refused():
