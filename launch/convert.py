@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from longctx.convert.upcycle import upcycle
 from longctx.launch.terminal import say
@@ -26,3 +27,29 @@ def run_upcycle(arguments: Sequence[str], recipe: str, out: Path) -> int:
         say(note)
     say(f"To begin a run with it: train.init={out}")
     return 0
+
+
+def run_from_huggingface(source: Path, out: Path) -> int:
+    """Import a model of transformers; the exit status. Raises UserError for what the user can mend."""
+    from longctx.convert.huggingface import RECIPE, from_huggingface
+
+    done = from_huggingface(source, out)
+    say(f"{out}: {done.parameters:,} parameters of a {done.model_type} model, of {_files(done.files)} in {source}")
+    say(f'To begin a run with it: extends = "{out / RECIPE}" in a recipe, and train.init={out}')
+    tokenizer = source / "tokenizer.json"
+    if tokenizer.is_file():
+        say(f"To prepare text with its tokenizer: longctx data prepare INPUT --tokenizer {tokenizer} --out DIR")
+    return 0
+
+
+def run_to_huggingface(source: Path, out: Path, dtype: Literal["fp32", "bf16"], shard_size: int) -> int:
+    """Export a model for transformers; the exit status. Raises UserError for what the user can mend."""
+    from longctx.convert.huggingface import to_huggingface
+
+    done = to_huggingface(source, out, dtype, shard_size)
+    say(f"{out}: {done.parameters:,} parameters of {done.source}, as a {done.model_type} model in {_files(done.files)}")
+    return 0
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"

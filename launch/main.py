@@ -333,6 +333,43 @@ def _convert_upcycle(
     raise typer.Exit(run_upcycle(arguments, to, out))
 
 
+@convert_app.command("from-huggingface")
+def _convert_from_huggingface(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder with config.json and safetensors files, sharded or not.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+) -> None:
+    """Make the built-in model of a model of transformers.
+
+    Writes its weights, and model.toml for a recipe to extend; a run begins with them by train.init=DIR.
+    """
+    from longctx.launch.convert import run_from_huggingface
+
+    raise typer.Exit(run_from_huggingface(source, out))
+
+
+@convert_app.command("to-huggingface")
+def _convert_to_huggingface(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint, a run's directory, whose newest one is taken, or converted weights."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What weights are stored in.")] = "fp32",
+    shard_size: Annotated[
+        str, typer.Option(metavar="BYTES", help="The most bytes in a file, such as 5GB or 500MiB.")
+    ] = "5GB",
+) -> None:
+    """Write a model that transformers loads, as safetensors."""
+    from longctx.launch.convert import run_to_huggingface
+
+    most = _at_least(1, "--shard-size", shard_size.strip().removesuffix("B"))
+    raise typer.Exit(run_to_huggingface(source, out, dtype, most))
+
+
 def _link_speed(text: str) -> float | None:
     if text == "none":
         return None

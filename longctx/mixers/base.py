@@ -122,6 +122,11 @@ class MixerConfig(Config, ABC):
         where they cannot be routed."""
         return None
 
+    def resolved(self, dim: int) -> Self:
+        """The same layer with what is derived from others of its keys, and from the width `dim`, said."""
+        del dim
+        return self
+
     @abstractmethod
     def problems(self, dim: int) -> list[str]:
         """What does not fit the width `dim`, in words, each beginning with the key it is about."""

@@ -71,6 +71,11 @@ class SoftmaxConfig(MixerConfig):
             found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
         return found
 
+    def resolved(self, dim: int) -> "SoftmaxConfig":
+        head_dim = self.head_dim or dim // self.heads
+        changes = {"kv_heads": self.kv_heads or self.heads, "rotary_dim": self.rotary_dim or head_dim}
+        return self.model_copy(update={"head_dim": head_dim, **changes})
+
     def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
         return "attention", fitting(self.heads, size, ulysses)
 

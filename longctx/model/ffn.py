@@ -73,6 +73,11 @@ class FeedForwardConfig(Config, ABC):
     def build(self, dim: int, layer: int, depth: int) -> FeedForward:
         """The feed-forward of layer `layer` (from 0) of `depth`, for width `dim`."""
 
+    def resolved(self, dim: int) -> Self:
+        """As in `longctx.mixers.MixerConfig.resolved`."""
+        del dim
+        return self
+
     def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
         """As in `longctx.mixers.MixerConfig.schedules`; None where it reads no other token by itself."""
         del size, ulysses
@@ -94,12 +99,15 @@ class SwigluConfig(FeedForwardConfig):
     def shrunk(self) -> "SwigluConfig":
         return SwigluConfig(hidden=48)
 
+    def width(self, dim: int) -> int:
+        """The hidden width, for width `dim`."""
+        return self.hidden or -(-8 * dim // (3 * 64)) * 64
+
+    def resolved(self, dim: int) -> "SwigluConfig":
+        return self.model_copy(update={"hidden": self.width(dim)})
+
     def build(self, dim: int, layer: int, depth: int) -> "Swiglu":
         return Swiglu(dim, self.width(dim), depth)
-
-    def width(self, dim: int) -> int:
-        """The hidden width for a model of width `dim`."""
-        return self.hidden or -(-8 * dim // (3 * 64)) * 64
 
 
 class Swiglu(FeedForward):

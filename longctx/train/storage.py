@@ -10,10 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, WriteResult
 from torch.futures import Future as TorchFuture
 
@@ -63,8 +68,35 @@ def damage(folder: Path, files: Mapping[str, int]) -> str | None:
     return None
 
 
+class RowsPlanner(DefaultLoadPlanner):
+    """Reads tensors that are rows of larger ones: those from `begin` on."""
+
+    def __init__(self, begin: int) -> None:
+        super().__init__()
+        self._begin = begin
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, tensor in self.state_dict.items():
+            offsets = torch.Size([self._begin, *[0] * (tensor.dim() - 1)])
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.shape)
+            there = self.metadata.state_dict_metadata[name]
+            assert isinstance(there, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, there, [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn]
+
+
 def read_tensors(
-    path: Path, tensors: dict[str, Any], reader: StorageReader | None = None, *, alone: bool = False
+    path: Path,
+    tensors: dict[str, Any],
+    reader: StorageReader | None = None,
+    planner: RowsPlanner | None = None,
+    *,
+    alone: bool = False,
 ) -> None:
     """Read `path` into `tensors`, in place, whatever the number of ranks that wrote it; what is not asked for stays.
 
@@ -76,6 +108,7 @@ def read_tensors(
         with warnings.catch_warnings():
             if alone:
                 warnings.filterwarnings("ignore", message=ALONE)
-            dcp.load(tensors, storage_reader=reader or dcp.FileSystemReader(path), no_dist=alone)
+            source = reader or dcp.FileSystemReader(path)
+            dcp.load(tensors, storage_reader=source, planner=planner, no_dist=alone)
     except CheckpointException as error:
         raise UserError(f"{path} cannot be read: {causes(error)}") from error

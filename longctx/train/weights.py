@@ -28,7 +28,7 @@ from longctx.errors import UserError
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.train.checkpoint import TRAINER, differences, list_checkpoints, others, read_state
-from longctx.train.storage import ALONE, Writer, damage, read_tensors, write_listing
+from longctx.train.storage import ALONE, RowsPlanner, Writer, damage, read_tensors, write_listing
 
 _WEIGHTS = "weights.json"
 _PREFIX = "model."
@@ -84,6 +84,12 @@ class Weights:
         self._read({f"{_PREFIX}{name}": tensor}, alone=True)
         return tensor
 
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows of one of them, from the first number up to the second; the rest as in `read`."""
+        rows = torch.empty(end - begin, *self.shapes[name][1:])
+        self._read({f"{_PREFIX}{name}": rows}, RowsPlanner(begin), alone=True)
+        return rows
+
     def check(self, config: ModelConfig, rows: int) -> None:
         """Raise UserError, naming every difference, unless they are of this model, with `rows` in its vocabulary."""
         found = differences(self.model, described(config, rows))
@@ -96,9 +102,11 @@ class Weights:
         """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
         self._read({_PREFIX.removesuffix("."): get_model_state_dict(model)})
 
-    def _read(self, tensors: dict[str, Any], *, alone: bool = False) -> None:
+    def _read(
+        self, tensors: dict[str, Any], planner: RowsPlanner | None = None, *, alone: bool = False
+    ) -> None:
         try:
-            read_tensors(self.path, tensors, self._reader, alone=alone)
+            read_tensors(self.path, tensors, self._reader, planner, alone=alone)
         except UserError as error:
             raise UserError(f"{error}. {others(self.path, self.how)}") from error
 

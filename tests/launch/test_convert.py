@@ -1,4 +1,4 @@
-"""`longctx convert upcycle`: its arguments, what it says, and its exit status."""
+"""`longctx convert`: its arguments, what it says, and its exit status."""
 
 from pathlib import Path
 
@@ -7,6 +7,9 @@ from typer.testing import CliRunner
 
 from longctx.launch.convert import split_arguments
 from longctx.launch.main import app
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.config import ModelConfig
+from longctx.model.ffn import SwigluConfig
 from longctx.train.weights import find_weights
 from tests.convert.cases import save
 
@@ -41,11 +44,15 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*arguments):
+def convert(*arguments):
     """Exit status, stdout and stderr."""
-    result = CliRunner().invoke(app, ["convert", "upcycle", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def run(*arguments):
+    return convert("upcycle", *arguments)
 
 
 def test_sources_and_overrides_are_told_apart():
@@ -89,6 +96,46 @@ def test_it_says_what_changes_the_output(place):
 )
 def test_mistakes_end_with_their_message_and_status_2(place, arguments, said):
     status, out, told = run(*(["--out", "a"] if "--out" not in arguments else []), "--to", "routed.toml", *arguments)
+    assert (status, out) == (2, "")
+    assert said in told
+    assert not (place / "x").exists()
+
+
+# Models of transformers
+
+SOFTMAX = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4)
+LLAMA = ModelConfig(layers="S", depth=2, dim=12, softmax=SOFTMAX, swiglu=SwigluConfig(hidden=10))
+
+
+def test_a_model_goes_to_transformers_files_and_comes_back(place):
+    save(place / "llama", 0, LLAMA)
+    count = sum(shape.numel() for shape in find_weights(place / "llama", "").shapes.values())
+    status, out, said = convert("to-huggingface", "llama", "--out", "theirs", "--shard-size", "3kB", "--dtype", "bf16")
+    assert (status, out) == (0, "")
+    files = len(list((place / "theirs").glob("*.safetensors")))
+    assert said == f"theirs: {count:,} parameters of llama, as a llama model in {files} files\n"
+    (place / "theirs/tokenizer.json").write_text("{}")
+    status, out, said = convert("from-huggingface", "theirs", "--out", "again")
+    assert (status, out) == (0, "")
+    assert said.splitlines() == [
+        f"again: {count:,} parameters of a llama model, of {files} files in theirs",
+        'To begin a run with it: extends = "again/model.toml" in a recipe, and train.init=again',
+        "To prepare text with its tokenizer: longctx data prepare INPUT --tokenizer theirs/tokenizer.json --out DIR",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["from-huggingface", "a", "--out", "x"], "error: a has no config.json: give the folder of a model that"),
+        (["to-huggingface", "a", "--out", "x"], "error: a: no class of transformers has layers LS (model.layers)"),
+        (["to-huggingface", "gone", "--out", "x"], "error: gone: there is no such directory. Give weights as SOURCE"),
+        (["to-huggingface", "a", "--out", "x", "--shard-size", "many"], "error: --shard-size: 'many' is not an int"),
+        (["to-huggingface", "a", "--out", "x", "--shard-size", "0"], "error: --shard-size 0: expected at least 1"),
+    ],
+)
+def test_mistakes_of_the_other_conversions(place, arguments, said):
+    status, out, told = convert(*arguments)
     assert (status, out) == (2, "")
     assert said in told
     assert not (place / "x").exists()

@@ -1,0 +1,8 @@
+"""The models of transformers that the built-in one can be, by `model_type`. A new one is a file here and a name."""
+
+from longctx.convert.families.base import Family
+from longctx.convert.families.llama import Llama, Mixtral
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mixtral())}
+
+__all__ = ["FAMILIES", "Family"]

@@ -1,0 +1,143 @@
+"""Models of transformers made the built-in one and back: equal logits in both, and the same files to the bit."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+from safetensors import safe_open
+
+pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
+
+from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
+from longctx.model.decoder import Decoder
+from longctx.model.initialise import initialise
+from longctx.parallel.layout import Layout
+from longctx.recipe import load
+from longctx.train.weights import find_weights
+from tests.compare.peers import in_float64, without_kernels
+
+LENGTH, VOCABULARY = 43, 40
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 128,
+}
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MODELS = {
+    "llama": ("llama", COMMON),
+    "llama, as 3.1": ("llama", COMMON | {"rope_parameters": LLAMA_3_1, "head_dim": 10, "rms_norm_eps": 1e-3}),
+    "llama, tied": ("llama", COMMON | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "mixtral": ("mixtral", COMMON | EXPERTS),
+    "mixtral, with a window": ("mixtral", COMMON | EXPERTS | {"sliding_window": 7, "head_dim": 6}),
+}
+KINDS = sorted({kind for kind, _ in MODELS.values()})
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch(monkeypatch):
+    for kind in {"qwen3_next", "mamba2"} & set(KINDS):
+        without_kernels(monkeypatch, import_module(f"transformers.models.{kind}.modeling_{kind}"))
+
+
+def model_of(name, like=None):
+    """A model with weights of chance, or with those of another; in the default dtype."""
+    kind, settings = MODELS[name]
+    # By name: fla, where it is installed, puts models of its own into the Auto classes.
+    modeling = import_module(f"transformers.models.{kind}.modeling_{kind}")
+    named = {name.lower(): value for name, value in vars(modeling).items()}
+    short = kind.replace("_", "")
+    config = named[f"{short}config"](**settings, attn_implementation="eager")
+    model = named[f"{short}forcausallm"](config)
+    model.config._experts_implementation = "eager"  # grouped products are for float32 and narrower
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if like is not None:
+                parameter.copy_(like.get_parameter(key))
+                continue
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * drawn if parameter.dim() > 1 else parameter + 0.3 * drawn)
+    return model.eval()
+
+
+def tokens():
+    return torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def stored(folder):
+    """Every tensor of a folder's files, by name."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return found
+
+
+def built_in(folder, place):
+    """The built-in model that a recipe which extends the folder's gives, with the folder's weights, in float64."""
+    (place / "mine.toml").write_text(
+        f'extends = "{folder / RECIPE}"\nname = "mine"\n[data]\npath = "corpus"\nsequence_length = 64\n'
+        "[train]\nsteps = 1\n[checkpoint]\nevery = 1\n"
+    )
+    config, weights = load(place / "mine.toml").model, find_weights(folder, "here")
+    weights.check(config, config.vocabulary_rows(7))
+    model = Decoder(config, VOCABULARY)
+    initialise(model, seed=99)
+    model.load_state_dict({name: weights.read(name) for name in weights.shapes})
+    return model.double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_built_in_model_has_its_logits_and_gives_its_files_back(tmp_path, name):
+    x = tokens()
+    source = model_of(name)
+    source.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    with in_float64():
+        theirs = model_of(name, source)
+        want = torch.cat([theirs(input_ids=x[:, :17]).logits, theirs(input_ids=x[:, 17:]).logits], dim=1)
+    from_huggingface(tmp_path / "theirs", tmp_path / "ours")
+    ours = built_in(tmp_path / "ours", tmp_path)
+    got = ours(x, Layout((0, 17, LENGTH)))
+    assert (got - want).norm() <= 1e-9 * want.norm()
+
+    to_huggingface(tmp_path / "ours", tmp_path / "back", shard_size=30_000)
+    before, after = stored(tmp_path / "theirs"), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    (want,), (got,) = (logits_of(tmp_path / folder, x) for folder in ("theirs", "back"))
+    assert torch.equal(got, want)
+
+
+def logits_of(folder, x):
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    assert not any(told.values()), told
+    return model.eval()(input_ids=x).logits.float()[None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_comes_back_to_the_bit(tmp_path, name):
+    model_of(name).bfloat16().save_pretrained(tmp_path / "theirs")
+    from_huggingface(tmp_path / "theirs", tmp_path / "ours")
+    to_huggingface(tmp_path / "ours", tmp_path / "back", dtype="bf16")
+    before, after = stored(tmp_path / "theirs"), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"

@@ -1,0 +1,392 @@
+"""Between the built-in model and the files of transformers: what is refused, and by which words.
+
+That the logits are those of transformers is shown where that is installed (tests/adapters/huggingface).
+"""
+
+import json
+import os
+import shutil
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longctx.convert import huggingface, rows
+from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
+from longctx.errors import UserError
+from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.softmax import SoftmaxConfig
+from longctx.model.config import ModelConfig
+from longctx.model.ffn import SwigluConfig
+from longctx.model.moe import MoeConfig
+from longctx.train.weights import find_weights
+from tests.convert.cases import HOW, save, values
+from tests.model.cases import VOCABULARY, hybrid
+
+SOFTMAX = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4)
+
+
+def like_llama(**changes):
+    fields = {"layers": "S", "depth": 2, "dim": 12, "softmax": SOFTMAX, "swiglu": SwigluConfig(hidden=10)}
+    return ModelConfig(**(fields | changes))
+
+
+def like_mixtral(**changes):
+    moe = MoeConfig(**({"experts": 3, "active": 2, "hidden": 10, "balance": 0.3} | changes))
+    return like_llama(ffn="moe", swiglu=None, moe=moe)
+
+
+MODELS = {
+    "llama": like_llama(),
+    "llama, untied": like_llama(tie_embeddings=False),
+    "mixtral": like_mixtral(),
+}
+
+
+def exported(place, config, **options):
+    """The folder that a model of chance becomes."""
+    save(place / "built-in", 0, config)
+    to_huggingface(place / "built-in", place / "theirs", **options)
+    return place / "theirs"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A llama in several files."""
+    return exported(tmp_path_factory.mktemp("whole"), like_llama(tie_embeddings=False), shard_size=3000)
+
+
+@pytest.fixture
+def theirs(whole, tmp_path):
+    """The same, to be changed."""
+    return shutil.copytree(whole, tmp_path / "theirs")
+
+
+def change(folder, **keys):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (content | keys).items() if v != "gone"}))
+
+
+def numbered(folder, number):
+    """A file of its several."""
+    (file,) = folder.glob(f"model-{number:05d}-of-*.safetensors")
+    return file
+
+
+def refused(folder):
+    """The words, and that nothing was written."""
+    out = folder.parent / "out"
+    with pytest.raises(UserError) as caught:
+        from_huggingface(folder, out)
+    assert not list(out.parent.glob("out*"))
+    return str(caught.value)
+
+
+# There and back
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_exported_is_imported_as_it_was(tmp_path, name):
+    folder = exported(tmp_path, MODELS[name], shard_size=4000)
+    done = from_huggingface(folder, tmp_path / "again")
+    before, after = (values(find_weights(tmp_path / place, HOW)) for place in ("built-in", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert done.parameters == sum(value.numel() for value in before.values())
+    assert done.files == len(list(folder.glob("*.safetensors"))) > 1
+
+
+def test_files_hold_no_more_than_they_may_and_the_index_says_what_is_where(tmp_path):
+    folder = exported(tmp_path, like_mixtral(), shard_size=4000)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+    ]
+    total = 0
+    for file in files:
+        tensors = load_file(file)
+        assert {index["weight_map"][name] for name in tensors} == {file.name}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= 4000 or len(tensors) == 1
+        total += size
+    assert index["metadata"] == {"total_parameters": total // 4, "total_size": total}
+
+
+def test_one_file_has_no_index(tmp_path):
+    folder = exported(tmp_path, like_llama())
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_in_bfloat16_numbers_are_rounded_once(tmp_path):
+    folder = exported(tmp_path, like_llama(), dtype="bf16")
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    want = find_weights(tmp_path / "built-in", HOW).read("embedding.weight")
+    assert torch.equal(embedding, want.bfloat16())
+
+
+def test_half_precision_is_read_as_float32(theirs, tmp_path):
+    for file in theirs.glob("*.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file)
+    from_huggingface(theirs, tmp_path / "out")
+    got = values(find_weights(tmp_path / "out", HOW))
+    want = load_file(numbered(theirs, 1))
+    assert torch.equal(got["embedding.weight"], want["model.embed_tokens.weight"].float())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
+    """With pieces of 256 bytes; the numbers are the same."""
+    folder = exported(tmp_path, MODELS[name])
+    taken, right = [], huggingface.TensorFolder.rows
+
+    def counted(self, tensor, begin, end):
+        found = right(self, tensor, begin, end)
+        taken.append(found.numel() * 4)
+        return found
+
+    with patch.object(rows, "PIECE", 256), patch.object(huggingface.TensorFolder, "rows", counted):
+        from_huggingface(folder, tmp_path / "again")
+    assert max(taken) <= 256
+    back = []
+    right_read = type(find_weights(tmp_path / "again", HOW)).read_rows
+
+    def read_rows(self, tensor, begin, end):
+        found = right_read(self, tensor, begin, end)
+        back.append(found.numel() * 4)
+        return found
+
+    with patch.object(huggingface, "PIECE", 256), patch.object(huggingface.Weights, "read_rows", read_rows):
+        to_huggingface(tmp_path / "again", tmp_path / "back")
+    # A row of the first dimension of experts is all of an expert's rows.
+    assert max(back) <= max(256, 4 * 20 * 12)
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_where_it_came_from_and_the_table_of_its_model_stand_beside_it(theirs, tmp_path):
+    from_huggingface(theirs, tmp_path / "out")
+    said = json.loads((tmp_path / "out/weights.json").read_text())
+    assert said["origin"] == {
+        "command": "longctx convert from-huggingface",
+        "source": str(theirs),
+        "model_type": "llama",
+    }
+    assert said["model"]["vocab_size"] == VOCABULARY
+    assert (tmp_path / "out" / RECIPE).read_text().startswith("[model]\n")
+
+
+# Configurations that cannot be
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not known; there are llama, "),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu', where 'silu' or 'swish' can be converted"),
+        ({"attention_bias": True}, "attention_bias: True, where False can be converted: matrices here have no bias"),
+        ({"mlp_bias": True}, "mlp_bias: True, where False can be converted"),
+        ({"attention_dropout": 0.1}, "attention_dropout: 0.1, where 0 can be converted: there is no dropout here"),
+        ({"hidden_size": "gone"}, "hidden_size: is missing"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers: 'two' is not a whole number above 0"),
+        ({"sliding_window": 5}, "sliding_window: 5 is not known here"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not known here"),
+        ({"architectures": ["LlamaModel"]}, "architectures: ['LlamaModel'], where ['LlamaForCausalLM'] can be"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type: 'yarn', where 'default' or"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: is missing"),
+        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: 0.5, which transformers does not"),
+        ({"num_key_value_heads": 4}, "softmax.kv_heads: 6 query heads are not a multiple of 4 key/value heads"),
+        ({"rms_norm_eps": 0.0}, "norm_eps"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_key_that_changes_the_model_is_refused_by_name(theirs, keys, said):
+    change(theirs, **keys)
+    told = refused(theirs)
+    assert said in told
+    assert str(theirs / "config.json") in told
+
+
+def test_all_keys_are_told_at_once(theirs):
+    change(theirs, attention_bias=True, hidden_act="relu", new_thing=3)
+    told = refused(theirs)
+    assert [line.partition(":")[0] for line in told.splitlines()[1:]] == ["hidden_act", "attention_bias", "new_thing"]
+
+
+def test_keys_without_a_value_and_those_of_training_are_no_mistake(theirs, tmp_path):
+    change(theirs, quantization_config=None, some_switch=False, use_cache=False, initializer_range=0.5)
+    from_huggingface(theirs, tmp_path / "out")
+
+
+def test_in_a_mixtral_noise_of_the_router_is_refused(tmp_path):
+    folder = exported(tmp_path, like_mixtral())
+    change(folder, router_jitter_noise=0.1)
+    assert "router_jitter_noise: 0.1, where 0 can be converted" in refused(folder)
+
+
+def test_no_config_and_a_broken_one(theirs):
+    (theirs / "config.json").write_text("{")
+    assert f"{theirs / 'config.json'} cannot be read: " in refused(theirs)
+    (theirs / "config.json").unlink()
+    assert f"{theirs} has no config.json" in refused(theirs)
+
+
+# Files that are not whole
+
+
+def rewrite(folder, function):
+    """Change what lies in the file of the first layer's output matrix."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"]["model.layers.0.self_attn.o_proj.weight"]
+    tensors = load_file(file)
+    function(tensors)
+    save_file(tensors, file)
+    return index, file
+
+
+def test_every_tensor_that_is_missing_of_another_shape_or_unknown_is_told(theirs):
+    def changed(tensors):
+        del tensors["model.layers.0.self_attn.o_proj.weight"]
+        tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(3)
+
+    index, file = rewrite(theirs, changed)
+    del index["weight_map"]["model.layers.0.self_attn.o_proj.weight"]
+    index["weight_map"]["model.layers.0.self_attn.o_proj.bias"] = file.name
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+    change(theirs, intermediate_size=11)
+    assert refused(theirs).splitlines()[1:] == [
+        "model.layers.0.mlp.down_proj.weight is [12, 10]: expected [12, 11]",
+        "model.layers.0.mlp.gate_proj.weight is [10, 12]: expected [11, 12]",
+        "model.layers.0.mlp.up_proj.weight is [10, 12]: expected [11, 12]",
+        "model.layers.0.self_attn.o_proj.bias [3] is not known",
+        "model.layers.0.self_attn.o_proj.weight [12, 24] is missing",
+        "model.layers.1.mlp.down_proj.weight is [12, 10]: expected [12, 11]",
+        "model.layers.1.mlp.gate_proj.weight is [10, 12]: expected [11, 12]",
+        "model.layers.1.mlp.up_proj.weight is [10, 12]: expected [11, 12]",
+    ]
+
+
+def test_tables_of_positions_are_passed_over(theirs, tmp_path):
+    index, file = rewrite(theirs, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(2)}))
+    index["weight_map"]["model.rotary_emb.inv_freq"] = file.name
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+    from_huggingface(theirs, tmp_path / "out")
+
+
+def test_weights_that_are_no_weights(theirs):
+    name = "model.layers.0.self_attn.o_proj.weight"
+    rewrite(theirs, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    assert f"{name} is stored as I8: expected F32, BF16, F16" in refused(theirs)
+
+
+@pytest.mark.parametrize("left", [3, 40, -100], ids=["no length", "half a header", "half of its numbers"])
+def test_a_file_that_is_cut_short_is_named(theirs, left):
+    file = numbered(theirs, 2)
+    os.truncate(file, left if left > 0 else file.stat().st_size + left)
+    assert f"{file} cannot be read: " in refused(theirs)
+
+
+def test_a_file_with_a_damaged_header_is_named(theirs):
+    file = numbered(theirs, 2)
+    content = bytearray(file.read_bytes())
+    content[8:20] = b"\xff" * 12
+    file.write_bytes(content)
+    assert f"{file} cannot be read: " in refused(theirs)
+
+
+def test_a_file_that_is_missing_is_named(theirs):
+    file = numbered(theirs, 3)
+    file.unlink()
+    assert f"{file}, which model.safetensors.index.json names, is missing" in refused(theirs)
+
+
+def test_an_index_that_names_what_its_files_do_not_have(theirs):
+    rewrite(theirs, lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.weight"))
+    told = refused(theirs)
+    assert "index.json names what its files do not have: model.layers.0.self_attn.o_proj.weight (in model-" in told
+
+
+def test_a_file_with_what_the_index_does_not_name(theirs):
+    _, file = rewrite(theirs, lambda tensors: tensors.update(more=torch.zeros(2)))
+    assert f"{file} has more, which model.safetensors.index.json says is in no file" in refused(theirs)
+
+
+def test_an_index_may_not_name_files_elsewhere(theirs):
+    index = json.loads((theirs / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: f"../theirs/{file}" for name, file in index["weight_map"].items()}
+    (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which model.safetensors.index.json names, is missing" in refused(theirs)
+
+
+def test_an_index_that_is_none(theirs):
+    (theirs / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    assert "model.safetensors.index.json has no weight_map" in refused(theirs)
+
+
+def test_a_pickle_is_not_read(theirs):
+    for file in theirs.glob("model*"):
+        file.unlink()
+    (theirs / "pytorch_model.bin").write_bytes(b"")
+    told = refused(theirs)
+    assert "holds neither model.safetensors nor model.safetensors.index.json. pytorch_model.bin is a pickle" in told
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_head_beside_tied_embeddings_has_to_be_them(tmp_path, other):
+    folder = exported(tmp_path, like_llama())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + other
+    save_file(tensors, folder / "model.safetensors")
+    if other:
+        assert "lm_head.weight is not the embedding, and config.json has tie_word_embeddings" in refused(folder)
+    else:
+        from_huggingface(folder, tmp_path / "out")
+        assert "head.weight" not in find_weights(tmp_path / "out", HOW).shapes
+
+
+def test_what_is_there_is_not_replaced(theirs, tmp_path):
+    (tmp_path / "out").mkdir()
+    for convert in (from_huggingface, to_huggingface):
+        with pytest.raises(UserError, match="out exists already: choose another --out"):
+            convert(theirs, tmp_path / "out")
+
+
+# Models that no class has
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (hybrid(), "no class of transformers has layers LS (model.layers) with swiglu (model.ffn); there are llama: S"),
+        (like_llama(block="parallel"), "in the way of LlamaForCausalLM are model.block: 'parallel' here, 'sequential'"),
+        (like_llama(softmax=SOFTMAX.model_copy(update={"window": 9})), "model.softmax.window: 9 here, None there"),
+        (like_mixtral(score="sigmoid", shared=1), "model.moe.score: 'sigmoid' here, 'softmax' there; model.moe.shared"),
+        (like_mixtral(bias_rate=0.1), "model.moe.bias_rate: 0.1 here, 0.0 there"),
+        (like_llama(heads=HeadsMixConfig(mixers=("softmax",), active=2)), "model.heads.active: 2 here, None there"),
+    ],
+    ids=["layers", "block", "window", "two of experts", "a bias", "heads"],
+)
+def test_a_model_that_no_class_has_is_told_by_every_key(tmp_path, config, said):
+    save(tmp_path / "built-in", 0, config)
+    with pytest.raises(UserError) as caught:
+        to_huggingface(tmp_path / "built-in", tmp_path / "out")
+    assert said in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_how_a_model_is_trained_is_no_part_of_it(tmp_path):
+    config = like_mixtral(z=0.1, jitter=0.2, capacity=2.0)
+    save(tmp_path / "built-in", 0, config)
+    to_huggingface(tmp_path / "built-in", tmp_path / "out")
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(tmp_path):
+    save(tmp_path / "built-in", 0, like_llama())
+    with (
+        patch.object(huggingface, "write_file", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(UserError, match=r"out: cannot be written: No space left on device \("),
+    ):
+        to_huggingface(tmp_path / "built-in", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
