@@ -280,8 +280,10 @@ def resolved(model: ModelConfig) -> dict[str, Any]:
     """A configuration by dotted keys, with what it leaves to be derived: two of one model are equal."""
     tables: dict[str, Config] = {}
     for layer in range(model.depth):
-        for table in (model.mixer(layer), model.feed_forward(layer)):
-            tables[table.name] = table.resolved(model.dim)
+        mixer, ffn = model.mixer(layer), model.feed_forward(layer)
+        tables[mixer.name] = mixer.resolved(model.dim)
+        if ffn is not None:
+            tables[ffn.name] = ffn.resolved(model.dim)
     said = model.model_dump(mode="json") | {name: table.model_dump(mode="json") for name, table in tables.items()}
     said |= {"layers": model.pattern, "ffn": list(model.feed_forwards)}
     return dict(_flattened(said))

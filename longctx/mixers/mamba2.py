@@ -1,7 +1,7 @@
 """Mamba-2 (Dao & Gu 2024, section 7): a state-space model with a scalar decay per head, by its dual form.
 
     z, u, dt = x W_z, SiLU(conv(x W_u)), x W_dt            u = (v, k, q): in the paper's names x, B, C
-    dt = softplus(dt + dt_bias)      log_decay = -exp(A_log) dt
+    dt = softplus(dt + dt_bias), within limits if there are any      log_decay = -exp(A_log) dt
     S_t = exp(log_decay_t) S_{t-1} + k_t (dt_t v_t)^T      o_t = S_t^T q_t + D v_t
     y = RMSNorm(o * SiLU(z)) W_o
 
@@ -44,14 +44,25 @@ class Mamba2Config(MixerConfig):
     """Groups of heads that share queries and keys; a divisor of `heads`."""
     conv: Integer = Field(default=4, ge=1, le=8)
     """Tokens of the short convolution."""
+    conv_bias: bool = True
+    """Whether the convolution adds a bias to each channel."""
+    dt_min: float = Field(default=0.0, ge=0)
+    """dt, how far a token moves the state, is at least this."""
+    dt_max: float | None = Field(default=None, gt=0)
+    """And at most this; without a limit where absent."""
 
     def problems(self, dim: int) -> list[str]:
         found = []
+        if self.dt_max is not None and self.dt_min > self.dt_max:
+            found.append(f"dt_min: {self.dt_min} is above dt_max, {self.dt_max}")
         if self.head_dim is None and 2 * dim % self.heads:
             found.append(f"heads: {self.heads} heads do not divide 2 * dim {2 * dim}; give head_dim, or another number")
         if self.heads % self.groups:
             found.append(f"groups: {self.groups} groups do not divide {self.heads} heads")
         return found
+
+    def resolved(self, dim: int) -> "Mamba2Config":
+        return self.model_copy(update={"head_dim": self.head_dim or 2 * dim // self.heads})
 
     def routable(self) -> tuple[int, int] | None:
         return self.heads, 1
@@ -104,8 +115,8 @@ class Mamba2(Mixer):
         self.width = self.heads * self.head_dim
         mixed = self.width + 2 * self.groups * self.state_dim
         self.inner = Linear(dim, self.width + mixed + self.heads)
-        self.conv = ShortConvolution(mixed, config.conv, bias=True)
-        self.decay = StepDecay(self.heads, self.heads)
+        self.conv = ShortConvolution(mixed, config.conv, bias=config.conv_bias)
+        self.decay = StepDecay(self.heads, self.heads, config.dt_min, config.dt_max)
         self.skip = Skip(self.heads)
         self.norm = GroupedNorm(self.width, self.groups, eps)
         self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
@@ -113,13 +124,13 @@ class Mamba2(Mixer):
     def shares(self) -> dict[str, Share]:
         """Groups, and with them their heads."""
         mixed = (self.width, *(self.groups * self.state_dim,) * 2)
-        return {
+        shares = {
             "inner.weight": Share(0, (self.width, *mixed, self.heads)),
             "conv.weight": Share(0, mixed),
-            "conv.bias": Share(0, mixed),
             "out.weight": Share(1, (self.width,)),
             **rows(self, "decay.A_log", "decay.dt_bias", "skip.weight", "norm.weight"),
         }
+        return shares if self.conv.bias is None else shares | {"conv.bias": Share(0, mixed)}
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""

@@ -123,7 +123,7 @@ class LowRank(SelfInitialised):
 
 
 class StepDecay(SelfInitialised):
-    """`log_decay = -exp(A_log) dt`, `dt = softplus(x + dt_bias)` (Dao & Gu 2024, Mamba-2, section 7).
+    """`log_decay = -exp(A_log) dt`, `dt = softplus(x + dt_bias)` (Dao & Gu 2024, Mamba-2, section 7), dt within limits.
 
     exp(A_log), one for each head, begins uniform in [1, 16]; dt_bias, for each channel of x, where dt is log-uniform in
     [0.001, 0.1]. Computed in the accumulation dtype.
@@ -131,8 +131,9 @@ class StepDecay(SelfInitialised):
 
     full_precision = True
 
-    def __init__(self, heads: int, channels: int) -> None:
+    def __init__(self, heads: int, channels: int, least: float = 0.0, most: float | None = None) -> None:
         super().__init__()
+        self.limits = (least, most) if least or most is not None else None
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
@@ -149,6 +150,8 @@ class StepDecay(SelfInitialised):
         """x `[B, T, H]` or `[B, T, H, K]`: the logarithms of the decays, and dt, in the same shape."""
         dtype = accumulation_dtype(x.dtype)
         dt = F.softplus(x.to(dtype) + self.dt_bias.to(dtype).view(x.shape[2:]))
+        if self.limits is not None:
+            dt = dt.clamp(*self.limits)
         rate = self.A_log.to(dtype).exp()
         return -(rate if x.dim() == 3 else rate[:, None]) * dt, dt
 

@@ -8,8 +8,9 @@ from pydantic import Field, create_model, model_validator
 from longctx.config import Config, Integer
 from longctx.mixers import MIXERS, MixerConfig
 from longctx.mixers.heads import HeadsMixConfig
-from longctx.model.feed_forwards import FFNS
+from longctx.model.feed_forwards import FFNS, NO_FFN
 from longctx.model.ffn import FeedForwardConfig
+from longctx.model.layers import Norm
 from longctx.model.moe import MoeConfig
 
 VOCABULARY_MULTIPLE = 64
@@ -22,15 +23,21 @@ class _ModelConfig(Config):
     layers: str
     """A pattern of mixers' letters, repeated over the depth: `LLLS` is three lightning layers and a softmax layer."""
     depth: Integer = Field(gt=0)
-    """Layers; a mixer and a feed-forward each."""
+    """Layers; a mixer each, and a feed-forward unless `ffn` says `none`."""
     dim: Integer = Field(gt=0)
     """Width."""
     ffn: str | tuple[str, ...] = "swiglu"
     """The feed-forward's name, or a list of names, repeated over the depth: `["swiglu", "moe"]` is experts in every
-    second layer."""
-    block: Literal["sequential", "parallel"] = "sequential"
+    second layer; `none` is a layer that is a mixer alone, as in Mamba."""
+    block: Literal["sequential", "parallel", "postnorm"] = "sequential"
     """`sequential`: the feed-forward reads what the mixer has written, a norm before each; `parallel`: both read the
-    stream behind one norm, and their outputs are added to it together, as in PaLM, GPT-J and Cohere's models."""
+    stream behind one norm, and their outputs are added to it together, as in PaLM, GPT-J and Cohere's models;
+    `postnorm`: as `sequential`, but what a norm gives is the stream from there on, as in MiniMax-01."""
+    residual: dict[str, tuple[float, float]] | None = None
+    """By the name of a mixer or a feed-forward what the stream is multiplied with before its output is added, and what
+    the output is (`softmax = [3.55, 1.0]`, DeepNorm's alpha and beta); 1 and 1 where absent."""
+    norm: Norm = "rms"
+    """The norms of the stream: `rms`, or `zero_centered_rms`, which multiplies with 1 plus its weight."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square before its root, in every norm."""
     tie_embeddings: bool = True
@@ -57,11 +64,12 @@ class _ModelConfig(Config):
             elif table is not None:
                 problems += [f"{kind.name}.{problem}" for problem in table.problems(self.dim)]
         names = self.feed_forwards
+        there = ", ".join((*FFNS, NO_FFN))
         problems += [
-            f"ffn: there is no {n!r}; there are {', '.join(FFNS)}" for n in dict.fromkeys(names) if n not in FFNS
+            f"ffn: there is no {n!r}; there are {there}" for n in dict.fromkeys(names) if n not in (*FFNS, NO_FFN)
         ]
         if not names:
-            problems.append(f"ffn: give a name, or a list of names; there are {', '.join(FFNS)}")
+            problems.append(f"ffn: give a name, or a list of names; there are {there}")
         for name in FFNS:
             table = getattr(self, name)
             if table is not None and name not in names:
@@ -70,11 +78,24 @@ class _ModelConfig(Config):
                 problems.append(f"ffn: {name} needs the table [model.{name}]")
             elif table is not None:
                 problems += [f"{name}.{problem}" for problem in table.problems()]
+        problems += self._stream_problems()
         problems += self._heads_problems()
         problems += self._attention_is_there()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _stream_problems(self) -> Iterator[str]:
+        """What of `block` and `residual` is of no layer."""
+        if self.block == "parallel" and set(self.feed_forwards) == {NO_FFN}:
+            yield "block: 'parallel' is of a mixer and a feed-forward, and no layer has one (ffn)"
+        if self.residual is None:
+            return
+        if self.block == "parallel":
+            yield "residual: with block 'parallel' the stream is added to once; take 'sequential' or 'postnorm'"
+        here = {MIXERS[letter].name for letter in self.pattern if letter in MIXERS} | set(self.feed_forwards) - {NO_FFN}
+        for name in sorted(self.residual.keys() - here):
+            yield f"residual.{name}: no layer is of this name; there are {', '.join(sorted(here))}"
 
     def _heads_problems(self) -> Iterator[str]:
         """What of `[model.heads]` does not fit the mixers that it names."""
@@ -153,7 +174,9 @@ class _ModelConfig(Config):
         small: dict[str, Any] = {name: table.shrunk() for name, table in tables.items() if table is not None}
         depth = min(self.depth, max(len(self.layers), 1 if isinstance(self.ffn, str) else len(self.ffn)))
         for layer, name in enumerate(self.feed_forwards[:depth]):
-            small[name] = self.feed_forward(layer).shrunk()
+            table = self.feed_forward(layer)
+            if table is not None:
+                small[name] = table.shrunk()
         if self.heads is not None:
             routables = [small[name].routable() for name in self.heads.mixers]
             few, group = min(heads for heads, _ in routables), max(group for _, group in routables)
@@ -161,9 +184,11 @@ class _ModelConfig(Config):
         unused = {name: None for name in FFNS if name not in small}
         return self.model_copy(update={"dim": 32, "depth": depth, **unused, **small})
 
-    def feed_forward(self, layer: int) -> FeedForwardConfig:
-        """The configuration of a layer's feed-forward."""
+    def feed_forward(self, layer: int) -> FeedForwardConfig | None:
+        """The configuration of a layer's feed-forward; None where it has none."""
         name = self.feed_forwards[layer]
+        if name == NO_FFN:
+            return None
         table: FeedForwardConfig | None = getattr(self, name)
         return FFNS[name]() if table is None else table
 

@@ -3,6 +3,7 @@
     h_0 = E[token]
     h  <- h + mixer(norm(h)),  h <- h + ffn(norm(h))     block = "sequential"
     h  <- h + mixer(norm(h)) + ffn(norm(h)), one norm    block = "parallel" (Chowdhery et al. 2022, PaLM, section 2)
+    h  <- norm(h),  h <- a h + b mixer(h),  and so with ffn    block = "postnorm" (MiniMax-01 2025, section 2.2)
     logits = norm(h) H^T           (H = E where tied)
 
 Nothing of size tokens x vocabulary exists in training: `forward` with labels returns losses (longctx.kernels.loss);
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from longctx.kernels.loss import linear_cross_entropy
 from longctx.mixers import Memory
 from longctx.model.config import ModelConfig
-from longctx.model.layers import Linear, Output, RMSNorm
+from longctx.model.layers import Linear, Output, RMSNorm, norm_layer
 from longctx.moe.report import Report
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import layer
@@ -46,18 +47,26 @@ class Losses(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: `h + mixer(norm(h))`, then `h + ffn(norm(h))`; or in parallel `h + mixer(norm(h)) + ffn(norm(h))`."""
+    """One layer, in one of the forms of the module's docstring; without a feed-forward, `h + mixer(norm(h))`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer_norm = norm_layer(config.norm, config.dim, config.norm_eps)
         self.mixer = config.mixer(layer).build(config.dim, layer, config.depth, config.norm_eps)
         heads = config.routed_heads(layer)
         if heads is not None and config.heads is not None:
             self.mixer.mix_heads(config.heads, config.dim, heads)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if config.block == "sequential" else None
-        self.ffn = config.feed_forward(layer).build(config.dim, layer, config.depth)
-        self.mixer.lent = self.ffn.borrowed
+        table = config.feed_forward(layer)
+        self.ffn_norm: RMSNorm | None = None
+        if table is not None and config.block != "parallel":
+            self.ffn_norm = norm_layer(config.norm, config.dim, config.norm_eps)
+        self.ffn = None if table is None else table.build(config.dim, layer, config.depth)
+        self.mixer.lent = 0 if self.ffn is None else self.ffn.borrowed
+        self.normed_stream = config.block == "postnorm"
+        """Whether what a norm gives is the stream from there on."""
+        factors = config.residual or {}
+        self.factors = factors.get(config.mixer(layer).name), factors.get(config.feed_forwards[layer])
+        """Of the stream and of what the mixer, and the feed-forward, add to it; None: nothing is multiplied."""
         self.recompute = False
         """Keep the block's input alone, and compute the block again in the backward pass."""
 
@@ -73,10 +82,18 @@ class Block(nn.Module):
     def _compute(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, dict[str, Report]]:
         normed = self.mixer_norm(x)
         mixed = Output.of(self.mixer(normed, layout, memory))
-        x = x + mixed.out
-        fed = Output.of(self.ffn(normed if self.ffn_norm is None else self.ffn_norm(x), layout, mixed.attend, memory))
-        said = {"mixer": mixed.report, "ffn": fed.report}
-        return x + fed.out, {name: report for name, report in said.items() if report is not None}
+        x = _added(normed if self.normed_stream else x, mixed.out, self.factors[0])
+        said = {"mixer": mixed.report}
+        if self.ffn is not None:
+            normed = normed if self.ffn_norm is None else self.ffn_norm(x)
+            fed = Output.of(self.ffn(normed, layout, mixed.attend, memory))
+            x = _added(normed if self.normed_stream else x, fed.out, self.factors[1])
+            said["ffn"] = fed.report
+        return x, {name: report for name, report in said.items() if report is not None}
+
+
+def _added(stream: Tensor, out: Tensor, factors: tuple[float, float] | None) -> Tensor:
+    return stream + out if factors is None else factors[0] * stream + factors[1] * out
 
 
 class Decoder(nn.Module):
@@ -86,7 +103,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embedding = Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = norm_layer(config.norm, config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.dim, vocab_size)
 
     @property
@@ -147,7 +164,7 @@ class Decoder(nn.Module):
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             for name, part in ((str(number), block.mixer), (f"{number} (router)", block.ffn)):
-                schedule = part.schedule(layout, dtype)
+                schedule = None if part is None else part.schedule(layout, dtype)
                 if schedule is not None:
                     chosen[name] = schedule
         return chosen
@@ -158,5 +175,5 @@ class Decoder(nn.Module):
         total = layout.local_length * 2 * rows * dim
         for block in self.blocks:
             assert isinstance(block, Block)
-            total += block.mixer.flops(layout) + block.ffn.flops(layout)
+            total += block.mixer.flops(layout) + (0 if block.ffn is None else block.ffn.flops(layout))
         return total

@@ -38,6 +38,8 @@ def _type(annotation: object) -> str:
         return " or ".join(_type(a) for a in arguments if a is not type(None))
     if origin is typing.Literal:
         return " or ".join(f'`"{a}"`' for a in arguments)
+    if origin is dict:
+        return f"a table of {_type(arguments[1])}"
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list of {_type(arguments[0])}"
     if origin is tuple:

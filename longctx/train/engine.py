@@ -114,7 +114,8 @@ class TorchEngine:
         for block in decoder.blocks:
             assert isinstance(block, Block)
             block.recompute = train.activation_checkpointing == "block"
-            block.ffn.tile = None if train.ffn_tile == "none" else train.ffn_tile
+            if block.ffn is not None:
+                block.ffn.tile = None if train.ffn_tile == "none" else train.ffn_tile
         self._shard(decoder)
         decoder.to_empty(device=self.device)
         initialise(decoder, seed)

@@ -80,7 +80,8 @@ def _schedules(cp: int, model: ModelConfig) -> Iterator[Case]:
     """Each way in which a mixer or a router can reach other ranks' tokens but the one that the other cases take."""
     both = cp // 2
     layers = range(len(model.pattern))
-    routers = (model.feed_forward(layer).schedules(cp, both) for layer in layers)
+    tables = (model.feed_forward(layer) for layer in layers)
+    routers = (table.schedules(cp, both) for table in tables if table is not None)
     ways = [model.mixer(layer).schedules(cp, both) for layer in layers] + [way for way in routers if way is not None]
     for field, schedule in dict.fromkeys((field, schedule) for field, schedules in ways for schedule in schedules):
         if schedule != getattr(Layout, field):

@@ -16,6 +16,7 @@ from longctx.convert import huggingface, rows
 from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.errors import UserError
 from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
@@ -37,10 +38,16 @@ def like_mixtral(**changes):
     return like_llama(ffn="moe", swiglu=None, moe=moe)
 
 
+def like_mamba2(**changes):
+    mamba2 = Mamba2Config(**({"heads": 4, "head_dim": 6, "state_dim": 5, "groups": 2} | changes))
+    return ModelConfig(layers="M", depth=2, dim=12, ffn="none", mamba2=mamba2)
+
+
 MODELS = {
     "llama": like_llama(),
     "llama, untied": like_llama(tie_embeddings=False),
     "mixtral": like_mixtral(),
+    "mamba2": like_mamba2(),
 }
 
 
@@ -226,6 +233,24 @@ def test_in_a_mixtral_noise_of_the_router_is_refused(tmp_path):
     assert "router_jitter_noise: 0.1, where 0 can be converted" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"use_bias": True}, "use_bias: True, where False can be converted: projections have no bias here"),
+        ({"expand": 3}, "expand: times hidden_size it has to be num_heads * head_dim, 24"),
+        ({"time_step_limit": [0.1]}, "time_step_limit: [0.1] is not two numbers"),
+        ({"time_step_limit": [0.1, 0.01]}, "mamba2.dt_min: 0.1 is above dt_max, 0.01"),
+        ({"conv_kernel": 9}, "mamba2"),
+        ({"n_groups": 3}, "mamba2.groups: 3 groups do not divide 4 heads"),
+    ],
+    ids=str,
+)
+def test_keys_of_mamba2(tmp_path, keys, said):
+    folder = exported(tmp_path, like_mamba2())
+    change(folder, **keys)
+    assert said in refused(folder)
+
+
 def test_no_config_and_a_broken_one(theirs):
     (theirs / "config.json").write_text("{")
     assert f"{theirs / 'config.json'} cannot be read: " in refused(theirs)
@@ -364,9 +389,11 @@ def test_what_is_there_is_not_replaced(theirs, tmp_path):
         (like_llama(softmax=SOFTMAX.model_copy(update={"window": 9})), "model.softmax.window: 9 here, None there"),
         (like_mixtral(score="sigmoid", shared=1), "model.moe.score: 'sigmoid' here, 'softmax' there; model.moe.shared"),
         (like_mixtral(bias_rate=0.1), "model.moe.bias_rate: 0.1 here, 0.0 there"),
+        (like_mamba2(head_dim=5), "expand: times hidden_size it has to be num_heads * head_dim, 20"),
+        (like_llama(norm="zero_centered_rms"), "model.norm: 'zero_centered_rms' here, 'rms' there"),
         (like_llama(heads=HeadsMixConfig(mixers=("softmax",), active=2)), "model.heads.active: 2 here, None there"),
     ],
-    ids=["layers", "block", "window", "two of experts", "a bias", "heads"],
+    ids=["layers", "block", "window", "two of experts", "a bias", "a width", "norms", "heads"],
 )
 def test_a_model_that_no_class_has_is_told_by_every_key(tmp_path, config, said):
     save(tmp_path / "built-in", 0, config)

@@ -20,8 +20,9 @@ def test_a_packed_document_is_as_it_would_be_alone(option):
 
 @each_option
 def test_ranks_change_nothing(ranks, option):
-    """Every ninth cell of the matrix that all mixers are measured by, and another one of it in float32."""
-    cells = test_matrix.matrix(option, 2)[4::9]
+    """About ten cells of the matrix that all mixers are measured by."""
+    cells = test_matrix.matrix(option, 2)
+    cells = cells[4 :: len(cells) // 10]
     answers = ranks.run(test_matrix.on_rank, option, torch.float64, cells, size=2)
     test_matrix.compare(answers, option, 2, torch.float64, cells)
 

@@ -36,7 +36,17 @@ def refused(**changes):
         ({"layers": ""}, "layers: give a pattern of L (lightning), "),
         ({"layers": "LXS"}, "layers: 'X' in 'LXS' is no mixer; there are L (lightning), "),
         ({"softmax": None}, "layers: S needs the table [model.softmax]"),
-        ({"block": "both"}, "Input should be 'sequential' or 'parallel'"),
+        ({"block": "both"}, "Input should be 'sequential', 'parallel' or 'postnorm'"),
+        (
+            {"ffn": "none", "swiglu": None, "block": "parallel"},
+            "block: 'parallel' is of a mixer and a feed-forward, and",
+        ),
+        ({"residual": {"softmax": (2.0, 1.0)}, "block": "parallel"}, "residual: with block 'parallel' the stream is"),
+        (
+            {"residual": {"moe": (2.0, 1.0)}},
+            "residual.moe: no layer is of this name; there are lightning, softmax, swiglu",
+        ),
+        ({"ffn": "none"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
         ({"layers": "LLS", "depth": 2}, "softmax: no layer of 'LLS' (2 deep) is S; remove it"),
         ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),
         ({"softmax": SoftmaxConfig(heads=4, kv_heads=3)}, "softmax.kv_heads: 4 query heads are not a multiple of 3"),

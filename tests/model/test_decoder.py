@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longctx.kernels.reference import causal_document_mask
 from longctx.mixers import lightning, softmax
 from longctx.parallel.layout import Layout
-from tests.model.cases import VOCABULARY, decoder, hybrid, tokens, with_experts
+from tests.model.cases import VOCABULARY, decoder, hybrid, recomputed, tokens, with_experts
 from tests.parallel.cases import PACKINGS, layout_here
 
 BOUNDS = (0, 1, 17, 30)
@@ -243,3 +243,92 @@ def test_what_is_remembered_of_another_model_or_batch_is_refused():
     model.next_logits(x, memory)
     with pytest.raises(ValueError, match=r"\[3, 3, 4, 4\]"):
         model.next_logits(tokens(5, batch=3), memory)
+
+
+# Other forms of the stream
+
+
+def other_forms():
+    """A stream that norms replace, factors, norms with 1 plus their weight, and layers that are mixers alone."""
+    residual = {"lightning": (1.5, 0.5), "swiglu": (0.7, 2.0)}
+    return {
+        "postnorm": hybrid(block="postnorm", residual=residual),
+        "factors": hybrid(residual=residual),
+        "zero-centered norms": hybrid(norm="zero_centered_rms", ffn=("none", "swiglu")),
+        "mixers alone": hybrid(ffn="none", swiglu=None),
+    }
+
+
+def written_out(model, x, layout, config):
+    """Block by block, from the configuration."""
+
+    def normed(x, norm):
+        weight = norm.weight + (1 if config.norm == "zero_centered_rms" else 0)
+        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+    x = model.embedding(x)
+    for number, block in enumerate(model.blocks):
+        names = config.mixer(number).name, config.feed_forwards[number]
+        for name, norm, layer in zip(names, (block.mixer_norm, block.ffn_norm), (block.mixer, block.ffn), strict=True):
+            if name == "none":
+                assert norm is layer is None
+                continue
+            y = normed(x, norm)
+            a, b = (config.residual or {}).get(name, (1, 1))
+            x = a * (y if config.block == "postnorm" else x) + b * layer(y, layout)
+    return F.linear(normed(x, model.norm), model.head_weight)
+
+
+def distinct(model):
+    """No norm's weight is what it began as."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+@pytest.mark.parametrize("name", other_forms())
+def test_other_forms_of_the_stream_are_as_written_out(name):
+    config, layout, x = other_forms()[name], Layout(BOUNDS), tokens(30, batch=2)
+    model = distinct(decoder(config))
+    torch.testing.assert_close(model(x, layout), written_out(model, x, layout, config), rtol=1e-11, atol=1e-12)
+    memory = model.empty_memory()
+    *_, last = [model.next_logits(part, memory) for part in tokens(17).split([5, 1, 11], dim=1)]
+    torch.testing.assert_close(last, model(tokens(17), Layout((0, 17)))[:, -1], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", other_forms())
+def test_other_forms_of_the_stream_are_recomputed_and_shrunk(name):
+    config = other_forms()[name]
+    kept, again = recomputed(config, Layout(BOUNDS))
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(grad.norm() > 0 for grad in kept)
+    small = config.shrunk()
+    assert type(config)(**{key: getattr(small, key) for key in type(config).model_fields}) == small
+    assert (small.block, small.residual, small.norm) == (config.block, config.residual, config.norm)
+    assert decoder(config).flops(Layout(BOUNDS)) > 0
+
+
+WHOLE = (0, 1, 17, 32)
+"""Divides over two ranks: padding would have labels."""
+
+
+def form_on_rank(name):
+    layout = layout_here(WHOLE, "zigzag")
+    model = distinct(decoder(other_forms()[name]))
+    total, *_ = model(layout.shard(tokens(32)), layout, layout.shard(tokens(32, seed=1)))
+    total.backward()
+    return total.detach(), {key: parameter.grad for key, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", other_forms())
+def test_ranks_change_nothing_of_other_forms_of_the_stream(ranks, name):
+    model = distinct(decoder(other_forms()[name]))
+    total, *_ = model(tokens(32), Layout(WHOLE), tokens(32, seed=1))
+    total.backward()
+    losses, grads = zip(*ranks.run(form_on_rank, name, size=2), strict=True)
+    torch.testing.assert_close(sum(losses), total.detach(), rtol=1e-11, atol=0)
+    for key, parameter in model.named_parameters():
+        assert (sum(grad[key] for grad in grads) - parameter.grad).norm() <= 1e-10 * parameter.grad.norm(), key

@@ -2,7 +2,8 @@
 
 from longctx.convert.families.base import Family
 from longctx.convert.families.llama import Llama, Mixtral
+from longctx.convert.families.mamba2 import Mamba2
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mixtral())}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mixtral(), Mamba2())}
 
 __all__ = ["FAMILIES", "Family"]
