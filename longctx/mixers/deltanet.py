@@ -6,6 +6,7 @@ S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T      o_t = S_t^T q_t
 
 DeltaNet (Yang et al. 2024): a = 1                                              y = RMSNorm per head of o, W_o
 Gated DeltaNet (Yang et al. 2025): log a = -exp(A) softplus(x W_a + c), per head      ... * SiLU(x W_g), W_o
+    Several heads may read one query/key head, as in Qwen3-Next.
 KDA (Kimi Linear, 2025): log a = -exp(A) softplus(x W_1 W_2 + c), per channel   ... * sigmoid(x W_3 W_4), W_o
 """
 
@@ -55,9 +56,30 @@ class GatedDeltaNetConfig(_DeltaConfig):
 
     value_dim: Integer | None = Field(default=None, gt=0)
     """Width of values per head; twice that of keys where absent."""
+    qk_heads: Integer | None = Field(default=None, gt=0)
+    """Heads of queries and keys, a divisor of `heads`: as many neighbours read one; `heads` where absent."""
+
+    def problems(self, dim: int) -> list[str]:
+        found = super().problems(dim)
+        if self.qk_heads is not None and self.heads % self.qk_heads:
+            found.append(f"qk_heads: {self.heads} heads are not a multiple of {self.qk_heads} query/key heads")
+        return found
+
+    def routable(self) -> tuple[int, int] | None:
+        # A head that a token does not read has its queries set to zero, which are others' too.
+        return super().routable() if self.qk_heads in (None, self.heads) else None
+
+    def resolved(self, dim: int) -> "GatedDeltaNetConfig":
+        head_dim = self.key_dim(dim)
+        changes = {"value_dim": self.value_dim or 2 * head_dim, "qk_heads": self.qk_heads or self.heads}
+        return self.model_copy(update={"head_dim": head_dim, **changes})
 
     def shrunk(self) -> "GatedDeltaNetConfig":
-        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12})
+        heads, few = min(self.heads, 4), None
+        if self.qk_heads is not None:
+            few = min(self.qk_heads, 2)
+            heads = few * min(self.heads // self.qk_heads, 2)
+        return self.model_copy(update={"heads": heads, "qk_heads": few, "head_dim": 8, "value_dim": 12})
 
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "GatedDeltaNet":
         return GatedDeltaNet(self, dim, depth, eps)
@@ -85,10 +107,11 @@ class _Delta(LinearMixer):
     writes = 2
     norm: HeadNorm
 
-    def __init__(self, config: _DeltaConfig, dim: int, depth: int, value_dim: int) -> None:
+    def __init__(self, config: _DeltaConfig, dim: int, depth: int, value_dim: int, qk_heads: int | None = None) -> None:
         self.head_dim, self.limit = config.key_dim(dim), 2.0 if config.negative_eigenvalues else 1.0
-        width = config.heads * self.head_dim
-        super().__init__(dim, depth, config.heads, (width, width, config.heads * value_dim), config.conv)
+        width = (qk_heads or config.heads) * self.head_dim
+        widths = (width, width, config.heads * value_dim)
+        super().__init__(dim, depth, config.heads, widths, config.conv, qk_heads=qk_heads)
         self.beta = Linear(dim, config.heads)
 
     def shares(self) -> dict[str, Share]:
@@ -129,7 +152,7 @@ class GatedDeltaNet(_Delta):
 
     def __init__(self, config: GatedDeltaNetConfig, dim: int, depth: int, eps: float) -> None:
         value_dim = config.value_dim or 2 * config.key_dim(dim)
-        super().__init__(config, dim, depth, value_dim)
+        super().__init__(config, dim, depth, value_dim, config.qk_heads)
         self.step, self.decay = Linear(dim, config.heads), StepDecay(config.heads, config.heads)
         self.gate = Linear(dim, config.heads * value_dim)
         self.norm = HeadNorm(value_dim, eps, "silu")

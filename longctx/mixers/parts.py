@@ -174,7 +174,7 @@ class LinearMixer(Mixer):
     recurrence reads them; whatever of it has `flops_per_token` is counted.
     """
 
-    counts = ("heads", "widths")
+    counts = ("heads", "qk_heads", "widths")
     writes = 1
     """Times that a token's state is gone over to write: 2 with the delta rule."""
 
@@ -186,10 +186,12 @@ class LinearMixer(Mixer):
         widths: tuple[int, int, int],
         conv: int,
         activation: str | None = "silu",
+        qk_heads: int | None = None,
     ) -> None:
-        """`conv`: tokens of the convolution, 0 for none; `activation`: what follows it."""
+        """`conv`: tokens of the convolution, 0 for none; `activation`: what follows it; `qk_heads`: those of q and k,
+        a divisor of `heads`, each of which as many neighbours read; `heads` where None."""
         super().__init__()
-        self.heads, self.widths = heads, widths
+        self.heads, self.qk_heads, self.widths = heads, qk_heads or heads, widths
         self.qkv = Linear(dim, sum(widths))
         self.conv = ShortConvolution(sum(widths), conv, activation=activation) if conv else None
         self.out = Linear(widths[2], dim, scale=(2 * depth) ** -0.5)
@@ -202,7 +204,7 @@ class LinearMixer(Mixer):
     def project(
         self, x: Tensor, layout: Layout, memory: Memory | None, routing: HeadRouting | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v by heads, `[B, T_local, H, K]` and `[B, T_local, H, V]`, after the convolution if there is one.
+        """q, k and v by heads, `[B, T_local, H_qk, K]` and `[B, T_local, H, V]`, after the convolution if there is one.
 
         Queries of heads that a token does not read are zero.
         """
@@ -214,7 +216,8 @@ class LinearMixer(Mixer):
         qkv = self.qkv(x)
         if self.conv is not None:
             qkv = self.conv(qkv, layout, memory)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.split(self.widths, dim=-1))
+        heads = (self.qk_heads, self.qk_heads, self.heads)
+        q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(qkv.split(self.widths, dim=-1), heads, strict=True))
         return hidden(q, routing), k, v
 
     def opened(self, gate: nn.Module, x: Tensor, routing: HeadRouting | None) -> Tensor:
@@ -226,7 +229,7 @@ class LinearMixer(Mixer):
     def flops(self, layout: Layout) -> int:
         """Projections and convolutions, and per token and head the writes and a read of the state."""
         per_token = sum(getattr(module, "flops_per_token", 0) for module in self.children())
-        key_dim, value_dim = self.widths[1] // self.heads, self.widths[2] // self.heads
+        key_dim, value_dim = self.widths[1] // self.qk_heads, self.widths[2] // self.heads
         per_token += 2 * (self.writes + 1) * self.heads * key_dim * value_dim
         # Of a head that is not read: its read, its rows of the output projection, of the queries' and the gate's.
         dim, gate = self.out.out_features, getattr(self, "gate", None)

@@ -15,7 +15,7 @@ from longctx.config import Integer
 from longctx.kernels.ffn import grouped_swiglu
 from longctx.mixers.memory import Memory, attend
 from longctx.model.ffn import FeedForward, FeedForwardConfig, Swiglu
-from longctx.model.layers import Attend, Output, SelfInitialised
+from longctx.model.layers import Attend, Linear, Output, SelfInitialised
 from longctx.model.router import Router
 from longctx.moe.expert_router import Score, TokenChoice, balancing_step, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
@@ -43,6 +43,11 @@ class MoeConfig(FeedForwardConfig):
     """Hidden width of an expert."""
     shared: Integer = Field(default=0, ge=0)
     """Experts that all tokens take beside those: one layer of width `shared * hidden`."""
+    shared_hidden: Integer | None = Field(default=None, gt=0)
+    """Width of that layer, where it is another."""
+    shared_gate: bool = False
+    """Multiply what that layer gives with a number for each token, the sigmoid of a projection of its input, as in
+    Qwen's models."""
     router: Literal["token", "similarity", "attention"] = "token"
     """By what a token chooses: its own scores, or an average of those of its document up to it: weighted by how like
     the tokens are (`similarity`, with matrices that are learned), or by the attention of the block's softmax layer
@@ -90,6 +95,9 @@ class MoeConfig(FeedForwardConfig):
             found.append(
                 f"active_groups: {self.active_groups} groups have {have} experts, and a token takes {self.active}"
             )
+        if not self.shared:
+            given = {"shared_hidden": self.shared_hidden is not None, "shared_gate": self.shared_gate}
+            found += [f"{key}: no expert is shared (shared = 0); remove it" for key, said in given.items() if said]
         if self.router != "similarity":
             found += [
                 f"{key}: only the router 'similarity' has it, and this one is {self.router!r}; remove it"
@@ -104,6 +112,14 @@ class MoeConfig(FeedForwardConfig):
 
     def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
         return ("attention", fitting(1, size, ulysses)) if self.router == "similarity" else None
+
+    @property
+    def shared_width(self) -> int:
+        """That of the layer of shared experts; 0 where there is none."""
+        return self.shared and (self.shared_hidden or self.shared * self.hidden)
+
+    def resolved(self, dim: int) -> "MoeConfig":
+        return self.model_copy(update={"shared": min(self.shared, 1), "shared_hidden": self.shared_width or None})
 
     @property
     def rule(self) -> TokenChoice:
@@ -131,6 +147,7 @@ class MoeConfig(FeedForwardConfig):
             "active": min(self.active, experts // groups * active_groups),
             "hidden": 16,
             "shared": min(self.shared, 1),
+            "shared_hidden": 24 if self.shared_hidden else None,
             "similarity_dim": 8 if self.router == "similarity" else None,
         }
         return self.model_copy(update=changes)
@@ -205,7 +222,7 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(FeedForward):
-    """`sum_e w_e(x) FFN_e(x)` over each token's experts, and `FFN_shared(x)`."""
+    """`sum_e w_e(x) FFN_e(x)` over each token's experts, and `FFN_shared(x)`, perhaps times `sigmoid(x W)`."""
 
     bias: Tensor | None
 
@@ -220,7 +237,8 @@ class MixtureOfExperts(FeedForward):
             width = config.similarity_dim or min(SIMILARITY_DIM, dim)
             self.similarity = Similarity(dim, width, 1.0 if config.temperature is None else config.temperature)
         self.experts = Experts(config.experts, dim, config.hidden, depth)
-        self.shared = Swiglu(dim, config.shared * config.hidden, depth) if config.shared else None
+        self.shared = Swiglu(dim, config.shared_width, depth) if config.shared else None
+        self.shared_gate = Linear(dim, 1) if config.shared_gate else None
         self.register_buffer("bias", torch.zeros(config.experts) if config.bias_rate else None)
 
     def reset_buffers(self) -> None:
@@ -257,7 +275,8 @@ class MixtureOfExperts(FeedForward):
         routing = choose_experts(logits, p, rule, layout, bias=self.bias)
         out = mixture_of_experts(x, routing, self.experts.count, self.experts, self.experts.axis)
         if self.shared is not None:
-            out = out + self.shared(x, layout)
+            shared = self.shared(x, layout)
+            out = out + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
         return Output(out, routing.report)
 
     @torch.no_grad()
@@ -268,7 +287,8 @@ class MixtureOfExperts(FeedForward):
 
     @property
     def flops_per_token(self) -> int:
-        shared = 0 if self.shared is None else self.shared.flops_per_token
+        layers = (self.shared, self.shared_gate)
+        shared = sum(layer.flops_per_token for layer in layers if layer is not None)
         return self.router.flops_per_token + self.rule.active * self.experts.flops_of_one + shared
 
     def flops(self, layout: Layout) -> int:

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longctx.convert import huggingface, rows
+from longctx.convert.families.qwen3_next import _share
 from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.errors import UserError
+from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.softmax import SoftmaxConfig
@@ -43,11 +45,29 @@ def like_mamba2(**changes):
     return ModelConfig(layers="M", depth=2, dim=12, ffn="none", mamba2=mamba2)
 
 
+def like_qwen3_next(**changes):
+    softmax = {"rotary_dim": 2, "qk_norm": "zero_centered_rms", "output_gate": True}
+    shared = {"shared": 1, "shared_hidden": 7, "shared_gate": True}
+    fields = {
+        "layers": "EES",
+        "depth": 4,
+        "dim": 12,
+        "norm": "zero_centered_rms",
+        "ffn": ("moe", "swiglu"),
+        "softmax": SOFTMAX.model_copy(update=softmax),
+        "gated_deltanet": GatedDeltaNetConfig(heads=4, qk_heads=2, head_dim=5),
+        "moe": MoeConfig(experts=3, active=2, hidden=10, normalize=False, **shared),
+        "swiglu": SwigluConfig(hidden=10),
+    }
+    return ModelConfig(**(fields | changes))
+
+
 MODELS = {
     "llama": like_llama(),
     "llama, untied": like_llama(tie_embeddings=False),
     "mixtral": like_mixtral(),
     "mamba2": like_mamba2(),
+    "qwen3_next": like_qwen3_next(),
 }
 
 
@@ -251,6 +271,47 @@ def test_keys_of_mamba2(tmp_path, keys, said):
     assert said in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"layer_types": ["full_attention"] * 3},
+            "layer_types: ['full_attention', 'full_attention', 'full_attention'] is",
+        ),
+        ({"layer_types": ["sliding_attention"] * 4}, "is not 4 times one of linear_attention, full_attention"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers: 3 is no list of layers"),
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: 0 is not a whole number above 0"),
+        ({"linear_num_key_heads": 3}, "gated_deltanet.qk_heads: 4 heads are not a multiple of 3 query/key heads"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_keys_of_qwen3_next(tmp_path, keys, said):
+    folder = exported(tmp_path, like_qwen3_next())
+    change(folder, **keys)
+    assert said in refused(folder)
+
+
+def test_of_qwen3_next_layers_that_predict_several_tokens_are_passed_over(tmp_path):
+    folder = exported(tmp_path, like_qwen3_next())
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"mtp.layers.0.mlp.gate.weight": torch.ones(3, 12)}, file)
+    from_huggingface(folder, tmp_path / "out")
+
+
+def test_layers_that_are_not_listed_alternate_as_transformers_has_it(tmp_path):
+    folder = exported(tmp_path, like_qwen3_next(layers="ES", depth=4))
+    change(folder, layer_types="gone", full_attention_interval=2)
+    from_huggingface(folder, tmp_path / "out")
+    assert find_weights(tmp_path / "out", HOW).model["layers"] == "ES"
+
+
+def test_the_share_of_channels_that_are_turned_is_found_again_by_rounding_down():
+    for head_dim in range(2, 300):
+        for rotary_dim in range(2, head_dim + 1, 2):
+            layer = SoftmaxConfig(heads=1, head_dim=head_dim, rotary_dim=rotary_dim)
+            assert int(head_dim * _share(layer)) == rotary_dim, (head_dim, rotary_dim)
+
+
 def test_no_config_and_a_broken_one(theirs):
     (theirs / "config.json").write_text("{")
     assert f"{theirs / 'config.json'} cannot be read: " in refused(theirs)
@@ -390,10 +451,15 @@ def test_what_is_there_is_not_replaced(theirs, tmp_path):
         (like_mixtral(score="sigmoid", shared=1), "model.moe.score: 'sigmoid' here, 'softmax' there; model.moe.shared"),
         (like_mixtral(bias_rate=0.1), "model.moe.bias_rate: 0.1 here, 0.0 there"),
         (like_mamba2(head_dim=5), "expand: times hidden_size it has to be num_heads * head_dim, 20"),
+        (
+            like_qwen3_next(gated_deltanet=GatedDeltaNetConfig(heads=4, head_dim=5, negative_eigenvalues=True)),
+            "model.gated_deltanet.negative_eigenvalues: True here, False there",
+        ),
+        (like_qwen3_next(softmax=SOFTMAX), "model.softmax.output_gate: False here, True there; model.softmax.qk_norm"),
         (like_llama(norm="zero_centered_rms"), "model.norm: 'zero_centered_rms' here, 'rms' there"),
         (like_llama(heads=HeadsMixConfig(mixers=("softmax",), active=2)), "model.heads.active: 2 here, None there"),
     ],
-    ids=["layers", "block", "window", "two of experts", "a bias", "a width", "norms", "heads"],
+    ids=["layers", "block", "window", "two of experts", "a bias", "a width", "a rule", "a gate", "norms", "heads"],
 )
 def test_a_model_that_no_class_has_is_told_by_every_key(tmp_path, config, said):
     save(tmp_path / "built-in", 0, config)

@@ -53,6 +53,7 @@ OPTIONS: dict[str, MixerConfig] = {
     "M with limits and no bias": Mamba2Config(
         heads=4, head_dim=5, state_dim=7, groups=2, conv_bias=False, dt_min=0.01, dt_max=0.05
     ),
+    "E with two heads for one of keys": GatedDeltaNetConfig(heads=4, qk_heads=2, head_dim=5, value_dim=3),
     "S with norms": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, qk_norm="rms", window=9),
 }
 """What a published model has a layer of and the letter's own configuration has not, by words that begin with it."""

@@ -21,10 +21,11 @@ EIGHT = {
 }
 """Heads that divide over 4 ranks."""
 LETTERS = sorted(EIGHT)
+EIGHT["E with two heads for one of keys"] = {"heads": 8, "qk_heads": 4}
 
 
 def whole(letter, **changes):
-    config = config_of(letter).model_copy(update=EIGHT[letter[0]] | changes)
+    config = config_of(letter).model_copy(update=EIGHT.get(letter, EIGHT[letter[0]]) | changes)
     mixer = config.build(DIM, 1, 4, 1e-5).double()
     initialise(mixer, seed=3)
     return mixer
@@ -93,6 +94,7 @@ def refusal(letter, changes):
         ("S", {"heads": 3, "kv_heads": 3}, "heads 3 does not divide over 2 ranks"),
         ("S", {"heads": 2, "kv_heads": 1}, "kv_heads 1 does not divide over 2 ranks"),
         ("M", {"groups": 1}, "groups 1 does not divide over 2 ranks"),
+        ("E", {"heads": 2, "qk_heads": 1}, "qk_heads 1 does not divide over 2 ranks"),
         ("A", {}, "the heads of AttentionExperts are not divided"),
     ],
 )

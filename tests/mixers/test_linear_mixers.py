@@ -15,7 +15,7 @@ from longctx.mixers.parts import StepDecay
 from longctx.mixers.retention import RetentionConfig, log_decays
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
-from tests.mixers.cases import CONFIGS, DIM
+from tests.mixers.cases import CONFIGS, DIM, OPTIONS, config_of
 
 BOUNDS = (0, 1, 30, 69, 80)
 STARTS = BOUNDS[:-1]
@@ -49,7 +49,9 @@ def projected(m, x, n, activation=silu):
     """q, k, v of a layer whose one projection makes them, in this order."""
     y = x @ m.qkv.weight.T
     y = y if m.conv is None else convolved(y, m.conv, activation)
-    return [heads(part, n) for part in y.split(m.widths, dim=-1)]
+    q, k, v = y.split(m.widths, dim=-1)
+    q, k = (heads(part, m.qk_heads).repeat_interleave(n // m.qk_heads, dim=2) for part in (q, k))
+    return [q, k, heads(v, n)]
 
 
 def low_rank(m, x):
@@ -112,7 +114,7 @@ def mamba2(m, x, c):
     z, u, dt = (x @ m.inner.weight.T).split([width, width + 2 * keys, c.heads], dim=-1)
     v, k, q = convolved(u, m.conv).split([width, keys, keys], dim=-1)
     v, k, q = heads(v, c.heads), heads(k, c.groups), heads(q, c.groups)
-    dt = torch.log1p(torch.exp(dt + m.decay.dt_bias))
+    dt = torch.log1p(torch.exp(dt + m.decay.dt_bias)).clamp(c.dt_min, c.dt_max)
     o = recurrence(q, k, v * dt[..., None], -m.decay.A_log.exp() * dt) + m.skip.weight[:, None] * v
     gated = normed((o.flatten(2) * silu(z)).unflatten(-1, (c.groups, -1))).flatten(2)
     return (gated * m.norm.weight) @ m.out.weight.T
@@ -186,13 +188,14 @@ def draw():
     return torch.randn(2, BOUNDS[-1], DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("letter", EQUATIONS)
+@pytest.mark.parametrize("letter", [*EQUATIONS, *(option for option in OPTIONS if option[0] in EQUATIONS)])
 def test_layer_equals_its_equations_and_so_do_its_gradients(letter):
-    mixer, x = CONFIGS[letter].build(DIM, 1, 4, EPS).double(), draw()
+    config, equations = config_of(letter), EQUATIONS[letter[0]]
+    mixer, x = config.build(DIM, 1, 4, EPS).double(), draw()
     initialise(mixer, seed=5)
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
-    for function in (lambda: mixer(x, Layout(BOUNDS)), lambda: EQUATIONS[letter](mixer, x, CONFIGS[letter])):
+    for function in (lambda: mixer(x, Layout(BOUNDS)), lambda: equations(mixer, x, config)):
         mixer.zero_grad()
         y = function()
         y.backward(dy)
@@ -247,6 +250,8 @@ def test_retentions_decays_are_the_papers():
         (RetentionConfig(heads=4), "head_dim: rotary positions turn pairs, so 3 has to be even"),
         (Mamba2Config(heads=5), "heads: 5 heads do not divide 2 * dim 24"),
         (Mamba2Config(heads=4, groups=3), "groups: 3 groups do not divide 4 heads"),
+        (Mamba2Config(heads=4, dt_min=0.2, dt_max=0.1), "dt_min: 0.2 is above dt_max, 0.1"),
+        (MIXERS["E"](heads=4, qk_heads=3), "qk_heads: 4 heads are not a multiple of 3 query/key heads"),
         (MIXERS["G"](heads=4), "heads: 4 heads do not divide dim / 2 = 6; give head_dim"),
     ],
     ids=str,

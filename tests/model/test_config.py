@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from longctx.mixers import MIXERS
+from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -16,6 +17,7 @@ from tests.model.cases import hybrid
 
 MOE = MoeConfig(experts=4, active=2, hidden=3)
 BY_ATTENTION = MoeConfig(experts=4, active=2, hidden=3, router="attention")
+GROUPED = GatedDeltaNetConfig(heads=4, qk_heads=2, head_dim=5)
 EXPERTS = {"ffn": ("swiglu", "moe"), "moe": MOE}
 
 
@@ -96,6 +98,20 @@ def refused(**changes):
             "moe.temperature: only the router 'similarity' has it, and this one is 'attention'; remove it",
         ),
         (
+            {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, shared_gate=True, shared_hidden=5)},
+            "moe.shared_hidden: no expert is shared (shared = 0); remove it; moe.shared_gate: no expert is shared",
+        ),
+        (
+            {
+                "layers": "E",
+                "lightning": None,
+                "softmax": None,
+                "gated_deltanet": GROUPED,
+                "heads": mix("gated_deltanet"),
+            },
+            "heads.mixers: the heads of gated_deltanet cannot be routed",
+        ),
+        (
             {"ffn": ("swiglu", "swiglu", "moe"), "moe": BY_ATTENTION},
             "moe.router: layer 2 (counted from 0) is L (lightning), which has no attention to route by; experts that "
             "are routed by it need a layer S (softmax)",
@@ -169,6 +185,7 @@ def test_feed_forwards_are_repeated_over_the_depth():
     [
         MOE,
         MoeConfig(experts=64, active=6, hidden=1408, shared=2),
+        MoeConfig(experts=64, active=6, hidden=1408, shared=1, shared_hidden=9000, shared_gate=True),
         MoeConfig(experts=256, active=8, hidden=2048, groups=8, active_groups=4, score="sigmoid"),
         MoeConfig(experts=6, active=4, hidden=2048, groups=3, active_groups=2),
         MoeConfig(experts=6, active=4, hidden=2048, router="similarity", similarity_dim=128, temperature=0.5),

@@ -27,16 +27,22 @@ def written_out(layer, x):
     p = (x @ layer.router.weight.T).softmax(dim=-1)
     out = best_two(layer, x, p)
     if layer.shared is not None:
-        out += reference.swiglu(x @ layer.shared.gate_up.weight.T) @ layer.shared.down.weight.T
+        shared = reference.swiglu(x @ layer.shared.gate_up.weight.T) @ layer.shared.down.weight.T
+        out += shared if layer.shared_gate is None else (x @ layer.shared_gate.weight[0]).sigmoid()[..., None] * shared
     return out
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize(
+    ("shared", "width"), [({}, 0), ({"shared": 2}, 14), ({"shared": 1, "shared_hidden": 9, "shared_gate": True}, 9)]
+)
 @pytest.mark.parametrize("tile", [None, 3])
-def test_the_layer_equals_its_equation(shared, tile):
-    layer, x = layer_of(shared=shared), draw()
+def test_the_layer_equals_its_equation(shared, width, tile):
+    layer, x = layer_of(**shared), draw()
     layer.tile = tile
+    assert width == (0 if layer.shared is None else layer.shared.down.in_features)
+    gate = 2 * 6 if "shared_gate" in shared else 0
+    assert layer.flops_per_token == 2 * 6 * 5 + 2 * (3 * 6 * 7) * 2 + 2 * 3 * 6 * width + gate
     torch.testing.assert_close(layer(x, LAYOUT).out, written_out(layer, x), rtol=1e-11, atol=1e-12)
 
 

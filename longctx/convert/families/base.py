@@ -94,6 +94,15 @@ class Keys:
                 )
 
 
+Names = TypeVar("Names", str, list[str])
+
+
+def period(names: Names) -> Names:
+    """What a pattern of layers repeats: the shortest beginning that gives it."""
+    depth = len(names)
+    return next(names[:n] for n in range(1, depth + 1) if (names[:n] * depth)[:depth] == names)
+
+
 Part = TypeVar("Part", bound=Config)
 
 

@@ -1,6 +1,6 @@
 """Llama and Mixtral, and what other families have like them: attention, feed-forwards, experts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -133,17 +133,16 @@ def put_stream(table: RowTable, model: ModelConfig) -> None:
         table.put(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
 
 
-def put_attention(table: RowTable, softmax: SoftmaxConfig, dim: int, layer: int) -> None:
-    """Queries, keys, values and the output."""
+def put_attention(
+    table: RowTable, softmax: SoftmaxConfig, dim: int, layer: int, q: Sequence[Run] | None = None
+) -> None:
+    """Queries, keys, values and the output; `q` where the queries are not a matrix of their own."""
     ours, theirs = f"blocks.{layer}.mixer", f"model.layers.{layer}.self_attn"
     head_dim = softmax.head_dim or dim // softmax.heads
     kv = (softmax.kv_heads or softmax.heads) * head_dim
-    table.put(
-        f"{ours}.qkv.weight",
-        f"{theirs}.q_proj.weight",
-        Run(f"{theirs}.k_proj.weight", 0, kv),
-        Run(f"{theirs}.v_proj.weight", 0, kv),
-    )
+    q = q or [Run(f"{theirs}.q_proj.weight", 0, softmax.heads * head_dim)]
+    k, v = (Run(f"{theirs}.{name}_proj.weight", 0, kv) for name in "kv")
+    table.put(f"{ours}.qkv.weight", *q, k, v)
     table.put(f"{ours}.out.weight", f"{theirs}.o_proj.weight")
 
 

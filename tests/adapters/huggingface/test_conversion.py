@@ -46,12 +46,40 @@ MAMBA = {
     "n_groups": 2,
     "expand": 2,
 }
+QWEN = COMMON | {
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 14,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "num_hidden_layers": 5,
+}
 MODELS = {
     "llama": ("llama", COMMON),
     "llama, as 3.1": ("llama", COMMON | {"rope_parameters": LLAMA_3_1, "head_dim": 10, "rms_norm_eps": 1e-3}),
     "llama, tied": ("llama", COMMON | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "mixtral": ("mixtral", COMMON | EXPERTS),
     "mixtral, with a window": ("mixtral", COMMON | EXPERTS | {"sliding_window": 7, "head_dim": 6}),
+    "qwen3_next": ("qwen3_next", QWEN),
+    "qwen3_next, some layers dense": (
+        "qwen3_next",
+        QWEN
+        | {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "partial_rotary_factor": 0.6,
+            "head_dim": 10,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_next, no experts": ("qwen3_next", QWEN | {"num_experts": 0, "linear_num_key_heads": 4}),
     "mamba2": ("mamba2", MAMBA),
     "mamba2, with limits": (
         "mamba2",
@@ -62,7 +90,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def _plain_torch(monkeypatch):
-    for kind in ("mamba2",):
+    for kind in ("mamba2", "qwen3_next"):
         without_kernels(monkeypatch, import_module(f"transformers.models.{kind}.modeling_{kind}"))
 
 
