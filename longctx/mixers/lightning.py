@@ -1,4 +1,4 @@
-"""The lightning layer of TransNormerLLM (Qin et al. 2023, section 3; Lightning Attention-2, 2024).
+"""The lightning layer of TransNormerLLM (Qin et al. 2023, section 3; Lightning Attention-2, 2024), and MiniMax-01's.
 
     q, k = SiLU(x W_q), SiLU(x W_k)      v, u = x W_v, x W_u
     S_t = lambda S_{t-1} + k_t v_t^T     o_t = S_t^T q_t
@@ -7,10 +7,13 @@
 No score scale and no denominator; SRMSNorm (no weight) runs over all heads together. lambda = exp(-s) is constant per
 head and layer: s_h is the ALiBi slope of head h, scaled by `1 - l / (L - 1) + 1e-5` in layer l of L, so that the last
 layers forget least.
+
+MiniMax-01 (2025, section 2.2.1) has v = SiLU(x W_v), RMSNorm with a weight, sigmoid(u) in the place of u, and slopes
+`2^(-8 (h+1) / H)` for any number of heads H, scaled by `1 - l / (L - 1 + 1e-5) + 1e-5`.
 """
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +26,7 @@ from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.mixers.division import Share, own, rows
 from longctx.mixers.heads import emit, read
 from longctx.mixers.memory import Memory, scan
+from longctx.mixers.parts import WholeNorm
 from longctx.model.layers import Linear, Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.norm import rms_norm_across
@@ -39,6 +43,11 @@ class LightningConfig(MixerConfig):
     """Heads, each with its own decay."""
     head_dim: Integer | None = Field(default=None, gt=0)
     """Width of keys and of values per head; `dim / heads` where absent."""
+    form: Literal["transnormer", "minimax"] = "transnormer"
+    """`minimax`: values pass SiLU too, the norm has a weight, the gate is a sigmoid, and slopes are a power of 2 for
+    any number of heads, as in MiniMax-01."""
+    norm_eps: float | None = Field(default=None, gt=0)
+    """The layer's own `norm_eps`; the model's where absent."""
 
     def problems(self, dim: int) -> list[str]:
         return head_dim_problems(dim, self.heads, self.head_dim)
@@ -47,10 +56,13 @@ class LightningConfig(MixerConfig):
         return self.heads, 1
 
     def shrunk(self) -> "LightningConfig":
-        return LightningConfig(heads=min(self.heads, 4), head_dim=8)
+        return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8})
+
+    def resolved(self, dim: int) -> "LightningConfig":
+        return self.model_copy(update={"head_dim": self.head_dim or dim // self.heads})
 
     def build(self, dim: int, layer: int, depth: int, eps: float) -> "Lightning":
-        return Lightning(self, dim, layer, depth, eps)
+        return Lightning(self, dim, layer, depth, self.norm_eps or eps)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -68,6 +80,12 @@ def log_decays(heads: int, layer: int, depth: int) -> list[float]:
     return [-slope * factor for slope in alibi_slopes(heads)]
 
 
+def minimax_log_decays(heads: int, layer: int, depth: int) -> list[float]:
+    """The same as MiniMax-01 has them."""
+    factor = 1 - layer / (depth - 1 + 1e-5) + 1e-5
+    return [-(2.0 ** (-8.0 * (head + 1) / heads)) * factor for head in range(heads)]
+
+
 class Lightning(Mixer):
     """The layer; q, k, v and u come from one projection."""
 
@@ -80,6 +98,7 @@ class Lightning(Mixer):
         width = self.heads * self.head_dim
         self.qkvu = Linear(dim, 4 * width)
         self.out = Linear(width, dim, scale=(2 * depth) ** -0.5)
+        self.norm = WholeNorm(width, eps, "sigmoid") if config.form == "minimax" else None
         self.layer, self.depth = layer, depth
         self.register_buffer("log_decay", torch.empty(self.heads), persistent=False)
         self.reset_buffers()
@@ -87,13 +106,15 @@ class Lightning(Mixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            mine = own(log_decays(self.heads * self.across.size, self.layer, self.depth), self.across)
+            decays = log_decays if self.norm is None else minimax_log_decays
+            mine = own(decays(self.heads * self.across.size, self.layer, self.depth), self.across)
             self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
 
     def shares(self) -> dict[str, Share]:
-        """Queries, keys, values and gates; the output's columns; the decays."""
+        """Queries, keys, values and gates; the output's columns; the norm; the decays."""
         width = self.heads * self.head_dim
-        return {"qkvu.weight": Share(0, (width,) * 4), "out.weight": Share(1, (width,)), **rows(self, "log_decay")}
+        parts = {"qkvu.weight": Share(0, (width,) * 4), "out.weight": Share(1, (width,))}
+        return parts | rows(self, "log_decay", "norm.weight")
 
     def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
@@ -103,12 +124,16 @@ class Lightning(Mixer):
         for_q, for_kv, for_u = self.qkvu.weight.split([width, 2 * width, width])
         k, v = F.linear(x, for_kv).view(batch, length, 2 * self.heads, self.head_dim).chunk(2, dim=2)
         k, gates = F.silu(k), (self.log_decay,)
+        v = v if self.norm is None else F.silu(v)
         begun = begin_state_scan(ADDITIVE, k, v, gates, layout)
         # While the states travel.
         q = F.silu(read(x, for_q, self.heads, routing))
         u = read(x, for_u, self.heads, routing)
         out = scan(ADDITIVE, q, k, v, gates, layout, memory, begun)
-        normed = rms_norm_across(out.flatten(2), u.flatten(2), self.eps, self.across)
+        if self.norm is None:
+            normed = rms_norm_across(out.flatten(2), u.flatten(2), self.eps, self.across)
+        else:
+            normed = self.norm(out.flatten(2), u.flatten(2))
         return emit(normed.view(out.shape), self.out, routing)
 
     def flops(self, layout: Layout) -> int:

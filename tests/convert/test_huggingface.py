@@ -18,6 +18,7 @@ from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.errors import UserError
 from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
@@ -62,12 +63,29 @@ def like_qwen3_next(**changes):
     return ModelConfig(**(fields | changes))
 
 
+def like_minimax(**changes):
+    fields = {
+        "layers": "LS",
+        "depth": 3,
+        "dim": 12,
+        "block": "postnorm",
+        "residual": {"softmax": (2.0, 1.0), "moe": (1.0, 0.5)},
+        "ffn": "moe",
+        "softmax": SoftmaxConfig(heads=3, head_dim=4, window=5),
+        "lightning": LightningConfig(heads=3, head_dim=4, form="minimax", norm_eps=1e-6),
+        "moe": MoeConfig(experts=3, active=2, hidden=10),
+    }
+    return ModelConfig(**(fields | changes))
+
+
 MODELS = {
     "llama": like_llama(),
     "llama, untied": like_llama(tie_embeddings=False),
     "mixtral": like_mixtral(),
     "mamba2": like_mamba2(),
     "qwen3_next": like_qwen3_next(),
+    "minimax": like_minimax(),
+    "minimax, lightning alone": like_minimax(layers="L", depth=2, softmax=None, residual={"moe": (1.0, 1.0)}),
 }
 
 
@@ -170,7 +188,8 @@ def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
 
     def counted(self, tensor, begin, end):
         found = right(self, tensor, begin, end)
-        taken.append(found.numel() * 4)
+        if not tensor.endswith(("_decay", "slope_rate")):  # compared, not converted
+            taken.append(found.numel() * 4)
         return found
 
     with patch.object(rows, "PIECE", 256), patch.object(huggingface.TensorFolder, "rows", counted):
@@ -310,6 +329,27 @@ def test_the_share_of_channels_that_are_turned_is_found_again_by_rounding_down()
         for rotary_dim in range(2, head_dim + 1, 2):
             layer = SoftmaxConfig(heads=1, head_dim=head_dim, rotary_dim=rotary_dim)
             assert int(head_dim * _share(layer)) == rotary_dim, (head_dim, rotary_dim)
+
+
+def test_decays_that_are_not_those_of_the_configuration_are_refused(tmp_path):
+    folder = exported(tmp_path, like_minimax())
+    file, name = folder / "model.safetensors", "model.layers.0.self_attn.slope_rate"
+    tensors = load_file(file)
+    for changed, said in (
+        (1.01 * tensors[name], "is not that of the configuration"),
+        (torch.ones(3), "expected [3, 1"),
+    ):
+        save_file(tensors | {name: changed}, file)
+        assert said in refused(folder)
+    change(folder, block_size=8)
+    assert "query_decay is [3, 256, 1] F32: expected [3, 8, 1]" in refused(folder)
+
+
+def test_decays_may_be_missing(tmp_path):
+    folder = exported(tmp_path, like_minimax())
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if not k.endswith(("_decay", "slope_rate"))}, file)
+    from_huggingface(folder, tmp_path / "out")
 
 
 def test_no_config_and_a_broken_one(theirs):
@@ -455,11 +495,32 @@ def test_what_is_there_is_not_replaced(theirs, tmp_path):
             like_qwen3_next(gated_deltanet=GatedDeltaNetConfig(heads=4, head_dim=5, negative_eigenvalues=True)),
             "model.gated_deltanet.negative_eigenvalues: True here, False there",
         ),
+        (
+            like_minimax(lightning=LightningConfig(heads=3, head_dim=4), block="sequential"),
+            "model.block: 'sequential' here, 'postnorm' there; model.lightning.form: 'transnormer' here, 'minimax'",
+        ),
+        (
+            like_minimax(lightning=LightningConfig(heads=2, head_dim=6, form="minimax")),
+            "model.lightning.head_dim: 6 here",
+        ),
         (like_qwen3_next(softmax=SOFTMAX), "model.softmax.output_gate: False here, True there; model.softmax.qk_norm"),
         (like_llama(norm="zero_centered_rms"), "model.norm: 'zero_centered_rms' here, 'rms' there"),
         (like_llama(heads=HeadsMixConfig(mixers=("softmax",), active=2)), "model.heads.active: 2 here, None there"),
     ],
-    ids=["layers", "block", "window", "two of experts", "a bias", "a width", "a rule", "a gate", "norms", "heads"],
+    ids=[
+        "layers",
+        "block",
+        "window",
+        "two of experts",
+        "a bias",
+        "a width",
+        "a rule",
+        "a form",
+        "lightning heads",
+        "a gate",
+        "norms",
+        "heads",
+    ],
 )
 def test_a_model_that_no_class_has_is_told_by_every_key(tmp_path, config, said):
     save(tmp_path / "built-in", 0, config)

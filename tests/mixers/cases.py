@@ -54,6 +54,7 @@ OPTIONS: dict[str, MixerConfig] = {
         heads=4, head_dim=5, state_dim=7, groups=2, conv_bias=False, dt_min=0.01, dt_max=0.05
     ),
     "E with two heads for one of keys": GatedDeltaNetConfig(heads=4, qk_heads=2, head_dim=5, value_dim=3),
+    "L as in MiniMax": LightningConfig(heads=3, head_dim=5, form="minimax", norm_eps=1e-3),
     "S with norms": SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, qk_norm="rms", window=9),
 }
 """What a published model has a layer of and the letter's own configuration has not, by words that begin with it."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.kernels import reference
-from longctx.mixers.lightning import LightningConfig, alibi_slopes, log_decays
+from longctx.mixers.lightning import LightningConfig, alibi_slopes, log_decays, minimax_log_decays
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 
@@ -33,6 +33,26 @@ def test_layer_equals_its_equations(heads, head_dim, slopes, layer, depth, facto
     bounds = (0, 1, 40, 129, 140)
     want = by_the_equations(x, mixer, slopes, factor, bounds)
     torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(("layer", "depth", "factor"), [(0, 1, 1 + 1e-5), (1, 3, 1 - 1 / 2.00001 + 1e-5)])
+def test_minimaxs_layer_equals_its_equations(layer, depth, factor):
+    options = {"head_dim": 5, "form": "minimax", "norm_eps": 1e-3}
+    mixer = LightningConfig(heads=3, **options).build(12, layer, depth, 1e-6).double()
+    initialise(mixer, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 140, 12, generator=generator, dtype=torch.float64)
+    mixer.norm.weight.data += 0.3 * torch.randn(15, generator=generator, dtype=torch.float64)
+    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
+    w_q, w_k, w_v, w_u = mixer.qkvu.weight.split(15)
+    q, k, v = (silu(x @ w.T).unflatten(-1, (3, -1)) for w in (w_q, w_k, w_v))
+    decays = -torch.tensor([2 ** (-8 / 3), 2 ** (-16 / 3), 2**-8], dtype=x.dtype) * factor
+    bounds = (0, 1, 40, 129, 140)
+    o = reference.linear_recurrence(q, k, v, decays, starts=bounds[:-1])[0].flatten(2)
+    normed = o / (o.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * mixer.norm.weight
+    want = (normed / (1 + torch.exp(-(x @ w_u.T)))) @ mixer.out.weight.T
+    torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+    assert mixer.log_decay.tolist() == pytest.approx(minimax_log_decays(3, layer, depth), rel=1e-7)
 
 
 def test_slopes_of_powers_of_two():

@@ -64,6 +64,14 @@ def test_a_tensor_is_read_alone(trained):
         assert torch.equal(weights.read(name), there[f"model.{name}"])
 
 
+@pytest.mark.parametrize(("begin", "end"), [(0, 1), (3, 7), (0, None)], ids=["one", "across ranks", "all"])
+def test_rows_of_a_tensor_that_ranks_have_written_are_read_alone(trained, begin, end):
+    weights = find_weights(trained, HOW)
+    for name, shape in weights.shapes.items():
+        if len(shape) > 1:
+            assert torch.equal(weights.read_rows(name, begin, end or shape[0]), weights.read(name)[begin:end]), name
+
+
 def test_what_is_written_in_pieces_is_read_whole(tmp_path):
     whole = torch.arange(7 * 3 * 2.0).view(7, 3, 2)
     asked = []
@@ -75,6 +83,7 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path):
     write_weights(tmp_path, {"w": Made(whole.shape, make, rows=3)}, {"vocab_size": 5}, {})
     assert asked == [(0, 3), (3, 6), (6, 7)]
     assert torch.equal(find_weights(tmp_path, HOW).read("w"), whole)
+    assert torch.equal(find_weights(tmp_path, HOW).read_rows("w", 2, 7), whole[2:7])
 
 
 def test_another_model_is_told_by_every_difference(written):

@@ -144,7 +144,8 @@ class Family(ABC):
         """Whether a tensor in a file is none that the model is made of, and is rightly there."""
         return name.endswith("rotary_emb.inv_freq")
 
-    def derived(self, model: ModelConfig) -> dict[str, Callable[[], Tensor]]:
-        """Tensors that stand in its files and follow from the configuration, float32."""
-        del model
+    def derived(self, model: ModelConfig, values: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
+        """Tensors that stand in its files and follow from the configuration, which `values` are: float32. In a source
+        they may be missing."""
+        del model, values
         return {}

@@ -19,6 +19,7 @@ from longctx.convert.families.llama import (
     write_attention,
     write_stream,
 )
+from longctx.convert.families.patterns import FULL, LINEAR, by_heads, read_pattern
 from longctx.convert.rows import RowTable, Run
 from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -26,18 +27,7 @@ from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
 from longctx.model.moe import MoeConfig
 
-_LINEAR, _FULL = "linear_attention", "full_attention"
-_LETTERS = {_LINEAR: GatedDeltaNetConfig.letter, _FULL: SoftmaxConfig.letter}
-
-
-def read_pattern(keys: Keys, letters: Mapping[str, str], default: list[str]) -> str:
-    """The letters of all layers, from `layer_types`."""
-    kinds = keys.raw("layer_types") or default
-    depth = keys.integer("num_hidden_layers")
-    if not isinstance(kinds, list) or len(kinds) != depth or not all(kind in letters for kind in kinds):
-        keys.problems.append(f"layer_types: {kinds!r} is not {depth} times one of {', '.join(letters)}")
-        return letters[_FULL] * depth
-    return "".join(letters[kind] for kind in kinds)
+_LETTERS = {LINEAR: GatedDeltaNetConfig.letter, FULL: SoftmaxConfig.letter}
 
 
 class Qwen3Next(Family):
@@ -55,7 +45,7 @@ class Qwen3Next(Family):
     def read(self, keys: Keys) -> dict[str, Any]:
         depth = keys.integer("num_hidden_layers")
         every = keys.integer("full_attention_interval", 4)
-        default = [_FULL if (layer + 1) % every == 0 else _LINEAR for layer in range(depth)]
+        default = [FULL if (layer + 1) % every == 0 else LINEAR for layer in range(depth)]
         pattern = read_pattern(keys, _LETTERS, default)
         ffns = self._feed_forwards(keys, depth)
         found: dict[str, Any] = read_stream(keys, 1e-6) | {
@@ -192,25 +182,16 @@ class Qwen3Next(Family):
         assert value_dim is not None
         share = delta.heads // heads
         parts = {"q": key_dim, "k": key_dim, "v": share * value_dim, "z": share * value_dim}
-        runs = _by_heads(f"{theirs}.in_proj_qkvz.weight", heads, parts)
+        runs = by_heads(f"{theirs}.in_proj_qkvz.weight", heads, parts)
         table.put(f"{ours}.qkv.weight", *runs["q"], *runs["k"], *runs["v"])
         table.put(f"{ours}.gate.weight", *runs["z"])
-        runs = _by_heads(f"{theirs}.in_proj_ba.weight", heads, {"b": share, "a": share})
+        runs = by_heads(f"{theirs}.in_proj_ba.weight", heads, {"b": share, "a": share})
         table.put(f"{ours}.beta.weight", *runs["b"])
         table.put(f"{ours}.step.weight", *runs["a"])
         table.put(f"{ours}.conv.weight", f"{theirs}.conv1d.weight", middle=True)
         for name, other in (("decay.A_log", "A_log"), ("decay.dt_bias", "dt_bias"), ("norm.weight", "norm.weight")):
             table.put(f"{ours}.{name}", f"{theirs}.{other}")
         table.put(f"{ours}.out.weight", f"{theirs}.out_proj.weight")
-
-
-def _by_heads(name: str, heads: int, parts: Mapping[str, int]) -> dict[str, list[Run]]:
-    """Of a matrix in which every head has rows of each part, one part after the other, the runs of each."""
-    whole, begin, found = sum(parts.values()), 0, {}
-    for key, rows in parts.items():
-        found[key] = [Run(name, head * whole + begin, rows) for head in range(heads)]
-        begin += rows
-    return found
 
 
 def _share(softmax: SoftmaxConfig) -> float:

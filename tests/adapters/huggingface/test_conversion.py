@@ -80,6 +80,23 @@ MODELS = {
         },
     ),
     "qwen3_next, no experts": ("qwen3_next", QWEN | {"num_experts": 0, "linear_num_key_heads": 4}),
+    "minimax": ("minimax", COMMON | EXPERTS),
+    "minimax, with factors": (
+        "minimax",
+        COMMON
+        | EXPERTS
+        | {
+            "num_attention_heads": 6,
+            "head_dim": 4,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "sliding_window": 7,
+            "full_attn_alpha_factor": 3.5,
+            "linear_attn_alpha_factor": 1.5,
+            "linear_attn_beta_factor": 0.5,
+            "mlp_alpha_factor": 2,
+            "mlp_beta_factor": 0.7,
+        },
+    ),
     "mamba2": ("mamba2", MAMBA),
     "mamba2, with limits": (
         "mamba2",
@@ -136,10 +153,10 @@ def built_in(folder, place):
     )
     config, weights = load(place / "mine.toml").model, find_weights(folder, "here")
     weights.check(config, config.vocabulary_rows(7))
-    model = Decoder(config, VOCABULARY)
+    model = Decoder(config, VOCABULARY).double()
     initialise(model, seed=99)
     model.load_state_dict({name: weights.read(name) for name in weights.shapes})
-    return model.double()
+    return model
 
 
 @torch.no_grad()
