@@ -54,6 +54,10 @@ def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:
         )
     if model.block != "sequential":
         yield Mistake(("model", "block"), f"engine = 'megatron' has sequential blocks, not {model.block!r}")
+    if model.residual is not None:
+        yield Mistake(("model", "residual"), "engine = 'megatron' adds to the stream without factors")
+    if model.norm != "rms":
+        yield Mistake(("model", "norm"), f"engine = 'megatron' has norms 'rms', not {model.norm!r}")
     if model.heads is not None:
         yield Mistake(
             ("model", "heads"),

@@ -102,9 +102,7 @@ class Weights:
         """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
         self._read({_PREFIX.removesuffix("."): get_model_state_dict(model)})
 
-    def _read(
-        self, tensors: dict[str, Any], planner: RowsPlanner | None = None, *, alone: bool = False
-    ) -> None:
+    def _read(self, tensors: dict[str, Any], planner: RowsPlanner | None = None, *, alone: bool = False) -> None:
         try:
             read_tensors(self.path, tensors, self._reader, planner, alone=alone)
         except UserError as error:
