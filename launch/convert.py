@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from longctx.convert.upcycle import upcycle
+from longctx.errors import UserError
 from longctx.launch.terminal import say
 from longctx.recipe import load
 
@@ -53,3 +54,28 @@ def run_to_huggingface(source: Path, out: Path, dtype: Literal["fp32", "bf16"], 
 
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
+
+
+def run_from_megatron(arguments: Sequence[str], recipe: str | None, out: Path) -> int:
+    """Import a checkpoint of Megatron-Core's; the exit status. Raises UserError for what the user can mend."""
+    from longctx.convert.megatron import from_megatron
+
+    sources, overrides = split_arguments(arguments)
+    if len(sources) != 1:
+        raise UserError("give one SOURCE: a checkpoint of Megatron's")
+    if overrides and recipe is None:
+        raise UserError(f"{overrides[0]} is of a recipe: give one, --to RECIPE")
+    done = from_megatron(sources[0], None if recipe is None else load(recipe, overrides).model, out)
+    say(f"{out}: {done.parameters:,} parameters of {done.source}")
+    say(f"To begin a run with it: train.init={out}")
+    return 0
+
+
+def run_to_megatron(source: Path, out: Path) -> int:
+    """Export weights for Megatron-Core's script; the exit status. Raises UserError for what the user can mend."""
+    from longctx.convert.megatron import to_megatron
+
+    done = to_megatron(source, out)
+    say(f"{out}: {done.parameters:,} parameters of {done.source}")
+    say(f"To begin Megatron's script with it: --load {out} --finetune, and a --spec with the same layers")
+    return 0

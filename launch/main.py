@@ -370,6 +370,50 @@ def _convert_to_huggingface(
     raise typer.Exit(run_to_huggingface(source, out, dtype, most))
 
 
+@convert_app.command("from-megatron")
+def _convert_from_megatron(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE [KEY=VALUE ...]",
+            help="A checkpoint of Megatron-Core's in the format torch_dist, the directory of its script's checkpoints, "
+            "or a run of engine = 'megatron'. KEY=VALUE as for train.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="The recipe whose model it is; a run of engine = 'megatron' needs none."),
+    ] = None,
+) -> None:
+    """Make the built-in model of a checkpoint of Megatron-Core's.
+
+    A run begins with it by train.init=DIR.
+    """
+    from longctx.launch.convert import run_from_megatron
+
+    raise typer.Exit(run_from_megatron(arguments, to, out))
+
+
+@convert_app.command("to-megatron")
+def _convert_to_megatron(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint, a run's directory, whose newest one is taken, or converted weights."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+) -> None:
+    """Write weights that Megatron-Core's script begins with, by --load DIR --finetune.
+
+    Softmax layers become Megatron's own attention, others those of longctx.adapters.megatron.specs.
+    """
+    from longctx.launch.convert import run_to_megatron
+
+    raise typer.Exit(run_to_megatron(source, out))
+
+
 def _link_speed(text: str) -> float | None:
     if text == "none":
         return None

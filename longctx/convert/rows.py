@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.train.weights import Made
+from longctx.train.making import Made
 
 PIECE = 2**30
 """Bytes of a tensor that are in memory at one time, in float32."""

@@ -26,7 +26,8 @@ from longctx.moe.attention_upcycle import upcycled_out, upcycled_qkv
 from longctx.moe.upcycle import Beginning, Drawn, Experts, Mean, Spread, Zeros, beginning, source_of
 from longctx.recipe import Recipe
 from longctx.train.checkpoint import differences
-from longctx.train.weights import Made, Weights, described, find_weights, shape_differences, shapes_of, write_weights
+from longctx.train.making import Made
+from longctx.train.weights import Weights, described, find_weights, shape_differences, shapes_of, write_weights
 
 PIECE = 2**30
 """Bytes of experts that are in memory at one time."""

@@ -97,6 +97,8 @@ class MixerConfig(Config, ABC):
     """Its letter in `model.layers`."""
     lends: ClassVar[bool] = False
     """Whether it is attention whose weights a router can read (`Mixer.lent`)."""
+    same_in_all_layers: ClassVar[bool] = True
+    """Whether a layer has the same parameters wherever it stands."""
 
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int, eps: float) -> Mixer:

@@ -34,6 +34,7 @@ class Hgrn2Config(HeadsConfig):
 
     name: ClassVar[str] = "hgrn2"
     letter: ClassVar[str] = "H"
+    same_in_all_layers: ClassVar[bool] = False
 
     value_dim: Integer | None = Field(default=None, gt=0)
     """Width of values per head; that of keys where absent."""

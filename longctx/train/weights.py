@@ -7,9 +7,8 @@ where they came from, and the size of every other file.
 import hashlib
 import json
 import re
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longctx.errors import UserError
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
-from longctx.train.checkpoint import TRAINER, differences, list_checkpoints, others, read_state
-from longctx.train.storage import ALONE, RowsPlanner, Writer, damage, read_tensors, write_listing
+from longctx.train.checkpoint import TRAINER, check_format, differences, list_checkpoints, others, read_state
+from longctx.train.making import Made, write_made
+from longctx.train.storage import RowsPlanner, damage, read_tensors, write_listing
 
 _WEIGHTS = "weights.json"
 _PREFIX = "model."
@@ -126,6 +123,7 @@ def find_weights(path: Path, how: str) -> Weights:
             raise UserError(f"{path} holds no weights. Give others {how}: {_KINDS}")
         path = there[-1]
     state = read_state(path, how)
+    check_format(path, state, "torch", f"Make weights of it: longctx convert from-megatron {path} --out DIR")
     return Weights(path, how, with_defaults(state.model), _digest(path / TRAINER), state.step)
 
 
@@ -181,54 +179,6 @@ def shape_differences(there: Mapping[str, torch.Size], here: Mapping[str, torch.
     ]
 
 
-@dataclass(frozen=True)
-class Made:
-    """A float32 tensor that is made when it is written."""
-
-    shape: torch.Size
-    make: Callable[[int, int], Tensor]
-    """Its rows from the first number up to the second, on the CPU."""
-    rows: int | None = None
-    """Those that are made at one time; all where None."""
-
-
-class _Making(DefaultSavePlanner):
-    """Makes the tensors of a plan as they are written, each piece in a file of its own."""
-
-    def __init__(self, tensors: Mapping[str, Made]) -> None:
-        super().__init__()
-        self._tensors = tensors
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        self.plan = replace(plan, items=[piece for item in plan.items for piece in self._pieces(item)])
-        return self.plan
-
-    def _pieces(self, item: WriteItem) -> list[WriteItem]:
-        made = self._tensors[item.index.fqn.removeprefix(_PREFIX)]
-        if made.rows is None or made.rows >= made.shape[0]:
-            return [item]
-        assert item.tensor_data is not None
-        pieces = []
-        for begin in range(0, made.shape[0], made.rows):
-            offsets = torch.Size([begin, *[0] * (len(made.shape) - 1)])
-            sizes = torch.Size([min(made.rows, made.shape[0] - begin), *made.shape[1:]])
-            data = replace(item.tensor_data, chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes))
-            index = MetadataIndex(item.index.fqn, offsets)
-            pieces.append(replace(item, index=index, type=WriteItemType.SHARD, tensor_data=data))
-        return pieces
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        made = self._tensors[index.fqn.removeprefix(_PREFIX)]
-        rows = made.shape[0] if made.shape else 1
-        begin = index.offset[0] if index.offset else 0
-        end = min(rows, begin + (made.rows or rows))
-        tensor = made.make(begin, end)
-        assert tensor.dtype == torch.float32, index
-        assert tensor.shape == (made.shape and torch.Size([end - begin, *made.shape[1:]])), index
-        return tensor
-
-
 def write_weights(
     folder: Path, tensors: Mapping[str, Made], model: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> None:
@@ -237,14 +187,5 @@ def write_weights(
     The tensors are made and written one after the other. `model` is what `described` gives, `origin` says where they
     came from. What goes wrong in making or writing one is raised as it is.
     """
-    empty = {name: torch.empty(made.shape, device="meta") for name, made in tensors.items()}
-    writer = Writer(folder, single_file_per_rank=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=ALONE)
-            dcp.save(
-                {_PREFIX.removesuffix("."): empty}, storage_writer=writer, planner=_Making(tensors), no_dist=True
-            )  # fmt: skip
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+    write_made(folder, {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     write_listing(folder, _WEIGHTS, {"model": dict(model), "origin": dict(origin)})

@@ -9,7 +9,8 @@ from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.recipe import Recipe
-from longctx.train.weights import Made, Weights, described, find_weights, write_weights
+from longctx.train.making import Made
+from longctx.train.weights import Weights, described, find_weights, write_weights
 from tests.model.cases import VOCABULARY, hybrid
 
 HOW = "as SOURCE"
@@ -18,7 +19,8 @@ HOW = "as SOURCE"
 def save(path: Path, seed: int = 0, config: ModelConfig | None = None) -> Path:
     """A model of chance, as `longctx convert` would write it; no norm is 1."""
     config = config or hybrid()
-    model = Decoder(config, VOCABULARY)
+    rows = config.vocab_size or VOCABULARY
+    model = Decoder(config, rows)
     initialise(model, seed)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -26,7 +28,7 @@ def save(path: Path, seed: int = 0, config: ModelConfig | None = None) -> Path:
         value = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         tensors[name] = Made(value.shape, lambda begin, end, value=value: value[begin:end])
     path.mkdir(parents=True)
-    write_weights(path, tensors, described(config, VOCABULARY), {"seed": seed})
+    write_weights(path, tensors, described(config, rows), {"seed": seed})
     return path
 
 

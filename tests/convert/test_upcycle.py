@@ -22,7 +22,7 @@ from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.moe import upcycle as rules
 from longctx.parallel.layout import Layout
-from longctx.train import weights as weights_module
+from longctx.train import making
 from longctx.train.weights import find_weights
 from tests.convert.cases import HOW, model_of, recipe, routed, save, values
 from tests.model.cases import VOCABULARY, hybrid, tokens
@@ -217,7 +217,7 @@ def test_with_all_heads_read_a_mixture_of_heads_computes_what_its_source_does(de
 def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
     """What is alive at one time is what is being written and what is being made."""
     alive, most = {}, []
-    lookup = weights_module._Making.lookup_object
+    lookup = making._Making.lookup_object
 
     def counted(self, index):
         most.append(sum(numbers for storage, numbers in alive.items() if not storage.expired()))
@@ -226,7 +226,7 @@ def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
         return tensor
 
     matrix = 4 * 20 * 12
-    with patch.object(weights_module._Making, "lookup_object", counted), patch.object(module, "PIECE", 2 * matrix):
+    with patch.object(making._Making, "lookup_object", counted), patch.object(module, "PIECE", 2 * matrix):
         _, found = made(dense, tmp_path / "out", routed(experts=7))
     assert len(most) == len(found) + 2 * (3 + 1)  # gate_up in 4 pieces, down, of half the size, in 2
     pieces = [tensor.numel() for name, tensor in found.items() if ".experts." not in name] + [2 * 20 * 12]

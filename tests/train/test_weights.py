@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import UserError
-from longctx.train.weights import Made, find_weights, write_weights
+from longctx.train.making import Made
+from longctx.train.weights import find_weights, write_weights
 from tests.convert.cases import save
 from tests.model.cases import VOCABULARY, hybrid
 from tests.train.runs import checkpoints, losses, metrics, mistake, tensors, train, write_workplace
@@ -144,7 +145,8 @@ import sys, time
 from pathlib import Path
 import torch
 from longctx.data.staging import staging
-from longctx.train.weights import Made, write_weights
+from longctx.train.making import Made
+from longctx.train.weights import write_weights
 
 def make(begin, end):
     if begin:

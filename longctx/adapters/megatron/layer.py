@@ -65,7 +65,7 @@ class Layer(TransformerLayer):  # type: ignore[misc]
             rank = parallel_state.get_pipeline_model_parallel_rank() if group is None else group.rank()
             number += get_transformer_layer_offset(config, vp_stage, rank)
         letters = {letter_of(pattern, n) for n in range(1, config.num_layers + 1)}
-        if len(letters) > 1:
+        if len(letters) > 1 or not all(MIXERS[letter].same_in_all_layers for letter in letters):
             # Layers that differ are saved under numbers of their own, not as slices of one tensor.
             config.hetereogenous_dist_checkpoint = True
         chosen = submodules or layer_submodules(config, number, pattern, mixers or {}, heads, choice)

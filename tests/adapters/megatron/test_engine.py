@@ -1,10 +1,14 @@
 """`engine = "megatron"`: a recipe's run is that of the built-in engine."""
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.convert.megatron import from_megatron
+from longctx.errors import UserError
 from longctx.train.checkpoint import list_checkpoints
+from longctx.train.weights import find_weights
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
 from tests.train.runs import losses, metrics, mistake, train, went_on_to_be_killed, write_workplace
@@ -99,6 +103,19 @@ def test_it_begins_with_weights_of_the_built_in_engine(ranks, workplace, built_i
     ranks.run(train, workplace, tmp_path / "torch", [*begin, ONE], size=1)
     ranks.run(megatron, workplace, tmp_path / "run", [*begin, "parallel.tp=2"], size=4)
     assert_same(curve(tmp_path / "run"), curve(tmp_path / "torch"))
+
+
+def test_its_checkpoint_becomes_weights_of_the_built_in_model(ranks, workplace, built_in, saved, tmp_path):
+    from_megatron(saved, None, tmp_path / "weights")
+    found, want = (find_weights(path, "as SOURCE") for path in (tmp_path / "weights", built_in))
+    assert found.model == want.model
+    for name, shape in want.shapes.items():
+        assert found.shapes[name] == shape
+        torch.testing.assert_close(found.read(name), want.read(name), rtol=1e-4, atol=1e-5)
+    begin = [*HYBRID, "train.steps=2", f"train.init={tmp_path / 'weights'}"]
+    ranks.run(train, workplace, tmp_path / "run", begin, size=2)
+    with pytest.raises(UserError, match="longctx convert from-megatron"):
+        find_weights(saved, "as SOURCE")
 
 
 def test_bf16_follows_the_curve_of_float32_and_goes_on(ranks, workplace, built_in, tmp_path):
