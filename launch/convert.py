@@ -30,11 +30,15 @@ def run_upcycle(arguments: Sequence[str], recipe: str, out: Path) -> int:
     return 0
 
 
-def run_from_huggingface(source: Path, out: Path) -> int:
+def run_from_huggingface(arguments: Sequence[str], out: Path) -> int:
     """Import a model of transformers; the exit status. Raises UserError for what the user can mend."""
     from longctx.convert.huggingface import RECIPE, from_huggingface
 
-    done = from_huggingface(source, out)
+    sources, overrides = split_arguments(arguments)
+    if len(sources) != 1:
+        raise UserError(f"give one SOURCE, the folder of a model, not {len(sources)}")
+    source = sources[0]
+    done = from_huggingface(source, out, overrides)
     say(f"{out}: {done.parameters:,} parameters of a {done.model_type} model, of {_files(done.files)} in {source}")
     say(f'To begin a run with it: extends = "{out / RECIPE}" in a recipe, and train.init={out}')
     tokenizer = source / "tokenizer.json"

@@ -335,8 +335,13 @@ def _convert_upcycle(
 
 @convert_app.command("from-huggingface")
 def _convert_from_huggingface(
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A folder with config.json and safetensors files, sharded or not.")
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE|KEY=VALUE",
+            help="A folder with config.json and safetensors files, sharded or not. KEY=VALUE for how experts are "
+            "trained: model.moe.balance, z, jitter, capacity.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
 ) -> None:
@@ -346,7 +351,7 @@ def _convert_from_huggingface(
     """
     from longctx.launch.convert import run_from_huggingface
 
-    raise typer.Exit(run_from_huggingface(source, out))
+    raise typer.Exit(run_from_huggingface(arguments, out))
 
 
 @convert_app.command("to-huggingface")

@@ -6,10 +6,11 @@ written before, an import holds what it reads of a source's tensor, an export th
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,9 @@ from longctx.errors import UserError
 from longctx.files import sync
 from longctx.model.config import ModelConfig
 from longctx.recipe.emit import dump
+from longctx.recipe.explain import explain
+from longctx.recipe.loading import load_as
+from longctx.recipe.sources import dotted
 from longctx.train.weights import Weights, described, find_weights, shapes_of, write_weights
 
 RECIPE = "model.toml"
@@ -60,9 +64,9 @@ class Converted:
     files: int
 
 
-def from_huggingface(source: Path, out: Path) -> Converted:
+def from_huggingface(source: Path, out: Path, overrides: Sequence[str] = ()) -> Converted:
     """Write the weights of the model in the folder `source` into the new directory `out`, float32, and beside them the
-    `[model]` table that they are of.
+    `[model]` table that they are of. `overrides`, as for training, may change how it is trained (`moe.balance`).
 
     Raises UserError, before anything is written, where the built-in model cannot be that model, where the files are not
     whole, or where their tensors are not those of the configuration; and where `out` exists.
@@ -71,6 +75,7 @@ def from_huggingface(source: Path, out: Path) -> Converted:
         raise UserError(f"{out} exists already: choose another --out")
     values = _read_config(source)
     family, model, rows = _model_of(source, values)
+    model = _overridden(model, overrides)
     table = family.table(model, shapes_of(model, rows))
     files = TensorFolder(source)
     _check_tensors(files, family, model, family.derived(model, values), table.theirs)
@@ -107,6 +112,21 @@ def _model_of(source: Path, values: Mapping[str, Any]) -> tuple[Family, ModelCon
     return family, model, model.vocab_size
 
 
+def _overridden(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
+    """Raises UserError where what is computed would be another thing."""
+    if not overrides:
+        return model
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / RECIPE
+        file.write_text(dump(_Table(model=model)), encoding="utf-8")
+        other = load_as(_Table, file, overrides).model
+    found = sorted(_in_the_way(other, model))
+    if found:
+        allowed = ", ".join(f"model.{key}" for key in sorted(_OF_TRAINING))
+        raise UserError(f"only {allowed} may be given, the rest is the source's: {'; '.join(found)}")
+    return other
+
+
 def built_in(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
     """The built-in configuration that a `config.json` is of, None where there is none, and what is wrong, in words."""
     keys = Keys(values)
@@ -119,8 +139,9 @@ def built_in(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig | N
         return None, keys.problems
     try:
         return ModelConfig.model_validate_json(json.dumps(fields)), []
-    except (ValidationError, ValueError) as error:
-        return None, [f"the built-in model cannot be this one: {error}"]
+    except ValidationError as error:
+        found = explain(error, ModelConfig, fields)
+        return None, [f"as the built-in model: {dotted(mistake.key)}: {mistake.text}" for mistake in found]
 
 
 def _check_tensors(

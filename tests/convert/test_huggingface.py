@@ -224,6 +224,21 @@ def test_where_it_came_from_and_the_table_of_its_model_stand_beside_it(theirs, t
     assert (tmp_path / "out" / RECIPE).read_text().startswith("[model]\n")
 
 
+def test_how_it_will_be_trained_may_be_said(tmp_path):
+    folder = exported(tmp_path, like_mixtral())
+    from_huggingface(folder, tmp_path / "out", ["model.moe.balance=0.5", "model.moe.z=1e-3"])
+    moe = find_weights(tmp_path / "out", HOW).model["moe"]
+    assert (moe["balance"], moe["z"]) == (0.5, 1e-3)
+    assert "balance = 0.5" in (tmp_path / "out" / RECIPE).read_text()
+    with pytest.raises(
+        UserError, match=r"only model\.moe\.balance, .* the source's: model\.moe\.active: 1 here, 2 there"
+    ):
+        from_huggingface(folder, tmp_path / "other", ["model.moe.active=1"])
+    with pytest.raises(UserError, match=r"model\.moe\.balanc: unknown key; did you mean 'balance'"):
+        from_huggingface(folder, tmp_path / "other", ["model.moe.balanc=1"])
+    assert not (tmp_path / "other").exists()
+
+
 # Configurations that cannot be
 
 
@@ -243,6 +258,7 @@ def test_where_it_came_from_and_the_table_of_its_model_stand_beside_it(theirs, t
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type: 'yarn', where 'default' or"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: is missing"),
         ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: 0.5, which transformers does not"),
+        ({"num_attention_heads": 5}, "num_attention_heads: transformers wants a llama's to divide hidden_size"),
         ({"num_key_value_heads": 4}, "softmax.kv_heads: 6 query heads are not a multiple of 4 key/value heads"),
         ({"rms_norm_eps": 0.0}, "norm_eps"),
     ],
@@ -253,6 +269,14 @@ def test_a_key_that_changes_the_model_is_refused_by_name(theirs, keys, said):
     told = refused(theirs)
     assert said in told
     assert str(theirs / "config.json") in told
+
+
+def test_positions_may_be_written_as_before_transformers_5(theirs, tmp_path):
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    change(theirs, rope_parameters="gone", rope_theta=5e5, rope_scaling={"type": "llama3", **scaling})
+    from_huggingface(theirs, tmp_path / "out")
+    softmax = find_weights(tmp_path / "out", HOW).model["softmax"]
+    assert (softmax["rope_theta"], softmax["rope_scaling"]) == (5e5, scaling)
 
 
 def test_all_keys_are_told_at_once(theirs):

@@ -1,11 +1,18 @@
-"""From a trained dense model to one with experts that is trained on, its experts divided over ranks."""
+"""From a trained dense model to one with experts that is trained on, its experts divided over ranks; from the files of
+transformers to a run and back."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
+from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.convert.upcycle import upcycle
 from longctx.recipe import load
+from longctx.train.weights import find_weights
+from tests.convert import cases
+from tests.convert.test_huggingface import like_minimax, like_qwen3_next
+from tests.train import runs
 from tests.train.runs import losses, train, write_workplace
 
 EXPERTS = (
@@ -56,3 +63,23 @@ def test_of_two_models_it_runs(ranks, workplace, dense, tmp_path):
     options = [*EXPERTS, "train.steps=8", "schedule.warmup=0", f"train.init={out}", "parallel.ep=2"]
     ranks.run(train, workplace, tmp_path / "routed", options, size=2)
     assert losses(tmp_path / "routed")[-1] < losses(tmp_path / "routed")[0]
+
+
+@pytest.mark.parametrize("config", [like_qwen3_next(), like_minimax()], ids=["qwen3_next", "minimax"])
+def test_of_a_model_of_transformers_a_run_begins_and_is_exported(ranks, workplace, tmp_path, monkeypatch, config):
+    monkeypatch.setattr(cases, "VOCABULARY", 320)
+    cases.save(tmp_path / "built-in", 0, config)
+    to_huggingface(tmp_path / "built-in", tmp_path / "theirs")
+    from_huggingface(tmp_path / "theirs", tmp_path / "weights")
+    (tmp_path / "corpus").symlink_to(workplace / "corpus")
+    before, _, after = runs.RECIPE.partition("[model]")
+    rest = after[after.index("[data]") :]
+    (tmp_path / "tiny.toml").write_text(f'extends = "weights/{RECIPE}"\n{before}{rest}')
+    options = ["train.steps=4", "schedule.warmup=0", f"train.init={tmp_path / 'weights'}"]
+    ranks.run(train, tmp_path, tmp_path / "run", options, size=2)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    to_huggingface(tmp_path / "run", tmp_path / "trained")
+    from_huggingface(tmp_path / "trained", tmp_path / "again")
+    ran, again = (cases.values(find_weights(tmp_path / name, "")) for name in ("run", "again"))
+    assert ran.keys() == again.keys()
+    assert all(torch.equal(ran[name], again[name]) for name in ran)

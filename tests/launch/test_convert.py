@@ -128,6 +128,7 @@ def test_a_model_goes_to_transformers_files_and_comes_back(place):
     ("arguments", "said"),
     [
         (["from-huggingface", "a", "--out", "x"], "error: a has no config.json: give the folder of a model that"),
+        (["from-huggingface", "a", "b", "--out", "x"], "error: give one SOURCE, the folder of a model, not 2"),
         (["to-huggingface", "a", "--out", "x"], "error: a: no class of transformers has layers LS (model.layers)"),
         (["to-huggingface", "gone", "--out", "x"], "error: gone: there is no such directory. Give weights as SOURCE"),
         (["to-huggingface", "a", "--out", "x", "--shard-size", "many"], "error: --shard-size: 'many' is not an int"),

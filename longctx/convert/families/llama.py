@@ -182,6 +182,8 @@ class Llama(Family):
         keys.pass_over("pretraining_tp")
         hidden = keys.integer("intermediate_size")
         softmax = read_attention(keys, 1e4)
+        if keys.integer("hidden_size") % softmax["heads"]:
+            keys.problems.append("num_attention_heads: transformers wants a llama's to divide hidden_size")
         return read_stream(keys, 1e-6) | {
             "layers": "S",
             "ffn": "swiglu",
