@@ -16,7 +16,7 @@ The loss that balances the load (equation 9, times E): `E sum_e f_e P_e`, f_e th
 by, P_e the mean of p_e, over all tokens of the sequence, on whichever rank they are.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ BALANCE = 0.01
 """The coefficient of the loss in the published models."""
 
 
-@dataclass(frozen=True)
-class HeadRouting:
-    """What tokens read; rows of padding read nothing."""
+class HeadRouting(NamedTuple):
+    """What tokens read; rows of padding read nothing. A tuple, as a report is, so that wrappers of modules find its
+    tensors."""
 
     chosen: Tensor
     """`[B, T_local, E]` bool: the routed heads that a token reads."""

@@ -9,6 +9,7 @@ model.
 """
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,20 @@ def drawn(model: nn.Module, name: str, seed: int) -> Tensor:
     module = model.get_submodule(name.rpartition(".")[0])
     assert not hasattr(module, "stds"), name
     return _drawn(module, name, model.get_parameter(name).shape, seed)
+
+
+@torch.no_grad()
+def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What `initialise` gives each parameter of a model, which may be on the meta device: float32 on the CPU, whole,
+    made one after the other."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if hasattr(module, "stds"):
+                value = torch.empty(parameter.shape, device="cpu")
+                _fill_each(value, module.stds[name.rpartition(".")[2]], seed, name)
+            else:
+                value = _drawn(module, name, parameter.shape, seed)
+            yield name, value
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from longctx.mixers.division import obstacle
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
 from longctx.recipe.sources import Mistake
-from longctx.train.config import ParallelConfig, TrainConfig
+from longctx.train.config import DeepSpeedConfig, ParallelConfig, TrainConfig
 
 
 def engine_has_it(tables: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -18,15 +18,39 @@ def engine_has_it(tables: Mapping[str, Any]) -> Iterator[Mistake]:
     engine, parallel = tables.get("engine"), tables.get("parallel")
     if engine is None:
         return
-    for name in ("megatron",):
+    for name in ("deepspeed", "megatron"):
         if engine != name and tables.get(name) is not None:
             yield Mistake((name,), f"this table is the engine {name!r}'s, and engine is {engine!r}; remove it")
     if engine == "megatron":
         yield from _megatron(tables)
-    elif parallel is not None:
+        return
+    if parallel is not None:
         for axis in ("tp", "pp"):
             if getattr(parallel, axis) > 1:
                 yield Mistake(("parallel", axis), f"engine = {engine!r} has no {axis}; engine = 'megatron' has")
+    if engine == "deepspeed":
+        yield from _deepspeed(tables)
+
+
+def _deepspeed(tables: Mapping[str, Any]) -> Iterator[Mistake]:
+    parallel: ParallelConfig | None = tables.get("parallel")
+    train: TrainConfig | None = tables.get("train")
+    stage = (tables.get("deepspeed") or DeepSpeedConfig()).zero_stage
+    if parallel is not None:
+        if parallel.dp_replicate > 1:
+            yield Mistake(
+                ("parallel", "dp_replicate"),
+                "ZeRO divides what it divides over all ranks: use dp_shard, or engine = 'torch'",
+            )
+        if parallel.ep > 1:
+            yield Mistake(
+                ("parallel", "ep"), "engine = 'deepspeed' keeps all experts together; engine = 'torch' divides them"
+            )
+    if train is not None and train.precision == "bf16" and stage == 0:
+        yield Mistake(
+            ("deepspeed", "zero_stage"),
+            "DeepSpeed adds gradients up in bf16 in stage 0, where train.precision is 'bf16'; take 1, 2 or 3",
+        )
 
 
 def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:

@@ -16,6 +16,7 @@ from longctx.recipe.loading import load_as
 from longctx.recipe.sources import dotted
 from longctx.train.config import (
     CheckpointConfig,
+    DeepSpeedConfig,
     EvaluationConfig,
     LoggingConfig,
     MegatronConfig,
@@ -35,15 +36,19 @@ class Recipe(Config):
     """Names the run and, unless `--out` does, its directory: letters, digits, `.`, `_` and `-`."""
     seed: Integer = Field(default=1, ge=0)
     """Decides the initial parameters and the order of the data."""
-    engine: Literal["torch", "megatron"] = "torch"
-    """What lays the model out over ranks and steps it. `torch`: FSDP2, built in. `megatron`: Megatron-Core, with its
-    linear layers, tensor and pipeline parallelism, optimizer and checkpoints; on GPUs (docs/megatron.md)."""
+    engine: Literal["torch", "deepspeed", "megatron"] = "torch"
+    """What lays the model out over ranks and steps it. `torch`: FSDP2, built in. `deepspeed`: DeepSpeed's ZeRO, which
+    divides optimizer states, gradients and parameters over all ranks, or keeps them in the CPU's memory
+    (docs/deepspeed.md). `megatron`: Megatron-Core, with its linear layers, tensor and pipeline parallelism, optimizer
+    and checkpoints; on GPUs (docs/megatron.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
+    deepspeed: DeepSpeedConfig | None = None
+    """For `engine = "deepspeed"`, which takes the defaults where it is absent."""
     megatron: MegatronConfig | None = None
     """For `engine = "megatron"`, which takes the defaults where it is absent."""
     evaluation: EvaluationConfig | None = None

@@ -129,6 +129,23 @@ class MegatronConfig(Config):
     """Divide the optimizer's state over data- and context-parallel ranks."""
 
 
+class DeepSpeedConfig(Config):
+    """`[deepspeed]`: what the engine `deepspeed` divides, over all ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO: `1` divides the optimizer's states over the ranks, `2` gradients too, `3` parameters too; `0` nothing."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in the CPU's memory and is stepped there: the optimizer's states (from stage 1 on), or parameters too
+    (stage 3)."""
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> "DeepSpeedConfig":
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload: {self.offload!r} needs zero_stage {least} or more, not {self.zero_stage}")
+        return self
+
+
 class EvaluationConfig(Config):
     """`[evaluation]`: the loss on held-out documents. Without this table nothing is evaluated."""
 

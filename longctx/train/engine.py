@@ -7,7 +7,7 @@ number, and gradients are *summed* over ranks (FSDP2 divides them by default), s
 tokens lie over ranks.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +58,8 @@ class Engine(Protocol):
 
     mesh: Mesh
     device: torch.device
+    notes: Sequence[str]
+    """What to tell the user at the start, in sentences."""
 
     @property
     def parameters(self) -> int:
@@ -92,8 +94,65 @@ class Engine(Protocol):
         """Let go of what it holds beyond itself, before the process group ends."""
 
 
+def save_memory(decoder: Decoder, train: TrainConfig) -> None:
+    """Set which activations are kept, and how many exist at one time."""
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        block.recompute = train.activation_checkpointing == "block"
+        block.ffn.tile = None if train.ffn_tile == "none" else train.ffn_tile
+
+
+def decayed(decoder: nn.Module) -> set[str]:
+    """The names of the parameters that weight decay acts on: matrices, which no bias is."""
+    exempt = {id(m.bias) for m in decoder.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)}
+    return {name for name, p in decoder.named_parameters() if p.ndim >= 2 and id(p) not in exempt}
+
+
+def accumulate(
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    device: torch.device,
+    forward: Callable[[Batch, float], Losses],
+    backward: Callable[[Tensor], object],
+) -> tuple[float, Routing]:
+    """Accumulate the gradients of a step's loss; the mean loss over all labels in all ranks' `batches`, in nats, and
+    what the routers say, both over all ranks.
+
+    The step's loss is that mean, plus the routers' losses, each the mean over all sequences. `forward` gives a batch's
+    losses, scaled; `backward` is given this rank's share of the step's loss, batch by batch, and the gradient is the
+    sum over batches and ranks. Every rank has to give equally many batches.
+    """
+    labels = torch.tensor(float(sum(int((b.labels != IGNORE).sum()) for b in batches)), dtype=torch.float64)
+    # A number: a tensor among a model's inputs would be rounded to the precision of the model.
+    share = 1 / max(all_reduce(labels.to(device)).item(), 1.0)
+    sequences = mesh.dp.size * sum(len(batch.tokens) for batch in batches)
+    summed = torch.zeros((), dtype=torch.float64, device=device)
+    routing = Routing()
+    for batch in batches:
+        said = forward(batch, share)
+        whole = said.total
+        for report in said.reports.values():
+            # A router sums over the batch's rows as over one sequence.
+            whole = whole + report.loss * (len(batch.tokens) / sequences)
+        backward(whole)
+        summed += said.total.detach()
+        routing.add(said.reports)
+    routing.sum_over_ranks(device)
+    return all_reduce(summed).item(), routing
+
+
+def balance(decoder: nn.Module, routing: Routing) -> None:
+    """After a step: move what keeps the experts' load even without a loss."""
+    for name, routed in routing.layers.items():
+        layer = decoder.get_submodule(name)
+        if isinstance(layer, MixtureOfExperts):
+            layer.after_step(routed.counts)
+
+
 class TorchEngine:
     """The model and its optimizer on the ranks of a mesh."""
+
+    notes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -111,11 +170,7 @@ class TorchEngine:
         self.device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else 0)
         with torch.device("meta"):
             decoder = Decoder(model, vocab_size).to(dtype)
-        for block in decoder.blocks:
-            assert isinstance(block, Block)
-            block.recompute = train.activation_checkpointing == "block"
-            if block.ffn is not None:
-                block.ffn.tile = None if train.ffn_tile == "none" else train.ffn_tile
+        save_memory(decoder, train)
         self._shard(decoder)
         decoder.to_empty(device=self.device)
         initialise(decoder, seed)
@@ -157,12 +212,12 @@ class TorchEngine:
 
     def _adamw(self) -> torch.optim.AdamW:
         config = self.optimizer_config
-        exempt = {id(m.bias) for m in self.model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)}
+        decays = {id(self.model.get_parameter(name)) for name in decayed(self.model)}
         groups = []
         # Fused over the parameters of a group, which have to lie on one mesh.
         for parameters in self._by_mesh(self.model.parameters()):
-            matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
-            vectors = [p for p in parameters if p.ndim < 2 or id(p) in exempt]
+            matrices = [p for p in parameters if id(p) in decays]
+            vectors = [p for p in parameters if id(p) not in decays]
             groups += [
                 {"params": some, "weight_decay": decay}
                 for some, decay in ((matrices, config.weight_decay), (vectors, 0.0))
@@ -184,30 +239,15 @@ class TorchEngine:
         return sum(p.numel() for p in self.model.parameters())
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, Routing]:
-        """Accumulate the gradients of a step's loss; the mean loss over all labels in all ranks' `batches`, in nats,
-        and what the routers say, both over all ranks.
+        """As `accumulate` does it."""
 
-        The step's loss is that mean, plus the routers' losses, each the mean over all sequences. Every rank has to give
-        equally many batches.
-        """
-        labels = torch.tensor(float(sum(int((b.labels != IGNORE).sum()) for b in batches)), dtype=torch.float64)
-        labels = all_reduce(labels.to(self.device)).clamp(min=1)
-        sequences = self.mesh.dp.size * sum(len(batch.tokens) for batch in batches)
-        summed = torch.zeros((), dtype=torch.float64, device=self.device)
-        routing = Routing()
-        for batch in batches:
-            said: Losses = self.model(
-                batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile, scale=1 / labels
+        def forward(batch: Batch, scale: float) -> Losses:
+            losses: Losses = self.model(
+                batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile, scale=scale
             )
-            whole = said.total
-            for report in said.reports.values():
-                # A router sums over the batch's rows as over one sequence.
-                whole = whole + report.loss * (len(batch.tokens) / sequences)
-            whole.backward()
-            summed += said.total.detach()
-            routing.add(said.reports)
-        routing.sum_over_ranks(self.device)
-        return all_reduce(summed).item(), routing
+            return losses
+
+        return accumulate(batches, self.mesh, self.device, forward, Tensor.backward)
 
     def _norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The norm of all gradients together, float64, over whatever mesh each lies.
@@ -231,10 +271,7 @@ class TorchEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for name, routed in routing.layers.items():
-            layer = self.model.get_submodule(name)
-            if isinstance(layer, MixtureOfExperts):
-                layer.after_step(routed.counts)
+        balance(self.model, routing)
         return StepResult(loss, norm.item(), routing)
 
     @torch.no_grad()

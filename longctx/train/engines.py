@@ -1,12 +1,17 @@
 """The engine that a recipe names."""
 
+import os
+
 import torch.distributed as dist
 
+from longctx.adapters.versions import UnsupportedVersionError
+from longctx.errors import UserError
 from longctx.parallel.mesh import Mesh
 from longctx.recipe import Recipe
+from longctx.train.config import DeepSpeedConfig
 from longctx.train.engine import Engine, TorchEngine
 
-FORMATS = {"torch": "torch", "megatron": "megatron"}
+FORMATS = {"torch": "torch", "deepspeed": "torch", "megatron": "megatron"}
 """The format of the checkpoints that an engine writes and reads (`TrainerState.format`)."""
 
 
@@ -16,20 +21,28 @@ def build_engine(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
     Raises UserError where the framework of the engine is missing, of another version than was tested, or cannot run
     here.
     """
-    match recipe.engine:
-        case "torch":
-            return _torch(recipe, device_type, vocab_size)
-        case "megatron":
-            from longctx.adapters.megatron.engine import MegatronEngine
+    try:
+        match recipe.engine:
+            case "torch":
+                mesh = _mesh(recipe, device_type)
+                return TorchEngine(
+                    recipe.model, recipe.train, recipe.optimizer, mesh, vocab_size=vocab_size, seed=recipe.seed
+                )
+            case "deepspeed":
+                return _deepspeed(recipe, device_type, vocab_size)
+            case "megatron":
+                from longctx.adapters.megatron.engine import MegatronEngine
 
-            return MegatronEngine(recipe, vocab_size)
+                return MegatronEngine(recipe, vocab_size)
+    except UnsupportedVersionError as error:
+        raise UserError(f"engine: {recipe.engine!r}: {error}") from error
 
 
-def _torch(recipe: Recipe, device_type: str, vocab_size: int) -> TorchEngine:
+def _mesh(recipe: Recipe, device_type: str) -> Mesh:
     parallel = recipe.parallel
     shard = parallel.shard(dist.get_world_size())
     assert shard is not None, "judged before"
-    mesh = Mesh.build(
+    return Mesh.build(
         device_type,
         dp_replicate=parallel.dp_replicate,
         dp_shard=shard,
@@ -37,4 +50,19 @@ def _torch(recipe: Recipe, device_type: str, vocab_size: int) -> TorchEngine:
         ulysses=parallel.ulysses,
         ep=parallel.ep,
     )
-    return TorchEngine(recipe.model, recipe.train, recipe.optimizer, mesh, vocab_size=vocab_size, seed=recipe.seed)
+
+
+def _deepspeed(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
+    # DeepSpeed asks once what it computes on, as it is imported, and would take a GPU that is there.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    from longctx.adapters.deepspeed.engine import ZeroEngine
+
+    return ZeroEngine(
+        recipe.model,
+        recipe.train,
+        recipe.optimizer,
+        recipe.deepspeed or DeepSpeedConfig(),
+        _mesh(recipe, device_type),
+        vocab_size=vocab_size,
+        seed=recipe.seed,
+    )

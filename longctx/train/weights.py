@@ -97,7 +97,11 @@ class Weights:
 
     def load_into(self, model: nn.Module) -> None:
         """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
-        self._read({_PREFIX.removesuffix("."): get_model_state_dict(model)})
+        self.fill(get_model_state_dict(model))
+
+    def fill(self, tensors: dict[str, Any]) -> None:
+        """Read them into tensors by name, which may be sharded; as `load_into`."""
+        self._read({_PREFIX.removesuffix("."): tensors})
 
     def _read(self, tensors: dict[str, Any], planner: RowsPlanner | None = None, *, alone: bool = False) -> None:
         try:

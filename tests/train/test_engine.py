@@ -224,7 +224,9 @@ def test_losses_are_each_tokens_own(ranks):
 def bf16_step(run):
     engine = engine_of(run, dtype=torch.float32)
     dtypes = {tensor.dtype for tensor in (*engine.model.parameters(), *engine.model.buffers())}
-    loss, _ = engine.gradients(batches_of(run, engine, STEPS[0][1]))
+    batches = batches_of(run, engine, STEPS[0][1])
+    nll = sum(engine.losses(batch).nll.sum().item() for batch in batches)
+    loss, _ = engine.gradients(batches)
     gradients = dict(engine.named_gradients())
     dtypes |= {g.dtype for g in gradients.values()}
     engine.step(batches_of(run, engine, STEPS[0][1]), 0.01)
@@ -232,16 +234,19 @@ def bf16_step(run):
     seen = []
     engine.model.blocks[0].ffn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     engine.losses(batches_of(run, engine, 0)[0])
-    return loss, gradients, dtypes, seen
+    return loss, nll, gradients, dtypes, seen
 
 
 def test_bf16_computes_in_bfloat16_and_keeps_everything_else_in_float32(ranks):
     run = Run(cp=2, train=TrainConfig(steps=1, precision="bf16"))
     want_gradients, results, _ = train_plainly(1.0, None)
-    for loss, gradients, dtypes, seen in ranks.run(bf16_step, run, size=2):
+    answers = ranks.run(bf16_step, run, size=2)
+    whole = sum(nll for _, nll, *_ in answers) / sum(LABELS)
+    for loss, _, gradients, dtypes, seen in answers:
         assert dtypes == {torch.float32}
         assert seen == [torch.bfloat16]
         assert loss == pytest.approx(results[0][0], rel=1e-2)
+        assert loss == pytest.approx(whole, rel=1e-6), "the share of a label was rounded"
         for name, want in want_gradients.items():
             # Rounding to 8 bits grows on the way back through so narrow a model: to 1 in 4 in its first layer.
             assert (gradients[name].double() - want).norm() < 0.35 * want.norm(), name

@@ -46,6 +46,8 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 class MegatronEngine:
     """As `longctx.train.engine.Engine`."""
 
+    notes: Sequence[str] = ()
+
     def __init__(self, recipe: Recipe, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
         """Over the ranks of the default process group. `dtype`: of the parameters where precision is fp32; float64 to
         verify with.

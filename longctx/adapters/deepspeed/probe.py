@@ -1,0 +1,53 @@
+"""By what DeepSpeed multiplies gradients, measured.
+
+Its ZeRO stages average over ranks in different ways (0.19.8: stages 0 to 2 divide by the data-parallel ranks, stage 3
+by the context-parallel ones too), and another version may do it otherwise. A parameter of which every batch of every
+rank reads one number of its own tells, before the first step, what becomes of each batch's gradient.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from longctx.adapters.deepspeed.groups import Groups
+from longctx.adapters.deepspeed.partitions import gradient
+from longctx.adapters.deepspeed.runtime import Wrapped, Zero, partition
+from longctx.errors import UserError
+
+TOLERANCE = 1e-4
+"""Relative, between batches."""
+
+
+class _Probe(nn.Module):
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(numbers))
+
+    def forward(self, number: int) -> Tensor:
+        return self.weight[number]
+
+
+def gradient_scale(zero: Zero, groups: Groups, batches: int, device: torch.device) -> float:
+    """By what the gradient is multiplied that ranks make of `batches` batches each in a step, next to their sum.
+
+    In an engine of its own, with the same settings and groups; every rank calls it. Raises UserError where batches or
+    ranks count differently, which no factor can correct.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    probe = _Probe(ranks * batches).to(device)
+    optimizer = torch.optim.AdamW(list(probe.parameters()), fused=True)
+    if zero.stage == 3:
+        partition(probe, zero, groups)
+    wrapped = Wrapped(probe, optimizer, zero, groups)
+    for number in range(batches):
+        wrapped.begin_batch(last=number == batches - 1)
+        wrapped.backward(wrapped.engine(rank * batches + number))
+    scales = gradient(probe.weight).reshape(ranks, batches).double().cpu()
+    wrapped.engine.destroy()
+    scale = scales.mean().item()
+    if not (scales - scale).abs().max() <= TOLERANCE * abs(scale):
+        raise UserError(
+            f"DeepSpeed's ZeRO stage {zero.stage} multiplies the gradients of {batches} batches on each of {ranks} "
+            f"ranks by {scales.tolist()}, a row for each rank: they have to count equally. Take another zero_stage"
+        )
+    return scale
