@@ -5,14 +5,17 @@ by the context-parallel ones too), and another version may do it otherwise. A pa
 rank reads one number of its own tells, before the first step, what becomes of each batch's gradient.
 """
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longctx.adapters.deepspeed.groups import Groups
 from longctx.adapters.deepspeed.partitions import gradient
-from longctx.adapters.deepspeed.runtime import Wrapped, Zero, partition
+from longctx.adapters.deepspeed.runtime import Wrapped, Zero, begin, partition
 from longctx.errors import UserError
+from longctx.parallel.mesh import Mesh
 
 TOLERANCE = 1e-4
 """Relative, between batches."""
@@ -51,3 +54,22 @@ def gradient_scale(zero: Zero, groups: Groups, batches: int, device: torch.devic
             f"ranks by {scales.tolist()}, a row for each rank: they have to count equally. Take another zero_stage"
         )
     return scale
+
+
+def gradients_of(stage: int, mesh: Mesh) -> Literal["mean", "sum"]:
+    """What ZeRO makes of the gradients of a mesh's context-parallel ranks, measured: for `gradients` of
+    `longctx.adapters.huggingface.parallelize`. Those of data-parallel ranks are averaged in both cases.
+
+    Every rank calls it. Raises UserError where it is neither.
+    """
+    begin(mesh.device_type)
+    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else 0)
+    scale = gradient_scale(Zero(stage, bucket=1), Groups(mesh), 1, device) * mesh.dp.size
+    made: dict[Literal["mean", "sum"], float] = {"sum": 1.0, "mean": 1 / mesh.cp.size}
+    for name, wanted in made.items():
+        if abs(scale - wanted) <= TOLERANCE * wanted:
+            return name
+    raise UserError(
+        f"DeepSpeed's ZeRO stage {stage} makes {scale:.6g} times the sum of the gradients of {mesh.cp.size} "
+        f"context-parallel ranks, which is neither their sum nor their mean. Take another stage"
+    )

@@ -1,0 +1,40 @@
+"""`deepspeed.initialize` over a mesh."""
+
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from torch import nn
+
+from longctx.adapters.deepspeed.groups import Groups
+from longctx.adapters.deepspeed.runtime import begin
+from longctx.parallel.mesh import Mesh
+
+
+def initialize(model: nn.Module, mesh: Mesh, *, config: dict[str, Any], **arguments: Any) -> Any:
+    """What `deepspeed.initialize(model=model, config=config, **arguments)` gives, over the ranks of `mesh`: gradients
+    are reduced, and parameters divided, over data- and context-parallel ranks together.
+
+    DeepSpeed (0.19.8) by itself divides the parameters of a model over the data-parallel ranks alone in ZeRO 3, and
+    context-parallel ranks then drift apart; here they are divided first. Raises ValueError where they have been
+    divided over other ranks, and for an `mpu` besides.
+    """
+    if "mpu" in arguments:
+        raise ValueError("initialize: mpu: its groups are made of the mesh")
+    begin(mesh.device_type)
+    groups = Groups(mesh)
+    if config.get("zero_optimization", {}).get("stage", 0) == 3:
+        for name, parameter in model.named_parameters():
+            group = getattr(parameter, "ds_process_group", None)
+            if group is not None and dist.get_world_size(group) != dist.get_world_size():
+                raise ValueError(
+                    f"initialize: {name} is divided over {dist.get_world_size(group)} of {dist.get_world_size()} "
+                    "ranks: make the model outside of deepspeed.zero.Init, or with its default group"
+                )
+        deepspeed.zero.Init(
+            module=model,
+            data_parallel_group=groups.get_sequence_data_parallel_group(),
+            config_dict_or_path=config,
+            mpu=groups,
+        )
+    return deepspeed.initialize(model=model, config=config, mpu=groups, **arguments)
