@@ -277,6 +277,8 @@ class _Trainer:
             unigram_loss=unigram,
         )
         self.reporter.start(info)
+        for note in self.engine.notes:
+            self.reporter.message(note)
         for layers, schedule in info.attention.items():
             self.reporter.message(f"attention, {layers}: {schedule}")
         if self.resumed_from is not None:
@@ -287,8 +289,6 @@ class _Trainer:
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
         """The schedules of attention that were chosen for a batch, by layers."""
         chosen: dict[str, list[str]] = {}
-        for note in self.engine.notes:
-            self.reporter.message(note)
         for name, schedule in self.engine.schedules(sample.layout, dtype).items():
             chosen.setdefault(schedule, []).append(name)
         return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in chosen.items()}
