@@ -99,7 +99,8 @@ def save_memory(decoder: Decoder, train: TrainConfig) -> None:
     for block in decoder.blocks:
         assert isinstance(block, Block)
         block.recompute = train.activation_checkpointing == "block"
-        block.ffn.tile = None if train.ffn_tile == "none" else train.ffn_tile
+        if block.ffn is not None:
+            block.ffn.tile = None if train.ffn_tile == "none" else train.ffn_tile
 
 
 def decayed(decoder: nn.Module) -> set[str]:
