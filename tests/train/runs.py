@@ -78,7 +78,18 @@ def train(
 
     `around`: what is entered meanwhile; what that gives is returned.
     """
-    recipe = load(workplace / "tiny.toml", [f"data.path={workplace / 'corpus'}", *overrides])
+    return train_recipe(workplace / "tiny.toml", out, [f"data.path={workplace / 'corpus'}", *overrides], resume, around)
+
+
+def train_recipe(
+    source: Path | str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> object:
+    """The same of any recipe."""
+    recipe = load(source, overrides)
     with (
         patch.object(trainer, "process_group", lambda kind, timeout: nullcontext()),
         patch.object(machine, "matmul_rate", lambda device, dtype: 1e9),
