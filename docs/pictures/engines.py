@@ -1,7 +1,9 @@
 """Trains the quickstart on every engine for fifty steps, and draws the picture of docs/engines.md.
 
-.venv/bin/python docs/pictures/engines.py     (after `make test-adapters`, which installs the engines, and `make
-quickstart`, which prepares the data)
+PYTHONPATH=. .venv/bin/python docs/pictures/engines.py
+
+from the checkout's root, after `make test-adapters`, which installs the engines, and `make quickstart`, which prepares
+the data.
 
 In float32, and without a GPU with the tests' answers for what Megatron-Core asks of CUDA.
 """
@@ -15,15 +17,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
-
 from longctx.parallel.local import LocalRanks
 from longctx.train.plot_style import BASELINE, tidy
 from tests.adapters.engines import ALONE, OTHERS, Engine, run
 from tests.train.runs import losses
 
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 COLOURS = ["#4477aa", "#ee8866", "#44bb99", "#bbcc33", "#aa4499", "#ffaabb"]
 OVERRIDES = [
     "train.steps=50", "train.precision=fp32", "schedule.decay=20", "schedule.warmup=5", "checkpoint.every=50",
@@ -44,9 +44,9 @@ def draw(alone: list[float], found: dict[str, list[float]]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     steps = range(1, len(alone) + 1)
     left.plot(steps, alone, color=BASELINE, linewidth=4, alpha=0.4, label=ALONE.name)
-    for colour, (name, losses) in zip(COLOURS, found.items(), strict=True):
-        left.plot(steps, losses, color=colour, linewidth=1, label=name)
-        apart = [abs(each - one) / one for each, one in zip(losses, alone, strict=True)]
+    for colour, (name, each_step) in zip(COLOURS, found.items(), strict=True):
+        left.plot(steps, each_step, color=colour, linewidth=1, label=name)
+        apart = [abs(each - one) / one for each, one in zip(each_step, alone, strict=True)]
         right.semilogy(steps, [max(each, 1e-9) for each in apart], color=colour, linewidth=1)
     right.axhline(2.0**-24, color=BASELINE, linewidth=0.8, linestyle="--")
     right.text(1, 2.0**-24 * 1.15, "rounding of float32", color=BASELINE, fontsize=8)
@@ -64,9 +64,9 @@ def main() -> None:
         alone = curve(ALONE, Path(folder))
         found = {engine.name: curve(engine, Path(folder)) for engine in OTHERS}
     draw(alone, found)
-    for name, losses in found.items():
-        most = max(abs(each - one) / one for each, one in zip(losses, alone, strict=True))
-        sys.stdout.write(f"{name}: at most {most:.1e} from one rank, in {len(losses)} steps\n")
+    for name, each_step in found.items():
+        most = max(abs(each - one) / one for each, one in zip(each_step, alone, strict=True))
+        sys.stdout.write(f"{name}: at most {most:.1e} from one rank, in {len(each_step)} steps\n")
 
 
 if __name__ == "__main__":
