@@ -11,7 +11,7 @@ from longctx.convert.upcycle import upcycle
 from longctx.recipe import load
 from longctx.train.weights import find_weights
 from tests.convert import cases
-from tests.convert.test_huggingface import like_minimax, like_qwen3_next
+from tests.convert.families import like_minimax, like_qwen3_next
 from tests.train import runs
 from tests.train.runs import losses, train, write_workplace
 

@@ -11,6 +11,22 @@ from longctx.convert.rows import RowTable
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.model.config import ModelConfig
 
+_NOT_COMPUTED_WITH = (
+    "chunk_size",
+    "intermediate_size",
+    "norm_before_gate",
+    "rescale_prenorm_residual",
+    "residual_in_fp32",
+    "rms_norm",
+    "time_step_floor",
+    "time_step_init_scheme",
+    "time_step_max",
+    "time_step_min",
+    "time_step_rank",
+    "time_step_scale",
+)
+"""How a model begins, sizes of chunks, the dtype of the stream, and what published files have for other programs."""
+
 
 class Mamba2(Family):
     """A mixer in each layer and no feed-forward."""
@@ -23,11 +39,7 @@ class Mamba2(Family):
     def read(self, keys: Keys) -> dict[str, Any]:
         keys.only("hidden_act", "silu", "swish", why="the convolution's activation and the gate's are SiLU here")
         keys.only("use_bias", False, why="projections have no bias here")
-        # How a model begins; sizes of chunks; the dtype of the stream, which is the weights' here; words of others.
-        keys.pass_over(
-            "time_step_rank", "time_step_min", "time_step_max", "time_step_floor", "rescale_prenorm_residual"
-        )
-        keys.pass_over("chunk_size", "residual_in_fp32", "norm_before_gate", "rms_norm")
+        keys.pass_over(*_NOT_COMPUTED_WITH)
         heads, head_dim = keys.integer("num_heads"), keys.integer("head_dim")
         dim, inner = keys.integer("hidden_size"), heads * head_dim
         if dim * keys.integer("expand", 2) != inner:

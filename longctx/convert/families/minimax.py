@@ -49,6 +49,8 @@ class MiniMax(Family):
         if "sliding_window" in keys:
             softmax["window"] = keys.integer("sliding_window")
         keys.pass_over("sliding_window", "block_size")
+        keys.only("rotary_dim", softmax["head_dim"], why="transformers turns all channels of a head")
+        keys.only("postnorm", True, why="transformers has no other form of the stream")
         found = read_stream(keys, 1e-5) | {
             "layers": period(pattern),
             "ffn": MoeConfig.name,

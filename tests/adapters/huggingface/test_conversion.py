@@ -18,7 +18,7 @@ from longctx.train.weights import find_weights
 from tests.compare.peers import in_float64, without_kernels
 from tests.convert.cases import model_of as model_of_weights
 from tests.convert.cases import save
-from tests.convert.test_huggingface import MODELS as BUILT_IN
+from tests.convert.families import MODELS as BUILT_IN
 
 LENGTH, VOCABULARY = 43, 40
 COMMON = {
