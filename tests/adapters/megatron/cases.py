@@ -18,6 +18,17 @@ VOCABULARY, LENGTH, LAYERS = 64, 48, 4
 BOUNDS = (0, 8, 32, 40, 48)
 """Documents that divide into two chunks for each of 4 ranks."""
 
+EXPERTS = (
+    ("num_moe_experts", 4),
+    ("moe_router_topk", 2),
+    ("moe_ffn_hidden_size", 16),
+    ("moe_router_dtype", "fp64"),
+    ("moe_token_dispatcher_type", "alltoall"),
+    ("moe_router_load_balancing_type", "none"),
+    ("moe_grouped_gemm", False),
+)
+"""More of the configuration, for Megatron's own experts."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -92,7 +103,15 @@ def parallel(run: Run, **more: Any) -> None:
     model_parallel_cuda_manual_seed(5)
 
 
-def gpt(run: Run, spec: Any, *, pre_process: bool = True, post_process: bool = True, **changes: Any) -> Any:
+def gpt(
+    run: Run,
+    spec: Any,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **changes: Any,
+) -> Any:
     """The model, or a pipeline stage of it; the same weights for every run."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -100,7 +119,7 @@ def gpt(run: Run, spec: Any, *, pre_process: bool = True, post_process: bool = T
     from longctx.adapters.megatron.specs import block_spec
 
     config = config_of(run, **changes)
-    chosen = get_gpt_layer_local_spec(normalization="RMSNorm") if run.own else block_spec(spec, config)
+    chosen = get_gpt_layer_local_spec(normalization="RMSNorm") if run.own else block_spec(spec, config, vp_stage)
     torch.manual_seed(7)
     return GPTModel(
         config,
@@ -112,6 +131,7 @@ def gpt(run: Run, spec: Any, *, pre_process: bool = True, post_process: bool = T
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
         parallel_output=False,
+        vp_stage=vp_stage,
     ).to(torch.bfloat16 if config.bf16 else torch.float64)
 
 

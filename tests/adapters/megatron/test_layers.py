@@ -9,20 +9,9 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 from longctx.adapters.megatron import specs
 from longctx.adapters.megatron.router import Choice
 from longctx.mixers.heads import HeadsMixConfig
-from tests.adapters.megatron.cases import Run, trained, whole
+from tests.adapters.megatron.cases import EXPERTS, Run, trained, whole
 
 HYBRIDS = {name: value for name, value in vars(specs).items() if isinstance(value, specs.ModuleSpec)}
-
-
-EXPERTS = (
-    ("num_moe_experts", 4),
-    ("moe_router_topk", 2),
-    ("moe_ffn_hidden_size", 16),
-    ("moe_router_dtype", "fp64"),
-    ("moe_token_dispatcher_type", "alltoall"),
-    ("moe_router_load_balancing_type", "none"),
-    ("moe_grouped_gemm", False),
-)
 
 
 def compare(run, answers, alone, reference):

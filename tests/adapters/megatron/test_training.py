@@ -1,12 +1,15 @@
 """Training with Megatron-Core around our layers: its optimizer, pipeline, recomputation and checkpoints."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.adapters.megatron.router import Choice
 from longctx.adapters.megatron.specs import layer_spec
-from tests.adapters.megatron.cases import Run, gpt, losses, parallel
+from tests.adapters.megatron.cases import EXPERTS, Run, gpt, losses, parallel
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import Training, trained
 
@@ -39,6 +42,25 @@ def test_losses_are_those_of_one_rank(ranks, alone, size, training):
     for found in ranks.run(trained, HYBRID, training, size=size):
         # The distributed optimizer keeps its parts in float32.
         assert found == pytest.approx(alone[:3], rel=1e-5 if training.distributed else 1e-9)
+
+
+GRAPHS = {
+    "token": layer_spec("LS"),
+    "similarity": layer_spec("LS", choice=Choice(by="similarity", similarity_dim=6, temperature=0.5)),
+    "attention": layer_spec("S", choice=Choice(by="attention")),
+}
+
+
+@pytest.mark.parametrize("by", GRAPHS)
+def test_experts_over_ranks(ranks, tmp_path, by):
+    """Megatron's experts, divided over ranks, with each of the routers."""
+    experts, folder = Run(options=EXPERTS), tmp_path / "checkpoint"
+    ranks.run(trained, GRAPHS[by], Training(experts, 3, save=folder), size=1)
+    rest = Training(experts, 3, begin=3, load=folder, afresh=True)
+    one = ranks.run(trained, GRAPHS[by], rest, size=1)[0]
+    for run in (replace(experts, cp=2), experts):
+        for found in ranks.run(trained, GRAPHS[by], replace(rest, run=run, ep=2), size=2):
+            assert found == pytest.approx(one, rel=1e-9), (by, run)
 
 
 def in_bf16():
@@ -74,10 +96,21 @@ def test_decays_stay_in_float32_in_a_model_of_bf16(ranks):
     assert difference < 0.02
 
 
+ONWARD = {
+    "cp 4": (Run(cp=4), 1, 1),
+    "tp 4": (Run(tp=4, sequence_parallel=True), 1, 1),
+    "pp 2, cp 2": (Run(cp=2), 2, 1),
+    "pp 2, two stages a rank": (Run(), 2, 2),
+    "pp 2, two stages a rank, cp 2": (Run(cp=2), 2, 2),
+    "one rank": (Run(), 1, 1),
+}
+"""Ranks, stages of the pipeline, and how many of these a rank has."""
+
+
 def test_saved_on_some_ranks_it_goes_on_on_others(ranks, alone, tmp_path):
     folder = tmp_path / "checkpoint"
     ranks.run(trained, HYBRID, Training(Run(tp=2, cp=2), 3, save=folder), size=4)
-    for run, pp in ((Run(cp=4), 1), (Run(tp=4, sequence_parallel=True), 1), (Run(cp=2), 2), (Run(), 1)):
-        rest = Training(run, 3, begin=3, load=folder, pp=pp)
+    for name, (run, pp, chunks) in ONWARD.items():
+        rest = Training(run, 3, begin=3, load=folder, pp=pp, chunks=chunks)
         for found in ranks.run(trained, HYBRID, rest, size=run.ranks * pp):
-            assert found == pytest.approx(alone[3:], rel=1e-9), run
+            assert found == pytest.approx(alone[3:], rel=1e-9), name

@@ -21,8 +21,13 @@ class Training:
     steps: int
     begin: int = 0
     load: Path | None = None
+    afresh: bool = False
+    """Whether the optimizer begins anew with what is loaded: it is another one where experts are divided."""
     save: Path | None = None
     pp: int = 1
+    chunks: int = 1
+    """Stages of a virtual pipeline that a rank has."""
+    ep: int = 1
     changes: dict[str, Any] = field(default_factory=dict)
     """Of the model's configuration."""
     distributed: bool = False
@@ -69,32 +74,45 @@ def _trained(spec: Any, training: Training) -> list[float]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     run = training.run
-    parallel(run, pipeline_model_parallel_size=training.pp)
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    changes = {"pipeline_model_parallel_size": training.pp, **training.changes}
-    model = gpt(run, spec, pre_process=first, post_process=last, **changes)
-    if training.distributed:
-        model = model.float()  # in which it keeps its parts
-    config = model.config
-    ddp = DistributedDataParallel(
-        config, DistributedDataParallelConfig(use_distributed_optimizer=training.distributed), model
+    virtual = training.chunks if training.chunks > 1 else None
+    parallel(
+        run,
+        pipeline_model_parallel_size=training.pp,
+        virtual_pipeline_model_parallel_size=virtual,
+        expert_model_parallel_size=training.ep,
     )
+    changes = {
+        "pipeline_model_parallel_size": training.pp,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "expert_model_parallel_size": training.ep,
+        **training.changes,
+    }
+    models = []
+    for number in range(training.chunks):
+        stage = {"ignore_virtual": False, "vp_stage": number if virtual else None}
+        first, last = parallel_state.is_pipeline_first_stage(**stage), parallel_state.is_pipeline_last_stage(**stage)
+        chunk = gpt(run, spec, pre_process=first, post_process=last, vp_stage=stage["vp_stage"], **changes)
+        models.append(chunk.float() if training.distributed else chunk)  # in which it keeps its parts
+    config = models[0].config
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=training.distributed)
+    ddps = [DistributedDataParallel(config, settings, chunk) for chunk in models]
     options = OptimizerConfig(
         optimizer="adam", lr=0.01, weight_decay=0.1, clip_grad=0.5,
         params_dtype=torch.float32, use_distributed_optimizer=training.distributed,
     )  # fmt: skip
-    optimizer = get_megatron_optimizer(options, [ddp])
+    optimizer = get_megatron_optimizer(options, ddps)
     config.finalize_model_grads_func = finalize_model_grads
     if training.load is not None:
-        _load(training.load, model, optimizer)
+        _load(training.load, models, None if training.afresh else optimizer)
     losses = []
     for step in range(training.begin, training.begin + training.steps):
-        ddp.zero_grad_buffer()
+        for ddp in ddps:
+            ddp.zero_grad_buffer()
         optimizer.zero_grad()
         found = get_forward_backward_func()(
             forward_step_func=_forward,
-            data_iterator=_data(run, step),
-            model=[ddp],
+            data_iterator=[_data(run, step) for _ in models] if virtual else _data(run, step),
+            model=ddps,
             num_microbatches=MICRO_BATCHES // parallel_state.get_data_parallel_world_size(),
             seq_length=LENGTH,
             micro_batch_size=1,
@@ -106,14 +124,18 @@ def _trained(spec: Any, training: Training) -> list[float]:
         torch.distributed.all_reduce(total)
         losses.append(total.item() / run.tp)
     if training.save is not None:
-        _save(training.save, model, optimizer)
+        _save(training.save, models, optimizer)
     parallel_state.destroy_model_parallel()
     return losses
 
 
-def _state(model: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
-    parts = model.sharded_state_dict()
-    return {"model": parts, "optimizer": optimizer.sharded_state_dict(parts, is_loading=loading)}
+def _weights(models: list[Any]) -> dict[str, Any]:
+    return {f"model{number}": model.sharded_state_dict() for number, model in enumerate(models)}
+
+
+def _state(models: list[Any], optimizer: Any, loading: bool) -> dict[str, Any]:
+    parts = _weights(models)
+    return {**parts, "optimizer": optimizer.sharded_state_dict(parts, is_loading=loading)}
 
 
 def may_start_processes() -> None:
@@ -121,19 +143,22 @@ def may_start_processes() -> None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
-def _save(folder: Path, model: Any, optimizer: Any) -> None:
+def _save(folder: Path, models: list[Any], optimizer: Any) -> None:
     from megatron.core import dist_checkpointing
 
     may_start_processes()
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(_state(model, optimizer, False), str(folder))
+    dist_checkpointing.save(_state(models, optimizer, False), str(folder))
 
 
-def _load(folder: Path, model: Any, optimizer: Any) -> None:
+def _load(folder: Path, models: list[Any], optimizer: Any) -> None:
     from megatron.core import dist_checkpointing
 
-    loaded = dist_checkpointing.load(_state(model, optimizer, True), str(folder))
-    model.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    wanted = _weights(models) if optimizer is None else _state(models, optimizer, True)
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for number, model in enumerate(models):
+        model.load_state_dict(loaded[f"model{number}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
