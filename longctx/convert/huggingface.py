@@ -6,7 +6,7 @@ written before, an import holds what it reads of a source's tensor, an export th
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from longctx.config import Config
 from longctx.convert.families import FAMILIES, Family
 from longctx.convert.families.base import Keys
-from longctx.convert.rows import PIECE, Whole, flat, gather, made
+from longctx.convert.rows import PIECE, RowTable, Whole, flat, gather, made
 from longctx.convert.tensor_files import (
     CONFIG,
     DTYPES,
@@ -78,7 +78,7 @@ def from_huggingface(source: Path, out: Path, overrides: Sequence[str] = ()) -> 
     model = _overridden(model, overrides)
     table = family.table(model, shapes_of(model, rows))
     files = TensorFolder(source)
-    _check_tensors(files, family, model, family.derived(model, values), table.theirs)
+    _check_tensors(files, family, model, values, table)
     tensors = {name: made(whole, files.rows) for name, whole in table.ours.items()}
     origin = {
         "command": "longctx convert from-huggingface",
@@ -101,7 +101,7 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _model_of(source: Path, values: Mapping[str, Any]) -> tuple[Family, ModelConfig, int]:
-    family = FAMILIES.get(values.get("model_type", ""))
+    family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         known = ", ".join(FAMILIES)
         raise UserError(f"{source / CONFIG}: model_type: {values.get('model_type')!r} is not known; there are {known}")
@@ -131,7 +131,7 @@ def built_in(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig | N
     """The built-in configuration that a `config.json` is of, None where there is none, and what is wrong, in words."""
     keys = Keys(values)
     names = keys.raw("architectures")
-    if names is not None and family.architecture not in names:
+    if names is not None and (not isinstance(names, list) or family.architecture not in names):
         keys.problems.append(f"architectures: {names!r}, where ['{family.architecture}'] can be converted")
     fields = family.read(keys)
     keys.refuse_the_rest()
@@ -148,11 +148,12 @@ def _check_tensors(
     files: TensorFolder,
     family: Family,
     model: ModelConfig,
-    derived: Mapping[str, Callable[[], Tensor]],
-    wanted: Mapping[str, Whole],
+    values: Mapping[str, Any],
+    table: RowTable,
 ) -> None:
     """Raise UserError, naming every mistake, unless the files have the tensors of the model."""
-    there, mistakes = files.tensors, []
+    there, wanted, derived, mistakes = files.tensors, table.theirs, family.derived(model, values), []
+    embedding = table.ours["embedding.weight"].runs[0].name
     for name, whole in wanted.items():
         if name not in there:
             mistakes.append(f"{name} {list(whole.shape)} is missing")
@@ -162,7 +163,7 @@ def _check_tensors(
             mistakes.append(f"{name} is stored as {there[name].dtype}: expected {', '.join(DTYPES)}")
     for name in there.keys() - wanted.keys():
         if name == "lm_head.weight" and model.tie_embeddings:
-            if not _equal(files, name, next(iter(wanted))):
+            if embedding in there and not _equal(files, name, embedding):
                 mistakes.append(f"{name} is not the embedding, and {CONFIG} has tie_word_embeddings")
         elif name in derived:
             mistakes += _differs(files, name, derived[name]())

@@ -67,6 +67,7 @@ class Mamba2(Family):
 
     def _limits(self, keys: Keys) -> tuple[float, float | None]:
         given = keys.raw("time_step_limit") or [0.0, math.inf]
+        given = given if isinstance(given, list) else [given]
         # JSON has no infinity, so transformers writes a table in its place.
         numbers = [float(x["__float__"]) if isinstance(x, dict) and "__float__" in x else x for x in given]
         if len(numbers) != 2 or not all(isinstance(x, int | float) for x in numbers):

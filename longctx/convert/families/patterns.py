@@ -13,7 +13,7 @@ def read_pattern(keys: Keys, letters: Mapping[str, str], default: list[str]) -> 
     """The letters of all layers, from `layer_types`, or from what the family has where that is not said."""
     kinds = keys.raw("layer_types") or default
     depth = len(default)
-    if not isinstance(kinds, list) or len(kinds) != depth or not all(kind in letters for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != depth or not all(str(kind) in letters for kind in kinds):
         keys.problems.append(f"layer_types: {kinds!r} is not {depth} times one of {', '.join(letters)}")
         return letters[FULL] * depth
     return "".join(letters[kind] for kind in kinds)
