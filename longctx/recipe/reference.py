@@ -37,7 +37,7 @@ def _type(annotation: object) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(a) for a in arguments if a is not type(None))
     if origin is typing.Literal:
-        return " or ".join(f'`"{a}"`' for a in arguments)
+        return " or ".join(f'`"{a}"`' if isinstance(a, str) else f"`{a}`" for a in arguments)
     if origin is dict:
         return f"a table of {_type(arguments[1])}"
     if origin is tuple and arguments[-1] is Ellipsis:

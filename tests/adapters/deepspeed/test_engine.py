@@ -63,6 +63,9 @@ ROUTED = [
     for stage in (2, 3)
     for (dp, cp), experts, lean in (((1, 2), "similarity", False), ((1, 2), "attention", True), ((2, 2), "token", True))
 ]
+EVERY_MIXER = [
+    Run(stage=stage, dp=dp, cp=2, mixers=True, lean=lean) for stage, dp, lean in ((1, 1, False), (3, 2, True))
+]
 OFFLOADED = [
     Run(stage=stage, offload=offload, dp=2, cp=cp, accumulation=3, experts="token")
     for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters"))
@@ -78,13 +81,13 @@ def by_ranks(runs):
     ]
 
 
-def check(ranks, runs):
+def check(ranks, runs, bound=RATIO):
     answers = ranks.run(first_gradients, runs, size=runs[0].ranks)
     for number, run in enumerate(runs):
         for gradients, _ in (answer[number] for answer in answers):
             along, across = ratios(run, gradients)
-            assert along <= RATIO, f"{run}: ratio off by {along:.1e}"
-            assert across <= RATIO, f"{run}: {across:.1e} across"
+            assert along <= bound, f"{run}: ratio off by {along:.1e}"
+            assert across <= bound, f"{run}: {across:.1e} across"
 
 
 @pytest.mark.parametrize("runs", by_ranks(COVERING))
@@ -95,6 +98,12 @@ def test_gradients_are_those_of_one_rank(ranks, runs):
 @pytest.mark.parametrize("runs", by_ranks(ROUTED))
 def test_so_are_those_of_routers_and_of_blocks_computed_again(ranks, runs):
     check(ranks, runs)
+
+
+@pytest.mark.parametrize("runs", by_ranks(EVERY_MIXER))
+def test_so_are_those_of_every_mixer(ranks, runs):
+    # One rank without an engine is 9e-6 off in float32: there are 13 layers.
+    check(ranks, runs, bound=3e-5)
 
 
 @pytest.mark.parametrize("runs", by_ranks(OFFLOADED))

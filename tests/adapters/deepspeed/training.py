@@ -10,10 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from longctx.kernels.loss import IGNORE
+from longctx.mixers import MIXERS
+from longctx.model.config import ModelConfig
+from longctx.model.ffn import SwigluConfig
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from longctx.train.engine import Batch, TorchEngine
+from tests.mixers.cases import CONFIGS, DIM
 from tests.model.cases import VOCABULARY, decoder, model_of, tokens
 
 LENGTH = 24
@@ -39,6 +43,8 @@ class Run:
     """The router, where there are experts."""
     precision: str = "fp32"
     clip: float | str = CLIP
+    mixers: bool = False
+    """A layer of every mixer, and of its options."""
     lean: bool = False
     """Blocks computed again, feed-forwards and loss in tiles."""
 
@@ -52,6 +58,10 @@ class Run:
         return self.dp * self.accumulation
 
     @property
+    def model(self):
+        return of_every_mixer() if self.mixers else model_of(self.experts)
+
+    @property
     def train(self):
         lean = {"activation_checkpointing": "block", "ffn_tile": 5, "loss_tile": 7} if self.lean else {}
         return TrainConfig(steps=9, sequences_per_step=self.sequences, precision=self.precision, clip=self.clip, **lean)
@@ -60,9 +70,15 @@ class Run:
         words = [f"zero {self.stage}", f"dp {self.dp} cp {self.cp}", f"{self.accumulation} batches"]
         words += [self.offload] if self.offload != "none" else []
         words += [f"experts by {self.experts}"] if self.experts else []
+        words += ["every mixer"] if self.mixers else []
         words += ["packed"] if self.packed else []
         words += ["lean"] if self.lean else []
         return ", ".join([*words, self.precision])
+
+
+def of_every_mixer():
+    tables = {config.name: CONFIGS[letter] for letter, config in MIXERS.items()}
+    return ModelConfig(layers="".join(MIXERS), depth=len(MIXERS), dim=DIM, swiglu=SwigluConfig(hidden=10), **tables)
 
 
 def sequence(number, step):
@@ -120,7 +136,7 @@ def deepspeed_engine(run, **options):
     config = DeepSpeedConfig(zero_stage=run.stage, offload=run.offload)
     options = {"vocab_size": VOCABULARY, "seed": 7} | options
     with linear_as_it_was(), warnings.catch_warnings():
-        engine = ZeroEngine(model_of(run.experts), run.train, OPTIMIZER, config, mesh, **options)
+        engine = ZeroEngine(run.model, run.train, OPTIMIZER, config, mesh, **options)
         yield engine
         engine.close()
 
@@ -129,13 +145,13 @@ def deepspeed_engine(run, **options):
 def torch_engine(run):
     """The same by the torch engine."""
     mesh = Mesh.build("cpu", dp_shard=run.dp, cp=run.cp)
-    yield TorchEngine(model_of(run.experts), run.train, OPTIMIZER, mesh, vocab_size=VOCABULARY, seed=7)
+    yield TorchEngine(run.model, run.train, OPTIMIZER, mesh, vocab_size=VOCABULARY, seed=7)
 
 
 @lru_cache
 def one_rank_gradients(run):
     """Of the first step's loss, on one rank without an engine, in float64; and their norm."""
-    model = decoder(model_of(run.experts))
+    model = decoder(run.model)
     share = 1 / sum(LABELS[number % len(LABELS)] for number in range(run.sequences))
     for number in range(run.sequences):
         x, labels = sequence(number, 0)
@@ -147,4 +163,4 @@ def one_rank_gradients(run):
 
 def alike(run):
     """The run on one rank: what its gradient is to be."""
-    return replace(Run(), accumulation=run.sequences, packed=run.packed, experts=run.experts)
+    return replace(Run(), accumulation=run.sequences, packed=run.packed, experts=run.experts, mixers=run.mixers)
