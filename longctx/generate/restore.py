@@ -13,7 +13,7 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import UserError
 from longctx.model.decoder import Decoder
 from longctx.recipe import Recipe, load
-from longctx.train.checkpoint import TrainerState, check_same_model, list_checkpoints, load_tensors, read_state
+from longctx.train.checkpoint import TrainerState, check_format, check_same_model, list_checkpoints, load_tensors, read_state
 from longctx.train.process_group import device_type
 from longctx.train.weights import described, with_defaults
 
@@ -48,6 +48,13 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     recipe = _recipe(run, overrides)
     path = checkpoint or _newest(run)
     state = read_state(path, _HOW)
+    check_format(
+        path,
+        state,
+        "torch",
+        "Text is generated with those of the built-in model: longctx convert from-megatron makes weights of it, with "
+        "which a run of engine = 'torch' begins (train.init)",
+    )
     try:
         manifest = Manifest.read(recipe.data.path)
         tokenizer = manifest.open_tokenizer(recipe.data.path)

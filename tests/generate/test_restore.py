@@ -155,6 +155,15 @@ def test_a_checkpoint_of_another_model_is_told(copy):
         restore(copy)
 
 
+def test_a_checkpoint_of_megatrons_tensors_is_told_with_what_makes_weights_of_it(copy):
+    trainer = copy / "checkpoints/step-00000004/trainer.json"
+    content = json.loads(trainer.read_text())
+    content["state"]["format"] = "megatron"
+    trainer.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tensors of engine = 'megatron'. Text is .* longctx convert from-megatron"):
+        restore(copy)
+
+
 @pytest.mark.parametrize("override", ["model.dim=32", "seed=9", "train.steps=1", "nonsense"])
 def test_what_has_no_part_in_generation_cannot_be_overridden(trained, override):
     with pytest.raises(UserError, match=f"{override}: of a run's recipe only data.path, train.device, train.precision"):
