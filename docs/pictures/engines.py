@@ -27,7 +27,7 @@ ROOT = HERE.parent.parent
 COLOURS = ["#4477aa", "#ee8866", "#44bb99", "#bbcc33", "#aa4499", "#ffaabb"]
 OVERRIDES = [
     "train.steps=50", "data.sequence_length=1024", "train.precision=fp32", "schedule.decay=20", "schedule.warmup=5",
-    "checkpoint.every=50", "evaluation.every=50", f"data.path={ROOT / 'data' / 'stdlib'}",
+    "checkpoint.every=50", "evaluation.every=50", "logging.every=1", f"data.path={ROOT / 'data' / 'stdlib'}",
 ]  # fmt: skip
 
 

@@ -13,7 +13,14 @@ from longctx.data.tokenizer import Tokenizer
 from longctx.errors import UserError
 from longctx.model.decoder import Decoder
 from longctx.recipe import Recipe, load
-from longctx.train.checkpoint import TrainerState, check_format, check_same_model, list_checkpoints, load_tensors, read_state
+from longctx.train.checkpoint import (
+    TrainerState,
+    check_format,
+    check_same_model,
+    list_checkpoints,
+    load_tensors,
+    read_state,
+)
 from longctx.train.process_group import device_type
 from longctx.train.weights import described, with_defaults
 

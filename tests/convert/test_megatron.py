@@ -68,6 +68,7 @@ def test_layers_that_are_alike_are_stacked_as_megatron_does(tmp_path):
     }
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_group_of_heads_has_its_queries_its_key_and_its_value(tmp_path):
     save(tmp_path / "weights", 3, hybrid())
     to_megatron(tmp_path / "weights", tmp_path / "megatron")
