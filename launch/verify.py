@@ -29,6 +29,11 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
         "what one rank itself differs, at least 1e-5.",
         soft_wrap=True,
     )
+    if recipe.engine != "torch":
+        console.print(
+            f"This is the model on the engine 'torch'; docs/engines.md says how {recipe.engine!r} is compared with it.",
+            soft_wrap=True,
+        )
     rows = []
     columns = f"{'precision':9}  {'layout':54}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
     console.print(f"[bold]{columns}[/bold]  of the parameter nearest its bound", soft_wrap=True)

@@ -35,6 +35,7 @@ from longctx.convert.tensor_files import (
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
 from longctx.files import sync
+from longctx.mixers.lightning import LightningConfig
 from longctx.model.config import ModelConfig
 from longctx.recipe.emit import dump
 from longctx.recipe.explain import explain
@@ -133,6 +134,7 @@ def built_in(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig | N
     names = keys.raw("architectures")
     if names is not None and (not isinstance(names, list) or family.architecture not in names):
         keys.problems.append(f"architectures: {names!r}, where ['{family.architecture}'] can be converted")
+    keys.only("is_causal", True, why="every layer here sees earlier tokens alone")
     fields = family.read(keys)
     keys.refuse_the_rest()
     if keys.problems:
@@ -316,6 +318,8 @@ def resolved(model: ModelConfig) -> dict[str, Any]:
     for layer in range(model.depth):
         mixer, ffn = model.mixer(layer), model.feed_forward(layer)
         tables[mixer.name] = mixer.resolved(model.dim)
+        if isinstance(mixer, LightningConfig) and mixer.norm_eps is None:
+            tables[mixer.name] = mixer.resolved(model.dim).model_copy(update={"norm_eps": model.norm_eps})
         if ffn is not None:
             tables[ffn.name] = ffn.resolved(model.dim)
     said = model.model_dump(mode="json") | {name: table.model_dump(mode="json") for name, table in tables.items()}

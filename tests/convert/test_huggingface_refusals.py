@@ -50,6 +50,7 @@ def refused(folder):
         ({"model_type": "gpt2"}, "model_type: 'gpt2' is not known; there are llama, "),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu', where 'silu' or 'swish' can be converted"),
         ({"attention_bias": True}, "attention_bias: True, where False can be converted: matrices here have no bias"),
+        ({"is_causal": False}, "is_causal: False, where True can be converted"),
         ({"mlp_bias": True}, "mlp_bias: True, where False can be converted"),
         ({"attention_dropout": 0.1}, "attention_dropout: 0.1, where 0 can be converted: there is no dropout here"),
         ({"hidden_size": "gone"}, "hidden_size: is missing"),
@@ -174,6 +175,28 @@ def test_decays_that_are_not_those_of_the_configuration_are_refused(tmp_path):
         assert said in refused(folder)
     change(folder, block_size=8)
     assert "query_decay is [3, 256, 1] F32: expected [3, 8, 1]" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "said"),
+    [
+        (like_minimax, {"block_size": "x"}, "block_size: 'x' is not a whole number above 0"),
+        (like_minimax, {"block_size": -3}, "block_size: -3 is not a whole number above 0"),
+        (like_mamba2, {"time_step_limit": [0.0, True]}, "time_step_limit: [0.0, True] is not two numbers"),
+        (like_mamba2, {"time_step_limit": [0.0, {"__float__": "x"}]}, "is not two numbers"),
+    ],
+)
+def test_values_of_a_wrong_type_are_told_by_their_key(tmp_path, make, keys, said):
+    folder = exported(tmp_path, make())
+    change(folder, **keys)
+    assert said in refused(folder)
+
+
+def test_a_norm_of_its_own_that_is_the_models_is_no_difference(tmp_path):
+    config = like_minimax(norm_eps=1e-6)
+    alike = config.model_copy(update={"lightning": config.lightning.model_copy(update={"norm_eps": None})})
+    save(tmp_path / "weights", 1, alike)
+    assert to_huggingface(tmp_path / "weights", tmp_path / "theirs").model_type == "minimax"
 
 
 def test_decays_may_be_missing(tmp_path):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -31,10 +32,23 @@ def initialize(model: nn.Module, mesh: Mesh, *, config: dict[str, Any], **argume
                     f"initialize: {name} is divided over {dist.get_world_size(group)} of {dist.get_world_size()} "
                     "ranks: make the model outside of deepspeed.zero.Init, or with its default group"
                 )
+        # What `zero.Init` does for parameters that are made inside of it.
+        dtype = _dtype(config)
+        for parameter in model.parameters():
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtype)
         deepspeed.zero.Init(
             module=model,
             data_parallel_group=groups.get_sequence_data_parallel_group(),
             config_dict_or_path=config,
             mpu=groups,
+            dtype=dtype,
         )
     return deepspeed.initialize(model=model, config=config, mpu=groups, **arguments)
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """Of the parameters that are computed with."""
+    if config.get("bf16", config.get("bfloat16", {})).get("enabled", False):
+        return torch.bfloat16
+    return torch.float16 if config.get("fp16", {}).get("enabled", False) else torch.float32

@@ -42,11 +42,13 @@ def gradient_scale(zero: Zero, groups: Groups, batches: int, device: torch.devic
     if zero.stage == 3:
         partition(probe, zero, groups)
     wrapped = Wrapped(probe, optimizer, zero, groups)
-    for number in range(batches):
-        wrapped.begin_batch(last=number == batches - 1)
-        wrapped.backward(wrapped.engine(rank * batches + number))
-    scales = gradient(probe.weight).reshape(ranks, batches).double().cpu()
-    wrapped.engine.destroy()
+    try:
+        for number in range(batches):
+            wrapped.begin_batch(last=number == batches - 1)
+            wrapped.backward(wrapped.engine(rank * batches + number))
+        scales = gradient(probe.weight).reshape(ranks, batches).double().cpu()
+    finally:
+        wrapped.engine.destroy()
     scale = scales.mean().item()
     if not (scales - scale).abs().max() <= TOLERANCE * abs(scale):
         raise UserError(

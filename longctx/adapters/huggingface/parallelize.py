@@ -5,6 +5,7 @@ Which models: those whose token mixers are known (`MODELS`). Others are refused,
 itself would silently see those of its own rank alone.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longctx.adapters.huggingface.attention import LAYOUT, NAME
@@ -85,6 +86,8 @@ def parallelize(
         raise ValueError(f"parallelize: of {linear} linear layers {len(forwards)} have modules that are known here")
     for module, forward in forwards.items():
         module.forward = MethodType(forward, module)
+    head = theirs.get_output_embeddings()
+    head.forward = MethodType(_head, head)
     plan = _Plan(mesh, order, attention, states, loss_tile, gradients == "mean")
     model.forward = MethodType(partial(_forward, plan), model)
     return model
@@ -101,12 +104,40 @@ def _linear_layers(model: Any) -> int:
     strange = sorted(set(layers) - SOFTMAX_LAYERS - LINEAR_LAYERS)
     if strange:
         raise ValueError(f"parallelize: {kind!r}: layers of the kinds {', '.join(strange)} are not known here")
-    if getattr(model.config, "output_router_logits", False):
-        raise ValueError(f"parallelize: {kind!r}: output_router_logits: its losses would be those of one rank's tokens")
+    for key, why in _unlike_one_rank(model.config):
+        raise ValueError(f"parallelize: {kind!r}: {key}: {why}")
     head = model.get_output_embeddings()
     if head is None or head.bias is not None:
         raise ValueError(f"parallelize: {name}: expected a model for causal language modelling, its head without bias")
     return sum(layer in LINEAR_LAYERS for layer in layers)
+
+
+def _unlike_one_rank(config: Any) -> Iterator[tuple[str, str]]:
+    """The keys of a configuration by which ranks would compute something else than one does, and why."""
+    if getattr(config, "output_router_logits", False):
+        yield "output_router_logits", "its losses would be those of one rank's tokens"
+    if getattr(config, "is_causal", None) is False:
+        yield "is_causal", "layers here see earlier tokens alone"
+    if getattr(config, "router_jitter_noise", 0):
+        yield "router_jitter_noise", "every rank would draw noise of its own; set it to 0"
+    positions = getattr(config, "rope_parameters", None) or {}
+    for each in (positions, *(value for value in positions.values() if isinstance(value, dict))):
+        if each.get("rope_type") in ("dynamic", "longrope"):
+            why = f"angles of the type {each['rope_type']!r} hang on the length, of which a rank sees a part"
+            yield "rope_parameters", why
+
+
+def _head(
+    head: Any, x: Tensor, labels: Tensor | None = None, tile: int = 0, scale: float = 1.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits of `x [B, T, D]`, or with labels `[B, T]` their negative log likelihoods in tiles, summed times `scale`.
+
+    In the head's own call, so that what shards it gathers its matrix, and adds up its gradient.
+    """
+    weight = head.weight
+    if labels is None:
+        return F.linear(x.to(weight.dtype), weight)
+    return linear_cross_entropy(x.to(weight.dtype).flatten(0, 1), weight, labels.flatten(), tile, scale)
 
 
 def _forward(
@@ -119,9 +150,16 @@ def _forward(
     num_items_in_batch: Tensor | int | None = None,
     **arguments: Any,
 ) -> SequenceOutput:
-    given = [name for name, value in arguments.items() if value not in (None, False)]
+    if arguments.pop("return_dict", None) is False:
+        raise ValueError("return_dict: what comes back is a dictionary")
+    given = [name for name, value in arguments.items() if value is not None and value is not False]
     if given:
         raise ValueError(f"{', '.join(given)}: not computed over ranks")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask {list(attention_mask.shape)}: expected one of padding, {list(input_ids.shape)}; documents "
+            "are told by position_ids that begin anew"
+        )
     if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
         raise ValueError("attention_mask: tokens are hidden before others; only padding at the end may be")
     layout = plan.layout(document_bounds(input_ids, position_ids))
@@ -133,12 +171,11 @@ def _forward(
     )[0]  # fmt: skip
     head = model.get_output_embeddings()
     if labels is None:
-        return SequenceOutput(logits=head(hidden.to(head.weight.dtype)), layout=layout)
+        return SequenceOutput(logits=head(hidden), layout=layout)
     following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
     count = (following != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    weight = head.weight.full_tensor() if isinstance(head.weight, DTensor) else head.weight
-    mine = layout.shard(following, fill=IGNORE).flatten()
-    share, _ = linear_cross_entropy(hidden.to(weight.dtype).flatten(0, 1), weight, mine, plan.loss_tile, 1 / count)
+    # A number and no tensor, which mixed precision would round.
+    share, _ = head(hidden, layout.shard(following, fill=IGNORE), plan.loss_tile, 1 / float(count))
     factor = float(plan.mesh.cp.size) if plan.mean_over_ranks else 1.0
     loss = _Whole.apply(share, plan.mesh.cp, factor)  # type: ignore[no-untyped-call]
     return SequenceOutput(loss=loss, layout=layout)

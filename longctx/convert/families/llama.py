@@ -52,10 +52,13 @@ def write_stream(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_attention(keys: Keys, theta: float, kv_heads: int | None = None, *, partial: bool = False) -> dict[str, Any]:
-    """`[model.softmax]`; `theta` and `kv_heads` are the family's defaults, `partial` whether some channels may stay."""
+def read_attention(
+    keys: Keys, theta: float, kv_heads: int | None = None, head_dim: int | None = None, *, partial: bool = False
+) -> dict[str, Any]:
+    """`[model.softmax]`; `theta`, `kv_heads` and `head_dim` are the family's defaults, `partial` whether some channels
+    may stay."""
     heads = keys.integer("num_attention_heads")
-    head_dim = keys.integer("head_dim", max(1, keys.integer("hidden_size") // heads))
+    head_dim = keys.integer("head_dim", head_dim or max(1, keys.integer("hidden_size") // heads))
     found: dict[str, Any] = {
         "heads": heads,
         "kv_heads": keys.integer("num_key_value_heads", kv_heads or heads),
@@ -111,12 +114,13 @@ def write_attention(softmax: SoftmaxConfig, dim: int) -> dict[str, Any]:
     }
 
 
-def read_experts(keys: Keys, experts: str, hidden: str) -> dict[str, Any]:
-    """`[model.moe]`, by the names of the keys that count experts and give their width."""
+def read_experts(keys: Keys, experts: str, hidden: str, active: int = 2) -> dict[str, Any]:
+    """`[model.moe]`, by the names of the keys that count experts and give their width; `active` is the family's
+    default."""
     keys.only("router_jitter_noise", 0, why="noise of a router is not that of transformers here")
     return {
         "experts": keys.integer(experts),
-        "active": keys.integer("num_experts_per_tok", 2),
+        "active": keys.integer("num_experts_per_tok", active),
         "hidden": keys.integer(hidden),
     }
 

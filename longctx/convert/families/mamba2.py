@@ -69,8 +69,9 @@ class Mamba2(Family):
         given = keys.raw("time_step_limit") or [0.0, math.inf]
         given = given if isinstance(given, list) else [given]
         # JSON has no infinity, so transformers writes a table in its place.
-        numbers = [float(x["__float__"]) if isinstance(x, dict) and "__float__" in x else x for x in given]
-        if len(numbers) != 2 or not all(isinstance(x, int | float) for x in numbers):
+        infinite = [isinstance(x, dict) and x == {"__float__": "Infinity"} for x in given]
+        numbers = [math.inf if none else x for x, none in zip(given, infinite, strict=True)]
+        if len(numbers) != 2 or not all(type(x) in (int, float) for x in numbers):
             keys.problems.append(f"time_step_limit: {given!r} is not two numbers")
             return 0.0, None
         return float(numbers[0]), None if math.isinf(numbers[1]) else float(numbers[1])

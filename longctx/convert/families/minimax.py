@@ -48,7 +48,8 @@ class MiniMax(Family):
         softmax = read_attention(keys, 1e6, 8)
         if "sliding_window" in keys:
             softmax["window"] = keys.integer("sliding_window")
-        keys.pass_over("sliding_window", "block_size")
+        keys.pass_over("sliding_window")
+        keys.integer("block_size", _BLOCK)
         keys.only("rotary_dim", softmax["head_dim"], why="transformers turns all channels of a head")
         keys.only("postnorm", True, why="transformers has no other form of the stream")
         found = read_stream(keys, 1e-5) | {

@@ -54,7 +54,7 @@ class Qwen3Next(Family):
             "norm": "zero_centered_rms",
         }
         if SoftmaxConfig.letter in pattern:
-            softmax = read_attention(keys, 1e4, 2, partial=True)
+            softmax = read_attention(keys, 1e4, 2, 256, partial=True)
             found["softmax"] = softmax | {"qk_norm": "zero_centered_rms", "output_gate": True}
         if GatedDeltaNetConfig.letter in pattern:
             found["gated_deltanet"] = {
@@ -65,7 +65,7 @@ class Qwen3Next(Family):
                 "conv": keys.integer("linear_conv_kernel_dim", 4),
             }
         if MoeConfig.name in ffns:
-            found["moe"] = read_experts(keys, "num_experts", "moe_intermediate_size") | {
+            found["moe"] = read_experts(keys, "num_experts", "moe_intermediate_size", 10) | {
                 "normalize": keys.flag("norm_topk_prob", True),
                 "shared": 1,
                 "shared_hidden": keys.integer("shared_expert_intermediate_size"),

@@ -93,3 +93,21 @@ def test_what_would_drift_apart_is_refused(ranks):
     for divided, mpu in ranks.run(refusals, size=2):
         assert divided.startswith("initialize: weight is divided over 1 of 2 ranks: make the model outside of")
         assert mpu == "initialize: mpu: its groups are made of the mesh"
+
+
+def dtypes(stage):
+    fresh()
+    mesh = Mesh.build("cpu", cp=2)
+    with linear_as_it_was():
+        model = parallelize(model_of("llama"), mesh, gradients=gradients_of(stage, mesh))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        config = config_of(stage) | {"bf16": {"enabled": True}}
+        engine, *_ = initialize(model, mesh, config=config, optimizer=optimizer)
+        found = {parameter.dtype for parameter in model.parameters()}
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_in_bf16_parameters_are_in_bf16(ranks, stage):
+    assert ranks.run(dtypes, stage, size=2) == [{torch.bfloat16}] * 2

@@ -96,8 +96,8 @@ def batches_of(run, mesh, step):
     batches = []
     for number in range(mesh.dp.rank, run.sequences, mesh.dp.size):
         layout = Layout.on(mesh, bounds_of(run, number), "zigzag")
-        x, labels = map(layout.shard, sequence(number, step))
-        batches.append(Batch(x, labels, layout))
+        x, labels = sequence(number, step)
+        batches.append(Batch(layout.shard(x), layout.shard(labels, fill=IGNORE), layout))
     return batches
 
 

@@ -9,6 +9,8 @@ from safetensors import safe_open
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
 
+from longctx.convert.families import FAMILIES
+from longctx.convert.families.base import Keys
 from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
@@ -217,3 +219,18 @@ def test_a_model_that_is_no_import_is_loaded_with_its_logits(tmp_path, name):
     x = tokens() % 29
     want = model_of_weights(tmp_path / "ours", BUILT_IN[name])(x, Layout((0, LENGTH)))
     assert (logits_of(tmp_path / "theirs", x) - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_key_that_is_not_there_has_transformers_default(family):
+    """Removed one by one: what is then read is the same, or the key is asked for."""
+    modeling = import_module(f"transformers.models.{family.model_type}.configuration_{family.model_type}")
+    named = {name.lower(): value for name, value in vars(modeling).items()}
+    values = json.loads(named[f"{family.model_type.replace('_', '')}config"]().to_json_string(use_diff=False))
+    keys = Keys(values)
+    whole = family.read(keys)
+    assert not keys.problems
+    for name in values:
+        without = Keys({key: value for key, value in values.items() if key != name})
+        found = family.read(without)
+        assert found == whole or without.problems, name

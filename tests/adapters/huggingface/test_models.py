@@ -177,30 +177,49 @@ def test_other_layouts_and_schedules(ranks, options):
     check(ranks, "minimax", True, 2, **options)
 
 
-def sharded(kind):
-    """Under FSDP2, whose default is the mean of gradients over ranks."""
+SHARDS = {
+    "layers": lambda model: [*model.model.layers],
+    "the head by itself": lambda model: [model.lm_head, *model.model.layers],
+    "embedding and head together": lambda model: [[model.model.embed_tokens, model.lm_head], *model.model.layers],
+}
+
+
+def sharded(kind, shards, dp):
+    """Under FSDP2, whose default is the mean of gradients over ranks; each data-parallel rank has a row of its own."""
     with in_float64():
-        return _sharded(kind)
+        return _sharded(kind, shards, dp)
 
 
-def _sharded(kind):
+def _sharded(kind, shards, dp):
     from torch.distributed.fsdp import fully_shard
 
-    mesh = Mesh.build("cpu", cp=dist.get_world_size())
+    mesh = Mesh.build("cpu", dp_shard=dp, cp=dist.get_world_size() // dp)
     model = parallelize(model_of(kind), mesh)
-    for layer in (*(model.model.layers), model):
+    for layer in (*SHARDS[shards](model), model):
         fully_shard(layer, mesh=mesh.shard)
     x, labels = batch()
     labels, positions = documents(x, labels, PACKED)
-    out = model(input_ids=x, labels=labels, position_ids=positions)
+    mine = slice(None) if dp == 1 else slice(mesh.dp.rank, mesh.dp.rank + 1)
+    out = model(input_ids=x[mine], labels=labels[mine], position_ids=positions[mine])
     out.loss.backward()
     return out.loss.item(), {n: p.grad.full_tensor() for n, p in model.named_parameters()}
 
 
-def test_under_fsdp2(ranks):
-    _, loss, gradients = untouched("qwen3_next", True)
-    for got, grads in ranks.run(sharded, "qwen3_next", size=2):
-        assert got == pytest.approx(loss, rel=1e-9)
+@pytest.mark.parametrize(
+    ("kind", "shards", "dp"),
+    [
+        ("qwen3_next", "layers", 1),
+        ("llama", "the head by itself", 1),
+        ("minimax", "embedding and head together", 1),
+        ("llama", "the head by itself", 2),
+    ],
+)
+def test_under_fsdp2(ranks, kind, shards, dp):
+    _, loss, gradients = untouched(kind, True)
+    answers = ranks.run(sharded, kind, shards, dp, size=2 * dp)
+    # Rows have equally many labels: the mean over ranks is that over labels.
+    assert sum(got for got, _ in answers) / len(answers) == pytest.approx(loss, rel=1e-9)
+    for _, grads in answers:
         for name, ref in gradients.items():
             assert (grads[name] - ref).norm() <= 1e-9 * ref.norm(), name
 
@@ -217,8 +236,22 @@ def test_what_cannot_be_exact_is_refused():
     routed.config.output_router_logits = True
     with pytest.raises(ValueError, match="'mixtral': output_router_logits: its losses would be those of one rank"):
         parallelize(routed, one_rank())
+    for key, value in (("is_causal", False), ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0})):
+        other = model_of("llama")
+        setattr(other.config, key, value)
+        with pytest.raises(ValueError, match=f"'llama': {key}: "):
+            parallelize(other, one_rank())
+    noisy = model_of("mixtral")
+    noisy.config.router_jitter_noise = 0.1
+    with pytest.raises(ValueError, match="router_jitter_noise: every rank would draw noise of its own"):
+        parallelize(noisy, one_rank())
     model = parallelize(model_of("llama"), one_rank())
     x, _ = batch()
+    with pytest.raises(ValueError, match="inputs_embeds: not computed over ranks"):
+        model(input_ids=x, inputs_embeds=torch.zeros(2, LENGTH, 32))
+    with pytest.raises(ValueError, match=r"attention_mask \[2, 1, 43, 43\]: expected one of padding, \[2, 43\]"):
+        model(input_ids=x, attention_mask=torch.ones(2, 1, LENGTH, LENGTH).tril())
+    assert model(input_ids=x, return_dict=True).logits.shape == (2, LENGTH, 40)
     with pytest.raises(ValueError, match="output_hidden_states: not computed over ranks"):
         model(input_ids=x, output_hidden_states=True)
     with pytest.raises(ValueError, match="only padding at the end may be"):
