@@ -15,7 +15,7 @@ def divided_cross_entropy(
 
     x `[T, D]` and labels `[T]`, which count through the whole vocabulary, are the same on every rank of the axis. The
     results are those of the whole head and the same on all; the gradient of x is a summand. A tile sends two numbers a
-    token.
+    token. A label beyond the vocabulary is nobody's, and its logit counts as 0.
     """
     group = axis.group
     if group is None:

@@ -9,18 +9,13 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from longctx.convert.megatron_table import ATTENTION, LINEARS, NORMS, WHOLE, Layer, layer_prefix, table
 from longctx.convert.rows import PIECE, Whole, made
@@ -30,10 +25,10 @@ from longctx.files import sync
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
-from longctx.train.checkpoint import TRAINER, list_checkpoints, read_state
+from longctx.train.checkpoint import TRAINER, check_format, differences, list_checkpoints, read_state
 from longctx.train.making import Made, write_made
-from longctx.train.storage import read_tensors
-from longctx.train.weights import described, find_weights, write_weights
+from longctx.train.storage import Reader, RegionPlanner, read_tensors
+from longctx.train.weights import described, find_weights, with_defaults, write_weights
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
@@ -51,41 +46,12 @@ class Converted:
     source: Path
 
 
-class _Region(DefaultLoadPlanner):
-    """Reads a part of one tensor, which begins at `offsets`."""
-
-    def __init__(self, offsets: tuple[int, ...]) -> None:
-        super().__init__()
-        self._offsets = torch.Size(offsets)
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        ((name, tensor),) = self.state_dict.items()
-        there = self.metadata.state_dict_metadata[name]
-        assert isinstance(there, TensorStorageMetadata)
-        chunk = ChunkStorageMetadata(offsets=self._offsets, sizes=tensor.shape)
-        return LoadPlan(create_read_items_for_chunk_list(name, there, [chunk]))
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn]
-
-
-class _Reader(dcp.FileSystemReader):
-    @cached_property
-    def _metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        del args, kwargs
-        return self._metadata
-
-
 class _Checkpoint:
     """Megatron's tensors in a folder, each by a name with its layer's number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = _Reader(folder)
+        self._reader = Reader(folder)
         try:
             entries = self._reader.read_metadata().state_dict_metadata
         except Exception as error:  # what pickle makes of damaged bytes is any of them
@@ -120,7 +86,7 @@ class _Checkpoint:
         if layer is not None:
             sizes, offsets = (1, *sizes), (layer, *offsets)
         out = torch.empty(sizes)
-        read_tensors(self.folder, {stored: out}, self._reader, _Region(offsets))
+        read_tensors(self.folder, {stored: out}, self._reader, RegionPlanner(*offsets))
         out = out if layer is None else out[0]
         return out if direct else out.reshape(-1, shape[-1])[begin:end]
 
@@ -138,7 +104,9 @@ def find_checkpoint(source: Path) -> Path:
     `latest_checkpointed_iteration.txt`, or of a run of `engine = "megatron"`. Raises UserError where there is none."""
     if (source / _LATEST).is_file():
         latest = (source / _LATEST).read_text(encoding="utf-8").strip()
-        source = source / (_RELEASE if latest == _RELEASE else f"iter_{int(latest):07d}")
+        if latest != _RELEASE and not latest.isdigit():
+            raise UserError(f"{source / _LATEST}: {latest!r} is no iteration, and not '{_RELEASE}'")
+        source = source / (latest if latest == _RELEASE else f"iter_{int(latest):07d}")
     elif there := list_checkpoints(source / "checkpoints"):
         source = there[-1]
     if not (source / ".metadata").is_file():
@@ -161,14 +129,15 @@ def from_megatron(source: Path, model: ModelConfig | None, out: Path) -> Convert
     path = find_checkpoint(source)
     there = _Checkpoint(path)
     rows = there.shapes.get(WHOLE["embedding.weight"], torch.Size([0]))[0]
-    if model is None:
-        model = _said_by(path)
+    model = _said(path, model)
     if model.vocab_size not in (None, rows):
         raise UserError(
             f"model.vocab_size: {model.vocab_size} in the recipe, and {path} has {rows} rows: give model.vocab_size="
             f"{rows}"
         )
     _check_kind(model)
+    if any(there.layer(number).own_attention for number in range(model.depth)):
+        _check_attention(model)
     found = table(model, rows, there.layer)
     _check(there, found.theirs)
     tensors = {name: made(whole, there.rows) for name, whole in found.ours.items()}
@@ -179,10 +148,21 @@ def from_megatron(source: Path, model: ModelConfig | None, out: Path) -> Convert
     return Converted(sum(whole.shape.numel() for whole in found.ours.values()), path)
 
 
-def _said_by(path: Path) -> ModelConfig:
+def _said(path: Path, given: ModelConfig | None) -> ModelConfig:
+    """The model that a checkpoint is of: what it says itself, or what is given. Raises UserError where these differ,
+    where nobody says it, and where a checkpoint that does is damaged or not Megatron's."""
     if not (path / TRAINER).is_file():
-        raise UserError(f"{path} does not say what model it is of: give a recipe that does, --to RECIPE")
-    return _model(path, read_state(path, "as SOURCE").model)
+        if given is None:
+            raise UserError(f"{path} does not say what model it is of: give a recipe that does, --to RECIPE")
+        return given
+    state = read_state(path, "as SOURCE")
+    check_format(path, state, "megatron", "Its tensors are the built-in model's already: give it to train.init")
+    said = _model(path, state.model)
+    if given is not None:
+        found = differences(with_defaults(state.model), described(given, said.vocab_size or 0))
+        if found:
+            raise UserError(f"{path} is of another model than the recipe's: {'; '.join(found)}. Leave out --to")
+    return said
 
 
 def _model(path: Path, said: Mapping[str, Any]) -> ModelConfig:
@@ -264,8 +244,8 @@ def _check_attention(model: ModelConfig) -> None:
     config: SoftmaxConfig | None = getattr(model, SoftmaxConfig.name)
     if config is not None and (config.qk_norm is not None or config.output_gate):
         raise UserError(
-            "model.softmax: norms of queries and keys (qk_norm) and an output gate are not converted to Megatron's own "
-            "attention"
+            "model.softmax: norms of queries and keys (qk_norm) and an output gate (output_gate) are not converted to "
+            "Megatron's own attention, or from it"
         )
 
 

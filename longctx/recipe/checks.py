@@ -24,6 +24,7 @@ def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:
         mistakes += _ulysses_fits(parallel)
         mistakes += _ranks_fit(parallel, world_size)
     if parallel is not None and model is not None:
+        mistakes += _schedules_fit(model, parallel)
         mistakes += _experts_divide(model, parallel, world_size)
     if train is not None and parallel is not None:
         mistakes += _sequences_divide(train, parallel, world_size)
@@ -54,6 +55,27 @@ def _ulysses_fits(parallel: ParallelConfig) -> Iterator[Mistake]:
             f"{parallel.attention!r} needs ulysses between 1 and cp = {cp}, not {ulysses}; 'ulysses' and "
             f"{parallel.attention.removeprefix('ulysses-')!r} are for one of the two alone",
         )
+
+
+def _schedules_fit(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mistake]:
+    """Where heads do not divide as the schedule of attention has them change ranks."""
+    pairs = parallel.attention.startswith("ulysses-")
+    if parallel.cp == 1 or parallel.cp % parallel.ulysses or (pairs and not 1 < parallel.ulysses < parallel.cp):
+        return  # nothing travels, or it has been told
+    over = parallel.cp if parallel.attention == "ulysses" else parallel.ulysses
+    for letter in dict.fromkeys(model.pattern):
+        table = model.mixer(model.pattern.index(letter))
+        heads = getattr(table, "heads", 0)
+        if heads % parallel.tp:
+            continue  # told where heads are divided
+        mine = table.model_copy(update={"heads": heads // parallel.tp})
+        field, names = mine.schedules(parallel.cp, parallel.ulysses)
+        if field == "attention" and parallel.attention not in ("auto", *names):
+            yield Mistake(
+                ("parallel", "attention"),
+                f"{parallel.attention!r} divides heads over {over} ranks, and of model.{table.name} a rank has "
+                f"{heads // parallel.tp}",
+            )
 
 
 def _ranks_fit(parallel: ParallelConfig, world_size: int | None) -> Iterator[Mistake]:

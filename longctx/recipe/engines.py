@@ -5,12 +5,15 @@ from typing import Any
 
 import torch
 
+from longctx.data.config import DataConfig
+from longctx.mixers import Mixer, MixerConfig
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.division import obstacle
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
+from longctx.parallel.layout import Layout
 from longctx.recipe.sources import Mistake
-from longctx.train.config import DeepSpeedConfig, ParallelConfig, TrainConfig
+from longctx.train.config import DeepSpeedConfig, MegatronConfig, ParallelConfig, TrainConfig
 
 
 def engine_has_it(tables: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -59,6 +62,12 @@ def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:
     parallel: ParallelConfig | None = tables.get("parallel")
     if train is not None and train.ffn_tile != "none":
         yield Mistake(("train", "ffn_tile"), "engine = 'megatron' has Megatron's feed-forwards, which have no tiles")
+    options = tables.get("megatron") or MegatronConfig()
+    data: DataConfig | None = tables.get("data")
+    if parallel is not None and parallel.tp > 1 and options.sequence_parallel:
+        yield from _slices(parallel, data)
+    if train is not None and train.precision == "bf16" and not options.distributed_optimizer and model is not None:
+        yield from _one_dtype(model)
     if parallel is not None:
         if parallel.dp_replicate > 1:
             yield Mistake(
@@ -98,16 +107,51 @@ def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:
         yield from _divides(model, parallel)
 
 
+def _slices(parallel: ParallelConfig, data: DataConfig | None) -> Iterator[Mistake]:
+    """What Megatron's sequence parallelism cannot cut once more."""
+    if parallel.layout == "balanced":
+        if parallel.tp > 2:
+            yield Mistake(
+                ("parallel", "layout"),
+                f"'balanced' does not promise a rank a number of tokens that tp = {parallel.tp} divides: take another "
+                "layout, or megatron.sequence_parallel = false",
+            )
+    elif data is not None:
+        rows = Layout((0, data.sequence_length), parallel.layout, parallel.cp).local_length
+        if rows % parallel.tp:
+            yield Mistake(
+                ("data", "sequence_length"),
+                f"a rank has {rows} tokens of {data.sequence_length}, which {parallel.tp} tensor-parallel ranks do not "
+                "divide: give another length, or megatron.sequence_parallel = false",
+            )
+
+
+def _one_dtype(model: ModelConfig) -> Iterator[Mistake]:
+    for table, mixer in _mixers(model):
+        exact = (layer for layer in mixer.modules() if getattr(layer, "full_precision", False))
+        if any(True for layer in exact for _ in layer.parameters()):
+            yield Mistake(
+                ("megatron", "distributed_optimizer"),
+                f"model.{table.name} has parameters in float32 beside those in bf16, which Megatron's other optimizer "
+                "cannot save: leave this key out",
+            )
+
+
+def _mixers(model: ModelConfig) -> Iterator[tuple[MixerConfig, Mixer]]:
+    """Every kind of mixer in a model, in its last layer, without memory."""
+    for letter in dict.fromkeys(model.pattern):
+        layer = model.pattern.rindex(letter)
+        table = model.mixer(layer)
+        with torch.device("meta"):
+            yield table, table.build(model.dim, layer, model.depth, model.norm_eps)
+
+
 def _divides(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mistake]:
     """What tensor- and pipeline-parallel ranks cannot divide between them."""
     tp, pp = parallel.tp, parallel.pp
     if model.depth % pp:
         yield Mistake(("parallel", "pp"), f"{model.depth} layers (model.depth) do not divide over {pp} ranks")
-    for letter in dict.fromkeys(model.pattern):
-        layer = model.pattern.index(letter)
-        table = model.mixer(layer)
-        with torch.device("meta"):
-            mixer = table.build(model.dim, layer, model.depth, model.norm_eps)
+    for table, mixer in _mixers(model):
         found = obstacle(mixer, tp)
         if found is not None:
             yield Mistake(("parallel", "tp"), f"model.{table.name}: {found}")

@@ -56,6 +56,10 @@ class TrainerState:
     """Whose names and shapes the tensors have: the built-in model's, or `megatron`, Megatron-Core's."""
 
 
+class _WriteError(Exception):
+    """Some rank could not write."""
+
+
 class Checkpointer:
     """The checkpoints of one run. Every rank makes one, and every rank calls every method."""
 
@@ -81,11 +85,26 @@ class Checkpointer:
     def save_with(self, write: Callable[[Path], None], state: TrainerState) -> None:
         """Write `step-<state.step>` by another framework's means, on the caller's thread.
 
-        `write` makes a folder and puts all ranks' files into it, in a format of torch.distributed.checkpoint. Raises
-        UserError, on every rank, where it cannot be published; what `write` raises is raised as it is.
+        `write` puts all ranks' files into a folder that is there, in a format of torch.distributed.checkpoint. Raises
+        UserError, on every rank, where they cannot be written or published.
         """
         self.wait()
-        self._write(write, state)
+        self._write(partial(self._write_together, write), state)
+
+    def _write_together(self, write: Callable[[Path], None], folder: Path) -> None:
+        """Write, and raise _WriteError on every rank, with the words of all, where some rank could not."""
+        said: str | None = None
+        try:
+            write(folder)
+        except CheckpointException as error:
+            said = causes(error)
+        except OSError as error:
+            said = f"rank {dist.get_rank(self._group)}: {error}"
+        each: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(each, said, group=self._group)
+        if any(words is not None for words in each):
+            # Who waited for the one that failed has nothing to say.
+            raise _WriteError("; ".join(dict.fromkeys(words for words in each if words)))
 
     def wait(self) -> None:
         """Wait for the save under way. Raises UserError, on every rank, where it could not be written."""
@@ -124,6 +143,7 @@ class Checkpointer:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*.partial"):
                 shutil.rmtree(left)
+            draft.mkdir()
 
         def publish() -> None:
             seen = {file.name for file in draft.iterdir()}
@@ -152,6 +172,8 @@ class Checkpointer:
             write(draft)
         except CheckpointException as error:
             raise UserError(f"{what}: {causes(error)}. {_AFTER_FAILURE}") from error
+        except _WriteError as error:
+            raise UserError(f"{what}: {error}. {_AFTER_FAILURE}") from error
         self._on_rank_zero(what, publish)
 
 

@@ -33,7 +33,7 @@ def build_engine(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
             case "megatron":
                 from longctx.adapters.megatron.engine import MegatronEngine
 
-                return MegatronEngine(recipe, vocab_size)
+                return MegatronEngine(recipe, device_type, vocab_size)
     except UnsupportedVersionError as error:
         raise UserError(f"engine: {recipe.engine!r}: {error}") from error
 

@@ -7,6 +7,7 @@ tensor is read. A folder is written aside and renamed when it is whole, by whoev
 import json
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, WriteResult
@@ -53,6 +54,9 @@ def write_listing(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     # The only hidden one that is of the content: another is the lock of whoever writes.
     files = [*sorted(folder.glob("[!.]*")), folder / _METADATA]
     sizes = {file.name: file.stat().st_size for file in files if file.name != name}
+    for file in files:
+        if file.suffix != ".distcp":  # which every rank has synced that wrote one
+            sync(file)
     (folder / name).write_text(json.dumps({**content, "files": sizes}, indent=1), encoding="utf-8")
     sync(folder / name)
     sync(folder)
@@ -68,10 +72,22 @@ def damage(folder: Path, files: Mapping[str, int]) -> str | None:
     return None
 
 
-class RowsPlanner(DefaultLoadPlanner):
-    """Reads tensors that are rows of larger ones: those from `begin` on."""
+class Reader(dcp.FileSystemReader):
+    """Reads a folder's metadata once, for as many reads of tensors as there are."""
 
-    def __init__(self, begin: int) -> None:
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        del args, kwargs
+        return self._metadata
+
+
+class RegionPlanner(DefaultLoadPlanner):
+    """Reads tensors that are parts of larger ones: those that begin at `begin`, and at 0 in the dims that follow."""
+
+    def __init__(self, *begin: int) -> None:
         super().__init__()
         self._begin = begin
 
@@ -79,7 +95,7 @@ class RowsPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         items = []
         for name, tensor in self.state_dict.items():
-            offsets = torch.Size([self._begin, *[0] * (tensor.dim() - 1)])
+            offsets = torch.Size([*self._begin, *[0] * (tensor.dim() - len(self._begin))])
             chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.shape)
             there = self.metadata.state_dict_metadata[name]
             assert isinstance(there, TensorStorageMetadata)

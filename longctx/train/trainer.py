@@ -261,8 +261,9 @@ class _Trainer:
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
             unigram = unigram_loss(self.stream, self.heldout, self.vocab_size)
-        mesh = self.mesh
+        mesh, parallel = self.mesh, self.recipe.parallel
         axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "cp": mesh.cp.size, "ep": mesh.ep.size}
+        axes |= {"tp": parallel.tp, "pp": parallel.pp}
         info = RunInfo(
             parameters=self.engine.parameters,
             ranks=dist.get_world_size(),

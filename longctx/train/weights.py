@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longctx.errors import UserError
@@ -25,23 +24,11 @@ from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.train.checkpoint import TRAINER, check_format, differences, list_checkpoints, others, read_state
 from longctx.train.making import Made, write_made
-from longctx.train.storage import RowsPlanner, damage, read_tensors, write_listing
+from longctx.train.storage import Reader, RegionPlanner, damage, read_tensors, write_listing
 
 _WEIGHTS = "weights.json"
 _PREFIX = "model."
 _PARTIAL = re.compile(r".*\.partial(-[0-9a-f]+)?")
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads a folder's metadata once, for as many reads of tensors as there are."""
-
-    @cached_property
-    def _metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        del args, kwargs
-        return self._metadata
 
 
 @dataclass(frozen=True)
@@ -59,8 +46,8 @@ class Weights:
     """Of a checkpoint."""
 
     @cached_property
-    def _reader(self) -> _Reader:
-        return _Reader(self.path)
+    def _reader(self) -> Reader:
+        return Reader(self.path)
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -84,7 +71,7 @@ class Weights:
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Rows of one of them, from the first number up to the second; the rest as in `read`."""
         rows = torch.empty(end - begin, *self.shapes[name][1:])
-        self._read({f"{_PREFIX}{name}": rows}, RowsPlanner(begin), alone=True)
+        self._read({f"{_PREFIX}{name}": rows}, RegionPlanner(begin), alone=True)
         return rows
 
     def check(self, config: ModelConfig, rows: int) -> None:
@@ -103,7 +90,7 @@ class Weights:
         """Read them into tensors by name, which may be sharded; as `load_into`."""
         self._read({_PREFIX.removesuffix("."): tensors})
 
-    def _read(self, tensors: dict[str, Any], planner: RowsPlanner | None = None, *, alone: bool = False) -> None:
+    def _read(self, tensors: dict[str, Any], planner: RegionPlanner | None = None, *, alone: bool = False) -> None:
         try:
             read_tensors(self.path, tensors, self._reader, planner, alone=alone)
         except UserError as error:

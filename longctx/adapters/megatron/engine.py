@@ -19,11 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from longctx.adapters.megatron.language_model import build, transformer_config
 from longctx.adapters.megatron.layouts import Given
-from longctx.adapters.megatron.optimizers import fill as load_optimizer
-from longctx.adapters.megatron.optimizers import moments
+from longctx.adapters.megatron.optimizers import load_optimizer, moments
 from longctx.adapters.megatron.weights import fill, mark
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
@@ -43,16 +43,24 @@ _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How a distributed optimizer is saved, so that other numbers of ranks can go on with it."""
 
 
+_KINDS = {
+    "megatron.distributed_optimizer": "Give it as it was, or begin another run with the weights (train.init)",
+    "train.precision": "Give it as it was, or begin another run with the weights (train.init)",
+}
+"""Keys of recipes in which a run cannot differ from the one that it goes on with, and what to do."""
+
+
 class MegatronEngine:
     """As `longctx.train.engine.Engine`."""
 
     notes: Sequence[str] = ()
 
-    def __init__(self, recipe: Recipe, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
-        """Over the ranks of the default process group. `dtype`: of the parameters where precision is fp32; float64 to
-        verify with.
+    def __init__(self, recipe: Recipe, device_type: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
+        """Over the ranks of the default process group, which compute on `cpu` or `cuda`. `dtype`: of the parameters
+        where precision is fp32; float64 to verify with.
 
-        Raises UserError where there is no CUDA, and where sizes do not fit.
+        Raises UserError where there is no CUDA, where the ranks compute on another device than Megatron, and where the
+        vocabulary does not divide.
         """
         try:
             device = torch.cuda.current_device()
@@ -62,6 +70,11 @@ class MegatronEngine:
                 f"({error}); the engine 'torch' trains on a CPU too"
             ) from error
         self.device = torch.device(device)
+        if self.device.type != device_type:
+            raise UserError(
+                f"train.device: engine = 'megatron' computes on {self.device.type}, and the ranks on {device_type}: "
+                "give train.device = 'cuda', and a GPU for every rank of a machine"
+            )
         self.recipe, self.options = recipe, recipe.megatron or MegatronConfig()
         if vocab_size % recipe.parallel.tp:
             raise UserError(
@@ -135,8 +148,6 @@ class MegatronEngine:
 
     def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
         """One pass of Megatron's schedule; the negative log likelihoods of each batch's tokens, on the last stage."""
-        for batch in batches[:1]:
-            self._check_length(batch.layout)
         run = get_forward_backward_func()
         found = run(
             forward_step_func=_forward_step,
@@ -148,14 +159,6 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         return [each["nll"] for each in found]
-
-    def _check_length(self, layout: Layout) -> None:
-        tp = self.mesh.tp.size
-        if self.options.sequence_parallel and layout.local_length % tp:
-            raise UserError(
-                f"data.sequence_length: a rank has {layout.local_length} tokens of {layout.length}, which {tp} "
-                "tensor-parallel ranks do not divide: give another length, or megatron.sequence_parallel = false"
-            )
 
     def _of_last_stage(self, x: Tensor) -> Tensor:
         """What the last stage of the pipeline has, on every stage."""
@@ -199,23 +202,33 @@ class MegatronEngine:
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer}
 
+    def _kind(self) -> dict[str, Any]:
+        """What says whether an optimizer can go on with what another has saved."""
+        distributed = self.options.distributed_optimizer
+        precision = "any" if distributed else self.recipe.train.precision
+        return {**_RESHARDABLE, "megatron.distributed_optimizer": distributed, "train.precision": precision}
+
     def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
         """As in `Engine`; waits until it is written."""
         checkpointer.save_with(self._write, state)
 
     def _write(self, folder: Path) -> None:
-        if dist.get_rank() == 0:
-            folder.mkdir()
-        dist.barrier()
-        dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata=_RESHARDABLE)
+        dist_checkpointing.save(self._state(loading=False), str(folder), content_metadata=self._kind())
 
     def load(self, path: Path) -> None:
         """As in `Engine`."""
+        there, here = dist_checkpointing.load_content_metadata(str(path)) or {}, self._kind()
+        for key, advice in _KINDS.items():
+            if there.get(key) != here[key]:
+                raise UserError(
+                    f"checkpoint {path} is of a run with {key} = {there.get(key)}, and this one has {here[key]}: its "
+                    f"optimizer cannot go on. {advice}"
+                )
         with moments(self.optimizer):
             wanted = self._state(loading=True)
         try:
             loaded = dist_checkpointing.load(wanted, str(path))
-        except CheckpointingException as error:
+        except (CheckpointingException, CheckpointException) as error:
             raise UserError(f"checkpoint {path} cannot be read: {error}. {others(path, RESUME)}") from error
         self.model.load_state_dict(loaded["model"])
         load_optimizer(self.optimizer, loaded["optimizer"])

@@ -1,7 +1,8 @@
 """What Megatron's optimizers need where its own cases end.
 
 Parameters of two dtypes in one group: its distributed optimizer (0.16 to 0.20) puts those in float32 first and goes on
-counting as if it had not, so that checkpoints would have one parameter's moments under another's name.
+counting as if it had not, so that checkpoints would have one parameter's moments under another's name. So does its
+other optimizer of half precision, in more than one place: there such a save is refused.
 
 Torch's Adam, which it takes where there is neither Apex nor TransformerEngine: that makes its state at the first step,
 and counts steps for each parameter. Megatron reads the state before; its distributed optimizer does not expect the
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 
 def count_both_dtypes() -> None:
-    """From now on distributed optimizers know where parameters of two dtypes stand in a group."""
+    """From now on distributed optimizers know where parameters of two dtypes stand in a group, and others refuse to
+    save them."""
     begin = DistributedOptimizer.__init__
     if hasattr(begin, "__wrapped__"):
         return
@@ -33,6 +36,18 @@ def count_both_dtypes() -> None:
                 self.model_param_group_index_map[parameter] = number, place
 
     DistributedOptimizer.__init__ = begin_and_count
+    save = Float16OptimizerWithFloat16Params.sharded_state_dict
+
+    @wraps(save)
+    def save_of_one_dtype(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(self.fp32_from_fp32_groups):
+            raise ValueError(
+                "checkpoint: the optimizer has parameters in float32 beside those in half precision, which Megatron "
+                "saves under each other's names: take the distributed optimizer (--use-distributed-optimizer)"
+            )
+        return save(self, *args, **kwargs)
+
+    Float16OptimizerWithFloat16Params.sharded_state_dict = save_of_one_dtype
 
 
 def _on_adam(optimizer: Any) -> Iterator[Any]:
@@ -50,12 +65,14 @@ def moments(optimizer: Any) -> Iterator[None]:
         for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
             empty = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             part.optimizer.state[parameter] = {"step": torch.zeros(()), **empty}
-    yield
-    for part in parts:
-        part.optimizer.state.clear()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.optimizer.state.clear()
 
 
-def fill(optimizer: Any, loaded: Any) -> None:
+def load_optimizer(optimizer: Any, loaded: Any) -> None:
     """Load a state that was read from a checkpoint."""
     for part in _on_adam(optimizer):
         if hasattr(part, "_set_main_param_and_optimizer_states"):

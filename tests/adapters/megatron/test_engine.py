@@ -1,5 +1,9 @@
 """`engine = "megatron"`: a recipe's run is that of the built-in engine."""
 
+import errno
+import os
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -96,6 +100,39 @@ def test_it_goes_on_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in,
     out = went_on_to_be_killed(saved, tmp_path / "run", 4)
     ranks.run(megatron, workplace, out, [*HYBRID, *overrides], size=size)
     assert_same(curve(out), curve(built_in))
+
+
+def test_it_goes_on_without_the_distributed_optimizer_and_never_with_another_one(ranks, workplace, built_in, tmp_path):
+    whole = [*HYBRID, "megatron.distributed_optimizer=false"]
+    ranks.run(megatron, workplace, tmp_path / "run", [*whole, "parallel.tp=2", "parallel.cp=1"], size=2)
+    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "on", 4)
+    ranks.run(megatron, workplace, out, whole, size=2)
+    assert_same(curve(out), curve(built_in))
+    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "other", 4)
+    (said,) = set(ranks.run(mistake, workplace, out, [*HYBRID, "engine=megatron"], "auto", on_cpu, size=2))
+    assert "of a run with megatron.distributed_optimizer = False, and this one has True" in said
+
+
+def full_disk(workplace, out, overrides):
+    """On a rank: the words where the second rank's disk is full as it saves."""
+    from megatron.core import dist_checkpointing
+
+    may_start_processes()
+    save = dist_checkpointing.save
+
+    def fail(*args, **kwargs):
+        save(*args, **kwargs)
+        if torch.distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with patch.object(dist_checkpointing, "save", fail):
+        return mistake(workplace, out, ["engine=megatron", *overrides], "auto", on_cpu)
+
+
+def test_a_save_that_fails_on_one_rank_is_told_by_all(ranks, workplace, tmp_path):
+    (said,) = set(ranks.run(full_disk, workplace, tmp_path / "run", HYBRID, size=2))
+    assert "step-00000004 could not be written: rank 1: [Errno 28] No space left on device" in said
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_it_begins_with_weights_of_the_built_in_engine(ranks, workplace, built_in, tmp_path):
