@@ -41,13 +41,8 @@ from longctx.train.weights import Weights
 
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How a distributed optimizer is saved, so that other numbers of ranks can go on with it."""
-
-
-_KINDS = {
-    "megatron.distributed_optimizer": "Give it as it was, or begin another run with the weights (train.init)",
-    "train.precision": "Give it as it was, or begin another run with the weights (train.init)",
-}
-"""Keys of recipes in which a run cannot differ from the one that it goes on with, and what to do."""
+_KINDS = ("megatron.distributed_optimizer", "train.precision")
+"""Keys of recipes in which a run cannot differ from the one that it goes on with."""
 
 
 class MegatronEngine:
@@ -218,11 +213,12 @@ class MegatronEngine:
     def load(self, path: Path) -> None:
         """As in `Engine`."""
         there, here = dist_checkpointing.load_content_metadata(str(path)) or {}, self._kind()
-        for key, advice in _KINDS.items():
+        for key in _KINDS:
             if there.get(key) != here[key]:
                 raise UserError(
                     f"checkpoint {path} is of a run with {key} = {there.get(key)}, and this one has {here[key]}: its "
-                    f"optimizer cannot go on. {advice}"
+                    "optimizer cannot go on. Give it as it was, or begin another run with weights made of the "
+                    "checkpoint (longctx convert from-megatron, train.init)"
                 )
         with moments(self.optimizer):
             wanted = self._state(loading=True)
