@@ -77,9 +77,11 @@ def run_from_megatron(arguments: Sequence[str], recipe: str | None, out: Path) -
 
 def run_to_megatron(source: Path, out: Path) -> int:
     """Export weights for Megatron-Core's script; the exit status. Raises UserError for what the user can mend."""
-    from longctx.convert.megatron import to_megatron
+    from longctx.convert.megatron import script_arguments, to_megatron
 
     done = to_megatron(source, out)
     say(f"{out}: {done.parameters:,} parameters of {done.source}")
-    say(f"To begin Megatron's script with it: --load {out} --finetune, and a --spec with the same layers")
+    layers = done.model.layers
+    say(f"To begin Megatron's script with it: --load {out} --finetune, a --spec with the layers {layers!r}, and")
+    say(f"  {script_arguments(done.model)}")
     return 0

@@ -44,6 +44,7 @@ class Converted:
 
     parameters: int
     source: Path
+    model: ModelConfig
 
 
 class _Checkpoint:
@@ -145,7 +146,7 @@ def from_megatron(source: Path, model: ModelConfig | None, out: Path) -> Convert
     final = out.expanduser().resolve()
     with staging(final) as folder, naming_disk_errors(final):
         write_weights(folder, tensors, described(model, rows), origin)
-    return Converted(sum(whole.shape.numel() for whole in found.ours.values()), path)
+    return Converted(sum(whole.shape.numel() for whole in found.ours.values()), path, model)
 
 
 def _said(path: Path, given: ModelConfig | None) -> ModelConfig:
@@ -236,7 +237,26 @@ def to_megatron(source: Path, out: Path) -> Converted:
         (folder / _LATEST).write_text(_RELEASE, encoding="utf-8")
         for file in (*release.iterdir(), folder / _LATEST):
             sync(file)
-    return Converted(sum(whole.shape.numel() for whole in found.ours.values()), weights.path)
+    return Converted(sum(whole.shape.numel() for whole in found.ours.values()), weights.path, model)
+
+
+def script_arguments(model: ModelConfig) -> str:
+    """What Megatron's script has to be told of a model that `to_megatron` writes, beside its `--spec`; head counts and
+    widths where it has softmax layers, of which Megatron's own attention has them."""
+    ffn = model.feed_forward(0)
+    assert isinstance(ffn, SwigluConfig)
+    said = f"--num-layers {model.depth} --hidden-size {model.dim} --ffn-hidden-size {ffn.width(model.dim)}"
+    said += f" --swiglu --disable-bias-linear --normalization RMSNorm --norm-epsilon {model.norm_eps}"
+    softmax: SoftmaxConfig | None = getattr(model, SoftmaxConfig.name)
+    if softmax is not None:
+        width, groups = softmax.head_dim or model.dim // softmax.heads, softmax.kv_heads or softmax.heads
+        said += f" --num-attention-heads {softmax.heads} --kv-channels {width}"
+        said += f" --group-query-attention --num-query-groups {groups}" if groups != softmax.heads else ""
+        said += f" --position-embedding-type rope --rotary-base {softmax.rope_theta:.0f}"
+        said += f" --rotary-percent {softmax.rotary_dim / width}" if softmax.rotary_dim else ""
+        said += " --use-rope-scaling" if softmax.rope_scaling else ""
+        said += f" --window-size {softmax.window - 1},0" if softmax.window else ""
+    return said if model.tie_embeddings else f"{said} --untie-embeddings-and-output-weights"
 
 
 def _check_attention(model: ModelConfig) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from longctx.convert.megatron import from_megatron, to_megatron
+from longctx.convert.megatron import from_megatron, script_arguments, to_megatron
 from longctx.errors import UserError
 from longctx.mixers import MIXERS
 from longctx.mixers.heads import HeadsMixConfig
@@ -149,3 +149,12 @@ def test_what_is_written_is_a_release(tmp_path):
     source = write(tmp_path)
     assert (source / "latest_checkpointed_iteration.txt").read_text() == "release"
     assert json.loads((source / "release" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+
+
+def test_what_megatrons_script_has_to_be_told():
+    softmax = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, rope_theta=5e5, window=5)
+    assert script_arguments(hybrid(softmax=softmax, tie_embeddings=False)) == (
+        "--num-layers 3 --hidden-size 12 --ffn-hidden-size 10 --swiglu --disable-bias-linear --normalization RMSNorm "
+        "--norm-epsilon 1e-05 --num-attention-heads 6 --kv-channels 4 --group-query-attention --num-query-groups 2 "
+        "--position-embedding-type rope --rotary-base 500000 --window-size 4,0 --untie-embeddings-and-output-weights"
+    )
