@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, workplace):
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
     assert [evaluation.step for evaluation in found.evaluations] == [10, 20]
     assert found.evaluations[1].loss < found.evaluations[0].loss
-    assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2, "ep": 1}
+    assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2, "ep": 1, "tp": 1, "pp": 1}
     assert found.steps[-1].tokens == 20 * 2 * 64
     # Every schedule was reckoned with, and one was chosen.
     (layers, chosen) = next(iter(found.runs[0].attention.items()))
