@@ -62,7 +62,7 @@ test-all: lint types ## The same with the slow grids
 	@$(PYTEST) --ignore tests/adapters -m 'slow or not slow'
 
 test-adapters: .venv/adapters ## The layers inside other frameworks, which this installs (minutes)
-	@$(PYTEST) tests/adapters
+	@$(PYTEST) --dist loadfile tests/adapters
 
 .venv/adapters: .venv/installed
 	@echo "Installing the frameworks that the adapters are for into .venv"
