@@ -141,7 +141,7 @@ class Softmax(Mixer):
         scale, window = self.head_dim**-0.5, self.reach.window
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = self._turned(q, k, layout)
+        q, k = self._turned(q, k, self._table(layout, x))
         if memory is None:
             out = softmax_attention(q, k, v, layout, scale, window=window)
         else:
@@ -151,9 +151,8 @@ class Softmax(Mixer):
     def _table(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(layout.positions.to(x.device), self.rotary_dim, self.rope_theta, self.rope_scaling)
 
-    def _turned(self, q: Tensor, k: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _turned(self, q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """q and k `[B, T_local, ., K]`, normed where there are norms, turned to their positions."""
-        table = self._table(layout, q)
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         return rotate(q, table), rotate(k, table)
@@ -177,9 +176,10 @@ class Softmax(Mixer):
             shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
             queries = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
             queries = queries.view(*pairs.index.shape, self.head_dim)
-        shared, k = self._turned(shared, k, layout)
+        table = self._table(layout, x)
+        shared, k = self._turned(shared, k, table)
         queries = queries if self.q_norm is None else self.q_norm(queries)
-        queries = rotate_rows(queries, pairs.rows, self._table(layout, x))
+        queries = rotate_rows(queries, pairs.rows, table)
         scale, window = self.head_dim**-0.5, self.reach.window
         of_shared, of_pairs = attend_pairs(shared, queries, k, v, pairs, layout, scale, window=window)
         if self.gate is not None:
