@@ -56,10 +56,6 @@ class TrainerState:
     """Whose names and shapes the tensors have: the built-in model's, or `megatron`, Megatron-Core's."""
 
 
-class _WriteError(Exception):
-    """Some rank could not write."""
-
-
 class Checkpointer:
     """The checkpoints of one run. Every rank makes one, and every rank calls every method."""
 
@@ -89,22 +85,7 @@ class Checkpointer:
         UserError, on every rank, where they cannot be written or published.
         """
         self.wait()
-        self._write(partial(self._write_together, write), state)
-
-    def _write_together(self, write: Callable[[Path], None], folder: Path) -> None:
-        """Write, and raise _WriteError on every rank, with the words of all, where some rank could not."""
-        said: str | None = None
-        try:
-            write(folder)
-        except CheckpointException as error:
-            said = causes(error)
-        except OSError as error:
-            said = f"rank {dist.get_rank(self._group)}: {error}"
-        each: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(each, said, group=self._group)
-        if any(words is not None for words in each):
-            # Who waited for the one that failed has nothing to say.
-            raise _WriteError("; ".join(dict.fromkeys(words for words in each if words)))
+        self._write(write, state)
 
     def wait(self) -> None:
         """Wait for the save under way. Raises UserError, on every rank, where it could not be written."""
@@ -168,12 +149,18 @@ class Checkpointer:
 
         what = f"checkpoint {final} could not be written"
         self._on_rank_zero(what, prepare)
+        said: str | None = None
         try:
             write(draft)
         except CheckpointException as error:
-            raise UserError(f"{what}: {causes(error)}. {_AFTER_FAILURE}") from error
-        except _WriteError as error:
-            raise UserError(f"{what}: {error}. {_AFTER_FAILURE}") from error
+            said = causes(error)
+        except OSError as error:
+            said = f"rank {dist.get_rank(self._group)}: {error}"
+        each: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(each, said, group=self._group)
+        if any(words is not None for words in each):
+            # Who waited for the one that failed has nothing to say.
+            raise UserError(f"{what}: {'; '.join(dict.fromkeys(words for words in each if words))}. {_AFTER_FAILURE}")
         self._on_rank_zero(what, publish)
 
 
