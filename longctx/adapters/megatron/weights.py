@@ -9,24 +9,15 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 
 from longctx.adapters.megatron.language_model import LanguageModel
+from longctx.convert.megatron_table import FEED_FORWARD, NORMS, WHOLE
 from longctx.mixers.division import Share
 from longctx.parallel.mesh import Axis
 
-LAYER = {
-    "input_layernorm.weight": "mixer_norm.weight",
-    "pre_mlp_layernorm.weight": "ffn_norm.weight",
-    "mlp.linear_fc1.weight": "ffn.gate_up.weight",
-    "mlp.linear_fc2.weight": "ffn.down.weight",
-}
+_OF_LAYER = {theirs: ours for ours, theirs in FEED_FORWARD.items()} | {names[-1]: ours for ours, names in NORMS.items()}
 """The names of a layer's parameters, Megatron's and ours; those of its mixer follow `self_attention.mixer.` there and
 `mixer.` here."""
-MIXER = ("self_attention.mixer.", "mixer.")
-WHOLE = {
-    "embedding.word_embeddings.weight": "embedding.weight",
-    "decoder.final_layernorm.weight": "norm.weight",
-    "output_layer.weight": "head.weight",
-}
-"""Those outside of layers."""
+_MIXER = ("self_attention.mixer.", "mixer.")
+_OUTSIDE = {theirs: ours for ours, theirs in WHOLE.items()}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
@@ -45,15 +36,15 @@ def parameters(model: LanguageModel, tp: int) -> Iterator[Placed]:
     for name, parameter in model.named_parameters():
         match = _LAYER.fullmatch(name)
         if match is None:
-            ours = WHOLE[name]
+            ours = _OUTSIDE[name]
             if ours == "head.weight" and model.share_embeddings_and_output_weights:
                 ours = "embedding.weight"  # the last stage's copy of what the first one has
             rows = Share(0, (len(parameter) * tp,))
             yield Placed(ours, parameter, None if ours == "norm.weight" else rows)
             continue
         layer, rest = model.decoder.layers[int(match[1])], match[2]
-        ours = LAYER[rest] if rest in LAYER else MIXER[1] + rest.removeprefix(MIXER[0])
-        share = layer.self_attention.shares.get(rest.removeprefix(MIXER[0]))
+        ours = _OF_LAYER[rest] if rest in _OF_LAYER else _MIXER[1] + rest.removeprefix(_MIXER[0])
+        share = layer.self_attention.shares.get(rest.removeprefix(_MIXER[0]))
         if rest == "mlp.linear_fc1.weight":
             share = Share(0, (len(parameter) * tp // 2,) * 2)
         elif rest == "mlp.linear_fc2.weight":
