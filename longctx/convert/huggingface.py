@@ -20,7 +20,7 @@ from torch import Tensor
 from longctx.config import Config
 from longctx.convert.families import FAMILIES, Family
 from longctx.convert.families.base import Keys
-from longctx.convert.rows import PIECE, RowTable, Whole, flat, gather, made
+from longctx.convert.rows import RowTable, Whole, at_once, flat, gather, made
 from longctx.convert.tensor_files import (
     CONFIG,
     DTYPES,
@@ -178,7 +178,7 @@ def _check_tensors(
 def _equal(files: TensorFolder, name: str, other: str) -> bool:
     """Whether two tensors of a folder are equal."""
     shape = files.tensors[name].shape
-    step = max(1, PIECE // (4 * shape[1:].numel()))
+    step = at_once(shape)
     return shape == files.tensors[other].shape and all(
         torch.equal(files.rows(name, at, at + step), files.rows(other, at, at + step))
         for at in range(0, shape[0], step)
@@ -207,14 +207,9 @@ def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: i
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out")
     weights = find_weights(source, "as SOURCE")
-    try:
-        model = ModelConfig.model_validate_json(json.dumps(weights.model))
-    except ValidationError as error:
-        raise UserError(f"{weights.path} is of a model that this version does not know: {error}") from error
-    assert model.vocab_size is not None
-    weights.check(model, model.vocab_size)
+    model, rows = weights.whole_model()
     family, config = _family_of(weights.path, model)
-    wholes = family.table(model, shapes_of(model, model.vocab_size)).theirs
+    wholes = family.table(model, shapes_of(model, rows)).theirs
     derived = family.derived(model, config)
     shapes = {name: whole.shape for name, whole in wholes.items()}
     shapes |= {name: make().shape for name, make in derived.items()}
@@ -253,8 +248,7 @@ class _Reader:
 
     def _step(self, name: str) -> int:
         """Rows of the first dimension in a block."""
-        shape = self._weights.shapes[name]
-        return max(1, PIECE // (4 * shape[1:].numel()))
+        return at_once(self._weights.shapes[name])
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """As `longctx.convert.rows.Read` says."""

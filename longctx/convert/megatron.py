@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from longctx.convert.megatron_table import ATTENTION, LINEARS, NORMS, WHOLE, Layer, layer_prefix, table
-from longctx.convert.rows import PIECE, Whole, made
+from longctx.convert.rows import Whole, at_once, made
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
 from longctx.files import sync
@@ -28,7 +27,7 @@ from longctx.model.ffn import SwigluConfig
 from longctx.train.checkpoint import TRAINER, check_format, differences, list_checkpoints, read_state
 from longctx.train.making import Made, write_made
 from longctx.train.storage import Reader, RegionPlanner, read_tensors
-from longctx.train.weights import described, find_weights, with_defaults, write_weights
+from longctx.train.weights import described, find_weights, known, with_defaults, write_weights
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
@@ -158,19 +157,12 @@ def _said(path: Path, given: ModelConfig | None) -> ModelConfig:
         return given
     state = read_state(path, "as SOURCE")
     check_format(path, state, "megatron", "Its tensors are the built-in model's already: give it to train.init")
-    said = _model(path, state.model)
+    said = known(path, state.model)
     if given is not None:
         found = differences(with_defaults(state.model), described(given, said.vocab_size or 0))
         if found:
             raise UserError(f"{path} is of another model than the recipe's: {'; '.join(found)}. Leave out --to")
     return said
-
-
-def _model(path: Path, said: Mapping[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate_json(json.dumps(said))
-    except ValidationError as error:
-        raise UserError(f"{path} is of a model that this version does not know: {error}") from error
 
 
 def _check_kind(model: ModelConfig) -> None:
@@ -214,12 +206,10 @@ def to_megatron(source: Path, out: Path) -> Converted:
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out")
     weights = find_weights(source, "as SOURCE")
-    model = _model(weights.path, weights.model)
-    assert model.vocab_size is not None
-    weights.check(model, model.vocab_size)
+    model, rows = weights.whole_model()
     _check_kind(model)
     _check_attention(model)
-    found = table(model, model.vocab_size, lambda number: _written(model, number))
+    found = table(model, rows, lambda number: _written(model, number))
     each = {name: made(whole, weights.read_rows) for name, whole in found.theirs.items()}
     each |= _norms_by_themselves(model, each)
     alike = len(set(model.pattern)) == 1 and model.mixer(0).same_in_all_layers
@@ -292,8 +282,7 @@ def _stacked(model: ModelConfig, each: Mapping[str, Made]) -> dict[str, Made]:
             rest = name.removeprefix(layer_prefix(0))
             layers = [each[layer_prefix(number) + rest] for number in range(model.depth)]
             shape = torch.Size([model.depth, *one.shape])
-            rows = max(1, PIECE // (4 * one.shape.numel()))
-            found[_STACKED + rest] = Made(shape, _stack(layers), rows=rows)
+            found[_STACKED + rest] = Made(shape, _stack(layers), rows=at_once(shape))
     return found
 
 

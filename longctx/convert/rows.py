@@ -91,6 +91,11 @@ def flat(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     return (shape[0], ()) if len(shape) == 1 else (torch.Size(shape[:-1]).numel(), (shape[-1],))
 
 
+def at_once(shape: Sequence[int]) -> int:
+    """How many of the first dimension of a tensor in float32 are in memory at one time: `PIECE` bytes, at least one."""
+    return max(1, PIECE // (4 * torch.Size(shape[1:]).numel()))
+
+
 def gather(runs: Iterable[Run], begin: int, end: int, out: Tensor, read: Read) -> Tensor:
     """Fill `out` with the rows from `begin` up to `end` of a tensor that is made of runs; `out` again."""
     row = 0
@@ -106,7 +111,7 @@ def gather(runs: Iterable[Run], begin: int, end: int, out: Tensor, read: Read) -
 
 
 def _pieces(begin: int, end: int, out: Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, PIECE // (4 * out[:1].numel()))
+    step = at_once(out.shape)
     return ((at, min(at + step, end)) for at in range(begin, end, step))
 
 
@@ -121,4 +126,4 @@ def made(whole: Whole, read: Read) -> Made:
         gather(whole.runs, begin * each, end * each, out, read)
         return out.view(end - begin, *whole.shape[1:])
 
-    return Made(whole.shape, make, rows=max(1, PIECE // (4 * whole.shape[1:].numel())))
+    return Made(whole.shape, make, rows=at_once(whole.shape))

@@ -74,6 +74,14 @@ class Weights:
         self._read({f"{_PREFIX}{name}": rows}, RegionPlanner(begin), alone=True)
         return rows
 
+    def whole_model(self) -> tuple[ModelConfig, int]:
+        """The model that they say they are of, and the rows of its vocabulary. Raises UserError where this version does
+        not know it, or they are of another."""
+        config = known(self.path, self.model)
+        assert config.vocab_size is not None
+        self.check(config, config.vocab_size)
+        return config, config.vocab_size
+
     def check(self, config: ModelConfig, rows: int) -> None:
         """Raise UserError, naming every difference, unless they are of this model, with `rows` in its vocabulary."""
         found = differences(self.model, described(config, rows))
@@ -140,6 +148,14 @@ def _digest(path: Path) -> str:
 def described(config: ModelConfig, rows: int) -> dict[str, Any]:
     """A model's configuration as it stands beside its weights."""
     return {**config.model_dump(mode="json"), "vocab_size": rows}
+
+
+def known(path: Path, model: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that stands beside weights in `path`. Raises UserError where this version does not know it."""
+    try:
+        return ModelConfig.model_validate_json(json.dumps(model))
+    except ValidationError as error:
+        raise UserError(f"{path} is of a model that this version does not know: {error}") from error
 
 
 def with_defaults(model: dict[str, Any]) -> dict[str, Any]:

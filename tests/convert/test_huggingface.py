@@ -204,7 +204,7 @@ def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
         back.append(found.numel() * 4)
         return found
 
-    with patch.object(huggingface, "PIECE", 256), patch.object(huggingface.Weights, "read_rows", read_rows):
+    with patch.object(rows, "PIECE", 256), patch.object(huggingface.Weights, "read_rows", read_rows):
         to_huggingface(tmp_path / "again", tmp_path / "back")
     # A row of the first dimension of experts is all of an expert's rows.
     assert max(back) <= max(256, 4 * 20 * 12)
