@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -181,6 +182,11 @@ class Mesh:
                     f"mesh: the {name} group of rank {ranks[c.rank]} has the ranks {got}: expected {want}, since the "
                     f"cp group {ranks} is divided into Ulysses groups of {u.size} neighbours"
                 )
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return torch.device(self.device_type, torch.cuda.current_device() if self.device_type == "cuda" else 0)
 
     @property
     def grid(self) -> Grid | None:

@@ -9,7 +9,6 @@ model.
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -61,28 +60,17 @@ def _drawn(module: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor
     return torch.randn(shape, generator=_generator(seed, name)) * std
 
 
-def drawn(model: nn.Module, name: str, seed: int) -> Tensor:
-    """What `initialise` gives the parameter `name` of a model, which may be on the meta device: float32, on the CPU.
-
-    Not for experts, which are drawn one by one.
-    """
-    module = model.get_submodule(name.rpartition(".")[0])
-    assert not hasattr(module, "stds"), name
-    return _drawn(module, name, model.get_parameter(name).shape, seed)
-
-
 @torch.no_grad()
-def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """What `initialise` gives each parameter of a model, which may be on the meta device: float32 on the CPU, whole,
-    made one after the other."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if hasattr(module, "stds"):
-                value = torch.empty(parameter.shape, device="cpu")
-                _fill_each(value, module.stds[name.rpartition(".")[2]], seed, name)
-            else:
-                value = _drawn(module, name, parameter.shape, seed)
-            yield name, value
+def drawn(model: nn.Module, name: str, seed: int) -> Tensor:
+    """What `initialise` gives the parameter `name` of a model, which may be on the meta device: float32, on the CPU,
+    whole, which of experts is all of them."""
+    module, shape = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name).shape
+    stds: dict[str, float] | None = getattr(module, "stds", None)
+    if stds is None:
+        return _drawn(module, name, shape, seed)
+    value = torch.empty(shape, device="cpu")
+    _fill_each(value, stds[name.rpartition(".")[2]], seed, name)
+    return value
 
 
 @torch.no_grad()

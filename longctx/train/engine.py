@@ -168,7 +168,7 @@ class TorchEngine:
     ) -> None:
         """Build, shard and initialise. `dtype`: of the parameters, float32, or float64 to verify with."""
         self.mesh, self.config, self.optimizer_config = mesh, train, optimizer
-        self.device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else 0)
+        self.device = mesh.device
         with torch.device("meta"):
             decoder = Decoder(model, vocab_size).to(dtype)
         save_memory(decoder, train)

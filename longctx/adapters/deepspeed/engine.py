@@ -23,7 +23,7 @@ from longctx.adapters.deepspeed.probe import TOLERANCE, gradient_scale
 from longctx.adapters.deepspeed.runtime import Wrapped, Zero, begin, partition
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
-from longctx.model.initialise import initial_values
+from longctx.model.initialise import drawn
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.checkpoint import Checkpointer, TrainerState, load_tensors
@@ -49,7 +49,7 @@ class ZeroEngine:
     ) -> None:
         """Build, divide and initialise, and measure the scale of gradients."""
         self.mesh, self.config = mesh, train
-        self.device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else 0)
+        self.device = mesh.device
         begin(mesh.device_type)
         self._groups = Groups(mesh)
         # Stage 0 has no clipping of its own in all precisions, and its gradients are whole on every rank.
@@ -66,8 +66,8 @@ class ZeroEngine:
         self._wrapped = Wrapped(decoder, self.optimizer, self._zero, self._groups)
         self._partitions = Partitions(self._wrapped)
         self._precise = PreciseParameters(decoder, self._partitions) if train.precision == "bf16" else None
-        for name, value in initial_values(self._shape, seed):
-            self._partitions.set_weight(decoder.get_parameter(name), value.to(self.device))
+        for name, parameter in decoder.named_parameters():
+            self._partitions.set_weight(parameter, drawn(self._shape, name, seed).to(self.device))
         self._publish()
         self._scales: dict[int, float] = {}
         self.notes: Sequence[str] = self._measured(train.sequences_per_step // mesh.dp.size)
@@ -80,7 +80,7 @@ class ZeroEngine:
             if reset is not None:
                 reset()
             if self._zero.stage == 3 and list(module.parameters(recurse=False)):
-                partition(module, self._zero, self._groups)
+                partition(module, self._zero.settings, self._zero.dtype, self._groups)
 
     def _adamw(self, config: OptimizerConfig) -> torch.optim.AdamW:
         decays = decayed(self._shape)
@@ -216,8 +216,9 @@ class ZeroEngine:
     def _weights(self, *, whole: bool) -> dict[str, Any]:
         """The tensors of the model by name, this rank's rows of them: as they are, or to be filled."""
         tensors: dict[str, Any] = {}
+        buffers = dict(self._shape.named_buffers())
         for name, shape in self._shape.state_dict().items():
-            if name in dict(self._shape.named_buffers()):
+            if name in buffers:
                 tensors[name] = self.model.get_buffer(name)
             else:
                 parameter = self.model.get_parameter(name)

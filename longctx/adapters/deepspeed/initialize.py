@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longctx.adapters.deepspeed.groups import Groups
-from longctx.adapters.deepspeed.runtime import begin
+from longctx.adapters.deepspeed.runtime import begin, partition
 from longctx.parallel.mesh import Mesh
 
 
@@ -32,18 +32,7 @@ def initialize(model: nn.Module, mesh: Mesh, *, config: dict[str, Any], **argume
                     f"initialize: {name} is divided over {dist.get_world_size(group)} of {dist.get_world_size()} "
                     "ranks: make the model outside of deepspeed.zero.Init, or with its default group"
                 )
-        # What `zero.Init` does for parameters that are made inside of it.
-        dtype = _dtype(config)
-        for parameter in model.parameters():
-            if not hasattr(parameter, "ds_id"):
-                parameter.data = parameter.data.to(dtype)
-        deepspeed.zero.Init(
-            module=model,
-            data_parallel_group=groups.get_sequence_data_parallel_group(),
-            config_dict_or_path=config,
-            mpu=groups,
-            dtype=dtype,
-        )
+        partition(model, config, _dtype(config), groups)
     return deepspeed.initialize(model=model, config=config, mpu=groups, **arguments)
 
 

@@ -40,7 +40,7 @@ def gradient_scale(zero: Zero, groups: Groups, batches: int, device: torch.devic
     probe = _Probe(ranks * batches).to(device)
     optimizer = torch.optim.AdamW(list(probe.parameters()), fused=True)
     if zero.stage == 3:
-        partition(probe, zero, groups)
+        partition(probe, zero.settings, zero.dtype, groups)
     wrapped = Wrapped(probe, optimizer, zero, groups)
     try:
         for number in range(batches):
@@ -65,8 +65,7 @@ def gradients_of(stage: int, mesh: Mesh) -> Literal["mean", "sum"]:
     Every rank calls it. Raises UserError where it is neither.
     """
     begin(mesh.device_type)
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else 0)
-    scale = gradient_scale(Zero(stage, bucket=1), Groups(mesh), 1, device) * mesh.dp.size
+    scale = gradient_scale(Zero(stage, bucket=1), Groups(mesh), 1, mesh.device) * mesh.dp.size
     made: dict[Literal["mean", "sum"], float] = {"sum": 1.0, "mean": 1 / mesh.cp.size}
     for name, wanted in made.items():
         if abs(scale - wanted) <= TOLERANCE * wanted:

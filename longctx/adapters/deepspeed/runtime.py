@@ -104,14 +104,19 @@ class Wrapped:
         self.engine.backward(loss, scale_wrt_gas=False)
 
 
-def partition(module: nn.Module, zero: Zero, groups: Groups) -> None:
-    """Divide a module's own parameters over the ranks, as ZeRO 3 has them; those of modules in it come before."""
-    for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.data.to(zero.dtype)
+def partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, groups: Groups) -> None:
+    """Divide the parameters of a module over the ranks, as ZeRO 3 has them, in a dtype; those that are, stay so.
+
+    `config` is DeepSpeed's.
+    """
+    for parameter in module.parameters():
+        if not hasattr(parameter, "ds_id"):
+            # What `zero.Init` does for parameters that are made inside of it.
+            parameter.data = parameter.data.to(dtype)
     deepspeed.zero.Init(
         module=module,
         data_parallel_group=groups.get_sequence_data_parallel_group(),
-        config_dict_or_path=zero.settings,
+        config_dict_or_path=config,
         mpu=groups,
-        dtype=zero.dtype,
+        dtype=dtype,
     )
