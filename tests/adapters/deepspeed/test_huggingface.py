@@ -10,9 +10,9 @@ from longctx.adapters.deepspeed import gradients_of, initialize
 from longctx.adapters.huggingface import parallelize
 from longctx.parallel.mesh import Mesh
 from tests.adapters.deepspeed.training import fresh, linear_as_it_was
-from tests.adapters.huggingface.test_models import PACKED, _plain_torch, batch, documents, model_of, untouched
+from tests.adapters.huggingface.test_models import PACKED, batch, documents, model_of, untouched
 
-__all__ = ["_plain_torch"]
+pytestmark = pytest.mark.usefixtures("plain_torch")
 
 
 def config_of(stage):

@@ -17,10 +17,12 @@ from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from longctx.recipe import load
 from longctx.train.weights import find_weights
-from tests.compare.peers import in_float64, without_kernels
+from tests.compare.peers import in_float64
 from tests.convert.cases import model_of as model_of_weights
 from tests.convert.cases import save
 from tests.convert.families import MODELS as BUILT_IN
+
+pytestmark = pytest.mark.usefixtures("plain_torch")
 
 LENGTH, VOCABULARY = 43, 40
 COMMON = {
@@ -108,12 +110,6 @@ MODELS = {
         MAMBA | {"time_step_limit": (0.01, 0.5), "use_conv_bias": False, "tie_word_embeddings": True, "conv_kernel": 3},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch):
-    for kind in ("mamba2", "qwen3_next"):
-        without_kernels(monkeypatch, import_module(f"transformers.models.{kind}.modeling_{kind}"))
 
 
 def model_of(name, like=None):

@@ -13,7 +13,9 @@ pytest.importorskip("transformers", reason="needs the extra: pip install 'longct
 from longctx.adapters.huggingface import parallelize
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from tests.compare.peers import in_float64, without_kernels
+from tests.compare.peers import in_float64
+
+pytestmark = pytest.mark.usefixtures("plain_torch")
 
 COMMON = {
     "vocab_size": 40,
@@ -59,12 +61,6 @@ MODELS = {
     },
 }
 LENGTH = 43
-
-
-@pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch):
-    for kind in ("qwen3_next", "mamba2"):
-        without_kernels(monkeypatch, import_module(f"transformers.models.{kind}.modeling_{kind}"))
 
 
 PACKED = (0, 5, 30, 43)
