@@ -1,6 +1,7 @@
 """Launchers in processes of their own, with ranks that do what `fake_ranks` says in place of training."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,8 @@ class Launcher:
 def start(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     """Start a Launcher in the test's folder; none outlives the test."""
     started: list[Launcher] = []
+    # Which a launcher would go on to ignore where these tests run under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def start(function: str, *arguments: Any, **options: Any) -> Launcher:
         started.append(Launcher(tmp_path, function, *arguments, **options))
@@ -72,3 +75,4 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     for launcher in started:
         launcher.process.kill()
         launcher.process.wait()
+    signal.signal(signal.SIGHUP, before)
