@@ -95,13 +95,14 @@ def learned(
     return _routing(p, chosen, weights, layout, balance, finite)
 
 
-def by_norm(q: Tensor, shared: int, active: int, layout: Layout, balance: float = BALANCE) -> HeadRouting:
-    """The router without parameters: q `[B, T_local, H, K]` are the queries before rotary positions, all heads'.
+def by_norm(norms: Tensor, shared: int, active: int, layout: Layout, balance: float = BALANCE) -> HeadRouting:
+    """The router without parameters, from the norms `[B, T_local, E]` of the queries of the routed heads, before rotary
+    positions; `shared` heads more are read by all tokens.
 
-    `balance` is the coefficient of the loss. Differentiable in q, straight through the choice. Raises ValueError where
-    shapes do not fit.
+    `balance` is the coefficient of the loss. Computed in the accumulation dtype. Differentiable in the norms, straight
+    through the choice. Raises ValueError where shapes do not fit.
     """
-    norms = q[:, :, shared:].to(accumulation_dtype(q.dtype)).norm(dim=-1)
+    norms = norms.to(accumulation_dtype(norms.dtype))
     _check(norms, active, layout)
     spread = norms.std(dim=-1, keepdim=True) if norms.shape[-1] > 1 else torch.ones_like(norms)
     p = (norms / spread.clamp_min(torch.finfo(norms.dtype).eps)).softmax(dim=-1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from longctx.convert.rows import RowTable, Run
+from longctx.mixers.division import divisions
 from longctx.mixers.softmax import Softmax
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Block, Decoder
@@ -66,7 +67,7 @@ def table(config: ModelConfig, rows: int, layer: Callable[[int], Layer]) -> RowT
             found.put(f"{prefix}mixer.qkv.weight", *_of_groups(block.mixer, f"{there}self_attention.linear_qkv.weight"))
             found.put(f"{prefix}mixer.out.weight", f"{there}self_attention.linear_proj.weight")
             continue
-        shares = block.mixer.shares()
+        shares = divisions(block.mixer)
         for name in block.mixer.state_dict():
             parts = shares[name].parts if name in shares else ()
             theirs = f"{there}self_attention.mixer.{name}"

@@ -2,7 +2,8 @@
 
 A mixer says which of its parameters heads divide, and along which dim (`Mixer.shares`); the rest is whole on every
 rank, where its gradient is a summand too. A parameter that several projections lie in one after another is divided part
-by part, so that a rank has whole heads of each.
+by part, so that a rank has whole heads of each. Of a mixture of heads, whose shared heads lie before its routed ones,
+it has some of either kind (`divisions`).
 """
 
 from collections.abc import Sequence
@@ -42,24 +43,40 @@ def rows(module: nn.Module, *names: str) -> dict[str, Share]:
     return {name: Share(0, (len(tensors[name]),)) for name in names if name in tensors}
 
 
-def own(values: Sequence[float], axis: Axis) -> Sequence[float]:
-    """Of a number for each head of all ranks those of this rank's heads."""
-    each = len(values) // axis.size
-    return values[axis.rank * each :][:each]
+def divisions(mixer: "Mixer") -> dict[str, Share]:
+    """How ranks divide the parameters of a mixer, with heads of every kind by themselves."""
+    if mixer.head_router is None:
+        return mixer.shares()
+    kinds = mixer.head_router.kinds
+    heads = sum(kinds)
+    return {
+        name: Share(share.dim, tuple(part * kind // heads for part in share.parts for kind in kinds))
+        for name, share in mixer.shares().items()
+    }
+
+
+def own(values: Sequence[float], mixer: "Mixer") -> Tensor:
+    """Of a number for each head of all ranks those of this rank's heads, in float64."""
+    kinds = (len(values),) if mixer.head_router is None else mixer.head_router.kinds
+    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return Share(0, kinds).of(numbers, mixer.across.rank, mixer.across.size)
 
 
 def obstacle(mixer: "Mixer", size: int) -> str | None:
     """What keeps the heads of a mixer from being divided over so many ranks, in words; None where nothing does."""
     if size == 1:
         return None
-    if mixer.head_router is not None or not mixer.divisible:
-        kind = type(mixer).__name__ if mixer.head_router is None else "a mixture of heads"
-        return f"the heads of {kind} are not divided"
+    if not mixer.divisible:
+        return f"the heads of {type(mixer).__name__} are not divided"
+    router = mixer.head_router
+    kinds = (1,) if router is None else router.kinds
+    heads = sum(kinds)
     for name in mixer.counts:
         count = getattr(mixer, name)
         for each in count if isinstance(count, tuple) else (count,):
-            if each % size:
-                return f"{name} {each} does not divide over {size} ranks"
+            if any(each * kind % (heads * size) for kind in kinds):
+                what = "" if router is None else f", of {router.shared} shared and {router.routed} routed heads,"
+                return f"{name} {each}{what} does not divide over {size} ranks"
     return None
 
 
@@ -76,7 +93,7 @@ def divide(mixer: "Mixer", axis: Axis) -> None:
     found = obstacle(mixer, axis.size)
     if found is not None:
         raise ValueError(f"tensor parallelism: {found}")
-    for name, share in mixer.shares().items():
+    for name, share in divisions(mixer).items():
         owner, _, last = name.rpartition(".")
         module = mixer.get_submodule(owner)
         tensor = getattr(module, last)

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.config import Config, Integer
+from longctx.kernels.recurrence import accumulation_dtype
 from longctx.kernels.routed_linear import from_heads, from_pairs, to_heads
+from longctx.mixers.division import Share
 from longctx.model.layers import Linear, Output
 from longctx.model.router import exact_logits
 from longctx.moe.head_router import BALANCE, HeadRouting, by_norm, learned
 from longctx.moe.heads import Pairs
+from longctx.parallel.channels import gather_channels
 from longctx.parallel.layout import Layout
+from longctx.parallel.mesh import Axis
 
 
 class HeadsMixConfig(Config):
@@ -56,7 +60,11 @@ class HeadsMixConfig(Config):
 
 
 class HeadRouter(nn.Module):
-    """Which heads a token reads; logits in float32 (higher where the input is)."""
+    """Which heads a token reads; logits in float32 (higher where the input is).
+
+    Where ranks divide the heads between them, each has some of the shared and some of the routed ones; every rank
+    routes all of them, alike, and reads its own.
+    """
 
     full_precision = True
 
@@ -67,11 +75,33 @@ class HeadRouter(nn.Module):
         rows = heads + (2 if config.shared else 0)
         self.weight = None if self.by_norm else nn.Parameter(torch.empty(rows, dim))
         self.init_std = dim**-0.5
+        self.across = Axis()
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Heads of each kind, in the order in which they lie, of all ranks together."""
+        return (self.shared, self.routed) if self.shared else (self.routed,)
 
     def forward(self, x: Tensor, layout: Layout) -> HeadRouting:
-        """The routing of x `[B, T_local, D]`, the layer's input, or the queries `[B, T_local, H, K]` of all heads."""
+        """The routing of x `[B, T_local, D]`, the layer's input, or the queries `[B, T_local, H, K]` of the heads here.
+
+        Of the heads here; the report is of all heads, its loss this rank's summand.
+        """
+        whole = self._routing(x, layout)
+        if self.across.size == 1:
+            return whole
+        rank, size = self.across.rank, self.across.size
+        return HeadRouting(
+            Share(2, (self.routed,)).of(whole.chosen, rank, size),
+            Share(2, self.kinds).of(whole.weights, rank, size),
+            whole.report._replace(loss=whole.report.loss / size),
+        )
+
+    def _routing(self, x: Tensor, layout: Layout) -> HeadRouting:
         if self.weight is None:
-            return by_norm(x, self.shared, self.active, layout, self.balance)
+            wide = x[:, :, self.shared // self.across.size :].to(accumulation_dtype(x.dtype))
+            norms = gather_channels(wide.norm(dim=-1), self.across)
+            return by_norm(norms, self.shared, self.active, layout, self.balance)
         logits = exact_logits(x, self.weight)
         routed, shared, kinds = logits.split([self.routed, self.shared, 2 if self.shared else 0], dim=-1)
         return learned(routed, shared, kinds, self.active, layout, self.balance)

@@ -107,8 +107,7 @@ class Lightning(Mixer):
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
             decays = log_decays if self.norm is None else minimax_log_decays
-            mine = own(decays(self.heads * self.across.size, self.layer, self.depth), self.across)
-            self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
+            self.log_decay.copy_(own(decays(self.heads * self.across.size, self.layer, self.depth), self))
 
     def shares(self) -> dict[str, Share]:
         """Queries, keys, values and gates; the output's columns; the norm; the decays."""

@@ -71,8 +71,7 @@ class Retention(LinearMixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            mine = own(log_decays(self.heads * self.across.size), self.across)
-            self.log_decay.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
+            self.log_decay.copy_(own(log_decays(self.heads * self.across.size), self))
 
     def shares(self) -> dict[str, Share]:
         """The output gate and the decays beside the rest."""

@@ -159,19 +159,19 @@ class Softmax(Mixer):
 
     def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout) -> Output:
         """The same of the (token, head) pairs that are read, gathered from the first projection to the last."""
-        groups = (self.heads - router.shared) * self.kv_heads // self.heads
-        rows = self.heads * self.head_dim
+        rows, share = self.heads * self.head_dim, self.heads // self.kv_heads
         for_q, for_kv = self.qkv.weight.split([rows, 2 * self.kv_heads * self.head_dim])
         k, v = F.linear(x, for_kv).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
         if router.by_norm:
             q = F.linear(x, for_q).unflatten(-1, (-1, self.head_dim))
             routing = router(q, layout)
-            pairs = Pairs.of(routing.chosen, groups)
-            shared, of_routed = q.split([router.shared, router.routed], dim=2)
+            routed = routing.chosen.shape[2]
+            pairs = Pairs.of(routing.chosen, routed // share)
+            shared, of_routed = q.split([self.heads - routed, routed], dim=2)
             queries = pairs.gather(of_routed).transpose(1, 2)
         else:
             routing = router(x, layout)
-            pairs = Pairs.of(routing.chosen, groups)
+            pairs = Pairs.of(routing.chosen, routing.chosen.shape[2] // share)
             for_shared, for_routed = divided(for_q, self.heads, routing)
             shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
             queries = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.mixers.division import divide
+from longctx.mixers.division import divide, divisions
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.initialise import initialise
+from longctx.model.layers import Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from tests.mixers.cases import DIM, config_of, draw, run
+from tests.mixers.cases import DIM, config_of, draw
 
 BOUNDS = (0, 5, 17, 18, 31, 48)
 EIGHT = {
@@ -22,65 +23,80 @@ EIGHT = {
 """Heads that divide over 4 ranks."""
 LETTERS = sorted(EIGHT)
 EIGHT["E with two heads for one of keys"] = {"heads": 8, "qk_heads": 4}
+SIXTEEN = {letter: {name: 2 * count for name, count in EIGHT[letter].items()} for letter in LETTERS}
+"""As many, half of which all tokens read, and half of which are routed."""
 
 
-def whole(letter, **changes):
-    config = config_of(letter).model_copy(update=EIGHT.get(letter, EIGHT[letter[0]]) | changes)
-    mixer = config.build(DIM, 1, 4, 1e-5).double()
-    initialise(mixer, seed=3)
+def whole(letter, router=None, **changes):
+    counts = (EIGHT if router is None else SIXTEEN).get(letter, EIGHT[letter[0]])
+    config = config_of(letter).model_copy(update=counts | changes)
+    mixer = config.build(DIM, 1, 4, 1e-5)
+    if router is not None:
+        half = mixer.heads // 2
+        routed = HeadsMixConfig(mixers=(config.name,), shared=half, active=half // 2, router=router)
+        mixer.mix_heads(routed, DIM, mixer.heads)
+    initialise(mixer.double(), seed=3)
     return mixer
 
 
-def divided(letter, tp):
-    mesh = Mesh.build("cpu", tp=tp, cp=dist.get_world_size() // tp)
-    layout = Layout.on(mesh, BOUNDS, "zigzag")
-    mixer = whole(letter)
-    shares = mixer.shares()
-    divide(mixer, mesh.tp)
+def trained(mixer, layout):
+    """The output, and the gradients with that of the load's balance."""
     x, dy = map(layout.shard, draw(BOUNDS[-1]))
     x.requires_grad_()
-    y = run(mixer, x, layout)
-    y.backward(dy)
-    return mesh.tp.rank, mesh.cp.rank, y.detach(), x.grad, {n: p.grad for n, p in mixer.named_parameters()}, shares
+    y, report, _ = Output.of(mixer(x, layout))
+    ((y * dy).sum() + (0 if report is None else 100 * report.loss)).backward()
+    return y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+def divided(letter, router, tp):
+    mesh = Mesh.build("cpu", tp=tp, cp=dist.get_world_size() // tp)
+    mixer = whole(letter, router)
+    shares = divisions(mixer)
+    divide(mixer, mesh.tp)
+    return mesh.tp.rank, mesh.cp.rank, *trained(mixer, Layout.on(mesh, BOUNDS, "zigzag")), shares
+
+
+MIXTURES = [*((letter, "learned") for letter in LETTERS), ("S", "norm")]
+
+
+@pytest.mark.parametrize(("letter", "router"), [*((letter, None) for letter in LETTERS), *MIXTURES])
 @pytest.mark.parametrize(("size", "tp"), [(2, 2), (4, 4), (4, 2)])
-def test_summands_add_up_to_the_layer(ranks, letter, size, tp):
-    mixer, (x, dy) = whole(letter), draw(BOUNDS[-1])
-    x.requires_grad_()
-    y = run(mixer, x, Layout(BOUNDS))
-    y.backward(dy)
-    answers = ranks.run(divided, letter, tp, size=size)
+def test_summands_add_up_to_the_layer(ranks, letter, router, size, tp):
+    mixer = whole(letter, router)
+    y, dx, gradients = trained(mixer, Layout(BOUNDS))
+    answers = ranks.run(divided, letter, router, tp, size=size)
     shares = answers[0][-1]
     layout = Layout(BOUNDS, "zigzag", size // tp)
 
     def over_cp(parts):
         return layout.unshard([sum(part for _, at, part in parts if at == rank) for rank in range(size // tp)])
 
-    for index, want in ((2, y.detach()), (3, x.grad)):
+    for index, want in ((2, y), (3, dx)):
         got = over_cp([(answer[0], answer[1], answer[index]) for answer in answers])
         assert (got - want).norm() <= 1e-10 * want.norm()
     assert "out.weight" in shares
-    for name, parameter in mixer.named_parameters():
+    for name, want in gradients.items():
         each = [sum(answer[4][name] for answer in answers if answer[0] == rank) for rank in range(tp)]
         got = shares[name].whole(each) if name in shares else sum(each)
-        assert (got - parameter.grad).norm() <= 1e-10 * parameter.grad.norm(), name
+        assert (got - want).norm() <= 1e-10 * want.norm(), name
 
 
+@pytest.mark.parametrize("router", [None, "learned"])
 @pytest.mark.parametrize("letter", LETTERS)
-def test_parts_that_are_put_together_are_the_whole(letter):
-    mixer = whole(letter)
+def test_parts_that_are_put_together_are_the_whole(letter, router):
+    mixer = whole(letter, router)
     tensors = dict([*mixer.named_parameters(), *mixer.named_buffers()])
-    for name, share in mixer.shares().items():
+    for name, share in divisions(mixer).items():
         parts = [share.of(tensors[name], rank, 4) for rank in range(4)]
         assert torch.equal(share.whole(parts), tensors[name]), name
         assert sum(share.parts) == tensors[name].shape[share.dim]
 
 
-def refusal(letter, changes):
+def refusal(letter, changes, shared=None):
     mesh = Mesh.build("cpu", tp=2)
     mixer = whole(letter, **changes) if letter in EIGHT else config_of(letter).build(DIM, 0, 1, 1e-5)
+    if shared is not None:
+        mixer.mix_heads(HeadsMixConfig(mixers=(config_of(letter).name,), shared=shared, active=2), DIM, mixer.heads)
     try:
         divide(mixer, mesh.tp)
     except ValueError as error:
@@ -102,13 +118,31 @@ def test_heads_that_do_not_divide_are_refused(ranks, letter, changes, message):
     assert all(f"tensor parallelism: {message}" == each for each in ranks.run(refusal, letter, changes, size=2))
 
 
-def mixed_refusal():
+@pytest.mark.parametrize(
+    ("letter", "shared", "message"),
+    [
+        ("L", 3, "heads 8, of 3 shared and 5 routed heads,"),
+        ("S", 2, "kv_heads 4, of 2 shared and 6 routed heads,"),
+        ("B", 2, "kv_heads 4, of 2 shared and 6 routed heads,"),
+    ],
+)
+def test_each_kind_of_heads_of_a_mixture_has_to_divide(ranks, letter, shared, message):
+    answers = ranks.run(refusal, letter, {}, shared, size=2)
+    assert all(f"tensor parallelism: {message} does not divide over 2 ranks" == each for each in answers)
+
+
+def buffers(letter):
     mesh = Mesh.build("cpu", tp=2)
-    mixer = whole("L")
-    mixer.mix_heads(HeadsMixConfig(mixers=("lightning",), active=2), DIM, 8)
-    with pytest.raises(ValueError, match="the heads of a mixture of heads are not divided"):
-        divide(mixer, mesh.tp)
+    mixer = whole(letter, "learned")
+    divide(mixer, mesh.tp)
+    divided = mixer.log_decay.clone()
+    mixer.reset_buffers()
+    return divided, mixer.log_decay
 
 
-def test_a_mixture_of_heads_is_refused(ranks):
-    ranks.run(mixed_refusal, size=2)
+@pytest.mark.parametrize("letter", ["L", "R"])
+def test_decays_that_are_made_again_are_those_of_the_heads_here(ranks, letter):
+    first, second = ranks.run(buffers, letter, size=2)
+    for divided, made in (first, second):
+        torch.testing.assert_close(made, divided, rtol=1e-7, atol=0)
+    assert not torch.equal(first[0], second[0])

@@ -64,7 +64,7 @@ def test_without_shared_heads_nothing_is_read_of_the_kinds():
 def test_by_norm_the_largest_queries_are_read_and_count_1():
     (flat,) = logits(10 * 4)
     q = flat.unflatten(2, (10, 4)).requires_grad_()
-    routing = by_norm(q, 4, 2, LAYOUT)
+    routing = by_norm(q[:, :, 4:].norm(dim=-1), 4, 2, LAYOUT)
     norms = q.detach()[:, :, 4:].norm(dim=-1)
     assert torch.equal(routing.chosen.sum(dim=-1), torch.full((2, 11), 2))
     assert (
@@ -84,7 +84,7 @@ def test_by_norm_the_largest_queries_are_read_and_count_1():
 
 def test_one_routed_head_has_no_spread():
     (flat,) = logits(5 * 4)
-    routing = by_norm(flat.unflatten(2, (5, 4)).requires_grad_(), 4, 1, LAYOUT)
+    routing = by_norm(flat.unflatten(2, (5, 4))[:, :, 4:].norm(dim=-1), 4, 1, LAYOUT)
     assert (routing.weights == 1).all()
 
 

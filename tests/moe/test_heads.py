@@ -29,7 +29,9 @@ def draw(length, heads=HEADS, kv_heads=KV_HEADS, shared=SHARED):
 
 
 def route(router, q, routed, shared, kinds, layout):
-    return learned(routed, shared, kinds, ACTIVE, layout) if router == "learned" else by_norm(q, SHARED, ACTIVE, layout)
+    if router == "learned":
+        return learned(routed, shared, kinds, ACTIVE, layout)
+    return by_norm(q[:, :, SHARED:].norm(dim=-1), SHARED, ACTIVE, layout)
 
 
 def attend(layout, router, schedule, window):

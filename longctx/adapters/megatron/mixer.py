@@ -27,7 +27,7 @@ from longctx.adapters.megatron.layouts import Groups, attention_schedule, placed
 from longctx.adapters.megatron.losses import attach
 from longctx.adapters.megatron.optimizers import count_both_dtypes
 from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
-from longctx.mixers.division import divide
+from longctx.mixers.division import divide, divisions
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.layers import Linear, Output
 from longctx.parallel.collectives import all_reduce
@@ -74,7 +74,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         """`mixer`: its configuration, or its letter (`default_mixer`); `heads`: which of its heads a token reads, all
         where None. `layer_number` counts from 1 over all pipeline stages.
 
-        Raises ValueError where heads do not divide over the tensor-parallel ranks, and for a mixture of heads there.
+        Raises ValueError where heads do not divide over the tensor-parallel ranks.
         """
         del attn_mask_type, newer  # every mixer is causal
         super().__init__(config=config)
@@ -94,7 +94,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
             self.to(torch.cuda.current_device())
 
     def _divide(self, tp: Axis) -> None:
-        self.shares = self.mixer.shares()
+        self.shares = divisions(self.mixer)
         """How heads divide parameters, with the lengths of all ranks together."""
         divide(self.mixer, tp)
         if tp.size == 1:

@@ -6,20 +6,21 @@ import torch
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.adapters.megatron.specs import layer_spec
+from longctx.mixers.heads import HeadsMixConfig
 from tests.adapters.megatron.cases import LENGTH, Run, gpt, parallel, tokens
 from tests.adapters.megatron.shim import on_cpu
 
 PROMPT = 20
 
 
-def generated(pattern, run, window):
+def generated(spec, run, window):
     """The logits of the last tokens, all at once and from what layers remember."""
     from megatron.core import parallel_state
     from megatron.core.inference.contexts import StaticInferenceContext
 
     with on_cpu(), torch.no_grad():
         parallel(run)
-        model = gpt(run, layer_spec(pattern), window_size=window).eval()
+        model = gpt(run, spec, window_size=window).eval()
         x, _ = tokens(2)
         places = torch.arange(LENGTH)[None].expand(2, -1)
         want = model(x, places, None)
@@ -36,5 +37,12 @@ def generated(pattern, run, window):
 @pytest.mark.parametrize("pattern", ["S", "L", "MS", "EK"])
 def test_token_by_token_as_all_at_once(ranks, pattern, window):
     for run in (Run(), Run(tp=2)):
-        for want, got in ranks.run(generated, pattern, run, window, size=run.tp):
+        for want, got in ranks.run(generated, layer_spec(pattern), run, window, size=run.tp):
+            assert (got - want).norm() <= 1e-10 * want.norm()
+
+
+def test_a_mixture_of_heads_token_by_token(ranks):
+    heads = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
+    for run in (Run(), Run(tp=2)):
+        for want, got in ranks.run(generated, layer_spec("LS", heads=heads), run, None, size=run.tp):
             assert (got - want).norm() <= 1e-10 * want.norm()

@@ -69,4 +69,13 @@ def test_experts_that_tokens_choose_together(ranks, by):
 
 def test_a_mixture_of_heads(ranks):
     heads = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
-    check(ranks, specs.layer_spec("LS", heads=heads), [Run(cp=2, batch=2), Run(cp=2, packed=True), Run(cp=4)])
+    over = [Run(cp=2, batch=2), Run(cp=4), Run(cp=2, packed=True), Run(tp=2), Run(tp=2, cp=2, sequence_parallel=True)]
+    check(ranks, specs.layer_spec("LS", heads=heads), [*over, Run(tp=2, cp=2, packed=True)])
+
+
+def test_a_mixture_of_heads_without_shared_ones(ranks):
+    learned = HeadsMixConfig(mixers=("gated_deltanet", "mamba2"), active=2)
+    by_norm = HeadsMixConfig(mixers=("softmax",), active=2, router="norm")
+    over = [Run(cp=2), Run(tp=2, cp=2, sequence_parallel=True), Run(tp=4, sequence_parallel=True, batch=2)]
+    check(ranks, specs.layer_spec("EM", heads=learned), over)
+    check(ranks, specs.layer_spec("S", heads=by_norm), over)

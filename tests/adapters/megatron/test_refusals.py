@@ -34,7 +34,7 @@ def refused(ranks, *arguments, size=1):
     return message
 
 
-HEADS = HeadsMixConfig(mixers=("softmax",), shared=4, active=2)
+HEADS = HeadsMixConfig(mixers=("softmax",), shared=2, active=2)
 TOGETHER = layer_spec("S", choice=Choice(by="attention"))
 LINEAR = layer_spec("LS", choice=Choice(by="attention"))
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]}
@@ -48,7 +48,12 @@ SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe", 
         (Run(), softmax, {"window_size": (5, 2)}, "window_size: (5, 2) reaches 2 tokens ahead"),
         (Run(cp=2, comm="everything"), softmax, {}, "cp_comm_type: there is no schedule 'everything'"),
         (Run(cp=2, comm="a2a+p2p"), softmax, {}, "needs two hierarchical_context_parallel_sizes"),
-        (Run(tp=2), layer_spec("S", heads=HEADS), {}, "the heads of a mixture of heads are not divided"),
+        (
+            Run(tp=2),
+            layer_spec("S", heads=HEADS),
+            {},
+            "kv_heads 4, of 2 shared and 6 routed heads, does not divide over 2",
+        ),
         (
             Run(tp=2),
             layer_spec("L", mixers={"L": LightningConfig(heads=3, head_dim=4)}),

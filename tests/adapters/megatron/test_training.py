@@ -9,6 +9,7 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 
 from longctx.adapters.megatron.router import Choice
 from longctx.adapters.megatron.specs import layer_spec
+from longctx.mixers.heads import HeadsMixConfig
 from tests.adapters.megatron.cases import EXPERTS, Run, gpt, losses, parallel
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import Training, trained
@@ -42,6 +43,20 @@ def test_losses_are_those_of_one_rank(ranks, alone, size, training):
     for found in ranks.run(trained, HYBRID, training, size=size):
         # The distributed optimizer keeps its parts in float32.
         assert found == pytest.approx(alone[:3], rel=1e-5 if training.distributed else 1e-9)
+
+
+MIXTURE = layer_spec("LS", heads=HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2))
+
+
+def test_a_mixture_of_heads_goes_on_on_other_ranks(ranks, tmp_path):
+    folder = tmp_path / "checkpoint"
+    alone = ranks.run(trained, MIXTURE, Training(Run(), 6), size=1)[0]
+    for found in ranks.run(trained, MIXTURE, Training(Run(tp=2, cp=2, sequence_parallel=True), 3, save=folder), size=4):
+        assert found == pytest.approx(alone[:3], rel=1e-9)
+    for run in (Run(), Run(cp=4), Run(tp=2)):
+        rest = Training(run, 3, begin=3, load=folder)
+        for found in ranks.run(trained, MIXTURE, rest, size=run.ranks):
+            assert found == pytest.approx(alone[3:], rel=1e-9), run
 
 
 GRAPHS = {
