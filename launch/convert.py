@@ -81,7 +81,9 @@ def run_to_megatron(source: Path, out: Path) -> int:
 
     done = to_megatron(source, out)
     say(f"{out}: {done.parameters:,} parameters of {done.source}")
-    layers = done.model.layers
-    say(f"To begin Megatron's script with it: --load {out} --finetune, a --spec with the layers {layers!r}, and")
+    layers = f"the layers {done.model.layers!r}"
+    if done.model.heads is not None:
+        layers += " and the recipe's [model.heads] as their heads"
+    say(f"To begin Megatron's script with it: --load {out} --finetune, a --spec with {layers}, and")
     say(f"  {script_arguments(done.model)}")
     return 0

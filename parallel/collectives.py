@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.parallel.mesh import Axis
 from longctx.parallel.traffic import count, current_layer, waited
 
 # torch 2.13 renames these two; the old names go on to work, with a warning.
@@ -94,6 +95,19 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
             dist.all_reduce(x, group=group)
         count("all_reduce", 2 * (size - 1) * x.nbytes // size)
     return x
+
+
+def gather_named(found: Mapping[str, T], axis: Axis) -> dict[str, T]:
+    """What the ranks of an axis have by names, each under its own, in the order of ranks: on every rank.
+
+    For what is small and on the host: it is pickled.
+    """
+    if axis.group is None:
+        return dict(found)
+    each: list[Mapping[str, T]] = [{}] * axis.size
+    with _named(f"all_gather of objects over {axis.size} ranks", current_layer()):
+        dist.all_gather_object(each, dict(found), group=axis.group)
+    return {name: value for one in each for name, value in one.items()}
 
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Pending[list[Tensor]]:

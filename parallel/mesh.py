@@ -59,6 +59,8 @@ class Mesh:
     cp: Axis
     tp: Axis = Axis()
     ep: Axis = Axis()
+    pp: Axis = Axis()
+    """Ranks that have different layers, the stages of a pipeline: of another framework."""
     ulysses: Axis = Axis()
     ring: Axis = Axis()
     dp_replicate: int = 1
@@ -147,6 +149,7 @@ class Mesh:
         dp: ProcessGroup | None = None,
         tp: ProcessGroup | None = None,
         ep: ProcessGroup | None = None,
+        pp: ProcessGroup | None = None,
         ulysses: ProcessGroup | None = None,
         ring: ProcessGroup | None = None,
         tokens: ProcessGroup | None = None,
@@ -156,10 +159,8 @@ class Mesh:
         `ulysses` and `ring`, both or neither, divide `cp` as in `Grid`; `tokens` has the ranks of dp x cp. Raises
         ValueError where they do not divide it so.
         """
-        axes: dict[str, Any] = {
-            name: Axis.of(group)
-            for name, group in (("cp", cp), ("dp", dp), ("tp", tp), ("ep", ep), ("ulysses", ulysses), ("ring", ring))
-        }
+        groups = {"cp": cp, "dp": dp, "tp": tp, "ep": ep, "pp": pp, "ulysses": ulysses, "ring": ring}
+        axes: dict[str, Any] = {name: Axis.of(group) for name, group in groups.items()}
         mesh = cls(device_type, **axes, dp_shard=axes["dp"].size, tokens=tokens)
         if ulysses is not None or ring is not None:
             mesh._check_grid()

@@ -7,8 +7,9 @@ an optimizer or a state of chance, is passed over.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from longctx.convert.megatron_table import ATTENTION, LINEARS, NORMS, WHOLE, Layer, layer_prefix, table
+from longctx.convert.megatron_table import (
+    ATTENTION,
+    LINEARS,
+    NORMS,
+    WHOLE,
+    Layer,
+    columns,
+    has_own_attention,
+    layer_prefix,
+    part,
+    table,
+)
 from longctx.convert.rows import Whole, at_once, made
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
@@ -65,6 +77,7 @@ class _Checkpoint:
         }
         self.shapes = {name: shape for name, shape, _ in self._named()}
         self._places = {name: place for name, _, place in self._named()}
+        self._joined: dict[str, list[str]] = {}
 
     def _named(self) -> Iterator[tuple[str, torch.Size, tuple[str, int | None]]]:
         for name, shape in self._stored.items():
@@ -75,10 +88,26 @@ class _Checkpoint:
                 for number in range(shape[0]):
                     yield layer_prefix(number) + rest, shape[1:], (name, number)
 
+    def join(self, columns: Mapping[str, tuple[int, ...]]) -> None:
+        """Take tensors that lie side by side as one, where all of them are there."""
+        for name, widths in columns.items():
+            parts = [part(name, number) for number in range(len(widths))]
+            shapes = [self.shapes.get(each) for each in parts]
+            if all(shape is not None and shape[1:] == (width,) for shape, width in zip(shapes, widths, strict=True)):
+                self.shapes[name] = torch.Size([self.shapes[parts[0]][0], sum(widths)])
+                self._joined[name] = parts
+                for each in parts:
+                    del self.shapes[each]
+
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """As `longctx.convert.rows.Read` says."""
+        if name in self._joined:
+            return torch.cat([self._rows(each, begin, end) for each in self._joined[name]], dim=1)
+        return self._rows(name, begin, end)
+
+    def _rows(self, name: str, begin: int, end: int) -> Tensor:
         stored, layer = self._places[name]
-        shape = self.shapes[name]
+        shape = self._stored[stored] if layer is None else self._stored[stored][1:]
         # Parameters of more than two dims are read whole: their rows are those of all but the last.
         direct = len(shape) <= 2
         sizes = (end - begin, *shape[1:]) if direct else tuple(shape)
@@ -139,6 +168,7 @@ def from_megatron(source: Path, model: ModelConfig | None, out: Path) -> Convert
     if any(there.layer(number).own_attention for number in range(model.depth)):
         _check_attention(model)
     found = table(model, rows, there.layer)
+    there.join(columns(model))
     _check(there, found.theirs)
     tensors = {name: made(whole, there.rows) for name, whole in found.ours.items()}
     origin = {"command": "longctx convert from-megatron", "source": str(path.resolve())}
@@ -174,8 +204,6 @@ def _check_kind(model: ModelConfig) -> None:
         found.append("model.block, model.residual: Megatron's blocks are sequential, without factors")
     if model.norm != "rms":
         found.append("model.norm: norms 'rms' are converted")
-    if model.heads is not None:
-        found.append("model.heads: routers of heads are not converted")
     if found:
         raise UserError("\n".join(found))
 
@@ -199,7 +227,8 @@ def _check(there: _Checkpoint, wanted: Mapping[str, Whole]) -> None:
 def to_megatron(source: Path, out: Path) -> Converted:
     """Write a checkpoint of weights for Megatron-Core's script (`--load`) into the new directory `out`.
 
-    Softmax layers become Megatron's own attention, other layers the mixers of `longctx.adapters.megatron.specs`.
+    Softmax layers become Megatron's own attention, other layers, and mixtures of heads, the mixers of
+    `longctx.adapters.megatron.specs`.
     `source` is a checkpoint, a run's directory (its newest one is taken), or what `longctx convert` wrote. Raises
     UserError, before anything is written, for a model that Megatron's layers are not, and where `out` exists.
     """
@@ -211,6 +240,8 @@ def to_megatron(source: Path, out: Path) -> Converted:
     _check_attention(model)
     found = table(model, rows, lambda number: _written(model, number))
     each = {name: made(whole, weights.read_rows) for name, whole in found.theirs.items()}
+    for name, widths in columns(model).items():
+        each |= _side_by_side(name, each.pop(name), widths)
     each |= _norms_by_themselves(model, each)
     alike = len(set(model.pattern)) == 1 and model.mixer(0).same_in_all_layers
     final = out.expanduser().resolve()
@@ -252,7 +283,8 @@ def script_arguments(model: ModelConfig) -> str:
 def _check_attention(model: ModelConfig) -> None:
     """Raise UserError for a softmax layer with parameters that Megatron's attention has not, or has otherwise."""
     config: SoftmaxConfig | None = getattr(model, SoftmaxConfig.name)
-    if config is not None and (config.qk_norm is not None or config.output_gate):
+    own = any(has_own_attention(model, number) for number in range(model.depth))
+    if own and config is not None and (config.qk_norm is not None or config.output_gate):
         raise UserError(
             "model.softmax: norms of queries and keys (qk_norm) and an output gate (output_gate) are not converted to "
             "Megatron's own attention, or from it"
@@ -260,8 +292,22 @@ def _check_attention(model: ModelConfig) -> None:
 
 
 def _written(model: ModelConfig, number: int) -> Layer:
-    own = model.pattern[number] == SoftmaxConfig.letter
-    return Layer(own, {ours: names[0] for ours, names in NORMS.items()})
+    return Layer(has_own_attention(model, number), {ours: names[0] for ours, names in NORMS.items()})
+
+
+def _side_by_side(name: str, whole: Made, widths: Sequence[int]) -> dict[str, Made]:
+    """The columns of a tensor as several."""
+    found, begin = {}, 0
+    for number, width in enumerate(widths):
+        at = slice(begin, begin + width)
+        make = partial(_columns_of, whole, at)
+        found[part(name, number)] = Made(torch.Size([whole.shape[0], width]), make, whole.rows)
+        begin += width
+    return found
+
+
+def _columns_of(whole: Made, at: slice, begin: int, end: int) -> Tensor:
+    return whole.make(begin, end)[:, at]
 
 
 def _norms_by_themselves(model: ModelConfig, each: Mapping[str, Made]) -> dict[str, Made]:
@@ -269,8 +315,8 @@ def _norms_by_themselves(model: ModelConfig, each: Mapping[str, Made]) -> dict[s
     first, other = NORMS["mixer_norm.weight"]
     return {
         layer_prefix(number) + other: each[layer_prefix(number) + first]
-        for number, letter in enumerate(model.pattern)
-        if letter != SoftmaxConfig.letter
+        for number in range(model.depth)
+        if not has_own_attention(model, number)
     }
 
 
@@ -293,8 +339,8 @@ def _stack(layers: list[Made]) -> Callable[[int, int], Tensor]:
 def _extra_states(model: ModelConfig, alike: bool) -> dict[str, Any]:
     """What Megatron reads beside tensors: of every linear layer a list of its states, of which there is one, empty."""
     found: dict[str, Any] = {}
-    for number, letter in enumerate(model.pattern):
-        for linear in (*LINEARS, *(ATTENTION if letter == SoftmaxConfig.letter else ())):
+    for number in range(model.depth):
+        for linear in (*LINEARS, *(ATTENTION if has_own_attention(model, number) else ())):
             prefix, shard = layer_prefix(number), "shard_0_1"
             if alike:
                 prefix, shard = _STACKED, f"shard_{number}_{model.depth}"

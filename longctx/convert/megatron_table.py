@@ -13,7 +13,7 @@ import torch
 
 from longctx.convert.rows import RowTable, Run
 from longctx.mixers.division import divisions
-from longctx.mixers.softmax import Softmax
+from longctx.mixers.softmax import Softmax, SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Block, Decoder
 
@@ -48,6 +48,11 @@ def layer_prefix(number: int) -> str:
     return f"decoder.layers.{number}."
 
 
+def has_own_attention(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer's mixer can be Megatron's own attention: softmax attention whose heads are read by all tokens."""
+    return config.pattern[layer] == SoftmaxConfig.letter and config.routed_heads(layer) is None
+
+
 def table(config: ModelConfig, rows: int, layer: Callable[[int], Layer]) -> RowTable:
     """Where the tensors of a model, with `rows` in its vocabulary, lie; `layer` says how those of a layer, counted from
     0, are called."""
@@ -62,21 +67,39 @@ def table(config: ModelConfig, rows: int, layer: Callable[[int], Layer]) -> RowT
         how, prefix, there = layer(number), f"blocks.{number}.", layer_prefix(number)
         for ours, theirs in (*how.norms.items(), *FEED_FORWARD.items()):
             found.put(prefix + ours, there + theirs)
-        if how.own_attention:
+        if how.own_attention and has_own_attention(config, number):
             assert isinstance(block.mixer, Softmax)
             found.put(f"{prefix}mixer.qkv.weight", *_of_groups(block.mixer, f"{there}self_attention.linear_qkv.weight"))
             found.put(f"{prefix}mixer.out.weight", f"{there}self_attention.linear_proj.weight")
             continue
         shares = divisions(block.mixer)
         for name in block.mixer.state_dict():
-            parts = shares[name].parts if name in shares else ()
+            share = shares.get(name)
+            parts = share.parts if share is not None and share.dim == 0 else ()
             theirs = f"{there}self_attention.mixer.{name}"
             found.put(f"{prefix}mixer.{name}", *(_parts(theirs, parts) if len(parts) > 1 else (theirs,)))
     return found
 
 
+def columns(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that the table has whole and a checkpoint as several, `….0`, `….1`, side by side: their columns."""
+    found: dict[str, tuple[int, ...]] = {}
+    for number in range(config.depth):
+        with torch.device("meta"):
+            shares = divisions(config.build_mixer(number))
+        for name, share in shares.items():
+            if share.dim == 1 and len(share.parts) > 1:
+                found[f"{layer_prefix(number)}self_attention.mixer.{name}"] = share.parts
+    return found
+
+
+def part(name: str, number: int) -> str:
+    """What one of several tensors is called."""
+    return f"{name}.{number}"
+
+
 def _parts(name: str, lengths: Sequence[int]) -> Iterator[Run]:
-    return (Run(f"{name}.{number}", 0, length) for number, length in enumerate(lengths))
+    return (Run(part(name, number), 0, length) for number, length in enumerate(lengths))
 
 
 def _of_groups(mixer: Softmax, name: str) -> list[Run]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, create_model, model_validator
 
 from longctx.config import Config, Integer
-from longctx.mixers import MIXERS, MixerConfig
+from longctx.mixers import MIXERS, Mixer, MixerConfig
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.feed_forwards import FFNS, NO_FFN
 from longctx.model.ffn import FeedForwardConfig
@@ -167,6 +167,14 @@ class _ModelConfig(Config):
         table = self.mixer(layer)
         routable = table.routable()
         return routable[0] if self.heads is not None and table.name in self.heads.mixers and routable else None
+
+    def build_mixer(self, layer: int) -> Mixer:
+        """A layer's mixer, with its router where heads are routed."""
+        mixer = self.mixer(layer).build(self.dim, layer, self.depth, self.norm_eps)
+        heads = self.routed_heads(layer)
+        if heads is not None and self.heads is not None:
+            mixer.mix_heads(self.heads, self.dim, heads)
+        return mixer
 
     def shrunk(self) -> "ModelConfig":
         """The same pattern once, narrow: for `longctx verify --shrink`."""

@@ -52,10 +52,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.mixer_norm = norm_layer(config.norm, config.dim, config.norm_eps)
-        self.mixer = config.mixer(layer).build(config.dim, layer, config.depth, config.norm_eps)
-        heads = config.routed_heads(layer)
-        if heads is not None and config.heads is not None:
-            self.mixer.mix_heads(config.heads, config.dim, heads)
+        self.mixer = config.build_mixer(layer)
         table = config.feed_forward(layer)
         self.ffn_norm: RMSNorm | None = None
         if table is not None and config.block != "parallel":

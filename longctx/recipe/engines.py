@@ -7,7 +7,6 @@ import torch
 
 from longctx.data.config import DataConfig
 from longctx.mixers import Mixer, MixerConfig
-from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.division import obstacle
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
@@ -91,19 +90,7 @@ def _megatron(tables: Mapping[str, Any]) -> Iterator[Mistake]:
         yield Mistake(("model", "residual"), "engine = 'megatron' adds to the stream without factors")
     if model.norm != "rms":
         yield Mistake(("model", "norm"), f"engine = 'megatron' has norms 'rms', not {model.norm!r}")
-    if model.heads is not None:
-        yield Mistake(
-            ("model", "heads"),
-            "engine = 'megatron' reads all heads; for a mixture of them train on the engine 'torch', or with "
-            "Megatron's own script (docs/megatron.md)",
-        )
-    if AttentionExpertsConfig.letter in model.pattern:
-        yield Mistake(
-            ("model", "layers"),
-            f"engine = 'megatron' routes nothing, and a layer is {AttentionExpertsConfig.letter} (attention experts): "
-            "train on the engine 'torch'",
-        )
-    elif parallel is not None:
+    if parallel is not None:
         yield from _divides(model, parallel)
 
 
@@ -143,7 +130,7 @@ def _mixers(model: ModelConfig) -> Iterator[tuple[MixerConfig, Mixer]]:
         layer = model.pattern.rindex(letter)
         table = model.mixer(layer)
         with torch.device("meta"):
-            yield table, table.build(model.dim, layer, model.depth, model.norm_eps)
+            yield table, model.build_mixer(layer)
 
 
 def _divides(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mistake]:

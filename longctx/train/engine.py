@@ -73,10 +73,10 @@ class Engine(Protocol):
         """
 
     def losses(self, batch: Batch) -> Losses:
-        """The losses of a batch that is not trained on, without noise."""
+        """The losses of a batch that is not trained on, without noise; what routers say is of this rank's layers."""
 
     def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
-        """The schedules of attention that were chosen for a layout, in words, by layer; of this rank's layers."""
+        """The schedules of attention that were chosen for a layout, in words, by layer."""
 
     def flops(self, layout: Layout) -> int:
         """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""

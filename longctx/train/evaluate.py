@@ -58,7 +58,7 @@ def evaluate(
         for n in range(buckets)
         if edges[n] < length
     )
-    fluctuation = choices.fluctuation(routers, engine.device, engine.mesh.tokens)
+    fluctuation = choices.fluctuation(routers, engine.device, engine.mesh.tokens, engine.mesh.pp)
     return EvaluationMetrics(step, sum(summed) / sum(counts) if sum(counts) else math.nan, positions, fluctuation)
 
 

@@ -10,10 +10,13 @@ from torch.distributed import ProcessGroup
 
 from longctx.errors import UserError
 from longctx.moe.report import Report, real_rows
-from longctx.parallel.collectives import all_reduce
+from longctx.parallel.collectives import all_reduce, gather_named
 from longctx.parallel.layout import Layout
+from longctx.parallel.mesh import Axis
 from longctx.train.metrics import RouterMetrics
 
+STAGES = Axis()
+"""Of a model whose layers are all on every rank."""
 SAMPLE = 16384
 """Tokens of a held-out sequence on a rank, at most, whose choices are remembered: 8 bytes each, in every layer."""
 
@@ -62,12 +65,14 @@ class Routing:
             row = torch.cat([sums, report.counts.to(torch.float64)])
             self._rows[name] = self._rows[name] + row if name in self._rows else row
 
-    def sum_over_ranks(self, device: torch.device) -> None:
-        """Add up all ranks' sums; a collective where there is a router, which are the same on every rank."""
+    def sum_over_ranks(self, device: torch.device, group: ProcessGroup | None = None, stages: Axis = STAGES) -> None:
+        """Add up the sums of the ranks of a group (None: all), which have the same layers, and take those of other
+        `stages` of a pipeline beside them. A collective where there is a router, and where there are stages."""
         if self._rows:
-            summed = all_reduce(torch.cat(list(self._rows.values())).to(device)).cpu()
+            summed = all_reduce(torch.cat(list(self._rows.values())).to(device), group).cpu()
             parts = summed.split([len(row) for row in self._rows.values()])
-            self._rows = dict(zip(self._rows, parts, strict=True))
+            self._rows = dict(zip(self._rows, (part.clone() for part in parts), strict=True))
+        self._rows = gather_named(self._rows, stages)
 
     @property
     def layers(self) -> dict[str, Routed]:
@@ -104,15 +109,17 @@ class Choices:
             self._before[name, number] = now
 
     def fluctuation(
-        self, names: Sequence[str], device: torch.device, group: ProcessGroup | None = None
+        self, names: Sequence[str], device: torch.device, group: ProcessGroup | None = None, stages: Axis = STAGES
     ) -> dict[str, float]:
         """For each router the share of tokens, over the ranks of a group (None: all), whose choice has changed; those
-        that were compared.
+        that were compared, of all `stages` of a pipeline.
 
-        A collective where there are routers, and every rank names the same ones, in the same order.
+        A collective where there are routers, of which every rank of the group names the same ones, in the same order,
+        and where there are stages.
         """
-        if not names:
-            return {}
-        sums = torch.stack([self._changed.pop(name, torch.zeros(2, dtype=torch.float64)) for name in names])
-        summed = all_reduce(sums.to(device), group).tolist()
-        return {name: changed / compared for name, (changed, compared) in zip(names, summed, strict=True) if compared}
+        summed: list[list[float]] = []
+        if names:
+            sums = torch.stack([self._changed.pop(name, torch.zeros(2, dtype=torch.float64)) for name in names])
+            summed = all_reduce(sums.to(device), group).tolist()
+        found = {name: changed / compared for name, (changed, compared) in zip(names, summed, strict=True) if compared}
+        return gather_named(found, stages)

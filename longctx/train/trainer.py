@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from types import FrameType
 
@@ -255,7 +255,9 @@ class _Trainer:
         sample = self._batch(sequence)
         if self.speeds is None and self.mesh.cp.group is not None and self._schedules(sample, dtype):
             # A layer has a schedule to choose.
-            self.speeds = measure_speeds(self.mesh.cp.group, self.device, rate)
+            measured = measure_speeds(self.mesh.cp.group, self.device, rate)
+            # The first rank's on all, as a checkpoint has them.
+            self.speeds = Speeds(*self._gather(*astuple(measured))[0].tolist())
             sample = self._batch(sequence)
         flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
         unigram = None

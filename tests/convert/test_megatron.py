@@ -21,7 +21,8 @@ def of(letters, **changes):
     """A model of some mixers with four heads."""
     fields = {"layers": letters, "depth": 2 * len(letters), "dim": 16, "lightning": None, "softmax": None}
     for letter in letters:
-        fields[MIXERS[letter].name] = MIXERS[letter].model_validate({"heads": 4})
+        more = {"experts": 3} if letter == "A" else {}
+        fields[MIXERS[letter].name] = MIXERS[letter].model_validate({"heads": 4} | more)
     return ModelConfig(**(hybrid().model_dump(exclude_none=True) | fields | changes))
 
 
@@ -32,6 +33,12 @@ MODELS = {
     "lightning layers alone, stacked": hybrid(layers="L", softmax=None),
     **{f"mixer {letter}": of(letter) for letter in "MGEKRH"},
     "many mixers": of("MESK"),
+    "mixtures of heads": of("MES", heads=HeadsMixConfig(mixers=("softmax", "mamba2"), shared=1, active=2)),
+    "mixtures of heads alone, stacked": of("S", heads=HeadsMixConfig(mixers=("softmax",), shared=2, active=1)),
+    "norms of queries in a mixture of heads": of(
+        "S", heads=HeadsMixConfig(mixers=("softmax",), active=2), softmax=SoftmaxConfig(heads=4, qk_norm="rms")
+    ),
+    "attention experts": of("SA"),
 }
 
 
@@ -100,6 +107,20 @@ def test_a_checkpoint_of_another_model_names_every_tensor(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_of_other_layers_names_what_is_missing(tmp_path):
+    save(tmp_path / "weights", 3, hybrid(layers="S", lightning=None))
+    to_megatron(tmp_path / "weights", tmp_path / "megatron")
+    heads = HeadsMixConfig(mixers=("softmax",), active=3)
+    for config, name in (
+        (hybrid(layers="L", softmax=None), "qkvu.weight"),
+        (hybrid(layers="S", lightning=None, heads=heads), "head_router.weight"),
+    ):
+        with pytest.raises(UserError) as caught:
+            from_megatron(tmp_path / "megatron", config, tmp_path / "out")
+        assert f"decoder.layers.0.self_attention.mixer.{name}" in str(caught.value)
+        assert "decoder.layers.2.self_attention.linear_qkv.weight [40, 12] has no place" in str(caught.value)
+
+
 def test_a_vocabulary_of_other_rows_says_which(tmp_path):
     with pytest.raises(UserError, match=r"30 in the recipe, and .* has 29 rows: give model.vocab_size=29"):
         from_megatron(write(tmp_path), hybrid(vocab_size=30), tmp_path / "out")
@@ -132,7 +153,6 @@ def test_a_file_that_is_cut_short_leaves_nothing(tmp_path):
 UNLIKE = {
     "experts": (routed(), "model.ffn"),
     "blocks in parallel": (hybrid(block="parallel"), "model.block"),
-    "a mixture of heads": (hybrid(heads=HeadsMixConfig(mixers=("softmax",), active=3)), "model.heads"),
     "norms of queries": (hybrid(softmax=SoftmaxConfig(heads=6, head_dim=4, qk_norm="rms")), "qk_norm"),
 }
 

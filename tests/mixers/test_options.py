@@ -35,8 +35,8 @@ def test_a_document_in_pieces_is_as_it_would_be_whole(option, pieces):
 
 @each_option
 def test_heads_divide_over_ranks(ranks, option):
-    test_division.test_summands_add_up_to_the_layer(ranks, option, 2, 2)
-    test_division.test_parts_that_are_put_together_are_the_whole(option)
+    test_division.test_summands_add_up_to_the_layer(ranks, option, None, 2, 2)
+    test_division.test_parts_that_are_put_together_are_the_whole(option, None)
 
 
 @each_option
@@ -53,6 +53,11 @@ def test_work_is_counted_and_divided(option):
 @each_option
 def test_shrunk_is_the_same_kind_of_mixer(option):
     test_contract.test_shrunk_is_the_same_kind_of_mixer_and_fits_the_width_that_is_verified_with(option)
+
+
+@pytest.mark.parametrize("option", ROUTED)
+def test_a_mixture_of_heads_divides_over_ranks(ranks, option):
+    test_division.test_summands_add_up_to_the_layer(ranks, option, "learned", 2, 2)
 
 
 @pytest.mark.parametrize("option", ROUTED)

@@ -43,9 +43,13 @@ MISTAKES = {
         "model.residual: engine = 'megatron' adds to the stream without factors",
     ),
     "other norms": (["model.norm=zero_centered_rms"], "model.norm: engine = 'megatron' has norms 'rms'"),
-    "a mixture of heads": (
-        ['model.heads.mixers=["softmax"]', "model.heads.active=2"],
-        "model.heads: engine = 'megatron' reads all heads",
+    "either kind of heads": (
+        ["parallel.tp=2", 'model.heads.mixers=["softmax"]', "model.heads.active=1", "model.heads.shared=2"],
+        "parallel.tp: model.softmax: kv_heads 2, of 2 shared and 2 routed heads, does not divide over 2 ranks",
+    ),
+    "attention experts": (
+        ["parallel.tp=2", "model.layers=LAS", "model.depth=3", "model.attention_experts={experts = 2, heads = 4}"],
+        "parallel.tp: model.attention_experts: the heads of AttentionExperts are not divided",
     ),
     "tiles": (["train.ffn_tile=8"], "train.ffn_tile: engine = 'megatron' has Megatron's feed-forwards"),
     "whole copies": (["parallel.dp_replicate=2"], "parallel.dp_replicate: engine = 'megatron' has one kind"),

@@ -8,6 +8,7 @@ import torch
 
 from longctx.moe.report import Report
 from longctx.parallel.layout import Layout
+from longctx.parallel.mesh import Axis
 from longctx.train import routing as module
 from longctx.train.metrics import RouterMetrics
 from longctx.train.routing import Choices, NotFiniteError, Routing
@@ -46,6 +47,29 @@ def test_sums_are_of_all_batches_and_ranks_and_the_first_broken_layer_is_named_o
     for metrics, message in ranks.run(summed, size=2):
         assert metrics == want
         assert message == "b: the router's logits are not all finite numbers"
+
+
+def on_stages():
+    """Two stages of a pipeline, each on two ranks that hold the step's tokens."""
+    rank = torch.distributed.get_rank()
+    rows = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    columns = [torch.distributed.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    tokens, stages = rows[rank // 2], Axis.of(columns[rank % 2])
+    routing, choices = Routing(), Choices()
+    said = {"early": report([1, 0, 3])} if rank < 2 else {"late": report([2, 2]), "last": report([4, 0])}
+    routing.add(said)
+    routing.sum_over_ranks(torch.device("cpu"), tokens, stages)
+    for _ in range(2):
+        choices.add(0, Layout((0, 8), "contiguous", 2, rank % 2), said)
+    changed = choices.fluctuation(list(said), torch.device("cpu"), tokens, stages)
+    return {name: routed.counts.tolist() for name, routed in routing.layers.items()}, changed
+
+
+def test_stages_of_a_pipeline_say_all_layers(ranks):
+    for counts, changed in ranks.run(on_stages, size=4):
+        assert counts == {"early": [2.0, 0.0, 6.0], "late": [4.0, 4.0], "last": [8.0, 0.0]}
+        assert list(counts) == ["early", "late", "last"]
+        assert changed == {"early": 0.0, "late": 0.0, "last": 0.0}
 
 
 def test_a_step_without_choices_has_no_load():

@@ -29,7 +29,8 @@ from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import drawn
-from longctx.parallel.collectives import all_reduce
+from longctx.moe.report import Report
+from longctx.parallel.collectives import all_reduce, gather_named
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.recipe import Recipe
@@ -128,24 +129,48 @@ class MegatronEngine:
         """As in `Engine`."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        found = self._run(batches, forward_only=False)
-        labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        summed = torch.tensor(
-            [sum(float(nll.double().sum()) for nll in found), labels], dtype=torch.float64, device=self.device
-        )
-        summed = self._of_last_stage(all_reduce(summed, self.mesh.tokens))
+        labels = self._summed(sum(int((batch.labels != IGNORE).sum()) for batch in batches))
+        sequences = self.mesh.dp.size * sum(len(batch.tokens) for batch in batches)
+        # Megatron divides by the labels, and a router's losses have the mean over sequences.
+        found, reports = self._run(batches, float(labels) / sequences, forward_only=False)
+        loss = self._of_last_stage(self._summed(sum(float(nll.double().sum()) for nll in found)))
+        routing = Routing()
+        for said in reports:
+            routing.add(said)
+        routing.sum_over_ranks(self.device, self.mesh.tokens, self.mesh.pp)
+        routing.check_finite()
         for group in self.optimizer.param_groups:
             # What Megatron's scheduler does besides.
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group.get("wd_mult", 1.0)
         _, norm, _ = self.optimizer.step()
-        return StepResult(float(summed[0] / summed[1].clamp(min=1)), float(norm), Routing())
+        return StepResult(float(loss / labels.clamp(min=1)), float(norm), routing)
 
-    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
-        """One pass of Megatron's schedule; the negative log likelihoods of each batch's tokens, on the last stage."""
-        run = get_forward_backward_func()
-        found = run(
-            forward_step_func=_forward_step,
+    def _summed(self, x: float) -> Tensor:
+        """Over the ranks that hold the tokens of a step."""
+        return all_reduce(torch.tensor(x, dtype=torch.float64, device=self.device), self.mesh.tokens)
+
+    def _run(
+        self, batches: Sequence[Batch], weight: float, *, forward_only: bool
+    ) -> tuple[list[Tensor], list[dict[str, Report]]]:
+        """One pass of Megatron's schedule; the negative log likelihoods of each batch's tokens, on the last stage, and
+        what this stage's routers say of each batch, whose losses are multiplied with a weight."""
+        reports: list[dict[str, Report]] = []
+
+        def forward_step(batches: Iterator[Batch], model: Any) -> Any:
+            batch = next(batches)
+            given = Given(batch.layout, weight * len(batch.tokens))
+            out = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=given)
+            reports.append(self._reports())
+
+            def loss_of(out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                total, nll = out
+                return total, (batch.labels != IGNORE).sum().int(), {"nll": nll}
+
+            return out, loss_of
+
+        found = get_forward_backward_func()(
+            forward_step_func=forward_step,
             data_iterator=iter(batches),
             model=[self.ddp],
             num_microbatches=len(batches),
@@ -153,7 +178,17 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return [each["nll"] for each in found]
+        return [each["nll"] for each in found], reports
+
+    def _reports(self) -> dict[str, Report]:
+        """What the routers of this stage said last, by the names of their layers in the built-in model."""
+        said = {f"blocks.{each.layer_number - 1}.mixer": each.self_attention.report for each in self._layers}
+        return {name: report for name, report in said.items() if report is not None}
+
+    @property
+    def _layers(self) -> Sequence[Any]:
+        layers: Sequence[Any] = self.model.decoder.layers
+        return layers
 
     def _of_last_stage(self, x: Tensor) -> Tensor:
         """What the last stage of the pipeline has, on every stage."""
@@ -166,21 +201,21 @@ class MegatronEngine:
     def losses(self, batch: Batch) -> Losses:
         """As in `Engine`."""
         self.ddp.eval()
-        found = self._run([batch], forward_only=True)
+        found, reports = self._run([batch], 0.0, forward_only=True)
         self.ddp.train()
         wide = torch.promote_types(self.model.config.params_dtype, torch.float32)
         nll = found[0] if found else torch.empty(batch.labels.shape, dtype=wide, device=self.device)
         nll = self._of_last_stage(nll.contiguous())
-        return Losses(nll.sum(), nll, {})
+        return Losses(nll.sum(), nll, reports[0])
 
     def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """As in `Engine`."""
         chosen = {}
-        for layer in self.model.decoder.layers:
+        for layer in self._layers:
             schedule = layer.self_attention.mixer.schedule(layout, dtype)
             if schedule is not None:
                 chosen[str(layer.layer_number - 1)] = schedule
-        return chosen
+        return gather_named(chosen, self.mesh.pp)
 
     def flops(self, layout: Layout) -> int:
         """As in `Engine`; ranks that divide a layer or the layers have an equal share each."""
@@ -234,18 +269,6 @@ class MegatronEngine:
         parallel_state.destroy_model_parallel()
 
 
-def _forward_step(batches: Iterator[Batch], model: Any) -> Any:
-    """A batch's pass through a stage, and what Megatron's schedule then asks of the last one."""
-    batch = next(batches)
-    out = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=Given(batch.layout))
-
-    def loss_of(out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total, nll = out
-        return total, (batch.labels != IGNORE).sum().int(), {"nll": nll}
-
-    return out, loss_of
-
-
 def _parallel(recipe: Recipe, device_type: str) -> Mesh:
     """Megatron's groups for a recipe, as our mesh."""
     parallel = recipe.parallel
@@ -266,6 +289,7 @@ def _parallel(recipe: Recipe, device_type: str) -> Mesh:
         dp=parallel_state.get_data_parallel_group(),
         cp=parallel_state.get_context_parallel_group(),
         tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
         tokens=parallel_state.get_data_parallel_group(with_context_parallel=True),
         **levels,
     )

@@ -93,7 +93,7 @@ def build(
     Raises ValueError where heads do not divide over the tensor-parallel ranks.
     """
     used = {letter: getattr(model, MIXERS[letter].name) for letter in set(model.pattern)}
-    spec = layer_spec(model.pattern, used)
+    spec = layer_spec(model.pattern, used, model.heads)
     return LanguageModel(
         config,
         block_spec(spec, config),

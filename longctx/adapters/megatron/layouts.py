@@ -84,9 +84,10 @@ class Placement:
 class Given(PackedSeqParams):  # type: ignore[misc]
     """A batch that lies over ranks as a layout of ours says, in the place of what Megatron says of documents."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, weight: float) -> None:
+        """`weight`: what layers' own losses of the batch are multiplied with, before Megatron divides gradients."""
         super().__init__(qkv_format="thd")
-        self.placement = Placement(layout)
+        self.placement, self.weight = Placement(layout), weight
 
 
 @lru_cache(maxsize=8)

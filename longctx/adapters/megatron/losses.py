@@ -22,15 +22,19 @@ class _Attach(torch.autograd.Function):
         return grads[0], grad, None, None
 
 
-def attach(out: Tensor, loss: Tensor, config: TransformerConfig, cp: int, tokens: int) -> Tensor:
-    """`out` itself, which brings into the backward pass the gradient of a loss.
+def attach(out: Tensor, loss: Tensor, config: TransformerConfig, factor: float) -> Tensor:
+    """`out` itself, which brings into the backward pass the gradient of a loss times a factor.
 
-    loss: this rank's share; the shares of the context-parallel ranks add up to the loss of a micro-batch with `tokens`
-    tokens over all of them. The step's loss has the mean over its micro-batches: Megatron divides gradients by the
-    number of data- and context-parallel ranks, or with `calculate_per_token_loss` by the tokens of the step.
+    loss: this rank's share; the shares of the context- and tensor-parallel ranks add up to the loss of a micro-batch.
     """
-    factor: float = tokens
-    if not config.calculate_per_token_loss:
-        known = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None
-        factor = cp / (num_microbatches_calculator.get_num_microbatches() if known else 1)
     return _Attach.apply(out, loss, config, factor)  # type: ignore[no-untyped-call]
+
+
+def mean_over_batches(config: TransformerConfig, cp: int, tokens: int) -> float:
+    """The factor with which the step's loss has the mean over its micro-batches, of `tokens` tokens over all ranks:
+    Megatron divides gradients by the number of data- and context-parallel ranks, or with `calculate_per_token_loss` by
+    the tokens of the step."""
+    if config.calculate_per_token_loss:
+        return tokens
+    known = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None
+    return cp / (num_microbatches_calculator.get_num_microbatches() if known else 1)

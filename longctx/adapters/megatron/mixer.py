@@ -23,13 +23,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from longctx.adapters.megatron.checkpoints import sharded
-from longctx.adapters.megatron.layouts import Groups, attention_schedule, placed
-from longctx.adapters.megatron.losses import attach
+from longctx.adapters.megatron.layouts import Given, Groups, attention_schedule, placed
+from longctx.adapters.megatron.losses import attach, mean_over_batches
 from longctx.adapters.megatron.optimizers import count_both_dtypes
 from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
 from longctx.mixers.division import divide, divisions
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.model.layers import Linear, Output
+from longctx.moe.report import Report
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
@@ -81,6 +82,8 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         self.groups, self.layer_number = Groups.of(config, pg_collection), layer_number
         chosen = default_mixer(mixer, config) if isinstance(mixer, str) else mixer
         self.schedule = attention_schedule(cp_comm_type)
+        self.report: Report | None = None
+        """What the router of a mixture of heads said of the last batch."""
         with torch.device("cpu"):
             self.mixer = chosen.build(config.hidden_size, layer_number - 1, config.num_layers, config.layernorm_epsilon)
             if heads is not None:
@@ -164,11 +167,18 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
     def _train(self, x: Tensor, packed: PackedSeqParams | None) -> Tensor:
         where = placed(x.shape[1], packed, self.groups, self.schedule)
         (x,) = where.taken(x)
-        given = Output.of(self.mixer(x, where.layout))
-        out = where.given(given.out)
-        if given.report is None or not self.training:
+        mixed = Output.of(self.mixer(x, where.layout))
+        out, report = where.given(mixed.out), mixed.report
+        if report is None:
             return out
-        return attach(out, given.report.loss, self.config, self.groups.cp.size, where.layout.length * len(x))
+        self.report = report._replace(loss=report.loss.detach())
+        if not self.training:
+            return out
+        if isinstance(packed, Given):
+            factor = packed.weight
+        else:
+            factor = mean_over_batches(self.config, self.groups.cp.size, where.layout.length * len(x))
+        return attach(out, report.loss, self.config, factor)
 
     def _generate(self, x: Tensor, context: Any) -> Tensor:
         """The next tokens of the documents of a static inference context, which holds what layers remember."""

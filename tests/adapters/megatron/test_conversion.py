@@ -7,6 +7,7 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 
 from longctx.convert.megatron import find_checkpoint, from_megatron, to_megatron
 from longctx.mixers.gla import GlaConfig
+from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
@@ -19,22 +20,28 @@ from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
 from tests.convert.cases import HOW, save, values
 
+HEADS = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
+CASES = [("LSG", None), ("S", None), ("L", None), ("LSG", HEADS), ("S", HEADS)]
+IDS = [layers if heads is None else f"{layers}, a mixture of heads" for layers, heads in CASES]
 
-def model(layers):
+
+def model(layers, heads):
     """What `cases.gpt` builds of the spec of these layers."""
+    if heads is not None:
+        heads = heads.model_copy(update={"mixers": tuple(m for m in heads.mixers if m[0].upper() in layers)})
     tables = {
         "softmax": SoftmaxConfig(heads=8, kv_heads=4, head_dim=4) if "S" in layers else None,
         "lightning": LightningConfig(heads=8, head_dim=4) if "L" in layers else None,
         "gla": GlaConfig(heads=8, head_dim=4) if "G" in layers else None,
     }
     fields = {"layers": layers, "depth": 4, "dim": 32, "swiglu": SwigluConfig(hidden=24), "tie_embeddings": False}
-    return ModelConfig(**fields, **tables, norm_eps=1e-5, vocab_size=VOCABULARY)
+    return ModelConfig(**fields, **tables, heads=heads, norm_eps=1e-5, vocab_size=VOCABULARY)
 
 
 GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "bias_activation_fusion": False}
 
 
-def in_megatron(run, layers, folder, saved=None):
+def in_megatron(run, layers, heads, folder, saved=None):
     """On a rank: the losses of its tokens by a model of Megatron's with the weights in `folder`, which it saves."""
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -42,7 +49,7 @@ def in_megatron(run, layers, folder, saved=None):
 
     with on_cpu():
         parallel(run)
-        megatron = gpt(run, layer_spec(layers), **GATED)
+        megatron = gpt(run, layer_spec(layers, heads=heads), **GATED)
         if folder is not None:
             loaded = dist_checkpointing.load({"model": megatron.sharded_state_dict()}, str(folder))
             megatron.load_state_dict(loaded["model"])
@@ -74,19 +81,19 @@ def whole(run, answers):
     return found
 
 
-@pytest.mark.parametrize("layers", ["LSG", "S", "L"])
-def test_megatron_computes_with_what_is_written_what_the_built_in_model_does(ranks, tmp_path, layers):
-    config, run = model(layers), Run(tp=2, cp=2)
+@pytest.mark.parametrize(("layers", "heads"), CASES, ids=IDS)
+def test_megatron_computes_with_what_is_written_what_the_built_in_model_does(ranks, tmp_path, layers, heads):
+    config, run = model(layers, heads), Run(tp=2, cp=2)
     save(tmp_path / "weights", 5, config)
     to_megatron(tmp_path / "weights", tmp_path / "megatron")
-    answers = ranks.run(in_megatron, run, layers, find_checkpoint(tmp_path / "megatron"), size=4)
+    answers = ranks.run(in_megatron, run, layers, heads, find_checkpoint(tmp_path / "megatron"), size=4)
     # Megatron makes its rotary angles in float32.
     torch.testing.assert_close(whole(run, answers), built_in(config, tmp_path / "weights"), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("layers", ["LSG", "S", "L"])
-def test_the_built_in_model_computes_with_what_megatron_wrote_what_that_does(ranks, tmp_path, layers):
-    config, run = model(layers), Run(tp=2, cp=2)
-    answers = ranks.run(in_megatron, run, layers, None, tmp_path / "megatron", size=4)
+@pytest.mark.parametrize(("layers", "heads"), CASES, ids=IDS)
+def test_the_built_in_model_computes_with_what_megatron_wrote_what_that_does(ranks, tmp_path, layers, heads):
+    config, run = model(layers, heads), Run(tp=2, cp=2)
+    answers = ranks.run(in_megatron, run, layers, heads, None, tmp_path / "megatron", size=4)
     from_megatron(tmp_path / "megatron", config, tmp_path / "weights")
     torch.testing.assert_close(built_in(config, tmp_path / "weights"), whole(run, answers), rtol=1e-5, atol=0)

@@ -83,6 +83,60 @@ def test_an_untied_head(ranks, workplace, tmp_path):
     assert_same(curve(tmp_path / "run"), curve(tmp_path / "torch"))
 
 
+MIXTURE = ["model.depth=4", "model.lightning.heads=8", "model.softmax.heads=8", "model.softmax.kv_heads=4", *STEPS]
+MIXTURE += ['model.heads.mixers=["softmax", "lightning"]', "model.heads.shared=4", "model.heads.active=2"]
+MIXTURE += ["model.heads.balance=1.0", "evaluation.every=4"]
+MIXED = {
+    **{name: RUNS[name] for name in ("one rank", "cp 2", "tp 2, no sequence parallelism", "dp 2", "pp 2")},
+    "tp 2, cp 2": (4, ["parallel.tp=2"]),
+    "pp 2, tp 2, recomputed": RUNS["pp 2, tp 2, recomputed"],
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(ranks, workplace):
+    out = workplace / "mixture"
+    ranks.run(train, workplace, out, [*MIXTURE, ONE], size=1)
+    return out
+
+
+def assert_routes_alike(found, want):
+    """Where tokens go, over steps and between evaluations, of every layer."""
+    assert_same(curve(found), curve(want))
+    for each, wanted in zip(metrics(found).steps, metrics(want).steps, strict=True):
+        assert list(each.routers) == list(wanted.routers) == [f"blocks.{layer}.mixer" for layer in range(4)]
+        for name, router in wanted.routers.items():
+            assert each.routers[name].imbalance == pytest.approx(router.imbalance, rel=1e-9), name
+            assert each.routers[name].entropy == pytest.approx(router.entropy, rel=1e-5), name
+    assert [e.fluctuation for e in metrics(found).evaluations] == [e.fluctuation for e in metrics(want).evaluations]
+
+
+@pytest.mark.parametrize(("size", "overrides"), MIXED.values(), ids=MIXED)
+def test_a_mixture_of_heads_is_that_of_the_built_in_engine(ranks, workplace, mixture, tmp_path, size, overrides):
+    ranks.run(megatron, workplace, tmp_path / "run", [*MIXTURE, *overrides, "checkpoint.every=100"], size=size)
+    assert_routes_alike(tmp_path / "run", mixture)
+    assert len(metrics(mixture).evaluations[-1].fluctuation) == 4
+
+
+def test_a_mixture_of_heads_goes_on_on_other_ranks_and_in_the_built_in_engine(ranks, workplace, mixture, tmp_path):
+    ranks.run(megatron, workplace, tmp_path / "run", [*MIXTURE, "parallel.tp=2"], size=4)
+    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "on", 4)
+    ranks.run(megatron, workplace, out, [*MIXTURE, ONE, "parallel.pp=2"], size=2)
+    assert_same(curve(out), curve(mixture))
+    from_megatron(tmp_path / "run", None, tmp_path / "weights")
+    found, want = (find_weights(path, "as SOURCE") for path in (tmp_path / "weights", mixture))
+    for name in want.shapes:
+        torch.testing.assert_close(found.read(name), want.read(name), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_experts_are_those_of_the_built_in_engine(ranks, workplace, tmp_path):
+    experts = [*STEPS, ONE, "model.layers=LAS", "model.depth=3", "model.attention_experts={experts = 3, heads = 2}"]
+    ranks.run(train, workplace, tmp_path / "torch", experts, size=1)
+    ranks.run(megatron, workplace, tmp_path / "run", [*experts, "parallel.pp=3"], size=3)
+    assert_same(curve(tmp_path / "run"), curve(tmp_path / "torch"))
+    assert list(metrics(tmp_path / "run").steps[0].routers) == ["blocks.1.mixer"]
+
+
 @pytest.fixture(scope="module")
 def saved(ranks, workplace, built_in):
     """A run that was saved after four steps, on tp 2 and cp 2."""
