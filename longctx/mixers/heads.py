@@ -53,6 +53,12 @@ class HeadsMixConfig(Config):
             found.append(f"router: 'norm' is for softmax layers, and {mixer} is none; take 'learned'")
         return found
 
+    def together(self, heads: int, group: int) -> dict[str, int]:
+        """Heads that go through one softmax attention, which ranks may divide, of `heads` query heads, each `group` of
+        which read one key/value head: what they are, in words, and how many."""
+        found = {"shared heads": self.shared, "key/value heads of routed ones": (heads - self.shared) // group}
+        return {words: count for words, count in found.items() if count}
+
     def shrunk(self, heads: int, group: int) -> "HeadsMixConfig":
         """The same for a mixer with fewer heads."""
         shared = min(self.shared, (heads - 1) // group * group)

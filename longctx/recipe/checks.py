@@ -64,17 +64,16 @@ def _schedules_fit(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mis
         return  # nothing travels, or it has been told
     over = parallel.cp if parallel.attention == "ulysses" else parallel.ulysses
     for letter in dict.fromkeys(model.pattern):
-        table = model.mixer(model.pattern.index(letter))
-        heads = getattr(table, "heads", 0)
-        if heads % parallel.tp:
+        layer = model.pattern.index(letter)
+        if any(count % parallel.tp for count in model.together(layer).values()):
             continue  # told where heads are divided
-        mine = table.model_copy(update={"heads": heads // parallel.tp})
-        field, names = mine.schedules(parallel.cp, parallel.ulysses)
+        field, names = model.schedules(layer, parallel.cp, parallel.ulysses, parallel.tp)
         if field == "attention" and parallel.attention not in ("auto", *names):
+            has = " and ".join(f"{count} {words}" for words, count in model.together(layer, parallel.tp).items())
             yield Mistake(
                 ("parallel", "attention"),
-                f"{parallel.attention!r} divides heads over {over} ranks, and of model.{table.name} a rank has "
-                f"{heads // parallel.tp}",
+                f"{parallel.attention!r} divides heads over {over} ranks, and of model.{model.mixer(layer).name} a "
+                f"rank has {has}",
             )
 
 

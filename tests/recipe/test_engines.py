@@ -70,6 +70,20 @@ MISTAKES = {
         ["parallel.tp=2", "parallel.cp=4", "parallel.attention=ulysses"],
         "parallel.attention: 'ulysses' divides heads over 4 ranks, and of model.softmax a rank has 2",
     ),
+    "ulysses of the shared heads": (
+        [
+            *("engine=torch", "parallel.cp=2", "parallel.attention=ulysses", "model.softmax.kv_heads=4"),
+            *('model.heads.mixers=["softmax"]', "model.heads.shared=1", "model.heads.active=1"),
+        ],
+        "divides heads over 2 ranks, and of model.softmax a rank has 1 shared heads and 3 key/value heads of routed",
+    ),
+    "ulysses of the routed heads": (
+        [
+            *("parallel.tp=2", "parallel.cp=4", "parallel.ulysses=2", "parallel.attention=ulysses-ring"),
+            *('model.heads.mixers=["softmax"]', "model.heads.active=1"),
+        ],
+        "divides heads over 2 ranks, and of model.softmax a rank has 1 key/value heads of routed ones",
+    ),
     "ulysses": (
         ["engine=torch", "parallel.cp=8", "parallel.attention=ulysses"],
         "parallel.attention: 'ulysses' divides heads over 8 ranks, and of model.softmax a rank has 4",

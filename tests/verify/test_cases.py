@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.kernels.loss import IGNORE
+from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.moe import MoeConfig
 from longctx.train.config import TrainConfig
 from longctx.verify.cases import SEQUENCES, Case, cases, documents
@@ -40,6 +42,19 @@ def test_on_four_ranks_everything_is_there():
     want |= {Case(4, "zigzag", True, states=schedule) for schedule in ("ring", "tree")}
     assert found == want
     assert list(cases(1, hybrid())) == []
+
+
+def test_a_mixture_has_the_schedules_that_all_of_its_heads_divide_for():
+    softmax = SoftmaxConfig(heads=8, kv_heads=8, head_dim=4)
+
+    def schedules(**heads):
+        mix = HeadsMixConfig(mixers=("softmax",), active=1, **heads) if heads else None
+        return {case.attention for case in cases(4, hybrid(softmax=softmax, heads=mix))}
+
+    assert schedules() == {"auto", "all-gather", "ring", "ulysses", "ulysses-ring", "ulysses-all-gather"}
+    assert schedules(shared=4) == schedules() == schedules(shared=0)
+    assert schedules(shared=2) == schedules() - {"ulysses"}
+    assert schedules(shared=1) == {"auto", "all-gather", "ring"}
 
 
 def test_experts_are_divided_over_ranks_of_every_axis_but_copies():
