@@ -4,7 +4,7 @@ Queries and keys may be normed head by head before they are turned, and what a h
 sigmoid of a projection of the layer's input (Qiu et al. 2025, Gated Attention, the form after the values).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -193,8 +193,23 @@ class Softmax(Mixer):
         """The schedule and its expected costs, where the layout leaves it to be chosen."""
         if layout.size == 1 or layout.attention != "auto":
             return None
-        shape = Shape(self.heads, self.kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.reach)
-        return explained(choose(layout, shape))
+        found = []
+        for words, heads, kv_heads in self._attentions():
+            shape = Shape(heads, kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.reach)
+            found.append(words + explained(choose(layout, shape)))
+        return "; ".join(found)
+
+    def _attentions(self) -> Iterator[tuple[str, int, int]]:
+        """What is attended with at once: words for it, query heads, key/value heads."""
+        if self.head_router is None:
+            yield "", self.heads, self.kv_heads
+            return
+        share, shared = self.heads // self.kv_heads, self.head_router.shared // self.across.size
+        if shared:
+            yield "shared heads: ", shared, shared // share
+        # The queries of all heads that read one of keys and values lie together.
+        routed = self.kv_heads - shared // share
+        yield "routed heads: ", routed, routed
 
     def flops(self, layout: Layout) -> int:
         """Projections, and for each visible pair of tokens a score and a weighted value; both again for a router."""

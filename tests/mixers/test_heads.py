@@ -220,3 +220,19 @@ def test_an_output_of_a_layer_that_does_not_route_is_its_output_alone():
     assert isinstance(out, torch.Tensor)
     assert Output.of(out) == Output(out)
     assert accumulation_dtype(out.dtype) == out.dtype
+
+
+def test_what_is_told_of_schedules_is_of_shared_and_of_routed_heads():
+    def told(shared, router=True):
+        mixer = built("S")
+        if router:
+            mixer.mix_heads(HeadsMixConfig(mixers=("softmax",), shared=shared, active=1), DIM, 6)
+        return mixer.schedule(Layout((0, 4096), "zigzag", 2), torch.float32)
+
+    shared, rest = told(3).split("; routed heads: ")
+    assert shared.startswith("shared heads: ")
+    # Six query heads divide over two ranks; three of them, and one of keys and values, do not.
+    assert "ulysses" in told(0, router=False)
+    assert "ulysses" not in shared + rest
+    assert told(0).startswith("routed heads: ")
+    assert "ulysses" in told(0)
