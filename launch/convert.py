@@ -77,13 +77,12 @@ def run_from_megatron(arguments: Sequence[str], recipe: str | None, out: Path) -
 
 def run_to_megatron(source: Path, out: Path) -> int:
     """Export weights for Megatron-Core's script; the exit status. Raises UserError for what the user can mend."""
-    from longctx.convert.megatron import script_arguments, to_megatron
+    from longctx.convert.megatron import to_megatron
+    from longctx.convert.megatron_script import SPEC, script_arguments, script_spec
 
     done = to_megatron(source, out)
     say(f"{out}: {done.parameters:,} parameters of {done.source}")
-    layers = f"the layers {done.model.layers!r}"
-    if done.model.heads is not None:
-        layers += " and the recipe's [model.heads] as their heads"
-    say(f"To begin Megatron's script with it: --load {out} --finetune, a --spec with {layers}, and")
-    say(f"  {script_arguments(done.model)}")
+    say(f"To begin Megatron's script with it: --load {out} --finetune {script_arguments(done.model)}")
+    say(f"with --spec my_specs {SPEC}, my_specs.py being")
+    say("".join(f"\n    {line}" for line in script_spec(done.model).splitlines()) + "\n")
     return 0

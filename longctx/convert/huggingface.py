@@ -8,7 +8,6 @@ written before, an import holds what it reads of a source's tensor, an export th
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from torch import Tensor
 from longctx.config import Config
 from longctx.convert.families import FAMILIES, Family
 from longctx.convert.families.base import Keys
-from longctx.convert.rows import RowTable, Whole, at_once, flat, gather, made
+from longctx.convert.rows import Blocks, RowTable, Whole, at_once, gather, made
 from longctx.convert.tensor_files import (
     CONFIG,
     DTYPES,
@@ -41,7 +40,7 @@ from longctx.recipe.emit import dump
 from longctx.recipe.explain import explain
 from longctx.recipe.loading import load_as
 from longctx.recipe.sources import dotted
-from longctx.train.weights import Weights, described, find_weights, shapes_of, write_weights
+from longctx.train.weights import described, find_weights, shapes_of, write_weights
 
 RECIPE = "model.toml"
 """The `[model]` table of what was imported, for a recipe to extend."""
@@ -216,12 +215,12 @@ def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: i
     size = {name: shape.numel() * _DTYPES[dtype].itemsize for name, shape in shapes.items()}
     groups = shards(size, shard_size)
     names = file_names(len(groups))
-    read = _Reader(weights)
+    blocks = Blocks(weights)
     path = out.expanduser().resolve()
     with staging(path) as folder, naming_disk_errors(path):
         for file, group in zip(names, groups, strict=True):
             tensors = {
-                name: derived[name]().to(_DTYPES[dtype]) if name in derived else read.whole(wholes[name], dtype)
+                name: derived[name]().to(_DTYPES[dtype]) if name in derived else _made(wholes[name], dtype, blocks)
                 for name in group
             }
             write_file(folder / file, tensors)
@@ -235,39 +234,12 @@ def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: i
     return Converted(count, family.model_type, weights.path, len(groups))
 
 
-class _Reader:
-    """Rows of built-in tensors, of which the last blocks read are kept: theirs follow each other in ours."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        self._block = lru_cache(maxsize=2)(self._read)
-
-    def _read(self, name: str, number: int) -> Tensor:
-        step, shape = self._step(name), self._weights.shapes[name]
-        return self._weights.read_rows(name, number * step, min((number + 1) * step, shape[0]))
-
-    def _step(self, name: str) -> int:
-        """Rows of the first dimension in a block."""
-        return at_once(self._weights.shapes[name])
-
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """As `longctx.convert.rows.Read` says."""
-        shape = self._weights.shapes[name]
-        rows, columns = flat(shape)
-        out = torch.empty(end - begin, *columns)
-        block = self._step(name) * (rows // shape[0])
-        for number in range(begin // block, -(-end // block)):
-            first, last = max(begin, number * block), min(end, (number + 1) * block)
-            kept = self._block(name, number).view(-1, *columns)
-            out[first - begin : last - begin] = kept[first - number * block : last - number * block]
-        return out
-
-    def whole(self, whole: Whole, dtype: Dtype) -> Tensor:
-        """One of their tensors."""
-        rows = sum(run.rows for run in whole.runs)
-        columns = whole.shape[-1:] if len(whole.shape) > 1 else whole.shape[1:]
-        out = torch.empty(rows, *columns, dtype=_DTYPES[dtype])
-        return gather(whole.runs, 0, rows, out, self.rows).view(whole.shape)
+def _made(whole: Whole, dtype: Dtype, blocks: Blocks) -> Tensor:
+    """One of their tensors."""
+    rows = sum(run.rows for run in whole.runs)
+    columns = whole.shape[-1:] if len(whole.shape) > 1 else whole.shape[1:]
+    out = torch.empty(rows, *columns, dtype=_DTYPES[dtype])
+    return gather(whole.runs, 0, rows, out, blocks.rows).view(whole.shape)
 
 
 def _family_of(path: Path, model: ModelConfig) -> tuple[Family, dict[str, Any]]:

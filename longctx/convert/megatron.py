@@ -29,7 +29,7 @@ from longctx.convert.megatron_table import (
     part,
     table,
 )
-from longctx.convert.rows import Whole, at_once, made
+from longctx.convert.rows import Blocks, Whole, at_once, made
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
 from longctx.files import sync
@@ -88,9 +88,9 @@ class _Checkpoint:
                 for number in range(shape[0]):
                     yield layer_prefix(number) + rest, shape[1:], (name, number)
 
-    def join(self, columns: Mapping[str, tuple[int, ...]]) -> None:
+    def join(self, side_by_side: Mapping[str, tuple[int, ...]]) -> None:
         """Take tensors that lie side by side as one, where all of them are there."""
-        for name, widths in columns.items():
+        for name, widths in side_by_side.items():
             parts = [part(name, number) for number in range(len(widths))]
             shapes = [self.shapes.get(each) for each in parts]
             if all(shape is not None and shape[1:] == (width,) for shape, width in zip(shapes, widths, strict=True)):
@@ -227,10 +227,10 @@ def _check(there: _Checkpoint, wanted: Mapping[str, Whole]) -> None:
 def to_megatron(source: Path, out: Path) -> Converted:
     """Write a checkpoint of weights for Megatron-Core's script (`--load`) into the new directory `out`.
 
-    Softmax layers become Megatron's own attention, other layers, and mixtures of heads, the mixers of
-    `longctx.adapters.megatron.specs`.
-    `source` is a checkpoint, a run's directory (its newest one is taken), or what `longctx convert` wrote. Raises
-    UserError, before anything is written, for a model that Megatron's layers are not, and where `out` exists.
+    Softmax layers become Megatron's own attention; other layers, and mixtures of heads, the mixers of
+    `longctx.adapters.megatron.specs` (`longctx.convert.megatron_script`). `source` is a checkpoint, a run's directory
+    (its newest one is taken), or what `longctx convert` wrote. Raises UserError, before anything is written, for a
+    model that Megatron's layers are not, and where `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out")
@@ -239,7 +239,8 @@ def to_megatron(source: Path, out: Path) -> Converted:
     _check_kind(model)
     _check_attention(model)
     found = table(model, rows, lambda number: _written(model, number))
-    each = {name: made(whole, weights.read_rows) for name, whole in found.theirs.items()}
+    read = Blocks(weights).rows
+    each = {name: made(whole, read) for name, whole in found.theirs.items()}
     for name, widths in columns(model).items():
         each |= _side_by_side(name, each.pop(name), widths)
     each |= _norms_by_themselves(model, each)
@@ -259,25 +260,6 @@ def to_megatron(source: Path, out: Path) -> Converted:
         for file in (*release.iterdir(), folder / _LATEST):
             sync(file)
     return Converted(sum(whole.shape.numel() for whole in found.ours.values()), weights.path, model)
-
-
-def script_arguments(model: ModelConfig) -> str:
-    """What Megatron's script has to be told of a model that `to_megatron` writes, beside its `--spec`; head counts and
-    widths where it has softmax layers, of which Megatron's own attention has them."""
-    ffn = model.feed_forward(0)
-    assert isinstance(ffn, SwigluConfig)
-    said = f"--num-layers {model.depth} --hidden-size {model.dim} --ffn-hidden-size {ffn.width(model.dim)}"
-    said += f" --swiglu --disable-bias-linear --normalization RMSNorm --norm-epsilon {model.norm_eps}"
-    softmax: SoftmaxConfig | None = getattr(model, SoftmaxConfig.name)
-    if softmax is not None:
-        width, groups = softmax.head_dim or model.dim // softmax.heads, softmax.kv_heads or softmax.heads
-        said += f" --num-attention-heads {softmax.heads} --kv-channels {width}"
-        said += f" --group-query-attention --num-query-groups {groups}" if groups != softmax.heads else ""
-        said += f" --position-embedding-type rope --rotary-base {softmax.rope_theta:.0f}"
-        said += f" --rotary-percent {softmax.rotary_dim / width}" if softmax.rotary_dim else ""
-        said += " --use-rope-scaling" if softmax.rope_scaling else ""
-        said += f" --window-size {softmax.window - 1},0" if softmax.window else ""
-    return said if model.tie_embeddings else f"{said} --untie-embeddings-and-output-weights"
 
 
 def _check_attention(model: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """Where the tensors of the built-in model lie in a checkpoint of Megatron-Core's.
 
-A mixer's parameter that several projections lie in is several tensors there, `….0`, `….1`, ... (`Mixer.shares`). A
+A mixer's parameter that several projections or kinds of heads lie in is several tensors there, `….0`, `….1`, ...
+(`longctx.mixers.division.divisions`): rows one after the other, or, of the matrix behind heads, columns side by side. A
 softmax layer may be Megatron's own attention, whose `linear_qkv` has for each group of heads its queries, its key and
 its value. Where all layers are alike, Megatron stacks each of their tensors: `decoder.layers.mlp.linear_fc1.weight` is
 then `[layers, ...]`; else a layer has its number in the name, which this table always has.
@@ -76,8 +77,11 @@ def table(config: ModelConfig, rows: int, layer: Callable[[int], Layer]) -> RowT
         for name in block.mixer.state_dict():
             share = shares.get(name)
             parts = share.parts if share is not None and share.dim == 0 else ()
+            # Of a matrix for each head the rows of all of them.
+            rows_of_one = found.shape(f"{prefix}mixer.{name}")[1:-1].numel()
             theirs = f"{there}self_attention.mixer.{name}"
-            found.put(f"{prefix}mixer.{name}", *(_parts(theirs, parts) if len(parts) > 1 else (theirs,)))
+            runs = _parts(theirs, [length * rows_of_one for length in parts]) if len(parts) > 1 else (theirs,)
+            found.put(f"{prefix}mixer.{name}", *runs, alike=True)
     return found
 
 

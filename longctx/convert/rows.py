@@ -7,12 +7,14 @@ and read by it again is the same to the bit.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longctx.train.making import Made
+from longctx.train.weights import Weights
 
 PIECE = 2**30
 """Bytes of a tensor that are in memory at one time, in float32."""
@@ -47,18 +49,24 @@ class RowTable:
         self._theirs: dict[str, torch.Size] = {}
         """Of each of their tensors the shape behind the rows."""
 
-    def put(self, ours: str, *runs: Run | str, middle: bool = False) -> None:
+    def shape(self, ours: str) -> torch.Size:
+        """Of a tensor of the built-in model."""
+        return self._shapes[ours]
+
+    def put(self, ours: str, *runs: Run | str, middle: bool = False, alike: bool = False) -> None:
         """Say what a tensor is made of: runs, or a name for a whole tensor of as many rows as are left.
 
-        `middle`: theirs has a dimension of 1 behind the rows, as the weights of convolutions over channels do.
+        `middle`: theirs has a dimension of 1 behind the rows, as the weights of convolutions over channels do; `alike`:
+        those that ours has behind the first.
         """
         rows, columns = flat(self._shapes[ours])
+        behind = self._shapes[ours][1:] if alike else torch.Size([1, *columns] if middle else columns)
         left = rows - sum(run.rows for run in runs if isinstance(run, Run))
         found = tuple(run if isinstance(run, Run) else Run(run, 0, left) for run in runs)
         assert sum(run.rows for run in found) == rows, ours
         self._runs[ours] = found
         for run in found:
-            self._theirs[run.name] = torch.Size([1, *columns] if middle else columns)
+            self._theirs[run.name] = behind
 
     @property
     def ours(self) -> dict[str, Whole]:
@@ -83,7 +91,8 @@ class RowTable:
         for begin, run in pieces:
             assert begin == row, name
             row += run.rows
-        return torch.Size([row, *self._theirs[name]]), tuple(run for _, run in pieces)
+        behind = self._theirs[name]
+        return torch.Size([row // torch.Size(behind[:-1]).numel(), *behind]), tuple(run for _, run in pieces)
 
 
 def flat(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
@@ -127,3 +136,31 @@ def made(whole: Whole, read: Read) -> Made:
         return out.view(end - begin, *whole.shape[1:])
 
     return Made(whole.shape, make, rows=at_once(whole.shape))
+
+
+class Blocks:
+    """Rows of built-in tensors, of which the last blocks read are kept: theirs follow each other in ours."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._block = lru_cache(maxsize=2)(self._read)
+
+    def _read(self, name: str, number: int) -> Tensor:
+        step, shape = self._step(name), self._weights.shapes[name]
+        return self._weights.read_rows(name, number * step, min((number + 1) * step, shape[0]))
+
+    def _step(self, name: str) -> int:
+        """Rows of the first dimension in a block."""
+        return at_once(self._weights.shapes[name])
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """As `Read` says."""
+        shape = self._weights.shapes[name]
+        rows, columns = flat(shape)
+        out = torch.empty(end - begin, *columns)
+        block = self._step(name) * (rows // shape[0])
+        for number in range(begin // block, -(-end // block)):
+            first, last = max(begin, number * block), min(end, (number + 1) * block)
+            kept = self._block(name, number).view(-1, *columns)
+            out[first - begin : last - begin] = kept[first - number * block : last - number * block]
+        return out

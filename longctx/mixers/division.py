@@ -43,23 +43,31 @@ def rows(module: nn.Module, *names: str) -> dict[str, Share]:
     return {name: Share(0, (len(tensors[name]),)) for name in names if name in tensors}
 
 
+def _kinds(mixer: "Mixer") -> tuple[int, ...]:
+    """In what proportion heads are of each kind: the shared and the routed ones of a mixture."""
+    return (1,) if mixer.head_router is None else mixer.head_router.kinds
+
+
+def _by_kinds(length: int, kinds: tuple[int, ...]) -> tuple[int, ...]:
+    """A length of all heads as those of each kind; whole where one head of it belongs to two kinds (a group that
+    shared and routed heads read), which is then on one rank."""
+    heads = sum(kinds)
+    return (length,) if any(length * kind % heads for kind in kinds) else tuple(length * n // heads for n in kinds)
+
+
 def divisions(mixer: "Mixer") -> dict[str, Share]:
     """How ranks divide the parameters of a mixer, with heads of every kind by themselves."""
-    if mixer.head_router is None:
-        return mixer.shares()
-    kinds = mixer.head_router.kinds
-    heads = sum(kinds)
+    kinds = _kinds(mixer)
     return {
-        name: Share(share.dim, tuple(part * kind // heads for part in share.parts for kind in kinds))
+        name: Share(share.dim, tuple(length for part in share.parts for length in _by_kinds(part, kinds)))
         for name, share in mixer.shares().items()
     }
 
 
 def own(values: Sequence[float], mixer: "Mixer") -> Tensor:
     """Of a number for each head of all ranks those of this rank's heads, in float64."""
-    kinds = (len(values),) if mixer.head_router is None else mixer.head_router.kinds
-    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
-    return Share(0, kinds).of(numbers, mixer.across.rank, mixer.across.size)
+    share = Share(0, _by_kinds(len(values), _kinds(mixer)))
+    return share.of(torch.tensor(values, dtype=torch.float64, device="cpu"), mixer.across.rank, mixer.across.size)
 
 
 def obstacle(mixer: "Mixer", size: int) -> str | None:
@@ -68,8 +76,7 @@ def obstacle(mixer: "Mixer", size: int) -> str | None:
         return None
     if not mixer.divisible:
         return f"the heads of {type(mixer).__name__} are not divided"
-    router = mixer.head_router
-    kinds = (1,) if router is None else router.kinds
+    router, kinds = mixer.head_router, _kinds(mixer)
     heads = sum(kinds)
     for name in mixer.counts:
         count = getattr(mixer, name)
@@ -85,8 +92,8 @@ def divide(mixer: "Mixer", axis: Axis) -> None:
     """Leave a mixer with all of its heads those of this rank; its output is from now on a summand of the layer's.
 
     A norm over all heads then runs over the ranks of the axis. Nothing else communicates: adding up outputs, the
-    gradients of the input and those of parameters that every rank has whole, is the caller's. Raises ValueError where
-    heads do not divide.
+    gradients of the input and those of parameters that every rank has whole, is the caller's. Work (`Mixer.flops`) is
+    to be counted before. Raises ValueError where heads do not divide.
     """
     if axis.size == 1:
         return

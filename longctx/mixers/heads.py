@@ -53,7 +53,7 @@ class HeadsMixConfig(Config):
             found.append(f"router: 'norm' is for softmax layers, and {mixer} is none; take 'learned'")
         return found
 
-    def together(self, heads: int, group: int) -> dict[str, int]:
+    def attended(self, heads: int, group: int) -> dict[str, int]:
         """Heads that go through one softmax attention, which ranks may divide, of `heads` query heads, each `group` of
         which read one key/value head: what they are, in words, and how many."""
         found = {"shared heads": self.shared, "key/value heads of routed ones": (heads - self.shared) // group}
@@ -89,10 +89,8 @@ class HeadRouter(nn.Module):
         return (self.shared, self.routed) if self.shared else (self.routed,)
 
     def forward(self, x: Tensor, layout: Layout) -> HeadRouting:
-        """The routing of x `[B, T_local, D]`, the layer's input, or the queries `[B, T_local, H, K]` of the heads here.
-
-        Of the heads here; the report is of all heads, its loss this rank's summand.
-        """
+        """The routing of this rank's heads, from x `[B, T_local, D]`, the layer's input, or from their queries
+        `[B, T_local, H, K]`. The report is of all heads, and its loss this rank's summand."""
         whole = self._routing(x, layout)
         if self.across.size == 1:
             return whole

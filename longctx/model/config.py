@@ -168,18 +168,18 @@ class _ModelConfig(Config):
         routable = table.routable()
         return routable[0] if self.heads is not None and table.name in self.heads.mixers and routable else None
 
-    def together(self, layer: int, tp: int = 1) -> dict[str, int]:
+    def attended(self, layer: int, tp: int = 1) -> dict[str, int]:
         """Heads that go through one attention of a layer, in words, and how many one of `tp` ranks has."""
         table = self.mixer(layer)
         routable = table.routable() if self.routed_heads(layer) else None
         if routable is None or self.heads is None:
             return {"heads": getattr(table, "heads", tp) // tp}
-        return {words: count // tp for words, count in self.heads.together(*routable).items()}
+        return {words: count // tp for words, count in self.heads.attended(*routable).items()}
 
     def schedules(self, layer: int, size: int, ulysses: int, tp: int = 1) -> tuple[str, list[str]]:
         """As in `MixerConfig.schedules`, those that fit all heads of a layer, of which one of `tp` ranks has some."""
         table = self.mixer(layer)
-        tables = [table.model_copy(update={"heads": count}) for count in self.together(layer, tp).values()]
+        tables = [table.model_copy(update={"heads": count}) for count in self.attended(layer, tp).values()]
         (field, *_), names = zip(*(each.schedules(size, ulysses) for each in tables), strict=True)
         return field, [name for name in names[0] if all(name in others for others in names)]
 

@@ -65,11 +65,11 @@ def _schedules_fit(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mis
     over = parallel.cp if parallel.attention == "ulysses" else parallel.ulysses
     for letter in dict.fromkeys(model.pattern):
         layer = model.pattern.index(letter)
-        if any(count % parallel.tp for count in model.together(layer).values()):
+        if any(count % parallel.tp for count in model.attended(layer).values()):
             continue  # told where heads are divided
         field, names = model.schedules(layer, parallel.cp, parallel.ulysses, parallel.tp)
         if field == "attention" and parallel.attention not in ("auto", *names):
-            has = " and ".join(f"{count} {words}" for words, count in model.together(layer, parallel.tp).items())
+            has = " and ".join(f"{count} {words}" for words, count in model.attended(layer, parallel.tp).items())
             yield Mistake(
                 ("parallel", "attention"),
                 f"{parallel.attention!r} divides heads over {over} ranks, and of model.{model.mixer(layer).name} a "

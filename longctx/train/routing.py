@@ -15,7 +15,7 @@ from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 from longctx.train.metrics import RouterMetrics
 
-STAGES = Axis()
+ONE_STAGE = Axis()
 """Of a model whose layers are all on every rank."""
 SAMPLE = 16384
 """Tokens of a held-out sequence on a rank, at most, whose choices are remembered: 8 bytes each, in every layer."""
@@ -65,7 +65,7 @@ class Routing:
             row = torch.cat([sums, report.counts.to(torch.float64)])
             self._rows[name] = self._rows[name] + row if name in self._rows else row
 
-    def sum_over_ranks(self, device: torch.device, group: ProcessGroup | None = None, stages: Axis = STAGES) -> None:
+    def sum_over_ranks(self, device: torch.device, group: ProcessGroup | None = None, stages: Axis = ONE_STAGE) -> None:
         """Add up the sums of the ranks of a group (None: all), which have the same layers, and take those of other
         `stages` of a pipeline beside them. A collective where there is a router, and where there are stages."""
         if self._rows:
@@ -109,7 +109,7 @@ class Choices:
             self._before[name, number] = now
 
     def fluctuation(
-        self, names: Sequence[str], device: torch.device, group: ProcessGroup | None = None, stages: Axis = STAGES
+        self, names: Sequence[str], device: torch.device, group: ProcessGroup | None = None, stages: Axis = ONE_STAGE
     ) -> dict[str, float]:
         """For each router the share of tokens, over the ranks of a group (None: all), whose choice has changed; those
         that were compared, of all `stages` of a pipeline.

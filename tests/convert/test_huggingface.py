@@ -14,7 +14,7 @@ from longctx.convert import huggingface, rows
 from longctx.convert.families import FAMILIES
 from longctx.convert.huggingface import RECIPE, built_in, from_huggingface, to_huggingface
 from longctx.errors import UserError
-from longctx.train.weights import find_weights, shapes_of
+from longctx.train.weights import Weights, find_weights, shapes_of
 from tests.convert.cases import HOW, values
 from tests.convert.families import (
     MODELS,
@@ -204,7 +204,7 @@ def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
         back.append(found.numel() * 4)
         return found
 
-    with patch.object(rows, "PIECE", 256), patch.object(huggingface.Weights, "read_rows", read_rows):
+    with patch.object(rows, "PIECE", 256), patch.object(Weights, "read_rows", read_rows):
         to_huggingface(tmp_path / "again", tmp_path / "back")
     # A row of the first dimension of experts is all of an expert's rows.
     assert max(back) <= max(256, 4 * 20 * 12)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from longctx.convert.megatron import from_megatron, script_arguments, to_megatron
+from longctx.convert.megatron import from_megatron, to_megatron
+from longctx.convert.megatron_script import script_arguments, script_spec
 from longctx.errors import UserError
 from longctx.mixers import MIXERS
 from longctx.mixers.heads import HeadsMixConfig
@@ -38,6 +39,18 @@ MODELS = {
     "norms of queries in a mixture of heads": of(
         "S", heads=HeadsMixConfig(mixers=("softmax",), active=2), softmax=SoftmaxConfig(heads=4, qk_norm="rms")
     ),
+    "a group of heads that shared and routed ones read": of(
+        "MB",
+        heads=HeadsMixConfig(mixers=("mamba2", "linear"), shared=1, active=2),
+        linear={"heads": 4, "kv_heads": 2},
+        mamba2={"heads": 4, "state_dim": 7},
+    ),
+    "a learned map of features": of(
+        "BS",
+        linear={"heads": 4, "feature_map": "hedgehog"},
+        heads=HeadsMixConfig(mixers=("linear",), shared=2, active=1),
+    ),
+    "a learned map of features alone, stacked": of("B", linear={"heads": 4, "feature_map": "hedgehog"}),
     "attention experts": of("SA"),
 }
 
@@ -178,3 +191,25 @@ def test_what_megatrons_script_has_to_be_told():
         "--norm-epsilon 1e-05 --num-attention-heads 6 --kv-channels 4 --group-query-attention --num-query-groups 2 "
         "--position-embedding-type rope --rotary-base 500000 --window-size 4,0 --untie-embeddings-and-output-weights"
     )
+
+
+def test_the_spec_says_the_options_of_every_mixer_that_is_not_megatrons_own():
+    softmax = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, rope_theta=5e5, window=5)
+    assert (
+        script_spec(hybrid(softmax=softmax))
+        == """\
+from longctx.adapters.megatron.specs import layer_spec
+from longctx.mixers.lightning import LightningConfig
+
+mine = layer_spec(
+    'LS',
+    mixers={
+        'L': LightningConfig(heads=3),
+    },
+)"""
+    )
+    routed = hybrid(softmax=softmax, heads=HeadsMixConfig(mixers=("softmax",), shared=3, active=1))
+    assert "'S': SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, rope_theta=500000.0, window=5)," in script_spec(routed)
+    assert "heads=HeadsMixConfig(mixers=('softmax',), active=1, shared=3)," in script_spec(routed)
+    assert "mixers={" not in script_spec(hybrid(layers="S", lightning=None))
+    assert script_arguments(routed).endswith("--num-attention-heads 3 --kv-channels 4 --position-embedding-type none")

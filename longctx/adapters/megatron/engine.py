@@ -27,8 +27,10 @@ from longctx.adapters.megatron.optimizers import load_optimizer, moments
 from longctx.adapters.megatron.weights import fill, mark
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
+from longctx.mixers.heads import HeadRouter
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import drawn
+from longctx.model.router import Router
 from longctx.moe.report import Report
 from longctx.parallel.collectives import all_reduce, gather_named
 from longctx.parallel.layout import Layout
@@ -37,7 +39,7 @@ from longctx.recipe import Recipe
 from longctx.train.checkpoint import RESUME, Checkpointer, TrainerState, others
 from longctx.train.config import MegatronConfig
 from longctx.train.engine import Batch, StepResult
-from longctx.train.routing import Routing
+from longctx.train.routing import ONE_STAGE, Routing
 from longctx.train.weights import Weights
 
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -80,6 +82,8 @@ class MegatronEngine:
         self.mesh = _parallel(recipe, self.device.type)
         with torch.device("meta"):
             self._built_in = Decoder(recipe.model, vocab_size)
+        routes = any(isinstance(module, HeadRouter | Router) for module in self._built_in.modules())
+        self._routing_stages = self.mesh.pp if routes else ONE_STAGE
         bf16 = recipe.train.precision == "bf16"
         config = _config(recipe, self.options, torch.bfloat16 if bf16 else dtype)
         self.model = build(
@@ -131,13 +135,13 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         labels = self._summed(sum(int((batch.labels != IGNORE).sum()) for batch in batches))
         sequences = self.mesh.dp.size * sum(len(batch.tokens) for batch in batches)
-        # Megatron divides by the labels, and a router's losses have the mean over sequences.
-        found, reports = self._run(batches, float(labels) / sequences, forward_only=False)
+        # Megatron divides by the labels, where there are any, and a router's losses have the mean over sequences.
+        found, reports = self._run(batches, float(labels.clamp(min=1)) / sequences, forward_only=False)
         loss = self._of_last_stage(self._summed(sum(float(nll.double().sum()) for nll in found)))
         routing = Routing()
         for said in reports:
             routing.add(said)
-        routing.sum_over_ranks(self.device, self.mesh.tokens, self.mesh.pp)
+        routing.sum_over_ranks(self.device, self.mesh.tokens, self._routing_stages)
         routing.check_finite()
         for group in self.optimizer.param_groups:
             # What Megatron's scheduler does besides.

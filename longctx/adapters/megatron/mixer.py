@@ -83,7 +83,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         chosen = default_mixer(mixer, config) if isinstance(mixer, str) else mixer
         self.schedule = attention_schedule(cp_comm_type)
         self.report: Report | None = None
-        """What the router of a mixture of heads said of the last batch."""
+        """What the mixer's router, if it has one, said of the last batch."""
         with torch.device("cpu"):
             self.mixer = chosen.build(config.hidden_size, layer_number - 1, config.num_layers, config.layernorm_epsilon)
             if heads is not None:

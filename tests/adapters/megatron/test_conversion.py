@@ -6,9 +6,11 @@ import torch
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.convert.megatron import find_checkpoint, from_megatron, to_megatron
+from longctx.convert.megatron_script import SPEC, script_spec
 from longctx.mixers.gla import GlaConfig
 from longctx.mixers.heads import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.linear import LinearConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
@@ -21,35 +23,47 @@ from tests.adapters.megatron.training import may_start_processes
 from tests.convert.cases import HOW, save, values
 
 HEADS = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
-CASES = [("LSG", None), ("S", None), ("L", None), ("LSG", HEADS), ("S", HEADS)]
-IDS = [layers if heads is None else f"{layers}, a mixture of heads" for layers, heads in CASES]
+OPTIONS = SoftmaxConfig(heads=8, kv_heads=4, head_dim=4, rope_theta=300.0, window=9, qk_norm="rms", output_gate=True)
+CASES = {
+    "LSG": {},
+    "S": {},
+    "L": {},
+    "LSG, a mixture of heads": {"heads": HEADS},
+    "S, a mixture of heads with options": {
+        "heads": HEADS.model_copy(update={"mixers": ("softmax",)}),
+        "softmax": OPTIONS,
+    },
+    "LB, with other options than Megatron's arguments say": {
+        "lightning": LightningConfig(heads=4, head_dim=6, form="minimax"),
+        "linear": LinearConfig(heads=4, head_dim=2, feature_map="hedgehog"),
+    },
+}
 
 
-def model(layers, heads):
-    """What `cases.gpt` builds of the spec of these layers."""
-    if heads is not None:
-        heads = heads.model_copy(update={"mixers": tuple(m for m in heads.mixers if m[0].upper() in layers)})
+def model(case):
+    """A model whose first letters are a case's."""
+    layers, changes = case.partition(",")[0], CASES[case]
     tables = {
         "softmax": SoftmaxConfig(heads=8, kv_heads=4, head_dim=4) if "S" in layers else None,
         "lightning": LightningConfig(heads=8, head_dim=4) if "L" in layers else None,
         "gla": GlaConfig(heads=8, head_dim=4) if "G" in layers else None,
     }
     fields = {"layers": layers, "depth": 4, "dim": 32, "swiglu": SwigluConfig(hidden=24), "tie_embeddings": False}
-    return ModelConfig(**fields, **tables, heads=heads, norm_eps=1e-5, vocab_size=VOCABULARY)
+    return ModelConfig(**fields | tables | changes, norm_eps=1e-5, vocab_size=VOCABULARY)
 
 
 GATED = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "bias_activation_fusion": False}
 
 
-def in_megatron(run, layers, heads, folder, saved=None):
+def in_megatron(run, config, folder, saved=None):
     """On a rank: the losses of its tokens by a model of Megatron's with the weights in `folder`, which it saves."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from longctx.adapters.megatron.specs import layer_spec
-
+    said: dict[str, object] = {}
+    exec(script_spec(config), said)
     with on_cpu():
         parallel(run)
-        megatron = gpt(run, layer_spec(layers, heads=heads), **GATED)
+        megatron = gpt(run, said[SPEC], **GATED)
         if folder is not None:
             loaded = dist_checkpointing.load({"model": megatron.sharded_state_dict()}, str(folder))
             megatron.load_state_dict(loaded["model"])
@@ -81,19 +95,19 @@ def whole(run, answers):
     return found
 
 
-@pytest.mark.parametrize(("layers", "heads"), CASES, ids=IDS)
-def test_megatron_computes_with_what_is_written_what_the_built_in_model_does(ranks, tmp_path, layers, heads):
-    config, run = model(layers, heads), Run(tp=2, cp=2)
+@pytest.mark.parametrize("case", CASES)
+def test_megatron_computes_with_what_is_written_what_the_built_in_model_does(ranks, tmp_path, case):
+    config, run = model(case), Run(tp=2, cp=2)
     save(tmp_path / "weights", 5, config)
     to_megatron(tmp_path / "weights", tmp_path / "megatron")
-    answers = ranks.run(in_megatron, run, layers, heads, find_checkpoint(tmp_path / "megatron"), size=4)
+    answers = ranks.run(in_megatron, run, config, find_checkpoint(tmp_path / "megatron"), size=4)
     # Megatron makes its rotary angles in float32.
     torch.testing.assert_close(whole(run, answers), built_in(config, tmp_path / "weights"), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("layers", "heads"), CASES, ids=IDS)
-def test_the_built_in_model_computes_with_what_megatron_wrote_what_that_does(ranks, tmp_path, layers, heads):
-    config, run = model(layers, heads), Run(tp=2, cp=2)
-    answers = ranks.run(in_megatron, run, layers, heads, None, tmp_path / "megatron", size=4)
+@pytest.mark.parametrize("case", CASES)
+def test_the_built_in_model_computes_with_what_megatron_wrote_what_that_does(ranks, tmp_path, case):
+    config, run = model(case), Run(tp=2, cp=2)
+    answers = ranks.run(in_megatron, run, config, None, tmp_path / "megatron", size=4)
     from_megatron(tmp_path / "megatron", config, tmp_path / "weights")
     torch.testing.assert_close(built_in(config, tmp_path / "weights"), whole(run, answers), rtol=1e-5, atol=0)

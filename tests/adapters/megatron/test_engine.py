@@ -118,7 +118,7 @@ def test_a_mixture_of_heads_is_that_of_the_built_in_engine(ranks, workplace, mix
     assert len(metrics(mixture).evaluations[-1].fluctuation) == 4
 
 
-def test_a_mixture_of_heads_goes_on_on_other_ranks_and_in_the_built_in_engine(ranks, workplace, mixture, tmp_path):
+def test_a_mixture_of_heads_goes_on_on_other_ranks_and_is_converted(ranks, workplace, mixture, tmp_path):
     ranks.run(megatron, workplace, tmp_path / "run", [*MIXTURE, "parallel.tp=2"], size=4)
     out = went_on_to_be_killed(tmp_path / "run", tmp_path / "on", 4)
     ranks.run(megatron, workplace, out, [*MIXTURE, ONE, "parallel.pp=2"], size=2)
