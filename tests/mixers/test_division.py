@@ -56,11 +56,14 @@ def divided(letter, router, tp):
     return mesh.tp.rank, mesh.cp.rank, *trained(mixer, Layout.on(mesh, BOUNDS, "zigzag")), shares
 
 
+SIZES = [(4, 2), (4, 4), (2, 2)]
 MIXTURES = [*((letter, "learned") for letter in LETTERS), ("S", "norm")]
+CELLS = [(letter, None, *sizes) for letter in LETTERS for sizes in SIZES]
+CELLS += [(*mixture, *SIZES[0]) for mixture in MIXTURES]
+CELLS += [pytest.param(*mixture, *sizes, marks=pytest.mark.slow) for mixture in MIXTURES for sizes in SIZES[1:]]
 
 
-@pytest.mark.parametrize(("letter", "router"), [*((letter, None) for letter in LETTERS), *MIXTURES])
-@pytest.mark.parametrize(("size", "tp"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(("letter", "router", "size", "tp"), CELLS)
 def test_summands_add_up_to_the_layer(ranks, letter, router, size, tp):
     mixer = whole(letter, router)
     y, dx, gradients = trained(mixer, Layout(BOUNDS))

@@ -5,6 +5,9 @@ the CPU. Nothing here changes what is computed. Used by tests alone.
 """
 
 import contextlib
+import functools
+import gc
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -68,6 +71,25 @@ def _stream(stream: Any) -> Iterator[None]:
     yield
 
 
+def _forget_groups() -> None:
+    """Let go of what holds process groups that are no longer used: cached methods, and models that hold themselves.
+
+    Each group has threads, which wake a hundred times a second; a rank of the tests would collect thousands of them.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for module in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
+        # Hooks of its parameters hold it, in a circle through C++ that Python's collector does not see.
+        vars(module).clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("megatron.core", "longctx.adapters.megatron")):
+            owners = [module, *(value for value in vars(module).values() if isinstance(value, type))]
+            for value in [value for owner in owners for value in vars(owner).values()]:
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+    gc.collect()
+
+
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Inside it Megatron-Core runs on the CPU."""
@@ -102,4 +124,5 @@ def on_cpu() -> Iterator[None]:
         stack.enter_context(patch.object(moe_utils, "te_general_gemm", None, create=True))
         stack.enter_context(patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", _as_numbers))
         stack.enter_context(_OnCpu())
+        stack.callback(_forget_groups)
         yield
