@@ -18,7 +18,8 @@ def script_spec(model: ModelConfig) -> str:
     for layer, letter in enumerate(model.pattern):
         if not has_own_attention(model, layer):
             used[letter] = model.mixer(layer)
-    imported = sorted({(type(config).__module__, type(config).__name__) for config in used.values()} | _of_heads(model))
+    said = [*used.values(), *([] if model.heads is None else [model.heads])]
+    imported = sorted({(type(config).__module__, type(config).__name__) for config in said})
     lines = ["from longctx.adapters.megatron.specs import layer_spec"]
     lines += [f"from {module} import {name}" for module, name in imported]
     lines += ["", f"{SPEC} = layer_spec(", f"    {model.layers!r},"]
@@ -31,10 +32,6 @@ def script_spec(model: ModelConfig) -> str:
     if model.heads is not None:
         lines.append(f"    heads={_said(model.heads)},")
     return "\n".join([*lines, ")"])
-
-
-def _of_heads(model: ModelConfig) -> set[tuple[str, str]]:
-    return set() if model.heads is None else {(type(model.heads).__module__, type(model.heads).__name__)}
 
 
 def _said(config: Config) -> str:
