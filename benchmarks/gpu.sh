@@ -27,7 +27,7 @@ failed=0
 if "$python" -c 'import pytest, tests.conftest' 2>"$OUT/tests.log"; then
     timeout 150 "$python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider --import-mode=importlib -q -m gpu \
         -W ignore::pytest.PytestUnknownMarkWarning -k 'all_passes or any_order or from_none_to_all or bfloat16' \
-        tests/kernels/test_triton_additive.py 2>&1 | tee "$OUT/tests.log" | tail -15 || failed=$?
+        tests/kernels/linear/additive/test_triton.py 2>&1 | tee "$OUT/tests.log" | tail -15 || failed=$?
 else
     echo "pytest or what the tests import is missing ($(tail -1 "$OUT/tests.log")): a smaller check"
     "$python" benchmarks/gpu_kernels.py --check 2>&1 | tee "$OUT/tests.log" || failed=$?

@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longctx.kernels import triton_additive, triton_delta, tuning
-from longctx.kernels.linear import linear_attention
-from longctx.kernels.recurrence import Segment
+from longctx.kernels.linear import tuning
+from longctx.kernels.linear.additive import triton as triton_additive
+from longctx.kernels.linear.api import linear_attention
+from longctx.kernels.linear.delta import triton as triton_delta
+from longctx.kernels.linear.recurrence import Segment
 
 DEVICE = torch.device("cuda")
 REPEATS = 5

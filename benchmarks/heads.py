@@ -13,10 +13,10 @@ import time
 import torch
 from torch import Tensor
 
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.layers.output import Output
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
-from longctx.model.layers import Output
 from longctx.parallel.layout import Layout
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 64

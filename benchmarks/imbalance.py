@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from longctx.data.config import DataConfig
 from longctx.data.loader import train_stream
+from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
-from longctx.parallel.visibility import score_elements
 
 SEQUENCES = 40
 

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
+from longctx.engines.metrics import FILE_NAME, Metrics, read_metrics
 
 ROUTERS = {
     "token": 'router = "token"',

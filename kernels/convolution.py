@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from longctx.kernels.arguments import DTYPES
+from longctx.kernels.autograd import exact_backward, exact_forward
+from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.linear.checks import DTYPES
+from longctx.kernels.linear.recurrence import Segment
 from longctx.kernels.pointwise import TILE_ELEMENTS
-from longctx.kernels.precision import exact_backward, exact_forward
-from longctx.kernels.recurrence import Segment, accumulation_dtype
 
 ACTIVATIONS = (None, "silu")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.precision import exact_backward, exact_forward
-from longctx.kernels.recurrence import accumulation_dtype
+from longctx.kernels.autograd import exact_backward, exact_forward
+from longctx.kernels.dtypes import accumulation_dtype
 
 IGNORE = -100
 """The label of a token that has none."""

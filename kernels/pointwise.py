@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.kernels.precision import exact_backward, exact_forward
-from longctx.kernels.recurrence import accumulation_dtype
+from longctx.kernels.autograd import exact_backward, exact_forward
+from longctx.kernels.dtypes import accumulation_dtype
 
 TILE_ELEMENTS = 2**18
 """Elements of a tile on a CPU: 1 MiB in float32, half of a core's second-level cache."""

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from longctx.data.manifest import Manifest
 from longctx.errors import UserError
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from longctx.recipe import Recipe, load
 from longctx.verify import Row, shrink, subject_of, verify
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from longctx.kernels.recurrence import accumulation_dtype
+from longctx.kernels.dtypes import accumulation_dtype
 from longctx.moe.report import Report, entropy, marks, real_rows, top
 from longctx.parallel.layout import Layout
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longctx.kernels.rows import combine, spread
+from longctx.kernels.routed.permute import combine, spread
 from longctx.moe.expert_router import ExpertRouting
+from longctx.parallel.all_to_all_rows import exchange_counts, exchange_rows
 from longctx.parallel.mesh import Axis
-from longctx.parallel.rows import exchange_counts, exchange_rows
 
 
 def mixture_of_experts(

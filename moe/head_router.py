@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.kernels.recurrence import accumulation_dtype
+from longctx.kernels.dtypes import accumulation_dtype
 from longctx.moe.report import Report, entropy, load_loss, marks, real_rows, top
 from longctx.parallel.layout import Layout
 

@@ -6,7 +6,7 @@ weighted values of a pair that no token reads do not exist. All keys and values 
 The query heads that read one key/value head are sorted together, by token: their queries differ, the keys that they
 see at a token do not. So the pairs of a key/value head are one list of queries with places in the sequence, as long as
 its heads are read together, and what `longctx.parallel.attention.routed_attention` takes, over ranks by any schedule.
-Queries and outputs are projected by `longctx.kernels.routed_linear`, for the same pairs.
+Queries and outputs are projected by `longctx.kernels.routed.head_projection`, for the same pairs.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longctx.moe.head_router import HeadRouting
-from longctx.parallel.attention import routed_attention, softmax_attention
+from longctx.parallel.attention.api import routed_attention, softmax_attention
 from longctx.parallel.layout import Layout
 
 

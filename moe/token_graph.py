@@ -18,10 +18,10 @@ bf16, which has 8 bits, neighbouring experts would often have equal scores.
 import torch
 from torch import Tensor
 
-from longctx.parallel.attention import choose, softmax_attention
-from longctx.parallel.choice import Estimate, Shape, fitting
+from longctx.parallel.attention.api import choose, softmax_attention
+from longctx.parallel.attention.cost_model import Estimate, Shape, fitting
+from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout
-from longctx.parallel.visibility import Reach
 
 
 def similarity_aware(r: Tensor, q: Tensor, k: Tensor, layout: Layout, scale: float) -> Tensor:

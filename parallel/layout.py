@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from longctx.kernels.arguments import checked_cu_seqlens
+from longctx.kernels.linear.checks import checked_cu_seqlens
 from longctx.parallel.balance import balanced_owners
+from longctx.parallel.link_speeds import ASSUMED, Speeds
 from longctx.parallel.mesh import Grid, Mesh
-from longctx.parallel.speeds import ASSUMED, Speeds
 
 Order = Literal["contiguous", "zigzag", "balanced"]
 STATE_SCHEDULES = ("all-gather", "ring", "tree")
-"""How the states of linear layers travel: `longctx.parallel.states`."""
+"""How the states of linear layers travel: `longctx.parallel.linear.state_exchange`."""
 
 
 @dataclass(frozen=True)

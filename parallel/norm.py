@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.pointwise import rms_norm
-from longctx.kernels.recurrence import accumulation_dtype
+from longctx.parallel.autograd import rank_backward, rank_forward
 from longctx.parallel.collectives import all_reduce
-from longctx.parallel.functions import rank_backward, rank_forward
 from longctx.parallel.mesh import Axis
 
 

@@ -1,6 +1,6 @@
 """What a rank communicates, counted by layer and collective: always on, a few additions for each call.
 
-A model says where it is with `layer`; an autograd function over ranks (`longctx.parallel.functions`) takes the name
+A model says where it is with `layer`; an autograd function over ranks (`longctx.parallel.autograd`) takes the name
 along to its backward pass. Bytes are those that a rank receives from others.
 """
 

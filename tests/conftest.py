@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     # Read when Triton's kernels are defined: without a GPU they run in its interpreter, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from tests.poison import poison
 
 

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from longctx.train.plot_style import BASELINE, tidy
 from tests.adapters.engines import ALONE, OTHERS, Engine, run
 from tests.train.runs import losses

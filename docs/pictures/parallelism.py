@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from longctx.parallel.choice import Shape, estimates
+from longctx.parallel.attention.cost_model import Shape, estimates
+from longctx.parallel.attention.visibility import Reach, score_elements
 from longctx.parallel.layout import Layout
+from longctx.parallel.link_speeds import Speeds
 from longctx.parallel.mesh import Grid
-from longctx.parallel.speeds import Speeds
-from longctx.parallel.visibility import Reach, score_elements
 
 HERE = Path(__file__).parent
 COLOURS = ["#4477aa", "#ee8866", "#44bb99", "#bbcc33", "#aa4499", "#ffaabb", "#99ddff", "#dddddd"]

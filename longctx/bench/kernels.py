@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from longctx.bench import flops
-from longctx.kernels import additive, attention, delta
-from longctx.kernels.attention import CAUSAL
-from longctx.kernels.linear import linear_attention
+from longctx.kernels.attention import block as attention
+from longctx.kernels.attention.block import CAUSAL
+from longctx.kernels.linear.additive import chunked as additive
+from longctx.kernels.linear.api import linear_attention
+from longctx.kernels.linear.delta import chunked as delta
 from longctx.kernels.pointwise import rms_norm, swiglu
 
 Inputs = dict[str, Tensor]

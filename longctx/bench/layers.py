@@ -17,11 +17,11 @@ from longctx.mixers.base import Mixer
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
-from longctx.parallel.choice import Shape, estimates
+from longctx.parallel.attention.cost_model import Shape, estimates
+from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout, Order
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.traffic import counted
-from longctx.parallel.visibility import Reach
 
 EPS = 1e-5
 

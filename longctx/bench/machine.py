@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from longctx.bench.timing import Clock, median_seconds
-from longctx.train.machine import device_name, matmul_rate
+from longctx.system import device_name, matmul_rate
 
 BATCHED = ((8, 128), (8, 256), (8, 512), (32, 128))
 """Count and size of the square matrices of the batched products: from the chunks of the recurrences upwards."""

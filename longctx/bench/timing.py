@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from longctx.train.machine import peak_memory_bytes
+from longctx.system import peak_memory_bytes
 
 _RESET_PEAK = Path("/proc/self/clear_refs")
 

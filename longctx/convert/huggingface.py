@@ -16,10 +16,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from longctx.checkpoint.weights import described, find_weights, shapes_of, write_weights
 from longctx.config import Config
 from longctx.convert.families import FAMILIES, Family
 from longctx.convert.families.base import Keys
-from longctx.convert.rows import Blocks, RowTable, Whole, at_once, gather, made
+from longctx.convert.row_table import Blocks, RowTable, Whole, at_once, gather, made
 from longctx.convert.tensor_files import (
     CONFIG,
     DTYPES,
@@ -40,7 +41,6 @@ from longctx.recipe.emit import dump
 from longctx.recipe.explain import explain
 from longctx.recipe.loading import load_as
 from longctx.recipe.sources import dotted
-from longctx.train.weights import described, find_weights, shapes_of, write_weights
 
 RECIPE = "model.toml"
 """The `[model]` table of what was imported, for a recipe to extend."""

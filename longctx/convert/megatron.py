@@ -1,8 +1,8 @@
 """Weights of the built-in model from checkpoints of Megatron-Core, and back.
 
 Both are folders of torch.distributed.checkpoint, which need neither Megatron nor a GPU to be read and written: tensors
-are taken and made piece by piece, one after the other (`longctx.convert.rows`). What a checkpoint has beside the model,
-an optimizer or a state of chance, is passed over.
+are taken and made piece by piece, one after the other (`longctx.convert.row_table`). What a checkpoint has beside the
+model, an optimizer or a state of chance, is passed over.
 """
 
 import argparse
@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from longctx.checkpoint.lazy_tensors import Made, write_made
+from longctx.checkpoint.save import TRAINER, check_format, differences, list_checkpoints, read_state
+from longctx.checkpoint.storage import Reader, RegionPlanner, read_tensors
+from longctx.checkpoint.weights import described, find_weights, known, with_defaults, write_weights
 from longctx.convert.megatron_table import (
     ATTENTION,
     LINEARS,
@@ -29,17 +33,13 @@ from longctx.convert.megatron_table import (
     part,
     table,
 )
-from longctx.convert.rows import Blocks, Whole, at_once, made
+from longctx.convert.row_table import Blocks, Whole, at_once, made
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
 from longctx.files import sync
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
-from longctx.train.checkpoint import TRAINER, check_format, differences, list_checkpoints, read_state
-from longctx.train.making import Made, write_made
-from longctx.train.storage import Reader, RegionPlanner, read_tensors
-from longctx.train.weights import described, find_weights, known, with_defaults, write_weights
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
@@ -100,7 +100,7 @@ class _Checkpoint:
                     del self.shapes[each]
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """As `longctx.convert.rows.Read` says."""
+        """As `longctx.convert.row_table.Read` says."""
         if name in self._joined:
             return torch.cat([self._rows(each, begin, end) for each in self._joined[name]], dim=1)
         return self._rows(name, begin, end)

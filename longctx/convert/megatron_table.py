@@ -1,10 +1,11 @@
 """Where the tensors of the built-in model lie in a checkpoint of Megatron-Core's.
 
 A mixer's parameter that several projections or kinds of heads lie in is several tensors there, `….0`, `….1`, ...
-(`longctx.mixers.division.divisions`): rows one after the other, or, of the matrix behind heads, columns side by side. A
-softmax layer may be Megatron's own attention, whose `linear_qkv` has for each group of heads its queries, its key and
-its value. Where all layers are alike, Megatron stacks each of their tensors: `decoder.layers.mlp.linear_fc1.weight` is
-then `[layers, ...]`; else a layer has its number in the name, which this table always has.
+(`longctx.mixers.tensor_parallel.divisions`): rows one after the other, or, of the matrix behind heads, columns side by
+side. A softmax layer may be Megatron's own attention, whose `linear_qkv` has for each group of heads its queries, its
+key and its value. Where all layers are alike, Megatron stacks each of their tensors:
+`decoder.layers.mlp.linear_fc1.weight` is then `[layers, ...]`; else a layer has its number in the name, which this
+table always has.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.convert.rows import RowTable, Run
-from longctx.mixers.division import divisions
+from longctx.convert.row_table import RowTable, Run
 from longctx.mixers.softmax import Softmax, SoftmaxConfig
+from longctx.mixers.tensor_parallel import divisions
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Block, Decoder
 

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.save import differences
+from longctx.checkpoint.weights import Weights, described, find_weights, shape_differences, shapes_of, write_weights
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
 from longctx.mixers.attention_experts import AttentionExpertsConfig
@@ -25,9 +28,6 @@ from longctx.model.moe import MoeConfig
 from longctx.moe.attention_upcycle import upcycled_out, upcycled_qkv
 from longctx.moe.upcycle import Beginning, Drawn, Experts, Mean, Spread, Zeros, beginning, source_of
 from longctx.recipe import Recipe
-from longctx.train.checkpoint import differences
-from longctx.train.making import Made
-from longctx.train.weights import Weights, described, find_weights, shape_differences, shapes_of, write_weights
 
 PIECE = 2**30
 """Bytes of experts that are in memory at one time."""

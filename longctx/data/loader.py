@@ -93,11 +93,6 @@ class SequenceStream:
         self._lock = threading.Lock()
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of the corpus."""
-        return self._tokens
-
-    @property
     def sequences_per_epoch(self) -> float:
         """Not a whole number in general: sequence i begins in epoch `int(i / sequences_per_epoch)`."""
         return self._tokens / self.sequence_length

@@ -7,13 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from longctx.data.loader import train_fingerprint
-from longctx.data.manifest import Manifest
-from longctx.data.tokenizer import Tokenizer
-from longctx.errors import UserError
-from longctx.model.decoder import Decoder
-from longctx.recipe import Recipe, load
-from longctx.train.checkpoint import (
+from longctx.checkpoint.save import (
     TrainerState,
     check_format,
     check_same_model,
@@ -21,8 +15,14 @@ from longctx.train.checkpoint import (
     load_tensors,
     read_state,
 )
+from longctx.checkpoint.weights import described, with_defaults
+from longctx.data.loader import train_fingerprint
+from longctx.data.manifest import Manifest
+from longctx.data.tokenizer import Tokenizer
+from longctx.errors import UserError
+from longctx.model.decoder import Decoder
+from longctx.recipe import Recipe, load
 from longctx.train.process_group import device_type
-from longctx.train.weights import described, with_defaults
 
 _OPTION = "--checkpoint"
 _HOW = f"with {_OPTION} PATH"

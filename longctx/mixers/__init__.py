@@ -1,5 +1,6 @@
 """Token mixers, by their letters in `model.layers`. A new one is a file here and a name in `MIXERS`."""
 
+from longctx.layers.cache import Memory
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.base import Mixer, MixerConfig
 from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
@@ -9,7 +10,6 @@ from longctx.mixers.lightnet import LightNetConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2Config
-from longctx.mixers.memory import Memory
 from longctx.mixers.retention import RetentionConfig
 from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig

@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Integer
+from longctx.layers.cache import Memory
+from longctx.layers.output import Output
+from longctx.layers.router import Router
 from longctx.mixers.base import MixerConfig
-from longctx.mixers.memory import Memory
 from longctx.mixers.softmax import Softmax, SoftmaxConfig
-from longctx.model.layers import Output
-from longctx.model.router import Router
 from longctx.moe.attention_experts import KeysValues, side_by_side, soft_routing
 from longctx.parallel.layout import Layout
 

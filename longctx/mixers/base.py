@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
-from longctx.mixers.division import Share
-from longctx.mixers.heads import HeadRouter, HeadsMixConfig
-from longctx.mixers.memory import Memory
-from longctx.model.layers import Output
+from longctx.layers.cache import Memory
+from longctx.layers.output import Output
+from longctx.mixers.head_mixture import HeadRouter, HeadsMixConfig
+from longctx.mixers.shares import Share
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 from longctx.parallel.mesh import Axis
@@ -37,7 +37,7 @@ class Mixer(nn.Module, ABC):
         self.head_router: HeadRouter | None = None
         """Which heads a token reads; all of them where None."""
         self.across = Axis()
-        """The ranks that divide the heads between them (`longctx.mixers.division`)."""
+        """The ranks that divide the heads between them (`longctx.mixers.tensor_parallel`)."""
 
     def mix_heads(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
         """Route the layer's `heads` heads from now on, for width `dim`."""

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.library import ADDITIVE
-from longctx.kernels.recurrence import accumulation_dtype
-from longctx.mixers.division import Share, rows
-from longctx.mixers.heads import emit
-from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import HeadsConfig, LinearMixer, WholeNorm
-from longctx.model.layers import Output, SelfInitialised
+from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.linear.operators import ADDITIVE
+from longctx.layers.basic import SelfInitialised
+from longctx.layers.cache import Memory, scan
+from longctx.layers.linear_attention import WholeNorm
+from longctx.layers.output import Output
+from longctx.mixers.head_mixture import emit
+from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
+from longctx.mixers.shares import Share, rows
 from longctx.parallel.layout import Layout
 
 

@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.library import ADDITIVE
-from longctx.kernels.recurrence import accumulation_dtype
-from longctx.mixers.division import Share, rows
-from longctx.mixers.heads import emit
-from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import HeadsConfig, LinearMixer, LowRank, WholeNorm
-from longctx.model.layers import Output
+from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.linear.operators import ADDITIVE
+from longctx.layers.cache import Memory, scan
+from longctx.layers.linear_attention import LowRank, WholeNorm
+from longctx.layers.output import Output
+from longctx.mixers.head_mixture import emit
+from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
+from longctx.mixers.shares import Share, rows
 from longctx.parallel.layout import Layout
-from longctx.parallel.prefix import log_cumsum_exp
-from longctx.parallel.scan import begin_state_scan
+from longctx.parallel.linear.log_cumsum_exp import log_cumsum_exp
+from longctx.parallel.linear.state_scan import begin_state_scan
 
 
 class LightNetConfig(HeadsConfig):

@@ -21,16 +21,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.library import ADDITIVE
+from longctx.kernels.linear.operators import ADDITIVE
+from longctx.layers.basic import Linear
+from longctx.layers.cache import Memory, scan
+from longctx.layers.linear_attention import WholeNorm
+from longctx.layers.output import Output
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.division import Share, own, rows
-from longctx.mixers.heads import emit, read
-from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import WholeNorm
-from longctx.model.layers import Linear, Output
+from longctx.mixers.head_mixture import emit, read
+from longctx.mixers.shares import Share, rows
+from longctx.mixers.tensor_parallel import own
 from longctx.parallel.layout import Layout
+from longctx.parallel.linear.state_scan import begin_state_scan
 from longctx.parallel.norm import rms_norm_across
-from longctx.parallel.scan import begin_state_scan
 
 
 class LightningConfig(MixerConfig):

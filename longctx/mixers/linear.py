@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.features import NOT_NEGATIVE
-from longctx.kernels.library import ADDITIVE
-from longctx.kernels.linear import divided, with_ones
-from longctx.kernels.recurrence import accumulation_dtype
+from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.linear.api import divided, with_ones
+from longctx.kernels.linear.feature_maps import NOT_NEGATIVE
+from longctx.kernels.linear.operators import ADDITIVE
+from longctx.layers.basic import Linear
+from longctx.layers.cache import Memory, scan
+from longctx.layers.feature_maps import feature_map
+from longctx.layers.linear_attention import HeadNorm
+from longctx.layers.output import Output
 from longctx.mixers.base import Mixer
-from longctx.mixers.division import Share, rows
-from longctx.mixers.features import feature_map
-from longctx.mixers.heads import emit, hidden, read
-from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import HeadNorm, HeadsConfig
-from longctx.model.layers import Linear, Output
+from longctx.mixers.head_mixture import emit, hidden, read
+from longctx.mixers.linear_mixer import HeadsConfig
+from longctx.mixers.shares import Share, rows
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import Layout
 

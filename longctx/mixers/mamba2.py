@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.library import ADDITIVE
+from longctx.kernels.linear.operators import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
+from longctx.layers.basic import Linear, RMSNorm
+from longctx.layers.cache import Memory, scan
+from longctx.layers.linear_attention import ShortConvolution, StepDecay
+from longctx.layers.output import Output
 from longctx.mixers.base import Mixer, MixerConfig
-from longctx.mixers.division import Share, rows
-from longctx.mixers.heads import emit, hidden
-from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import ShortConvolution, StepDecay
-from longctx.model.layers import Linear, Output, RMSNorm
+from longctx.mixers.head_mixture import emit, hidden
+from longctx.mixers.shares import Share, rows
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import begin_state_scan
+from longctx.parallel.linear.state_scan import begin_state_scan
 
 
 class Mamba2Config(MixerConfig):

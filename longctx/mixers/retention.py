@@ -13,15 +13,18 @@ from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Integer
-from longctx.kernels.library import ADDITIVE
-from longctx.mixers.division import Share, own, rows
-from longctx.mixers.heads import emit
-from longctx.mixers.memory import Memory, scan
-from longctx.mixers.parts import HeadNorm, HeadsConfig, LinearMixer
-from longctx.model.layers import Linear, Output
-from longctx.model.rotary import rotary_table, rotate
+from longctx.kernels.linear.operators import ADDITIVE
+from longctx.layers.basic import Linear
+from longctx.layers.cache import Memory, scan
+from longctx.layers.linear_attention import HeadNorm
+from longctx.layers.output import Output
+from longctx.layers.rotary import rotary_table, rotate
+from longctx.mixers.head_mixture import emit
+from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
+from longctx.mixers.shares import Share, rows
+from longctx.mixers.tensor_parallel import own
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import begin_state_scan
+from longctx.parallel.linear.state_scan import begin_state_scan
 
 
 class RetentionConfig(HeadsConfig):

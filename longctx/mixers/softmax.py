@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.routed_linear import to_pairs
+from longctx.kernels.routed.head_projection import to_pairs
+from longctx.layers.basic import Linear, Norm, norm_layer
+from longctx.layers.cache import Memory, attend, attend_to_scores
+from longctx.layers.output import Attend, Output
+from longctx.layers.rotary import RopeScaling, rotary_table, rotate, rotate_rows
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.division import Share, rows
-from longctx.mixers.heads import HeadRouter, divided, emit, emit_pairs
-from longctx.mixers.memory import Memory, attend, attend_to_scores
-from longctx.model.layers import Attend, Linear, Norm, Output, norm_layer
-from longctx.model.rotary import RopeScaling, rotary_table, rotate, rotate_rows
+from longctx.mixers.head_mixture import HeadRouter, divided, emit, emit_pairs
+from longctx.mixers.shares import Share, rows
 from longctx.moe.heads import Pairs, attend_pairs
-from longctx.parallel.attention import choose, softmax_attention
-from longctx.parallel.choice import Shape, explained, fitting
+from longctx.parallel.attention.api import choose, softmax_attention
+from longctx.parallel.attention.cost_model import Shape, explained, fitting
+from longctx.parallel.attention.visibility import Reach, score_elements
 from longctx.parallel.layout import Layout
-from longctx.parallel.visibility import Reach, score_elements
 
 
 class SoftmaxConfig(MixerConfig):

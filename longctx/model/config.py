@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, create_model, model_validator
 
 from longctx.config import Config, Integer
+from longctx.layers.basic import Norm
 from longctx.mixers import MIXERS, Mixer, MixerConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.model.feed_forwards import FFNS, NO_FFN
 from longctx.model.ffn import FeedForwardConfig
-from longctx.model.layers import Norm
 from longctx.model.moe import MoeConfig
 
 VOCABULARY_MULTIPLE = 64

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longctx.kernels.loss import linear_cross_entropy
+from longctx.layers.basic import Linear, RMSNorm, norm_layer
+from longctx.layers.output import Output
 from longctx.mixers import Memory
 from longctx.model.config import ModelConfig
-from longctx.model.layers import Linear, Output, RMSNorm, norm_layer
 from longctx.moe.report import Report
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import layer

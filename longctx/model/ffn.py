@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from longctx.config import Config, Integer
-from longctx.kernels.ffn import tiled_swiglu
 from longctx.kernels.pointwise import swiglu
-from longctx.mixers.memory import Memory
-from longctx.model.layers import Attend, Linear, Output
+from longctx.kernels.routed.swiglu import tiled_swiglu
+from longctx.layers.basic import Linear
+from longctx.layers.cache import Memory
+from longctx.layers.output import Attend, Output
 from longctx.parallel.layout import Layout
 
 

@@ -12,19 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.ffn import grouped_swiglu
-from longctx.mixers.memory import Memory, attend
+from longctx.kernels.routed.swiglu import grouped_swiglu
+from longctx.layers.basic import Linear, SelfInitialised
+from longctx.layers.cache import Memory, attend
+from longctx.layers.output import Attend, Output
+from longctx.layers.router import Router
 from longctx.model.ffn import FeedForward, FeedForwardConfig, Swiglu
-from longctx.model.layers import Attend, Linear, Output, SelfInitialised
-from longctx.model.router import Router
 from longctx.moe.expert_router import Score, TokenChoice, balancing_step, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
 from longctx.moe.noise import around_one
 from longctx.moe.token_graph import one_head_schedule, similarity_aware, similarity_estimates
-from longctx.parallel.choice import explained, fitting
+from longctx.parallel.attention.cost_model import explained, fitting
+from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
-from longctx.parallel.visibility import score_elements
 
 SIMILARITY_DIM = 64
 """Width of the keys of a similarity-aware router, where the model is as wide and the recipe says nothing."""

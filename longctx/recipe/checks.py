@@ -7,7 +7,7 @@ from typing import Any
 from longctx.model.config import ModelConfig
 from longctx.recipe.engines import engine_has_it
 from longctx.recipe.sources import Mistake
-from longctx.train.config import ParallelConfig, ScheduleConfig, TrainConfig
+from longctx.recipe.tables import ParallelConfig, ScheduleConfig, TrainConfig
 
 
 def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:

@@ -7,12 +7,12 @@ import torch
 
 from longctx.data.config import DataConfig
 from longctx.mixers import Mixer, MixerConfig
-from longctx.mixers.division import obstacle
+from longctx.mixers.tensor_parallel import obstacle
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
 from longctx.parallel.layout import Layout
 from longctx.recipe.sources import Mistake
-from longctx.train.config import DeepSpeedConfig, MegatronConfig, ParallelConfig, TrainConfig
+from longctx.recipe.tables import DeepSpeedConfig, MegatronConfig, ParallelConfig, TrainConfig
 
 
 def engine_has_it(tables: Mapping[str, Any]) -> Iterator[Mistake]:

@@ -14,7 +14,7 @@ from longctx.model.config import ModelConfig
 from longctx.recipe.checks import judge
 from longctx.recipe.loading import load_as
 from longctx.recipe.sources import dotted
-from longctx.train.config import (
+from longctx.recipe.tables import (
     CheckpointConfig,
     DeepSpeedConfig,
     EvaluationConfig,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from longctx.data.loader import Sequence, SequenceStream
+from longctx.engines.base import Batch
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.layout import Layout, Order
+from longctx.parallel.link_speeds import ASSUMED, Speeds
 from longctx.parallel.mesh import Mesh
-from longctx.parallel.speeds import ASSUMED, Speeds
-from longctx.train.engine import Batch
 
 
 def to_batch(

@@ -15,7 +15,7 @@ from rich.segment import ControlType, SegmentLines
 from rich.table import Table
 from rich.text import Text
 
-from longctx.train.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
+from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDEST = 92  # columns of the panel: wider, the eye has to travel between a name and its number

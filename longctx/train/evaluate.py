@@ -9,11 +9,11 @@ from torch import Tensor
 
 from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import SequenceStream
+from longctx.engines.base import Batch, Engine
+from longctx.engines.metrics import EvaluationMetrics, PositionLoss
+from longctx.engines.router_stats import Choices
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.collectives import all_reduce
-from longctx.train.engine import Batch, Engine
-from longctx.train.metrics import EvaluationMetrics, PositionLoss
-from longctx.train.routing import Choices
 
 
 def _bucket(positions: Tensor) -> Tensor:

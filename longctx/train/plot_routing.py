@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from longctx.train.metrics import EvaluationMetrics, RouterMetrics, StepMetrics
+from longctx.engines.metrics import EvaluationMetrics, RouterMetrics, StepMetrics
 from longctx.train.plot_style import TEXT, smoothed, tidy
 
 _FEW = 12  # layers that the legend names one by one

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics, read_metrics
 from longctx.errors import UserError
 from longctx.train.display import human_count, human_position
-from longctx.train.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics, read_metrics
 from longctx.train.plot_routing import routing_figure
 from longctx.train.plot_style import BASELINE, TEXT, smooth, tidy
 

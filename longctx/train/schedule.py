@@ -2,7 +2,7 @@
 
 import math
 
-from longctx.train.config import ScheduleConfig
+from longctx.recipe.tables import ScheduleConfig
 
 FINAL = 0.1
 """The factor at the last step where the recipe does not say."""

@@ -19,17 +19,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from longctx.data.corpus import Corpus
-from longctx.data.loader import Sequence as Packed
-from longctx.data.loader import heldout_sequences, train_stream
-from longctx.errors import UserError
-from longctx.parallel.agreement import agreement
-from longctx.parallel.collectives import all_gather
-from longctx.parallel.speeds import ASSUMED, Speeds, measure_speeds
-from longctx.recipe import Recipe, check, dump
-from longctx.train import machine
-from longctx.train.batches import Cursor, Prefetcher, to_batch
-from longctx.train.checkpoint import (
+from longctx import system as machine
+from longctx.checkpoint.save import (
     Checkpointer,
     TrainerState,
     check_format,
@@ -37,15 +28,24 @@ from longctx.train.checkpoint import (
     list_checkpoints,
     read_state,
 )
+from longctx.checkpoint.weights import Weights, described, find_weights, with_defaults
+from longctx.data.corpus import Corpus
+from longctx.data.loader import Sequence as Packed
+from longctx.data.loader import heldout_sequences, train_stream
+from longctx.engines.base import Batch
+from longctx.engines.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
+from longctx.engines.router_stats import Choices, NotFiniteError
+from longctx.errors import UserError
+from longctx.parallel.agreement import agreement
+from longctx.parallel.collectives import all_gather
+from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
+from longctx.recipe import Recipe, check, dump
+from longctx.train.batches import Cursor, Prefetcher, to_batch
+from longctx.train.build_engine import FORMATS, build_engine
 from longctx.train.display import Display, make_display
-from longctx.train.engine import Batch
-from longctx.train.engines import FORMATS, build_engine
 from longctx.train.evaluate import evaluate, unigram_loss
-from longctx.train.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
 from longctx.train.process_group import device_type, peers_needed, process_group
-from longctx.train.routing import Choices, NotFiniteError
 from longctx.train.schedule import factor
-from longctx.train.weights import Weights, described, find_weights, with_defaults
 
 _LOWER = (
     "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "

@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longctx.engines.base import Batch
+from longctx.engines.torch_engine import TorchEngine
 from longctx.kernels.loss import IGNORE
 from longctx.model.config import ModelConfig
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from longctx.train.config import OptimizerConfig, TrainConfig
-from longctx.train.engine import Batch, TorchEngine
+from longctx.recipe.tables import OptimizerConfig, TrainConfig
 from longctx.verify.cases import SEQUENCES, Case, documents
 
 Precision = Literal["fp64", "fp32", "bf16"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longctx.model.config import ModelConfig
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from longctx.recipe import Recipe
 from longctx.verify.cases import Case, cases, reference
 from longctx.verify.measure import Measured, Precision, Subject, measure, whole_logits

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from tests.compare.peers import without_kernels
 from tests.poison import poison
 

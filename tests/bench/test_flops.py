@@ -4,7 +4,7 @@ import pytest
 
 from longctx.bench import flops
 from longctx.bench.kernels import KERNELS, Shape
-from longctx.kernels import additive
+from longctx.kernels.linear.additive import chunked as additive
 
 K, V = 5, 3
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from longctx.bench.kernels import KERNELS, Shape
 from longctx.bench.measure import Task, differences, relative, run, subject
 from longctx.bench.peers import PEERS, Peer
-from longctx.kernels.linear import linear_attention
+from longctx.kernels.linear.api import linear_attention
 
 CPU = {kernel: peer for (kernel, device), peer in PEERS.items() if device == "cpu"}
 FLA = {kernel: peer for (kernel, device), peer in PEERS.items() if device == "cuda" and peer.package == "fla"}

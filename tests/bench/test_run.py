@@ -13,7 +13,7 @@ from longctx.bench.measure import Measured, Task
 from longctx.bench.peers import Peer
 from longctx.bench.run import Benchmark, Options, Report, extrapolate
 from longctx.errors import UserError
-from longctx.kernels import additive
+from longctx.kernels.linear.additive import chunked as additive
 
 MACHINE = Machine("a processor", 2, 1, "2.13.0", "3.11", "float32", 1e11, {"8x128x128": 8e10, "8x256x256": 1e11}, 1e10)
 GIB = 2**30

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from longctx.kernels import reference
-from longctx.kernels.linear import linear_attention, step
-from longctx.kernels.recurrence import state_heads
+from longctx.kernels.linear import reference
+from longctx.kernels.linear.api import linear_attention, step
+from longctx.kernels.linear.recurrence import state_heads
 
 LENGTHS = [1, 45, 130]
 """One token, less than any chunk of ours or of a peer, and chunks with a rest."""

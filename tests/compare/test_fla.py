@@ -13,9 +13,9 @@ from math import gcd
 import pytest
 import torch
 
-from longctx.kernels.linear import linear_attention
+from longctx.kernels.linear.api import linear_attention
 from tests.compare.peers import LENGTHS, by_chunks, check, each_of_ours, in_float64, peer, with_gradients
-from tests.kernels.cases import GROUPS, draw, named_gates
+from tests.kernels.linear.cases import GROUPS, draw, named_gates
 
 linear_attn = peer("fla.ops.linear_attn.naive")
 simple_gla = peer("fla.ops.simple_gla.naive")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longctx.kernels.linear import linear_attention
+from longctx.kernels.linear.api import linear_attention
 from tests.compare.peers import LENGTHS, by_chunks, by_reference, check, in_float64, peer, with_gradients
-from tests.kernels.cases import draw, named_gates
+from tests.kernels.linear.cases import draw, named_gates
 
 linear_attn = peer("fla.ops.linear_attn.naive")
 based = peer("fla.ops.based.naive")

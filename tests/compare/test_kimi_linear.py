@@ -21,7 +21,7 @@ from tests.compare.peers import (
     with_gradients,
     without_kernels,
 )
-from tests.kernels.cases import draw, named_gates
+from tests.kernels.linear.cases import draw, named_gates
 
 kimi = peer("transformers.models.kimi_linear.modeling_kimi_linear")
 

@@ -22,7 +22,7 @@ from tests.compare.peers import (
     with_gradients,
     without_kernels,
 )
-from tests.kernels.cases import draw
+from tests.kernels.linear.cases import draw
 
 mamba2 = peer("transformers.models.mamba2.modeling_mamba2")
 

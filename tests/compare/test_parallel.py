@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.parallel.attention import softmax_attention
+from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.layout import Layout
 from tests.compare.peers import peer
 from tests.parallel.cases import layout_here

@@ -21,7 +21,7 @@ from tests.compare.peers import (
     with_gradients,
     without_kernels,
 )
-from tests.kernels.cases import draw, named_gates
+from tests.kernels.linear.cases import draw, named_gates
 
 qwen3_next = peer("transformers.models.qwen3_next.modeling_qwen3_next")
 

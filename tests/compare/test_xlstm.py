@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.compare.peers import LENGTHS, check, each_of_ours, in_float64, peer, with_gradients
-from tests.kernels.cases import draw
+from tests.kernels.linear.cases import draw
 
 xlstm = peer("transformers.models.xlstm.modeling_xlstm")
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
+from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.weights import Weights, described, find_weights, write_weights
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.recipe import Recipe
-from longctx.train.making import Made
-from longctx.train.weights import Weights, described, find_weights, write_weights
 from tests.model.cases import VOCABULARY, hybrid
 
 HOW = "as SOURCE"

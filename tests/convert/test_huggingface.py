@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longctx.convert import huggingface, rows
+from longctx.checkpoint.weights import Weights, find_weights, shapes_of
+from longctx.convert import huggingface
+from longctx.convert import row_table as rows
 from longctx.convert.families import FAMILIES
 from longctx.convert.huggingface import RECIPE, built_in, from_huggingface, to_huggingface
 from longctx.errors import UserError
-from longctx.train.weights import Weights, find_weights, shapes_of
 from tests.convert.cases import HOW, values
 from tests.convert.families import (
     MODELS,

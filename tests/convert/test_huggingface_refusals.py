@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from longctx.checkpoint.weights import find_weights
 from longctx.convert import huggingface
 from longctx.convert.families.qwen3_next import _share
 from longctx.convert.huggingface import from_huggingface, to_huggingface
 from longctx.errors import UserError
 from longctx.mixers.deltanet import GatedDeltaNetConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
-from longctx.train.weights import find_weights
 from tests.convert.cases import HOW, save
 from tests.convert.families import (
     SOFTMAX,

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import from_megatron, to_megatron
 from longctx.convert.megatron_script import script_arguments, script_spec
 from longctx.errors import UserError
 from longctx.mixers import MIXERS
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
-from longctx.train.weights import find_weights
 from tests.convert.cases import HOW, routed, save, values
 from tests.model.cases import VOCABULARY, hybrid
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx.checkpoint.weights import find_weights
 from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.convert.upcycle import upcycle
 from longctx.recipe import load
-from longctx.train.weights import find_weights
 from tests.convert import cases
 from tests.convert.families import like_minimax, like_qwen3_next
 from tests.train import runs

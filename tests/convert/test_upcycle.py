@@ -11,19 +11,19 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from longctx.checkpoint import lazy_tensors as making
+from longctx.checkpoint.weights import find_weights
 from longctx.convert import upcycle as module
 from longctx.convert.upcycle import upcycle
 from longctx.errors import UserError
 from longctx.mixers.attention_experts import AttentionExpertsConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.moe import upcycle as rules
 from longctx.parallel.layout import Layout
-from longctx.train import making
-from longctx.train.weights import find_weights
 from tests.convert.cases import HOW, model_of, recipe, routed, save, values
 from tests.model.cases import VOCABULARY, hybrid, tokens
 

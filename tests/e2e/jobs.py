@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
+from longctx.engines.metrics import FILE_NAME, Metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels import convolution, reference
 from longctx.kernels.convolution import causal_convolution, final_window, step
-from longctx.kernels.recurrence import Segment
+from longctx.kernels.linear.recurrence import Segment
 
 STARTS = {
     "none": lambda length: (),

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from longctx.checkpoint.weights import find_weights
 from longctx.launch.convert import split_arguments
 from longctx.launch.main import app
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
-from longctx.train.weights import find_weights
 from tests.convert.cases import save
 
 RECIPE = """

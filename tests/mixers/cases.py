@@ -1,7 +1,12 @@
 """A configuration of every registered mixer, for the properties that all of them have, and of options beside it."""
 
-import torch
+from itertools import pairwise
 
+import torch
+from torch import Tensor
+
+from longctx.layers.output import Output
+from longctx.layers.rotary import RopeScaling
 from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
@@ -15,8 +20,6 @@ from longctx.mixers.retention import RetentionConfig
 from longctx.mixers.simple_gla import SimpleGlaConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
-from longctx.model.layers import Output
-from longctx.model.rotary import RopeScaling
 from longctx.parallel.layout import Layout
 
 DIM = 12
@@ -88,3 +91,12 @@ def draw(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> tup
 def run(mixer: Mixer, x: torch.Tensor, layout: Layout, memory: Memory | None = None) -> torch.Tensor:
     """What the mixer gives, without what a router in it says."""
     return Output.of(mixer(x, layout, memory)).out
+
+
+def causal_document_mask(cu_seqlens: tuple[int, ...]) -> Tensor:
+    """`[T, T]` bool: position i sees j where both lie in one document and `j <= i`. T is the last of `cu_seqlens`."""
+    length = cu_seqlens[-1]
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    for begin, end in pairwise(cu_seqlens):
+        mask[begin:end, begin:end] = True
+    return mask.tril()

@@ -5,15 +5,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from longctx.kernels.reference import causal_document_mask
+from longctx.layers.output import Output
 from longctx.mixers import softmax
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
-from longctx.model.layers import Output
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from tests.mixers.cases import DIM, draw
+from tests.mixers.cases import DIM, causal_document_mask, draw
 
 both_kinds = pytest.mark.parametrize("kv", ["each", "shared"])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.kernels import reference
+from longctx.kernels.linear import reference
 from longctx.mixers.lightning import LightningConfig, alibi_slopes, log_decays, minimax_log_decays
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout

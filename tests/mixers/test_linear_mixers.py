@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longctx.kernels.reference import linear_recurrence
+from longctx.kernels.linear.reference import linear_recurrence
+from longctx.layers.linear_attention import StepDecay
 from longctx.mixers import MIXERS
 from longctx.mixers.hgrn2 import Hgrn2Config
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.mamba2 import Mamba2Config
-from longctx.mixers.parts import StepDecay
 from longctx.mixers.retention import RetentionConfig, log_decays
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout

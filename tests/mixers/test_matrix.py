@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from longctx.mixers import MIXERS
 from longctx.parallel.layout import Layout
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from longctx.parallel.mesh import Mesh
 from tests.mixers.cases import built, config_of, draw, run
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN

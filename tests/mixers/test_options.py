@@ -5,7 +5,9 @@ import torch
 
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
-from tests.mixers import test_contract, test_division, test_heads, test_matrix
+from tests.mixers import test_contract, test_matrix
+from tests.mixers import test_head_mixture as test_heads
+from tests.mixers import test_tensor_parallel as test_division
 from tests.mixers.cases import DIM, OPTIONS, draw, run
 from tests.parallel.cases import PACKINGS
 

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
+from longctx.layers.rotary import RopeScaling
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
-from longctx.model.rotary import RopeScaling
 from longctx.parallel.layout import Layout
 
 LENGTH = {"original_max_position_embeddings": 64}

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from longctx.kernels import reference
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from longctx.mixers import MIXERS
 from longctx.mixers.deltanet import GatedDeltaNetConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig

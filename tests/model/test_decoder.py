@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from longctx.kernels.reference import causal_document_mask
 from longctx.mixers import lightning, softmax
 from longctx.parallel.layout import Layout
+from tests.mixers.cases import causal_document_mask
 from tests.model.cases import VOCABULARY, decoder, hybrid, recomputed, tokens, with_experts
 from tests.parallel.cases import PACKINGS, layout_here
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from longctx.kernels import reference
+from longctx.layers.output import Output
 from longctx.model.feed_forwards import FFNS
 from longctx.model.ffn import SwigluConfig
 from longctx.model.initialise import initialise
-from longctx.model.layers import Output
 from longctx.model.moe import MoeConfig
 from longctx.parallel.layout import Layout
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from longctx.mixers.memory import Memory
+from longctx.layers.cache import Memory
 from longctx.model import moe
 from longctx.model.initialise import initialise
 from longctx.model.moe import SIMILARITY_DIM, MoeConfig

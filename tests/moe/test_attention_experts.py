@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from longctx.engines.router_stats import NotFiniteError, Routing
 from longctx.moe.attention_experts import side_by_side, soft_routing
 from longctx.moe.report import marks
 from longctx.parallel.layout import Layout
-from longctx.train.routing import NotFiniteError, Routing
 
 LAYOUT = Layout((0, 3, 11))
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.kernels import reference
-from longctx.kernels.ffn import grouped_swiglu
+from longctx.kernels.routed.swiglu import grouped_swiglu
 from longctx.moe.expert_router import TokenChoice, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
 from longctx.parallel.layout import Layout

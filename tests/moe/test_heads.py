@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.moe.head_router import by_norm, learned
 from longctx.moe.heads import Pairs, mixture_of_heads
-from longctx.parallel.attention import softmax_attention
+from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from tests.parallel.attention.test_api import grid, schedules
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
-from tests.parallel.test_attention import grid, schedules
 
 HEADS, KV_HEADS, SHARED, ACTIVE = 12, 6, 4, 3
 NAMES = ("q", "k", "v", "routed", "shared", "kinds")

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longctx.kernels.recurrence import document_ids
+from longctx.kernels.linear.recurrence import document_ids
 from longctx.moe.report import entropy
 from longctx.moe.token_graph import attention_aware, one_head_schedule, similarity_aware
-from longctx.parallel.attention import ACROSS
+from longctx.parallel.attention.api import ACROSS
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Grid, Mesh
 from longctx.parallel.traffic import counted

@@ -6,11 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longctx.parallel.layout import STATE_SCHEDULES
-from longctx.parallel.local import LocalRanks
-from tests.kernels.cases import KINDS
-from tests.parallel import test_attention as attention
-from tests.parallel import test_scan as scan
+from longctx.parallel.local_ranks import LocalRanks
+from tests.kernels.linear.cases import KINDS
+from tests.parallel.attention import test_api as attention
 from tests.parallel.cases import ORDERS
+from tests.parallel.linear import test_state_scan as scan
 
 
 @st.composite

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.balance import TOLERANCE, balanced_owners, causal_work, imbalance
 from longctx.parallel.layout import Layout
-from longctx.parallel.visibility import score_elements
 
 
 def realistic(length, seed):

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from longctx.parallel import traffic
-from longctx.parallel.attention import softmax_attention
+from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.collectives import all_gather, exchange
-from longctx.parallel.local import LocalRankError, LocalRanks
+from longctx.parallel.local_ranks import LocalRankError, LocalRanks
 from longctx.parallel.traffic import counted, layer
 from tests.parallel.cases import layout_here
 

@@ -8,7 +8,7 @@ from longctx.model.config import ModelConfig
 from longctx.model.moe import MoeConfig
 from longctx.recipe import Recipe, check
 from longctx.recipe.checks import judge
-from longctx.train.config import ParallelConfig, ScheduleConfig, TrainConfig
+from longctx.recipe.tables import ParallelConfig, ScheduleConfig, TrainConfig
 
 
 def found(world_size=None, *, sequences=1, schedule=None, **parallel):

@@ -9,7 +9,7 @@ from longctx.config import Config, Integer
 from longctx.errors import UserError
 from longctx.recipe import sources
 from longctx.recipe.loading import load_as
-from longctx.train.config import EvaluationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from longctx.recipe.tables import EvaluationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 
 
 class Lightning(Config):

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from longctx import system as machine
 from longctx.data.prepare import prepare
+from longctx.engines.metrics import FILE_NAME, Metrics, read_metrics
 from longctx.errors import UserError
 from longctx.recipe import load
-from longctx.train import machine, trainer
-from longctx.train.metrics import FILE_NAME, Metrics, read_metrics
+from longctx.train import trainer
 
 RECIPE = """
 name = "tiny"

@@ -9,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
 from longctx.train.display import (
     LiveDisplay,
     PlainDisplay,
@@ -20,7 +21,6 @@ from longctx.train.display import (
     make_display,
     sparkline,
 )
-from longctx.train.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
 
 RUN = RunInfo(12_345_678, 2, {"dp_shard": 1, "cp": 2}, "AMD [EPYC]", "fp32", 7e7, 178e9, {})
 

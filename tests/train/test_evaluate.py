@@ -10,14 +10,14 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from longctx.data.loader import Sequence
+from longctx.engines.router_stats import Choices
+from longctx.engines.torch_engine import TorchEngine
 from longctx.model.decoder import Losses
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from longctx.recipe.tables import OptimizerConfig, TrainConfig
 from longctx.train.batches import to_batch
-from longctx.train.config import OptimizerConfig, TrainConfig
-from longctx.train.engine import TorchEngine
 from longctx.train.evaluate import evaluate, unigram_loss
-from longctx.train.routing import Choices
 from tests.model.cases import VOCABULARY, decoder, hybrid, tokens, with_experts
 
 BOUNDS = [(0, 1, 6, 24), (0, 24), (0, 8, 9, 24)]

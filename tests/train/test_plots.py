@@ -9,8 +9,8 @@ import pytest
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
+from longctx.engines.metrics import EvaluationMetrics, MetricsWriter, PositionLoss, RouterMetrics, RunInfo, StepMetrics
 from longctx.errors import UserError
-from longctx.train.metrics import EvaluationMetrics, MetricsWriter, PositionLoss, RouterMetrics, RunInfo, StepMetrics
 from longctx.train.plot_routing import routing_figure
 from longctx.train.plot_style import smooth
 from longctx.train.plots import FEW_TOKENS, draw, loss_figure, position_figure

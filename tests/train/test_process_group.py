@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longctx.errors import UserError
 from longctx.parallel.agreement import RankError
-from longctx.train.config import TrainConfig
+from longctx.recipe.tables import TrainConfig
 from longctx.train.process_group import device_type, peers_needed, process_group
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from longctx.train.config import ScheduleConfig
+from longctx.recipe.tables import ScheduleConfig
 from longctx.train.schedule import factor
 
 

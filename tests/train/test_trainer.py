@@ -15,10 +15,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from longctx.engines.torch_engine import TorchEngine
 from longctx.model import ffn
 from longctx.model.decoder import Block
 from longctx.recipe import load
-from longctx.train.engine import TorchEngine
 from longctx.train.trainer import _Trainer
 from tests.train.runs import (
     checkpoints,

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.kernels.loss import IGNORE
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.moe import MoeConfig
-from longctx.train.config import TrainConfig
+from longctx.recipe.tables import TrainConfig
 from longctx.verify.cases import SEQUENCES, Case, cases, documents
 from longctx.verify.measure import Subject, sequence
 from tests.model.cases import hybrid, with_experts

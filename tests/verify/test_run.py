@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longctx.engines import torch_engine as engine
 from longctx.mixers import lightning
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.model.moe import MoeConfig
 from longctx.moe import experts
 from longctx.parallel.layout import Layout
-from longctx.train import engine
-from longctx.train.config import TrainConfig
+from longctx.recipe.tables import TrainConfig
 from longctx.verify import run
 from longctx.verify.cases import Case, reference
 from longctx.verify.measure import Measured, Subject, measure

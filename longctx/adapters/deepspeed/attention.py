@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from longctx.parallel.attention.ulysses import Heads, to_heads, to_rows
 from longctx.parallel.mesh import Axis
-from longctx.parallel.ulysses import Heads, to_heads, to_rows
 
 
 class DistributedAttention(nn.Module):

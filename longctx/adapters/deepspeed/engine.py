@@ -21,16 +21,17 @@ from longctx.adapters.deepspeed.partitions import MOMENTS, Partitions, gradient
 from longctx.adapters.deepspeed.precise import PreciseParameters
 from longctx.adapters.deepspeed.probe import TOLERANCE, gradient_scale
 from longctx.adapters.deepspeed.runtime import Wrapped, Zero, begin, partition
+from longctx.checkpoint.save import Checkpointer, TrainerState, load_tensors
+from longctx.checkpoint.weights import Weights
+from longctx.engines.base import Batch, StepResult
+from longctx.engines.router_stats import Routing
+from longctx.engines.step import accumulate, balance, decayed, save_memory
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import drawn
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from longctx.train.checkpoint import Checkpointer, TrainerState, load_tensors
-from longctx.train.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from longctx.train.engine import Batch, StepResult, accumulate, balance, decayed, save_memory
-from longctx.train.routing import Routing
-from longctx.train.weights import Weights
+from longctx.recipe.tables import DeepSpeedConfig, OptimizerConfig, TrainConfig
 
 
 class ZeroEngine:

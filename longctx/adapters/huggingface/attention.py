@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from longctx.parallel.attention import softmax_attention
+from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.layout import Layout
 
 NAME = "longctx"

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.adapters.huggingface.attention import layout_of
-from longctx.kernels.library import ADDITIVE, DELTA
-from longctx.kernels.recurrence import accumulation_dtype
-from longctx.mixers.parts import unit
-from longctx.parallel.convolution import short_convolution
+from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.linear.operators import ADDITIVE, DELTA
+from longctx.layers.linear_attention import unit
 from longctx.parallel.layout import Layout
-from longctx.parallel.scan import state_scan
+from longctx.parallel.linear.convolution import short_convolution
+from longctx.parallel.linear.state_scan import state_scan
 
 
 def _convolved(module: Any, x: Tensor, layout: Layout) -> Tensor:

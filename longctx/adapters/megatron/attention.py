@@ -20,10 +20,10 @@ from torch import Tensor
 
 from longctx.adapters.megatron.layouts import Groups, Placement, attention_schedule, placed
 from longctx.adapters.megatron.router import Attend
-from longctx.kernels import attention as blocks
-from longctx.kernels.attention import FULL, BlockMask, Positions
+from longctx.kernels.attention import block as blocks
+from longctx.kernels.attention.block import FULL, BlockMask, Positions
 from longctx.moe.token_graph import attention_aware
-from longctx.parallel.attention import softmax_attention
+from longctx.parallel.attention.api import softmax_attention
 
 CAUSAL_TYPES = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

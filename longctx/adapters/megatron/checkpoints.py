@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
-from longctx.mixers.division import Share
+from longctx.mixers.shares import Share
 from longctx.parallel.mesh import Axis
 
 

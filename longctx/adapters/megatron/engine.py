@@ -25,22 +25,22 @@ from longctx.adapters.megatron.language_model import build, transformer_config
 from longctx.adapters.megatron.layouts import Given
 from longctx.adapters.megatron.optimizers import load_optimizer, moments
 from longctx.adapters.megatron.weights import fill, mark
+from longctx.checkpoint.save import RESUME, Checkpointer, TrainerState, others
+from longctx.checkpoint.weights import Weights
+from longctx.engines.base import Batch, StepResult
+from longctx.engines.router_stats import ONE_STAGE, Routing
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
-from longctx.mixers.heads import HeadRouter
+from longctx.layers.router import Router
+from longctx.mixers.head_mixture import HeadRouter
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import drawn
-from longctx.model.router import Router
 from longctx.moe.report import Report
 from longctx.parallel.collectives import all_reduce, gather_named
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.recipe import Recipe
-from longctx.train.checkpoint import RESUME, Checkpointer, TrainerState, others
-from longctx.train.config import MegatronConfig
-from longctx.train.engine import Batch, StepResult
-from longctx.train.routing import ONE_STAGE, Routing
-from longctx.train.weights import Weights
+from longctx.recipe.tables import MegatronConfig
 
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How a distributed optimizer is saved, so that other numbers of ranks can go on with it."""
@@ -49,7 +49,7 @@ _KINDS = ("megatron.distributed_optimizer", "train.precision")
 
 
 class MegatronEngine:
-    """As `longctx.train.engine.Engine`."""
+    """As `longctx.engines.torch_engine.Engine`."""
 
     notes: Sequence[str] = ()
 

@@ -29,7 +29,7 @@ from longctx.adapters.megatron.mixer import TokenMixer
 from longctx.adapters.megatron.norms import Norm
 from longctx.adapters.megatron.router import AttentionRouter, Choice, GraphRouter, SimilarityRouter
 from longctx.mixers import MIXERS, MixerConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 
 SOFTMAX, TOKEN = "S", Choice()
 

@@ -16,10 +16,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from longctx.parallel.attention import SCHEDULES
+from longctx.parallel.all_to_all_reorder import Reorder
+from longctx.parallel.attention.api import SCHEDULES
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis, Grid
-from longctx.parallel.reorder import Reorder
 
 MEGATRONS = {"p2p": "ring", "all_gather": "all-gather", "a2a": "ulysses", "a2a+p2p": "ulysses-ring"}
 """What Megatron calls the schedules in `cp_comm_type`."""

@@ -1,9 +1,9 @@
 """Every mixer of longctx as Megatron's `self_attention`: tensor parallel over heads, over context-parallel ranks.
 
-A rank has the mixer's heads for its place in the tensor-parallel group (`longctx.mixers.division`), takes the sequence
-whole from Megatron's sequence parallelism, if that is on, and gives it back in slices. Megatron's zigzag batch is taken
-as it comes, and so are packed batches. The projections are the mixer's own: it projects what is sent to other ranks
-first, and of a mixture of heads only what is read.
+A rank has the mixer's heads for its place in the tensor-parallel group (`longctx.mixers.tensor_parallel`), takes the
+sequence whole from Megatron's sequence parallelism, if that is on, and gives it back in slices. Megatron's zigzag batch
+is taken as it comes, and so are packed batches. The projections are the mixer's own: it projects what is sent to other
+ranks first, and of a mixture of heads only what is read.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +26,11 @@ from longctx.adapters.megatron.checkpoints import sharded
 from longctx.adapters.megatron.layouts import Given, Groups, attention_schedule, placed
 from longctx.adapters.megatron.losses import attach, mean_over_batches
 from longctx.adapters.megatron.optimizers import count_both_dtypes
+from longctx.layers.basic import Linear
+from longctx.layers.output import Output
 from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
-from longctx.mixers.division import divide, divisions
-from longctx.mixers.heads import HeadsMixConfig
-from longctx.model.layers import Linear, Output
+from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.tensor_parallel import divide, divisions
 from longctx.moe.report import Report
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout

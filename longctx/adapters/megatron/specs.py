@@ -21,7 +21,7 @@ from longctx.adapters.megatron.layer import TOKEN, Layer
 from longctx.adapters.megatron.norms import Norm
 from longctx.adapters.megatron.router import Choice
 from longctx.mixers import MIXERS, MixerConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 
 
 def layer_spec(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.adapters.megatron.language_model import LanguageModel
 from longctx.convert.megatron_table import FEED_FORWARD, NORMS, WHOLE
-from longctx.mixers.division import Share
+from longctx.mixers.shares import Share
 from longctx.parallel.mesh import Axis
 
 _OF_LAYER = {theirs: ours for ours, theirs in FEED_FORWARD.items()} | {names[-1]: ours for ours, names in NORMS.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longctx.config import Config
-from longctx.convert.rows import RowTable
+from longctx.convert.row_table import RowTable
 from longctx.model.config import ModelConfig
 
 Value = TypeVar("Value")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from longctx.convert.families.base import Family, Keys, part
-from longctx.convert.rows import RowTable, Run
+from longctx.convert.row_table import RowTable, Run
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig

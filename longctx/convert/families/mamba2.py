@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from longctx.convert.families.base import Family, Keys, part
-from longctx.convert.rows import RowTable
+from longctx.convert.row_table import RowTable
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.model.config import ModelConfig
 

@@ -19,7 +19,7 @@ from longctx.convert.families.llama import (
     write_stream,
 )
 from longctx.convert.families.patterns import FULL, LINEAR, by_heads, read_pattern
-from longctx.convert.rows import RowTable
+from longctx.convert.row_table import RowTable
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig

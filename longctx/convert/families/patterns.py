@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from longctx.convert.families.base import Keys
-from longctx.convert.rows import Run
+from longctx.convert.row_table import Run
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """The words of `layer_types`."""

@@ -20,7 +20,7 @@ from longctx.convert.families.llama import (
     write_stream,
 )
 from longctx.convert.families.patterns import FULL, LINEAR, by_heads, read_pattern
-from longctx.convert.rows import RowTable, Run
+from longctx.convert.row_table import RowTable, Run
 from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig

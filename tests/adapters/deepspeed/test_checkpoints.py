@@ -9,9 +9,9 @@ pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[d
 
 from torch.distributed.checkpoint import FileSystemReader
 
+from longctx.checkpoint.save import Checkpointer, TrainerState
+from longctx.checkpoint.weights import described, find_weights
 from longctx.errors import UserError
-from longctx.train.checkpoint import Checkpointer, TrainerState
-from longctx.train.weights import described, find_weights
 from tests.adapters.deepspeed.training import RATES, Run, batches_of, deepspeed_engine, torch_engine
 from tests.model.cases import VOCABULARY, model_of
 

@@ -9,14 +9,15 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
+from longctx.engines.base import Batch
+from longctx.engines.torch_engine import TorchEngine
 from longctx.kernels.loss import IGNORE
 from longctx.mixers import MIXERS
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from longctx.train.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from longctx.train.engine import Batch, TorchEngine
+from longctx.recipe.tables import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from tests.mixers.cases import CONFIGS, DIM
 from tests.model.cases import VOCABULARY, decoder, model_of, tokens
 

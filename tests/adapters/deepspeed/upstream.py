@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from longctx.parallel.local import LocalRanks
+from longctx.parallel.local_ranks import LocalRanks
 from tests.adapters.deepspeed.training import fresh
 
 MODULE = "unit.sequence_parallelism.test_ulysses"
@@ -40,7 +40,7 @@ class OurExchange:
     @classmethod
     def apply(cls, group, x, scatter, gather, batch_dim):
         from longctx.adapters.deepspeed import DistributedAttention
-        from longctx.parallel.ulysses import Heads, to_heads, to_rows
+        from longctx.parallel.attention.ulysses import Heads, to_heads, to_rows
 
         sequence_dim = gather if scatter == 2 else scatter
         module = DistributedAttention(lambda q, k, v: q, group, 2, sequence_dim)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
 
+from longctx.checkpoint.weights import find_weights
 from longctx.convert.families import FAMILIES
 from longctx.convert.families.base import Keys
 from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
@@ -16,7 +17,6 @@ from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from longctx.recipe import load
-from longctx.train.weights import find_weights
 from tests.compare.peers import in_float64
 from tests.convert.cases import model_of as model_of_weights
 from tests.convert.cases import save

@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import find_checkpoint, from_megatron, to_megatron
 from longctx.convert.megatron_script import SPEC, script_spec
 from longctx.mixers.gla import GlaConfig
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -16,7 +17,6 @@ from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
 from longctx.parallel.layout import Layout
-from longctx.train.weights import find_weights
 from tests.adapters.megatron.cases import LENGTH, VOCABULARY, Run, gpt, losses, parallel, rows_of, tokens
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes

@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.checkpoint.save import list_checkpoints
+from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import from_megatron
 from longctx.errors import UserError
-from longctx.train.checkpoint import list_checkpoints
-from longctx.train.weights import find_weights
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
 from tests.train.runs import losses, metrics, mistake, train, went_on_to_be_killed, write_workplace

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.adapters.megatron.specs import layer_spec
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from tests.adapters.megatron.cases import LENGTH, Run, gpt, parallel, tokens
 from tests.adapters.megatron.shim import on_cpu
 

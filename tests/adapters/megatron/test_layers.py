@@ -8,7 +8,7 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 
 from longctx.adapters.megatron import specs
 from longctx.adapters.megatron.router import Choice
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from tests.adapters.megatron.cases import EXPERTS, Run, trained, whole
 
 HYBRIDS = {name: value for name, value in vars(specs).items() if isinstance(value, specs.ModuleSpec)}

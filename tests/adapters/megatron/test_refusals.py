@@ -8,7 +8,7 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 from longctx.adapters.megatron.layouts import by_documents
 from longctx.adapters.megatron.router import Choice
 from longctx.adapters.megatron.specs import layer_spec, softmax
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.lightning import LightningConfig
 from tests.adapters.megatron.cases import LENGTH, Run, gpt, parallel, tokens
 from tests.adapters.megatron.shim import on_cpu

@@ -9,7 +9,7 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 
 from longctx.adapters.megatron.router import Choice
 from longctx.adapters.megatron.specs import layer_spec
-from longctx.mixers.heads import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadsMixConfig
 from tests.adapters.megatron.cases import EXPERTS, Run, gpt, losses, parallel
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import Training, trained

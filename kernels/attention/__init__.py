@@ -1,0 +1,29 @@
+"""Block attention on one device, with the log-sum-exp (lse) that merges blocks: masks, backends, Triton."""
+
+from longctx.kernels.attention.block import (
+    CAUSAL,
+    FULL,
+    BlockMask,
+    Mask,
+    Positions,
+    backward,
+    explain,
+    forward,
+    merge_,
+    packed_documents,
+    sliding_window,
+)
+
+__all__ = [
+    "CAUSAL",
+    "FULL",
+    "BlockMask",
+    "Mask",
+    "Positions",
+    "backward",
+    "explain",
+    "forward",
+    "merge_",
+    "packed_documents",
+    "sliding_window",
+]

@@ -1,0 +1,1 @@
+"""Delta-rule recurrence: DeltaNet, Gated DeltaNet, KDA."""

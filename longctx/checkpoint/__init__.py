@@ -1,0 +1,1 @@
+"""Checkpoints: saving, resuming, storage with checksums, weights to begin another run with."""

@@ -1,0 +1,1 @@
+"""Layers below the mixers: norms, rotary positions, routers, feature maps, the decoding cache."""

@@ -1,0 +1,34 @@
+"""What makes a router's logits."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longctx.kernels.dtypes import accumulation_dtype
+
+
+def exact_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[B, T, D]` by weight `[E, D]`, `[B, T, E]` in float32 (higher where the input is), under autocast too."""
+    dtype = accumulation_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype))
+
+
+class Router(nn.Module):
+    """Logits of each token for each expert, in float32 (higher where the input is)."""
+
+    full_precision = True
+
+    def __init__(self, dim: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.init_std = dim**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, D]` to `[B, T, E]`."""
+        return exact_logits(x, self.weight)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward multiplications and additions for one token."""
+        return 2 * self.weight.numel()

@@ -1,0 +1,69 @@
+"""The engine that a recipe names."""
+
+import os
+
+import torch.distributed as dist
+
+from longctx.adapters.versions import UnsupportedVersionError
+from longctx.engines.base import Engine
+from longctx.engines.torch_engine import TorchEngine
+from longctx.errors import UserError
+from longctx.parallel.mesh import Mesh
+from longctx.recipe import Recipe
+from longctx.recipe.tables import DeepSpeedConfig
+
+FORMATS = {"torch": "torch", "deepspeed": "torch", "megatron": "megatron"}
+"""The format of the checkpoints that an engine writes and reads (`TrainerState.format`)."""
+
+
+def build_engine(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
+    """Build, shard and initialise the model of a recipe on the ranks of the default process group; each calls it.
+
+    Raises UserError where the framework of the engine is missing, of another version than was tested, or cannot run
+    here.
+    """
+    try:
+        match recipe.engine:
+            case "torch":
+                mesh = _mesh(recipe, device_type)
+                return TorchEngine(
+                    recipe.model, recipe.train, recipe.optimizer, mesh, vocab_size=vocab_size, seed=recipe.seed
+                )
+            case "deepspeed":
+                return _deepspeed(recipe, device_type, vocab_size)
+            case "megatron":
+                from longctx.adapters.megatron.engine import MegatronEngine
+
+                return MegatronEngine(recipe, device_type, vocab_size)
+    except UnsupportedVersionError as error:
+        raise UserError(f"engine: {recipe.engine!r}: {error}") from error
+
+
+def _mesh(recipe: Recipe, device_type: str) -> Mesh:
+    parallel = recipe.parallel
+    shard = parallel.shard(dist.get_world_size())
+    assert shard is not None, "judged before"
+    return Mesh.build(
+        device_type,
+        dp_replicate=parallel.dp_replicate,
+        dp_shard=shard,
+        cp=parallel.cp,
+        ulysses=parallel.ulysses,
+        ep=parallel.ep,
+    )
+
+
+def _deepspeed(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
+    # DeepSpeed asks once what it computes on, as it is imported, and would take a GPU that is there.
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    from longctx.adapters.deepspeed.engine import ZeroEngine
+
+    return ZeroEngine(
+        recipe.model,
+        recipe.train,
+        recipe.optimizer,
+        recipe.deepspeed or DeepSpeedConfig(),
+        _mesh(recipe, device_type),
+        vocab_size=vocab_size,
+        seed=recipe.seed,
+    )

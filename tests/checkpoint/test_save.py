@@ -1,0 +1,354 @@
+"""Checkpoints are complete or absent, whatever stops the run that writes them."""
+
+import errno
+import io
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from longctx.checkpoint.save import (
+    Checkpointer,
+    TrainerState,
+    check_same_model,
+    list_checkpoints,
+    load_tensors,
+    read_state,
+)
+from longctx.errors import UserError
+
+MODEL = {"dim": 16, "vocab_size": 320}
+
+
+def state(step: int) -> TrainerState:
+    return TrainerState(step, sequences=2 * step, tokens=128 * step, data="a corpus", model=MODEL)
+
+
+def sharded(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    """What an engine gives: 600 numbers that begin with `value`, divided over the ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {"model": {"weight": distribute_tensor(torch.arange(600.0) + value, mesh, [Shard(0)])}}
+
+
+def whole(path: Path) -> float:
+    """The value with which a checkpoint was saved, once all of it was read."""
+    tensors = sharded(-1.0)
+    load_tensors(path, tensors)
+    read = tensors["model"]["weight"].full_tensor()
+    assert torch.equal(read, torch.arange(600.0) + read[0])
+    return read[0].item()
+
+
+def save(folder: Path, *steps: int, keep: int = 2) -> None:
+    """On a rank: save `sharded(step)` for each step."""
+    checkpointer = Checkpointer(folder, keep, timeout=20.0)
+    try:
+        for step in steps:
+            checkpointer.save(sharded(step), state(step))
+    finally:
+        checkpointer.close()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is written
+
+
+def written_and_read(folder: Path) -> tuple[float, TrainerState]:
+    save(folder, 3)
+    return whole(folder / "step-00000003"), read_state(folder / "step-00000003")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_was_saved_is_read_again(ranks, tmp_path, size):
+    assert ranks.run(written_and_read, tmp_path, size=size) == [(3.0, state(3))] * size
+    assert names(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.parametrize(("written", "read"), [(2, 1), (1, 2), (2, 4)])
+def test_it_is_read_on_any_number_of_ranks(ranks, tmp_path, written, read):
+    ranks.run(save, tmp_path, 3, size=written)
+    assert ranks.run(whole, tmp_path / "step-00000003", size=read) == [3.0] * read
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
+    assert ranks.run(changed_while_written, tmp_path, size=2) == [7.0, 7.0]
+
+
+def changed_while_written(folder: Path) -> float:
+    """Save 7, hold the writer until the tensors are 1000 higher, and read what was written."""
+    changed = threading.Event()
+    with held_until(changed):
+        checkpointer = Checkpointer(folder, 2, timeout=20.0)
+        tensors = sharded(7.0)
+        checkpointer.save(tensors, state(1))
+        tensors["model"]["weight"] += 1000
+        assert list_checkpoints(folder) == []
+        changed.set()
+        checkpointer.close()
+    return whole(folder / "step-00000001")
+
+
+@contextmanager
+def held_until(event: threading.Event) -> Iterator[None]:
+    stream = FileSystem.create_stream
+
+    def held(self, path, mode):
+        assert event.wait(20)
+        return stream(self, path, mode)
+
+    with patch.object(FileSystem, "create_stream", held):
+        yield
+
+
+def test_the_newest_ones_stay(ranks, tmp_path):
+    ranks.run(save, tmp_path, 1, 2, 10, 11, size=2)
+    assert names(tmp_path) == ["step-00000010", "step-00000011"]
+
+
+def test_one_of_a_later_step_is_of_an_attempt_that_was_given_up(ranks, tmp_path):
+    ranks.run(save, tmp_path, 1, 5, 9, size=2)
+    ranks.run(save, tmp_path, 6, size=2)
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+
+
+def test_one_of_the_same_step_is_replaced(ranks, tmp_path):
+    ranks.run(save, tmp_path, 5, size=2)
+    ranks.run(save_another, tmp_path, size=2)
+    assert ranks.run(whole, tmp_path / "step-00000005", size=2) == [8.0, 8.0]
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def save_another(folder: Path) -> None:
+    checkpointer = Checkpointer(folder, 2, timeout=20.0)
+    checkpointer.save(sharded(8.0), state(5))
+    checkpointer.close()
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_save(ranks, tmp_path):
+    left = tmp_path / "step-00000004.partial"
+    left.mkdir()
+    (left / "__0_0.distcp").write_bytes(b"half")
+    assert list_checkpoints(tmp_path) == []
+    ranks.run(save, tmp_path, 3, size=2)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+# Writers that are stopped
+
+
+class Killed(BaseException):
+    """Stands for kill -9 at one point: every later change to the disk raises it too, so that what is there stays so."""
+
+
+def killed_at_each_change(folder: Path) -> int:
+    """Save over one of the same step, with old ones to remove, stopped before the n-th change to the disk for each n;
+    what is left has to be whole. Returns how many points there were."""
+    for point in range(1000):
+        here = folder / str(point)
+        save(here, 1, 2, 3)
+        if not stopped_before(point, lambda: save(here, 3, keep=1)):  # noqa: B023 - called at once
+            assert names(here) == ["step-00000003"]
+            return point
+        found = list_checkpoints(here)
+        assert found, names(here)
+        for path in found:
+            assert read_state(path).step == whole(path)
+        save(here, 4)
+        assert names(here)[-1] == "step-00000004"
+        assert not list(here.glob("*.partial"))
+    raise AssertionError("it never ends")
+
+
+def stopped_before(point: int, action: Callable[[], None]) -> bool:
+    """Run `action`, and stop it before its change number `point` to the disk; whether it was stopped."""
+    count = 0
+
+    def counting(change):
+        def changed(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count > point:
+                raise Killed
+            return change(*arguments, **options)
+
+        return changed
+
+    with (
+        patch.object(Path, "rename", counting(Path.rename)),
+        patch.object(Path, "write_text", counting(Path.write_text)),
+        patch.object(FileSystem, "create_stream", counting(FileSystem.create_stream)),
+        patch.object(os, "unlink", counting(os.unlink)),
+        patch.object(os, "rmdir", counting(os.rmdir)),
+    ):
+        try:
+            action()
+        except (Killed, UserError):  # UserError: torch gathers what ends a rank's writing and raises it as its own
+            return True
+    return False
+
+
+def test_a_run_killed_at_any_point_leaves_whole_checkpoints(ranks, tmp_path):
+    (points,) = ranks.run(killed_at_each_change, tmp_path, size=1)
+    assert points >= 12  # 2 files, trainer.json, 3 renames, and the files of 2 folders
+
+
+class FullDisk(io.BytesIO):
+    """A file on a disk with 640 bytes left. That the first ones can be written matters: what torch says when others
+    cannot be is `unexpected pos 704 vs 598`."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.tell() + len(data) > 640:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@contextmanager
+def no_space_on_rank_1() -> Iterator[None]:
+    stream = FileSystem.create_stream
+
+    def on_a_full_disk(self, path, mode):
+        return nullcontext(FullDisk()) if dist.get_rank() == 1 else stream(self, path, mode)
+
+    with patch.object(FileSystem, "create_stream", on_a_full_disk):
+        yield
+
+
+@contextmanager
+def no_space_for_the_last_file() -> Iterator[None]:
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    with patch.object(Path, "write_text", full):
+        yield
+
+
+@contextmanager
+def files_of_rank_1_elsewhere() -> Iterator[None]:
+    """As on machines without a file system that they share."""
+    stream = FileSystem.create_stream
+
+    def elsewhere(self, path, mode):
+        return stream(self, "/dev/null" if dist.get_rank() == 1 else path, mode)
+
+    with patch.object(FileSystem, "create_stream", elsewhere), patch("os.fsync"):
+        yield
+
+
+def failing_save(folder: Path, cause: Callable[[], AbstractContextManager[None]]) -> str:
+    """Save 1, fail to save 2 for a `cause`, save 3; the message."""
+    save(folder, 1)
+    checkpointer = Checkpointer(folder, 2, timeout=20.0)
+    with cause():
+        checkpointer.save(sharded(2), state(2))
+        with pytest.raises(UserError) as caught:
+            checkpointer.wait()
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000001"]
+    assert whole(folder / "step-00000001") == 1.0
+    checkpointer.save(sharded(3), state(3))
+    checkpointer.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (no_space_on_rank_1, "rank 1: [Errno 28] No space left on device"),
+        (no_space_for_the_last_file, "[Errno 28] No space left on device"),
+        (files_of_rank_1_elsewhere, "rank 0 does not see __1_0.distcp, which other ranks wrote"),
+    ],
+)
+def test_what_cannot_be_written_is_an_error_on_every_rank_and_harms_nothing(ranks, tmp_path, cause, reason):
+    messages = ranks.run(failing_save, tmp_path, cause, size=2)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"checkpoint {tmp_path}/step-00000002 could not be written: {reason}")
+    assert "Earlier checkpoints are as they were" in messages[0]
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_failed_save_is_told_by_the_next_one(ranks, tmp_path):
+    ranks.run(fail_at_the_next_save, tmp_path, size=2)
+
+
+def fail_at_the_next_save(folder: Path) -> None:
+    checkpointer = Checkpointer(folder, 2, timeout=20.0)
+    with no_space_on_rank_1():
+        checkpointer.save(sharded(2), state(2))
+        with pytest.raises(UserError, match="step-00000002 could not be written"):
+            checkpointer.save(sharded(3), state(3))
+    checkpointer.close()
+
+
+# Checkpoints that are read
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    ranks.run(save, folder, 1, 2, size=2)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved, tmp_path) -> Path:
+    """A copy to damage, with another one beside it."""
+    return shutil.copytree(saved, tmp_path / "checkpoints") / "step-00000002"
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "trainer.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_file_that_is_missing_or_cut_short_is_told_with_what_to_do(damaged, name, damage):
+    file = damaged / name
+    if damage == "cut":
+        os.truncate(file, file.stat().st_size - 10)
+    else:
+        file.unlink()
+    with pytest.raises(UserError) as caught:
+        read_state(damaged)
+    assert f"{damaged}" in str(caught.value)
+    assert name in str(caught.value)
+    assert f"--resume PATH (there: {damaged.with_name('step-00000001')})" in str(caught.value)
+    assert list_checkpoints(damaged.parent)[-1] == damaged  # or an older one would silently take its place
+
+
+def test_a_folder_above_is_no_checkpoint_and_those_in_it_are_named(saved):
+    with pytest.raises(UserError, match=f"is no checkpoint.*there: {saved}/step-00000001, {saved}/step-00000002"):
+        read_state(saved)
+
+
+def test_there_is_none_where_there_is_no_folder(tmp_path):
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_bytes_that_changed_are_an_error_on_every_rank(ranks, damaged):
+    size = (damaged / ".metadata").stat().st_size
+    (damaged / ".metadata").write_bytes(b"\0" * size)
+    read_state(damaged)
+    messages = ranks.run(unreadable, damaged, size=2)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"checkpoint {damaged} cannot be read: ")
+    assert "--resume PATH (there: " in messages[0]
+
+
+def unreadable(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_tensors(path, sharded(0.0))
+    return str(caught.value)
+
+
+def test_another_model_is_told_by_every_difference(tmp_path):
+    check_same_model(tmp_path, state(1), dict(MODEL))
+    with pytest.raises(UserError, match=r"dim: 16 there, 32 here; heads: None there, 2 here\. Train this one into"):
+        check_same_model(tmp_path, state(1), {"dim": 32, "vocab_size": 320, "heads": 2})

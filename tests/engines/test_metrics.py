@@ -1,0 +1,210 @@
+"""metrics.jsonl: whole after a crash, each step once after a resumption, valid JSON whatever the loss."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from longctx.engines.metrics import (
+    EvaluationMetrics,
+    Metrics,
+    MetricsWriter,
+    PositionLoss,
+    RunInfo,
+    StepMetrics,
+    read_metrics,
+)
+from longctx.errors import UserError
+
+RUN = RunInfo(
+    parameters=1_000_000,
+    ranks=2,
+    mesh={"dp_shard": 1, "cp": 2},
+    device="a processor",
+    precision="fp32",
+    flops_per_token=6e6,
+    matmul_rate=1e11,
+    versions={"torch": "2.13.0"},
+    unigram_loss=3.1,
+)
+
+
+def step(number: int, loss: float = 2.5) -> StepMetrics:
+    return StepMetrics(
+        step=number,
+        steps=20,
+        loss=loss,
+        lr=1e-3,
+        grad_norm=0.5,
+        tokens=1024 * number,
+        tokens_per_second=1e4,
+        utilisation=0.4,
+        memory_bytes=2**30,
+        seconds=0.1,
+        seconds_left=2.0,
+    )
+
+
+def evaluation(number: int, loss: float = 2.6) -> EvaluationMetrics:
+    return EvaluationMetrics(number, loss, (PositionLoss(0, 1, 4.0, 8), PositionLoss(1, 2, math.inf, 8)))
+
+
+def write(directory: Path, first: int, last: int, after_step: int = 0, tensorboard: bool = False) -> None:
+    """A start of the run: steps `first` to `last`, an evaluation after each fifth."""
+    with MetricsWriter(directory, tensorboard, after_step) as writer:
+        writer.run(replace(RUN, step=after_step))
+        for number in range(first, last + 1):
+            writer.step(step(number))
+            if number % 5 == 0:
+                writer.evaluation(evaluation(number))
+
+
+def read(directory: Path) -> Metrics:
+    return read_metrics(directory / "metrics.jsonl")
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "new" / "run", tensorboard=False) as writer:
+        writer.run(RUN)
+        writer.step(step(1))
+        writer.evaluation(evaluation(1))
+    assert read(tmp_path / "new" / "run") == Metrics([RUN], [step(1)], [evaluation(1)])
+
+
+def test_each_line_is_an_object_that_names_its_kind(tmp_path: Path) -> None:
+    write(tmp_path, 5, 5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["run", "step", "evaluation"]
+    assert lines[1]["loss"] == 2.5
+    assert lines[2]["positions"][0] == {"lo": 0, "hi": 1, "loss": 4.0, "tokens": 8}
+
+
+@pytest.mark.parametrize(("loss", "text"), [(math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity")])
+def test_a_loss_that_is_not_finite_is_a_string(tmp_path: Path, loss: float, text: str) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.step(step(1, loss))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)["loss"] == text
+    (metrics,) = read(tmp_path).steps
+    assert math.isnan(metrics.loss) if math.isnan(loss) else metrics.loss == loss
+
+
+@given(st.floats(allow_nan=False))
+def test_numbers_come_back_bitwise(tmp_path_factory: pytest.TempPathFactory, loss: float) -> None:
+    directory = tmp_path_factory.mktemp("run")
+    with MetricsWriter(directory, tensorboard=False) as writer:
+        writer.step(step(1, loss))
+    assert read(directory).steps[0].loss == loss
+
+
+def test_a_killed_run_loses_no_step(tmp_path: Path) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from longctx.engines.metrics import MetricsWriter, StepMetrics
+writer = MetricsWriter(Path({str(tmp_path)!r}), tensorboard=False)
+for number in range(1, 4):
+    writer.step(StepMetrics(number, 9, 2.5, 1e-3, 0.5, 10, 1.0, 0.5, 1, 0.1, 1.0))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [metrics.step for metrics in read(tmp_path).steps] == [1, 2, 3]
+
+
+def test_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
+    write(tmp_path, 1, 13)
+    write(tmp_path, 11, 17, after_step=10)  # 11 to 13 came after the checkpoint
+    write(tmp_path, 11, 20, after_step=10)  # and no checkpoint was written before the next crash
+    metrics = read(tmp_path)
+    assert [m.step for m in metrics.steps] == list(range(1, 21))
+    assert [m.step for m in metrics.evaluations] == [5, 10, 15, 20]
+    assert [info.step for info in metrics.runs] == [0, 10]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 21))
+
+
+def test_a_fresh_start_keeps_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 1, 5)
+    (tmp_path / "metrics.jsonl").open("a").write("damaged\n")
+    write(tmp_path, 1, 2)
+    assert [m.step for m in read(tmp_path).steps] == [1, 2]
+    assert len(read(tmp_path).runs) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
+    write(tmp_path, 1, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [m.step for m in read(tmp_path).steps] == [1, 2]
+    write(tmp_path, 3, 4, after_step=3)
+    assert [m.step for m in read(tmp_path).steps] == [1, 2, 3, 4]
+
+
+def test_the_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 8)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def crash(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", crash)
+        with pytest.raises(OSError, match="no space"):
+            MetricsWriter(tmp_path, tensorboard=False, after_step=5)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_step_written_twice_counts_as_its_later_line(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for loss in (2.7, 2.6):
+            writer.evaluation(evaluation(5, loss))
+    assert [m.loss for m in read(tmp_path).evaluations] == [2.6]
+
+
+@pytest.mark.parametrize(
+    "line", ["damaged", "7", "[]", '{"step": 1}', '{"kind": "other"}', '{"kind": "step", "step": 1}', '"\\u00e9"']
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    write(tmp_path, 1, 1)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 3: not a record"):
+        read_metrics(path)
+    with pytest.raises(UserError, match="line 3"):
+        MetricsWriter(tmp_path, tensorboard=False, after_step=1)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics at .*nowhere\.jsonl; train a run first"):
+        read_metrics(tmp_path / "nowhere.jsonl")
+
+
+def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path: Path) -> None:
+    write(tmp_path, 1, 8, tensorboard=True)
+    write(tmp_path, 6, 10, after_step=5, tensorboard=True)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 11))
+    assert [event.step for event in board.Scalars("heldout/loss")] == [5, 10]
+    assert [event.value for event in board.Scalars("heldout_by_position/00000000")] == [4.0, 4.0]
+    assert board.Scalars("memory/peak_gib")[0].value == 1.0
+
+
+def test_without_tensorboard_no_event_file(tmp_path: Path) -> None:
+    write(tmp_path, 1, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
