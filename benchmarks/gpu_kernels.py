@@ -190,7 +190,7 @@ def tune(seconds: float) -> None:
     jobs[len(jobs) // 2 : len(jobs) // 2] = deltas
     while jobs:
         (name, decay, dim), *jobs = jobs
-        together = tuning.choose(f"dk_dv/{decay}", dim, dim, torch.bfloat16, DEVICE)
+        together = tuning.choose_tiles(f"dk_dv/{decay}", dim, dim, torch.bfloat16, DEVICE)
         fused = together["block_k"] >= dim and together["block_v"] >= dim
         if name in (("dk", "dv") if fused else ("dk_dv",)):
             continue

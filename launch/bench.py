@@ -13,7 +13,7 @@ from longctx.bench.kernels import KERNELS
 from longctx.bench.measure import Measured
 from longctx.bench.run import ROW_SECONDS, Benchmark, Options, Report, Row, ScalingRow, gib
 from longctx.errors import UserError
-from longctx.launch.terminal import say
+from longctx.launch.terminal import echo
 
 WIDTH = 132
 """Columns of the tables, whatever the terminal has: one that is cut cannot be read."""
@@ -34,7 +34,7 @@ def bench_kernels(options: Options, json_file: Path | None) -> int:
         raise UserError("--device cuda: torch finds no CUDA device here; take --device cpu")
     if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; make it first")
-    report = Benchmark(options, say).run()
+    report = Benchmark(options, echo).run()
     console = Console(highlight=False, markup=False, width=WIDTH)
     console.print(_header(report), soft_wrap=True)
     _print(console, "Kernels", KERNELS_SAY, _kernels(report.rows))

@@ -20,7 +20,7 @@ from longctx.bench.layers import METHODS, Task
 from longctx.errors import UserError
 from longctx.launch.hosts import INTERFACE, address, hosts
 from longctx.launch.local import KEEP_MEMORY, threads_per_rank
-from longctx.launch.terminal import say
+from longctx.launch.terminal import echo
 
 PORT = 29511
 """Of rank 0, on a host of its own."""
@@ -81,11 +81,11 @@ def bench_parallel(options: Options, json_file: Path | None) -> int:
         if not METHODS[method].softmax or length <= options.softmax_tokens
     ]
     if options.kind == "cuda":
-        say(f"{options.ranks} ranks of a GPU each ({torch.cuda.get_device_name()}), NCCL; {len(tasks)} tasks")
+        echo(f"{options.ranks} ranks of a GPU each ({torch.cuda.get_device_name()}), NCCL; {len(tasks)} tasks")
     else:
         link = "memory" if options.gbit is None else f"{options.gbit:g} Gbit/s each way"
         each = f"{threads_per_rank(options.ranks)} threads on {os.cpu_count()} processors"
-        say(f"{options.ranks} ranks of {each}, gloo, links: {link}; {len(tasks)} tasks")
+        echo(f"{options.ranks} ranks of {each}, gloo, links: {link}; {len(tasks)} tasks")
     results = _measured(options, tasks)
     console = Console(highlight=False, markup=False, width=132)
     console.print(f"\n{SAY}", soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from longctx.convert.upcycle import upcycle
 from longctx.errors import UserError
-from longctx.launch.terminal import say
+from longctx.launch.terminal import echo
 from longctx.recipe import load
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*=.*", re.DOTALL)
@@ -23,10 +23,10 @@ def run_upcycle(arguments: Sequence[str], recipe: str, out: Path) -> int:
     """Make the model of a recipe of dense sources; the exit status. Raises UserError for what the user can mend."""
     sources, overrides = split_arguments(arguments)
     done = upcycle(sources, load(recipe, overrides), out)
-    say(f"{out}: {done.parameters:,} parameters, made of {', '.join(map(str, done.sources))}")
+    echo(f"{out}: {done.parameters:,} parameters, made of {', '.join(map(str, done.sources))}")
     for note in done.notes:
-        say(note)
-    say(f"To begin a run with it: train.init={out}")
+        echo(note)
+    echo(f"To begin a run with it: train.init={out}")
     return 0
 
 
@@ -39,11 +39,11 @@ def run_from_huggingface(arguments: Sequence[str], out: Path) -> int:
         raise UserError(f"give one SOURCE, the folder of a model, not {len(sources)}")
     source = sources[0]
     done = from_huggingface(source, out, overrides)
-    say(f"{out}: {done.parameters:,} parameters of a {done.model_type} model, of {_files(done.files)} in {source}")
-    say(f'To begin a run with it: extends = "{out / RECIPE}" in a recipe, and train.init={out}')
+    echo(f"{out}: {done.parameters:,} parameters of a {done.model_type} model, of {_files(done.files)} in {source}")
+    echo(f'To begin a run with it: extends = "{out / RECIPE}" in a recipe, and train.init={out}')
     tokenizer = source / "tokenizer.json"
     if tokenizer.is_file():
-        say(f"To prepare text with its tokenizer: longctx data prepare INPUT --tokenizer {tokenizer} --out DIR")
+        echo(f"To prepare text with its tokenizer: longctx data prepare INPUT --tokenizer {tokenizer} --out DIR")
     return 0
 
 
@@ -52,7 +52,9 @@ def run_to_huggingface(source: Path, out: Path, dtype: Literal["fp32", "bf16"], 
     from longctx.convert.huggingface import to_huggingface
 
     done = to_huggingface(source, out, dtype, shard_size)
-    say(f"{out}: {done.parameters:,} parameters of {done.source}, as a {done.model_type} model in {_files(done.files)}")
+    echo(
+        f"{out}: {done.parameters:,} parameters of {done.source}, as a {done.model_type} model in {_files(done.files)}"
+    )
     return 0
 
 
@@ -70,8 +72,8 @@ def run_from_megatron(arguments: Sequence[str], recipe: str | None, out: Path) -
     if overrides and recipe is None:
         raise UserError(f"{overrides[0]} is of a recipe: give one, --to RECIPE")
     done = from_megatron(sources[0], None if recipe is None else load(recipe, overrides).model, out)
-    say(f"{out}: {done.parameters:,} parameters of {done.source}")
-    say(f"To begin a run with it: train.init={out}")
+    echo(f"{out}: {done.parameters:,} parameters of {done.source}")
+    echo(f"To begin a run with it: train.init={out}")
     return 0
 
 
@@ -81,8 +83,8 @@ def run_to_megatron(source: Path, out: Path) -> int:
     from longctx.convert.megatron_script import SPEC, script_arguments, script_spec
 
     done = to_megatron(source, out)
-    say(f"{out}: {done.parameters:,} parameters of {done.source}")
-    say(f"To begin Megatron's script with it: --load {out} --finetune {script_arguments(done.model)}")
-    say(f"with --spec my_specs {SPEC}, my_specs.py being")
-    say("".join(f"\n    {line}" for line in script_spec(done.model).splitlines()) + "\n")
+    echo(f"{out}: {done.parameters:,} parameters of {done.source}")
+    echo(f"To begin Megatron's script with it: --load {out} --finetune {script_arguments(done.model)}")
+    echo(f"with --spec my_specs {SPEC}, my_specs.py being")
+    echo("".join(f"\n    {line}" for line in script_spec(done.model).splitlines()) + "\n")
     return 0

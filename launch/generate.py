@@ -12,7 +12,7 @@ from longctx.errors import UserError
 from longctx.generate import Sampling, generate
 from longctx.generate.restore import Restored, restore
 from longctx.generate.text import TextStream
-from longctx.launch.terminal import say
+from longctx.launch.terminal import echo
 
 
 def run(
@@ -48,7 +48,7 @@ def run(
     ended = "" if given == count else ": here the model ended the document"
     rate = f", then {(given - 1) / (time.perf_counter() - first):,.0f} a second" if given > 1 else ""
     spent = f" ({first - began:.2f} s to the first{rate})" if given else ""
-    say(f"{given:,} tokens{spent}{ended}")
+    echo(f"{given:,} tokens{spent}{ended}")
     return 0
 
 
@@ -70,9 +70,9 @@ def _prompt(text: str | None, file: Path | None) -> str:
 def _introduce(restored: Restored, prompt: int) -> None:
     parameter = restored.decoder.head_weight
     precision = str(parameter.dtype).removeprefix("torch.")
-    say(f"{restored.checkpoint}, {precision} on {parameter.device.type}; {prompt:,} tokens of prompt")
+    echo(f"{restored.checkpoint}, {precision} on {parameter.device.type}; {prompt:,} tokens of prompt")
     if not restored.same_corpus:
-        say(
+        echo(
             "The corpus that gives the tokenizer is not the one that this checkpoint was trained on: where its "
             "tokenizer is another one, the text will be nonsense."
         )

@@ -38,7 +38,7 @@ import psutil
 
 from longctx.errors import UserError
 from longctx.launch.rank import Job, RankReport
-from longctx.launch.terminal import say, say_error, show_cursor
+from longctx.launch.terminal import echo, echo_error, show_cursor
 
 _POLL = 0.05
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -132,7 +132,7 @@ class _Job:
 
     def _ask_to_stop(self, number: signal.Signals) -> None:
         again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-        say(f"{number.name}: the ranks save and stop, within {self.limits.save:g} s{again}")
+        echo(f"{number.name}: the ranks save and stop, within {self.limits.save:g} s{again}")
         for rank in self.running():
             rank.ask_to_stop()
 
@@ -251,9 +251,9 @@ def _conclude(job: _Job, logs: Path, advice: str) -> int:
         return 0
     unsaved = [rank for rank in job.ranks if rank.status != 0]
     if unsaved:
-        say(f"stopped by {stop.name}; {_names(unsaved)} ended without saving. {advice}".rstrip())
+        echo(f"stopped by {stop.name}; {_names(unsaved)} ended without saving. {advice}".rstrip())
     else:
-        say(f"stopped by {stop.name}. {advice}".rstrip())
+        echo(f"stopped by {stop.name}. {advice}".rstrip())
     return 128 + stop
 
 
@@ -280,17 +280,17 @@ def _explain(failures: list[_Rank], job: _Job, logs: Path, advice: str) -> int:
         if cause.status == -signal.SIGKILL:
             how += " (where nobody sent it: by the kernel, for want of memory; see dmesg)"
         log = f"; its output: {logs / f'rank-{cause.number}.log'}" if cause.number else ""
-        say_error(f"rank {cause.number} {how}{others}{log}. {advice}".rstrip())
+        echo_error(f"rank {cause.number} {how}{others}{log}. {advice}".rstrip())
         return 1
     if cause.report["is_user_error"]:
         # Ranks that agree on an error all raise it, and the lowest speaks for them.
         texts = {
             rank.number: rank.report["message"] for rank in failures if rank.report and rank.report["is_user_error"]
         }
-        say_error(texts[min(texts)])
+        echo_error(texts[min(texts)])
         return 2
-    say(cause.report["trace"].rstrip("\n"))
-    say_error(f"rank {cause.number} failed with the error above{others}. {advice}".rstrip())
+    echo(cause.report["trace"].rstrip("\n"))
+    echo_error(f"rank {cause.number} failed with the error above{others}. {advice}".rstrip())
     return 1
 
 

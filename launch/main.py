@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 import longctx
 from longctx.errors import UserError
-from longctx.launch.terminal import say, say_error
+from longctx.launch.terminal import echo, echo_error
 
 
 class _Commands(TyperGroup):
@@ -25,7 +25,7 @@ class _Commands(TyperGroup):
             # In a job every rank raises it; one message for each machine is enough, and this one may be the only
             # machine where something is missing.
             if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-                say_error(str(error))
+                echo_error(str(error))
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -206,8 +206,8 @@ def _data_prepare(
     )
     if manifest.errors:
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in manifest.errors.items())
-        say(f"Skipped: {skipped}; {out / ERRORS_FILE} names each.")
-    say(f"{out}: {splits}. To look at it: longctx data inspect {out}")
+        echo(f"Skipped: {skipped}; {out / ERRORS_FILE} names each.")
+    echo(f"{out}: {splits}. To look at it: longctx data inspect {out}")
 
 
 @data_app.command("inspect")

@@ -3,7 +3,7 @@
 import sys
 
 
-def say_error(text: str) -> None:
+def echo_error(text: str) -> None:
     """Print the text of an error, whole and unwrapped, so that `file:line` can be copied."""
     # Imported here: an error is rare, and `--help` should not wait for it.
     from rich.console import Console
@@ -13,7 +13,7 @@ def say_error(text: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(message)
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print a line about what the launcher does."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

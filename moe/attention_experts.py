@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.moe.report import Report, entropy, marks, real_rows, top
+from longctx.moe.report import RouterReport, entropy, marks, real_rows, top
 from longctx.parallel.layout import Layout
 
 KeysValues = Literal["each", "shared"]
@@ -32,7 +32,7 @@ def side_by_side(x: Tensor, dim: int, kv: KeysValues) -> Tensor:
     return x.flatten(dim, dim + 2)
 
 
-def soft_routing(logits: Tensor, layout: Layout) -> tuple[Tensor, Report]:
+def soft_routing(logits: Tensor, layout: Layout) -> tuple[Tensor, RouterReport]:
     """The experts' weights for each token, `softmax(logits)` in the accumulation dtype, of the shape of the logits
     `[B, T_local, N]`.
 
@@ -46,7 +46,7 @@ def soft_routing(logits: Tensor, layout: Layout) -> tuple[Tensor, Report]:
         )
     weights = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=-1)
     p, real = weights.detach(), real_rows(layout, logits.device)
-    report = Report(
+    report = RouterReport(
         loss=p.new_zeros(()),
         counts=torch.where(real[:, None], p, 0).sum(dim=(0, 1), dtype=torch.float64),
         tokens=real.sum() * len(p),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.moe.report import Report, entropy, load_loss, marks, real_rows, top
+from longctx.moe.report import RouterReport, entropy, load_loss, marks, real_rows, top
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
 
@@ -62,7 +62,7 @@ class ExpertRouting:
     """`[B, T_local, active]` in the accumulation dtype: what each expert's output is multiplied with."""
     all_kept: bool
     """Whether no entry of `experts` can be -1."""
-    report: Report
+    report: RouterReport
 
 
 def scores(logits: Tensor, score: Score) -> Tensor:
@@ -150,7 +150,7 @@ def _report(
     rule: TokenChoice,
     layout: Layout,
     real: Tensor,
-) -> Report:
+) -> RouterReport:
     dtype, count = p.dtype, p.shape[-1]
     shares = p if rule.score == "softmax" else p / p.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     loss = p.new_zeros(())
@@ -160,7 +160,7 @@ def _report(
         squares = logits.to(dtype).logsumexp(dim=-1).square()
         loss = loss + rule.z * torch.where(real, squares, 0).sum() / (len(logits) * layout.length)
     chosen = torch.nn.functional.pad(marks(count, p.device), (0, 1))
-    return Report(
+    return RouterReport(
         loss=loss,
         counts=counts,
         tokens=real.sum() * logits.shape[0],

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.moe.report import Report, entropy, load_loss, marks, real_rows, top
+from longctx.moe.report import RouterReport, entropy, load_loss, marks, real_rows, top
 from longctx.parallel.layout import Layout
 
 BALANCE = 0.01
@@ -37,7 +37,7 @@ class HeadRouting(NamedTuple):
     """`[B, T_local, E]` bool: the routed heads that a token reads."""
     weights: Tensor
     """`[B, T_local, H]` in the accumulation dtype: what a head's output is multiplied with, 0 where it is not read."""
-    report: Report
+    report: RouterReport
 
 
 def _mask(p: Tensor, active: int) -> Tensor:
@@ -49,7 +49,7 @@ def _routing(p: Tensor, chosen: Tensor, weights: Tensor, layout: Layout, balance
     real = real_rows(layout, p.device)
     chosen = chosen & real[:, None]
     counts = chosen.sum(dim=(0, 1))
-    report = Report(
+    report = RouterReport(
         loss=balance * load_loss(p, counts, layout),
         counts=counts,
         tokens=real.sum() * p.shape[0],

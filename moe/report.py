@@ -10,7 +10,7 @@ from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 
 
-class Report(NamedTuple):
+class RouterReport(NamedTuple):
     """Of one router, this rank's tokens of one batch. A tuple, so that wrappers of modules find the tensors in it."""
 
     loss: Tensor

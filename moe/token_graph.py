@@ -18,8 +18,8 @@ bf16, which has 8 bits, neighbouring experts would often have equal scores.
 import torch
 from torch import Tensor
 
-from longctx.parallel.attention.api import choose, softmax_attention
-from longctx.parallel.attention.cost_model import Estimate, Shape, fitting
+from longctx.parallel.attention.api import rank_schedules, softmax_attention
+from longctx.parallel.attention.cost_model import AttentionShape, Estimate, fitting
 from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout
 
@@ -55,4 +55,4 @@ def one_head_schedule(layout: Layout) -> str:
 
 def similarity_estimates(layout: Layout, width: int, experts: int, dtype: torch.dtype) -> list[Estimate]:
     """What each schedule is expected to take for `similarity_aware` with K = `width`, the fastest first."""
-    return choose(layout, Shape(1, 1, width, experts, dtype.itemsize, Reach()))
+    return rank_schedules(layout, AttentionShape(1, 1, width, experts, dtype.itemsize, Reach()))

@@ -49,7 +49,7 @@ class Layout:
     """One packed sequence over the ranks of a context-parallel group, as one of them sees it.
 
     `cu_seqlens` are the cumulated lengths of the documents, `0 = c_0 < c_1 < ... < c_N = T`. `group` is None where
-    one rank holds the whole sequence. `continued` counts the tokens of the first document that an earlier sequence
+    one rank holds the whole sequence. `past_tokens` counts the tokens of the first document that an earlier sequence
     held: where it is not 0, that document does not begin here, and a state may come in from before.
     """
 
@@ -58,7 +58,7 @@ class Layout:
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
-    continued: int = 0
+    past_tokens: int = 0
     grid: Grid | None = None
     """How the ranks divide into Ulysses groups and rings, where they do."""
     attention: str = "auto"
@@ -78,8 +78,8 @@ class Layout:
             raise ValueError(f"rank {self.rank} is not one of {self.size} ranks")
         if self.states not in STATE_SCHEDULES:
             raise ValueError(f"states must be one of {', '.join(STATE_SCHEDULES)}, not {self.states!r}")
-        if self.continued < 0:
-            raise ValueError(f"continued must be a number of tokens, not {self.continued}")
+        if self.past_tokens < 0:
+            raise ValueError(f"past_tokens must be a number of tokens, not {self.past_tokens}")
 
     @classmethod
     def on(
@@ -111,14 +111,14 @@ class Layout:
             raise ValueError(f"this layout is over {self.size} ranks and has no process group to reach them by")
         return self.group if self.size > 1 else None
 
-    def kept(self, key: object, make: Callable[[], Any]) -> Any:
+    def cached(self, key: object, make: Callable[[], Any]) -> Any:
         """What `make` returns, made at the first call with this key: plans that all layers share, one set a batch."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        if key not in self._cached:
+            self._cached[key] = make()
+        return self._cached[key]
 
     @cached_property
-    def _kept(self) -> dict[object, Any]:
+    def _cached(self) -> dict[object, Any]:
         return {}
 
     @property
@@ -201,7 +201,7 @@ class Layout:
     def starts(self, part: Slice) -> tuple[int, ...]:
         """The places of a slice at which documents begin, counted from its own start."""
         first, last = bisect_left(self.cu_seqlens, part.begin), bisect_left(self.cu_seqlens, part.end)
-        if first == 0 and self.continued:
+        if first == 0 and self.past_tokens:
             first = 1
         return tuple(c - part.begin for c in self.cu_seqlens[first:last])
 
@@ -233,7 +233,7 @@ class Layout:
         """The place of each of this rank's tokens in its own document: `[local_length]` int64, on the CPU."""
         bounds = torch.tensor(self.cu_seqlens)
         begins = bounds[torch.searchsorted(bounds, self.tokens.clamp(min=0), right=True) - 1]
-        found = torch.where(begins == 0, self.tokens + self.continued, self.tokens - begins)
+        found = torch.where(begins == 0, self.tokens + self.past_tokens, self.tokens - begins)
         return torch.where(self.tokens < 0, 0, found)
 
     def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from longctx.parallel.attention.cost_model import Shape, estimates
+from longctx.parallel.attention.cost_model import AttentionShape, estimates
 from longctx.parallel.attention.visibility import Reach, score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.link_speeds import Speeds
@@ -147,7 +147,7 @@ LENGTHS = [2**n for n in range(13, 24)]
 
 def _estimates(tokens: int, kv_heads: int, speeds: Speeds) -> dict[str, float]:
     layout = Layout((0, tokens), "zigzag", CP, grid=Grid(INNER, None, None), speeds=speeds)
-    shape = Shape(HEADS, kv_heads, HEAD_DIM, HEAD_DIM, NUMBER, Reach())
+    shape = AttentionShape(HEADS, kv_heads, HEAD_DIM, HEAD_DIM, NUMBER, Reach())
     return {each.schedule: each for each in estimates(layout, shape)}
 
 

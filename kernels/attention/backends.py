@@ -185,13 +185,13 @@ BACKENDS = {
 documents have a new shape each batch; so they come after those that do not."""
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> dict[str, str | None]:
+def explain_backends(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> dict[str, str | None]:
     """For each backend what it lacks for this call, None where it could take it; in the order of preference."""
     call = describe(q, k, v, mask)
     return {name: entry.lacks(call) for name, entry in BACKENDS.items()}
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str | None = None) -> Backend:
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str | None = None) -> Backend:
     """The first backend that lacks nothing, or the one that is named.
 
     Raises ValueError where the named one does not exist or cannot take the call, naming those that could.
@@ -201,7 +201,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str | None
         return next(entry for entry in BACKENDS.values() if entry.lacks(call) is None).load()
     if backend not in BACKENDS:
         raise ValueError(f"attention: there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
-    reasons = explain(q, k, v, mask)
+    reasons = explain_backends(q, k, v, mask)
     if reasons[backend] is not None:
         able = ", ".join(name for name, lacks in reasons.items() if lacks is None)
         raise ValueError(f"attention: the backend {backend!r} cannot: {reasons[backend]}. These can: {able}")

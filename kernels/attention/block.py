@@ -18,13 +18,13 @@ nobody sees, and never makes a tensor of Tq x Tk.
 Backends (longctx.kernels.attention.backends): the first that can take a call does, unless one is named. On CPUs
 torch's flash operator, over plain pieces of the mask; on CUDA torch's FlashAttention or flash_attn for bf16 and fp16
 without positions, our Triton kernel for the rest, then cuDNN, FlexAttention, and torch operators, which take
-everything. All give their true lse and take the global one; `explain` says what each lacks for a call.
+everything. All give their true lse and take the global one; `explain_backends` says what each lacks for a call.
 """
 
 import torch
 from torch import Tensor
 
-from longctx.kernels.attention.backends import choose, explain
+from longctx.kernels.attention.backends import choose_backend, explain_backends
 from longctx.kernels.attention.masks import CAUSAL, FULL, BlockMask, Mask, Positions, packed_documents, sliding_window
 from longctx.kernels.attention.tiled import Gradients, merge_
 from longctx.kernels.dtypes import accumulation_dtype
@@ -36,7 +36,7 @@ __all__ = [
     "Mask",
     "Positions",
     "backward",
-    "explain",
+    "explain_backends",
     "forward",
     "merge_",
     "packed_documents",
@@ -82,7 +82,7 @@ def forward(
     Raises ValueError where shapes, dtypes, mask and device do not fit, and where the named backend cannot take them.
     """
     _check(q, k, v, mask)
-    chosen = choose(q, k, v, mask, backend)
+    chosen = choose_backend(q, k, v, mask, backend)
     dtype = accumulation_dtype(q.dtype)
     if q.shape[1] == 0 or k.shape[1] == 0:
         # The operators divide by the lengths.
@@ -108,7 +108,7 @@ def backward(
     Raises ValueError as `forward` does.
     """
     _check(q, k, v, mask)
-    chosen = choose(q, k, v, mask, backend)
+    chosen = choose_backend(q, k, v, mask, backend)
     if q.shape[1] == 0 or k.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, dk, dv = chosen.backward(do.to(q.dtype), q, k, v, out.to(q.dtype), lse, mask, float(scale))

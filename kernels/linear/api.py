@@ -17,13 +17,13 @@ from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.checks import check_state, checked_cu_seqlens
 from longctx.kernels.linear.operators import ADDITIVE, DELTA
 from longctx.kernels.linear.recurrence import Carry, Gates, LinearRecurrence, Segment, state_heads
-from longctx.kernels.linear.segment_scan import scan_segments, whole
+from longctx.kernels.linear.segment_scan import combined, scan_segments
 
 Received = tuple[list[Tensor], Tensor]
 """The state that each of a device's pieces receives, `[B, H, K, V]` each, and the state after the whole sequence."""
 
 
-class Exchange(Protocol):
+class StateExchange(Protocol):
     """How states reach the pieces of a sequence that lies over devices."""
 
     def __call__(self, carries: Sequence[Carry], state: Tensor, reverse: bool) -> Callable[[], Received]:
@@ -42,7 +42,7 @@ class Plan:
     """
 
     pieces: tuple[Segment, ...]
-    exchange: Exchange | None = None
+    exchange: StateExchange | None = None
 
     def zero_padding_(self, *tensors: Tensor | None) -> None:
         """Zero the rows `[B, T, ...]` that no piece has, in place; what does not run along the sequence is left."""
@@ -65,9 +65,10 @@ class Begun:
 def begin(
     recurrence: LinearRecurrence, k: Tensor, v: Tensor, gates: Gates, plan: Plan, initial_state: Tensor
 ) -> Begun | None:
-    """Summarize, and set the exchange of states under way: `scan` goes on with it. None where nothing is exchanged.
+    """Summarize, and set the exchange of states under way: `scan_recurrence` goes on with it. None where nothing is
+    exchanged.
 
-    What needs no state (queries, output gates) can be computed in the meantime. Arguments as in `scan`.
+    What needs no state (queries, output gates) can be computed in the meantime. Arguments as in `scan_recurrence`.
     """
     if plan.exchange is None:
         return None
@@ -76,7 +77,7 @@ def begin(
         cut = _cut(recurrence, plan, k, initial_state)
         segments = [segment for piece in cut for segment in piece]
         carries = _split(recurrence.summarize(k, v, gates, segments), cut)
-        return Begun(carries, plan.exchange([whole(piece) for piece in carries], initial_state, False))
+        return Begun(carries, plan.exchange([combined(piece) for piece in carries], initial_state, False))
 
 
 def _cut(recurrence: LinearRecurrence, plan: Plan, k: Tensor, state: Tensor) -> list[list[Segment]]:
@@ -135,7 +136,7 @@ class _Scan(torch.autograd.Function):
         if not alone:
             carries = _split(recurrence.summarize_grad(q, k, v, gates, ctx.segments, do), ctx.cut)
             if plan.exchange is not None:
-                begun = plan.exchange([whole(piece, reverse=True) for piece in carries], dfinal, True)
+                begun = plan.exchange([combined(piece, reverse=True) for piece in carries], dfinal, True)
         # While the gradients of states travel.
         dq = None if gate_grads else recurrence.query_grad(q, k, v, gates, ctx.segments, do, states)
         dinitial: Tensor | None = None
@@ -177,7 +178,7 @@ def empty_state(k: Tensor, v: Tensor, gates: Gates) -> Tensor:
     return torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
 
 
-def scan(
+def scan_recurrence(
     recurrence: LinearRecurrence,
     q: Tensor,
     k: Tensor,
@@ -210,7 +211,7 @@ def with_ones(v: Tensor) -> Tensor:
     return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 
 
-def divided(out: Tensor, eps: float = DENOMINATOR_EPS) -> Tensor:
+def divide_by_sum(out: Tensor, eps: float = DENOMINATOR_EPS) -> Tensor:
     """Outputs `[..., V]` divided by the sums of their weights, from those of `with_ones`, `[..., V + 1]`."""
     return out[..., :-1] / (out[..., -1:] + eps)
 
@@ -264,9 +265,9 @@ def linear_attention(
         # A sum of weights is larger than float16 holds, and its rounding would be that of every channel.
         q, k, v = (x.to(accumulation_dtype(dtype)) for x in (q, k, v))
         v = with_ones(v)
-    out, final = scan(recurrence, q, k, v, gates, Plan((Segment(0, length, starts),)), initial_state)
+    out, final = scan_recurrence(recurrence, q, k, v, gates, Plan((Segment(0, length, starts),)), initial_state)
     if normalize:
-        out = divided(out, eps).to(dtype)
+        out = divide_by_sum(out, eps).to(dtype)
     return out, final if final_state else None
 
 

@@ -36,7 +36,7 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadGroup:
     """State heads `first` to `last` of the batch rows `row` to `end_row`: G = rows x heads pairs."""
 
     row: int
@@ -94,7 +94,7 @@ class Walk:
         self.batch, self.length, self.heads = k.shape[0], k.shape[1], state_heads(k, v, gates)
         self.key_dim, self.value_dim = k.shape[3], v.shape[3]
         self.together = together
-        self._views: dict[tuple[int, Heads, int], tuple[Tensor, Tensor]] = {}
+        self._views: dict[tuple[int, HeadGroup, int], tuple[Tensor, Tensor]] = {}
         self.scratch = Scratch(accumulation_dtype(k.dtype), k.device)
 
     @property
@@ -102,16 +102,16 @@ class Walk:
         """The dtype of the pieces."""
         return self.scratch.dtype
 
-    def groups(self) -> Iterator[Heads]:
+    def groups(self) -> Iterator[HeadGroup]:
         """All (batch, head) pairs, at most `together` at a time."""
         if self.heads >= self.together:
             for row in range(self.batch):
                 for first in range(0, self.heads, self.together):
-                    yield Heads(row, row + 1, first, min(first + self.together, self.heads))
+                    yield HeadGroup(row, row + 1, first, min(first + self.together, self.heads))
         else:
             step = max(1, self.together // self.heads)
             for row in range(0, self.batch, step):
-                yield Heads(row, min(row + step, self.batch), 0, self.heads)
+                yield HeadGroup(row, min(row + step, self.batch), 0, self.heads)
 
     def repeats(self, x: Tensor) -> int:
         """How many heads of `x` read one state: 1 where it has as many heads as there are states, or fewer."""
@@ -121,7 +121,7 @@ class Walk:
         """Where the outputs go: `[B, T, Ho, V]` in v's dtype."""
         return v.new_empty((*q.shape[:2], max(q.shape[2], self.heads), self.value_dim))
 
-    def _view(self, x: Tensor, heads: Heads, nth: int) -> Tensor:
+    def _view(self, x: Tensor, heads: HeadGroup, nth: int) -> Tensor:
         """`[rows, heads, T, D]`: of several heads that read one state, the `nth`. Only where no states share heads."""
         key = (id(x), heads, nth)
         if key not in self._views:
@@ -131,11 +131,11 @@ class Walk:
             self._views[key] = (x, view)
         return self._views[key][1]
 
-    def _shared_heads(self, x: Tensor, heads: Heads) -> Tensor:
+    def _shared_heads(self, x: Tensor, heads: HeadGroup) -> Tensor:
         """The head of x that each state takes, where states share heads of it."""
         return torch.arange(heads.first, heads.last, device=x.device) // (self.heads // x.shape[2])
 
-    def load(self, name: str, x: Tensor, heads: Heads, chunk: Chunk, nth: int = 0) -> Tensor:
+    def load(self, name: str, x: Tensor, heads: HeadGroup, chunk: Chunk, nth: int = 0) -> Tensor:
         """A piece of `x`, to be read; a view where that is one, else a copy in the buffer `name`."""
         if x.shape[2] < self.heads:
             part = x[heads.rows, chunk.begin : chunk.end]
@@ -156,7 +156,7 @@ class Walk:
             return torch.zeros(x.shape, dtype=self.dtype, device=x.device)
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    def store(self, x: Tensor, heads: Heads, chunk: Chunk, value: Tensor, nth: int = 0) -> None:
+    def store(self, x: Tensor, heads: HeadGroup, chunk: Chunk, value: Tensor, nth: int = 0) -> None:
         """Write a piece into a result, or add it where states share a head of it."""
         value = value.view(heads.end_row - heads.row, -1, *value.shape[1:])[:, :, : chunk.tokens]
         if x.shape[2] < self.heads:
@@ -178,12 +178,12 @@ class Walk:
         shape = (len(segments), self.batch, self.heads, self.key_dim, value_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.scratch.device)
 
-    def state(self, states: Tensor, heads: Heads) -> Tensor:
+    def state(self, states: Tensor, heads: HeadGroup) -> Tensor:
         """A contiguous copy of states `[B, H, ...]`, as `[G, ...]`, to be changed in place."""
         part = states[heads.rows, heads.first : heads.last].to(self.dtype)
         return part.reshape(-1, *part.shape[2:]).clone(memory_format=torch.contiguous_format)
 
-    def put_state(self, states: Tensor, heads: Heads, value: Tensor) -> None:
+    def put_state(self, states: Tensor, heads: HeadGroup, value: Tensor) -> None:
         """Write `[G, ...]` into `[B, H, ...]`."""
         part = states[heads.rows, heads.first : heads.last]
         part.copy_(value.view(part.shape))
@@ -194,8 +194,8 @@ def walk_back(
     parts: Sequence[Sequence[Chunk]],
     states: Tensor,
     dends: Tensor,
-    advance: Callable[[Heads, Chunk, Tensor], None],
-    chunk_grad: Callable[[Heads, Chunk, Tensor, Tensor], None],
+    advance: Callable[[HeadGroup, Chunk, Tensor], None],
+    chunk_grad: Callable[[HeadGroup, Chunk, Tensor, Tensor], None],
     block: int,
 ) -> Tensor:
     """The backward pass over segments, given as their chunks: the gradient of `states`, both `[N, B, H, K, V]`.

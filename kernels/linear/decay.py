@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.chunking import Chunk, Heads, Scratch, Walk
+from longctx.kernels.linear.chunking import Chunk, HeadGroup, Scratch, Walk
 from longctx.kernels.linear.recurrence import document_ids
 
 LEAST = -1e4
@@ -309,7 +309,7 @@ class Decays:
             self._plain[chunk.size] = Documents(chunk, self._dtype, self._device)
         return self._plain[chunk.size]
 
-    def of(self, walk: Walk, heads: Heads, chunk: Chunk) -> Decay:
+    def of(self, walk: Walk, heads: HeadGroup, chunk: Chunk) -> Decay:
         """The decays of a piece.
 
         The walk is given and not kept: it holds this object, and a cycle would keep its tensors until Python looks for

@@ -93,7 +93,7 @@ class Carry:
         return Carry(self.transition[number], self.state[number])
 
 
-def combine(left: Carry, right: Carry) -> Carry:
+def compose(left: Carry, right: Carry) -> Carry:
     """The map of two neighbouring segments, `left` first. Associative."""
     logarithms = right.transition.dim() < right.state.dim()
     transition = left.transition + right.transition if logarithms else right.transition @ left.transition

@@ -21,9 +21,9 @@ def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tu
     """
     logarithms = carries.transition.dim() < carries.state.dim()
     if logarithms and carries.state.is_cuda and importlib.util.find_spec("triton") is not None:
-        from longctx.kernels.linear.triton_segment_scan import scan
+        from longctx.kernels.linear.triton_segment_scan import scan_segments_triton
 
-        return scan(carries.transition, carries.state, state, reverse)
+        return scan_segments_triton(carries.transition, carries.state, state, reverse)
     states = torch.empty_like(carries.state)
     count = len(carries.state)
     for number in reversed(range(count)) if reverse else range(count):
@@ -32,7 +32,7 @@ def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tu
     return states, state
 
 
-def whole(carries: Carry, *, reverse: bool = False) -> Carry:
+def combined(carries: Carry, *, reverse: bool = False) -> Carry:
     """The map of all segments together, `[B, ...]`."""
     if len(carries.state) == 1:
         return carries[0]

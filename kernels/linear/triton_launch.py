@@ -33,7 +33,7 @@ def segment_length(heads: int, length: int, device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LaunchShape:
     """What the launches of one call share: sizes, the decay as the kernels take it, and where the segments lie."""
 
     length: int
@@ -103,7 +103,7 @@ class Problem:
     def blocks(self, name: str) -> tuning.Blocks:
         """Tile sizes of one of the recurrence's kernels in tuning.KERNELS."""
         kernel = f"{self.prefix}{name}/{self.decay_kind}"
-        return tuning.choose(kernel, self.key_dim, self.value_dim, self.dtype, self.device)
+        return tuning.choose_tiles(kernel, self.key_dim, self.value_dim, self.dtype, self.device)
 
     def tiles(self, blocks: tuning.Blocks) -> int:
         """How many blocks of K and V a state is cut into."""
@@ -152,7 +152,7 @@ def pose(
     log_decay: Tensor | None,
     segments: Sequence[Segment],
     query_heads: int | None = None,
-) -> Problem:
+) -> LaunchShape:
     """The problem that the tensors pose to `recurrence`, "additive" or "delta", where its kernels take it.
 
     `LinearRecurrence.check` has seen the shapes. Errors: ValueError for other dtypes and larger head dims.
@@ -168,7 +168,7 @@ def pose(
             f"use more heads of fewer channels, or longctx.kernels.linear.{recurrence}.chunked"
         )
     heads = state_heads(k, v, gates)
-    return Problem(
+    return LaunchShape(
         batch=k.shape[0],
         length=k.shape[1],
         heads=heads,

@@ -36,7 +36,7 @@ def scan_kernel(
     tl.store(end + row * size + at, state, mask=inside)
 
 
-def scan(transition: Tensor, added: Tensor, first: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def scan_segments_triton(transition: Tensor, added: Tensor, first: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """`longctx.kernels.linear.segment_scan.scan_segments` for logarithms `[N, B, H]` or `[N, B, H, K]` and float32
     states."""
     transition, added, first = (x.contiguous() for x in (transition, added, first))

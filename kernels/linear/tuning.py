@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a table, and what was measured on a device in its place.
 
-`choose` answers from, in this order: what `forced` sets, the file that LONGCTX_TUNING names (read at first use), what
-`tune` measured in this process, the table.
+`choose_tiles` answers from, in this order: what `forced` sets, the file that LONGCTX_TUNING names (read at first use),
+what `tune` measured in this process, the table.
 
 The table is a first guess: not measured on a GPU. What is known of it comes from compiling for sm_90 with triton 3.7.1
 (tests/kernels/linear/test_triton_compile.py): registers, spills and shared memory. Its rules:
@@ -57,7 +57,7 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def choose(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> Blocks:
+def choose_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> Blocks:
     """The tile sizes of a kernel, "name/decay" of KERNELS and DECAYS, for head dims up to 512."""
     if kernel in _forced:
         return _forced[kernel]
@@ -184,7 +184,7 @@ def save(path: Path) -> None:
 
 @contextmanager
 def forced(kernel: str, blocks: Blocks) -> Iterator[None]:
-    """Within it, `choose` gives these sizes for a kernel, whatever the shape."""
+    """Within it, `choose_tiles` gives these sizes for a kernel, whatever the shape."""
     _forced[kernel] = blocks
     try:
         yield

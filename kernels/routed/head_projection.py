@@ -116,7 +116,7 @@ def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
     return (x if dtype is None else x.to(dtype) for x in tensors)
 
 
-def to_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+def project_to_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     """`[B, T, E, K]`: a projection of x `[B, T, D]` for each head, weight `[E, K, D]`, zero where `chosen` `[B, T, E]`
     (bool) is not. Differentiable in x and weight. Raises ValueError where shapes do not fit.
     """
@@ -128,7 +128,7 @@ def to_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     return rows.view(*chosen.shape, weight.shape[1])
 
 
-def from_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+def project_from_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     """`[B, T, D]`: the sum over the `chosen` `[B, T, E]` (bool) of the projections of each head, x `[B, T, E, V]` and
     weight `[E, D, V]`. Differentiable in x and weight. Raises ValueError where shapes do not fit.
     """
@@ -140,9 +140,9 @@ def from_heads(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     return out
 
 
-def to_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor, count: int) -> Tensor:
-    """`[count, K]`: what `to_heads` gives for the chosen pairs, each in the row that `places` `[B, T, E]` (int64) says,
-    which are different ones; zero in rows that no pair has."""
+def project_to_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor, count: int) -> Tensor:
+    """`[count, K]`: what `project_to_heads` gives for the chosen pairs, each in the row that `places` `[B, T, E]`
+    (int64) says, which are different ones; zero in rows that no pair has."""
     _check(x, weight, chosen, (weight.shape[2],))
     x, weight = _autocast(x, weight)
     if x.is_cuda:
@@ -151,8 +151,9 @@ def to_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor, count: i
     return _ToHeads.apply(x, weight, chosen, places, count)  # type: ignore[no-untyped-call]
 
 
-def from_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
-    """`[B, T, D]`: what `from_heads` gives for x `[count, V]`, whose rows are the pairs as in `to_pairs`."""
+def project_from_pairs(x: Tensor, weight: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
+    """`[B, T, D]`: what `project_from_heads` gives for x `[count, V]`, whose rows are the pairs as in
+    `project_to_pairs`."""
     _check(x.expand(*chosen.shape[:2], *x.shape), weight, chosen, (len(x), weight.shape[2]))
     x, weight = _autocast(x, weight)
     if x.is_cuda:

@@ -17,7 +17,7 @@ from longctx.mixers.base import Mixer
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
-from longctx.parallel.attention.cost_model import Shape, estimates
+from longctx.parallel.attention.cost_model import AttentionShape, estimates
 from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout, Order
 from longctx.parallel.mesh import Mesh
@@ -103,7 +103,7 @@ def least_bytes(task: Task, layout: Layout) -> int:
     """The bytes that a rank has to receive, of the one that receives most, by the schedule's formula."""
     method = METHODS[task.method]
     if method.softmax:
-        shape = Shape(task.heads, task.kv_heads, task.head_dim, task.head_dim, 4, Reach())
+        shape = AttentionShape(task.heads, task.kv_heads, task.head_dim, task.head_dim, 4, Reach())
         return next(each.received for each in estimates(layout, shape) if each.schedule == method.schedule)
     state, own = task.heads * task.head_dim**2, layout.pieces // layout.size
     if method.schedule == "ring":

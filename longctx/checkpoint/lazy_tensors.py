@@ -18,7 +18,7 @@ from longctx.checkpoint.storage import ALONE, Writer
 
 
 @dataclass(frozen=True)
-class Made:
+class LazyTensor:
     """A float32 tensor that is made when it is written."""
 
     shape: torch.Size
@@ -31,7 +31,7 @@ class Made:
 class _Making(DefaultSavePlanner):
     """Makes the tensors of a plan as they are written, each piece in a file of its own."""
 
-    def __init__(self, tensors: Mapping[str, Made]) -> None:
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         # Names are whole already.
         super().__init__(flatten_state_dict=False)
         self._tensors = tensors
@@ -68,7 +68,7 @@ class _Making(DefaultSavePlanner):
         return tensor
 
 
-def write_made(folder: Path, tensors: Mapping[str, Made], objects: Mapping[str, Any] | None = None) -> None:
+def write_lazy(folder: Path, tensors: Mapping[str, LazyTensor], objects: Mapping[str, Any] | None = None) -> None:
     """Write tensors by their names into a folder, in one process, one after the other; and objects that are none.
 
     What goes wrong in making or writing one is raised as it is.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from longctx.checkpoint.lazy_tensors import Made, write_made
+from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
 from longctx.checkpoint.save import TRAINER, check_format, differences, list_checkpoints, others, read_state
 from longctx.checkpoint.storage import Reader, RegionPlanner, damage, read_tensors, write_listing
 from longctx.errors import UserError
@@ -187,12 +187,12 @@ def shape_differences(there: Mapping[str, torch.Size], here: Mapping[str, torch.
 
 
 def write_weights(
-    folder: Path, tensors: Mapping[str, Made], model: Mapping[str, Any], origin: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, LazyTensor], model: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> None:
     """Write a model's tensors and `weights.json` into an empty folder, in one process; on the disk when this returns.
 
     The tensors are made and written one after the other. `model` is what `described` gives, `origin` says where they
     came from. What goes wrong in making or writing one is raised as it is.
     """
-    write_made(folder, {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()})
+    write_lazy(folder, {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     write_listing(folder, _WEIGHTS, {"model": dict(model), "origin": dict(origin)})

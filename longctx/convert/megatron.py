@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from longctx.checkpoint.lazy_tensors import Made, write_made
+from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
 from longctx.checkpoint.save import TRAINER, check_format, differences, list_checkpoints, read_state
 from longctx.checkpoint.storage import Reader, RegionPlanner, read_tensors
 from longctx.checkpoint.weights import described, find_weights, known, with_defaults, write_weights
@@ -249,7 +249,7 @@ def to_megatron(source: Path, out: Path) -> Converted:
     with staging(final) as folder, naming_disk_errors(final):
         release = folder / _RELEASE
         release.mkdir()
-        write_made(release, _stacked(model, each) if alike else each, _extra_states(model, alike))
+        write_lazy(release, _stacked(model, each) if alike else each, _extra_states(model, alike))
         sizes = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
         common = {"args": argparse.Namespace(**sizes), "checkpoint_version": 3.0, "iteration": 0}
         torch.save(common, release / "common.pt")
@@ -277,22 +277,22 @@ def _written(model: ModelConfig, number: int) -> Layer:
     return Layer(has_own_attention(model, number), {ours: names[0] for ours, names in NORMS.items()})
 
 
-def _side_by_side(name: str, whole: Made, widths: Sequence[int]) -> dict[str, Made]:
+def _side_by_side(name: str, whole: LazyTensor, widths: Sequence[int]) -> dict[str, LazyTensor]:
     """The columns of a tensor as several."""
     found, begin = {}, 0
     for number, width in enumerate(widths):
         at = slice(begin, begin + width)
         make = partial(_columns_of, whole, at)
-        found[part(name, number)] = Made(torch.Size([whole.shape[0], width]), make, whole.rows)
+        found[part(name, number)] = LazyTensor(torch.Size([whole.shape[0], width]), make, whole.rows)
         begin += width
     return found
 
 
-def _columns_of(whole: Made, at: slice, begin: int, end: int) -> Tensor:
+def _columns_of(whole: LazyTensor, at: slice, begin: int, end: int) -> Tensor:
     return whole.make(begin, end)[:, at]
 
 
-def _norms_by_themselves(model: ModelConfig, each: Mapping[str, Made]) -> dict[str, Made]:
+def _norms_by_themselves(model: ModelConfig, each: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Before a mixer a norm has one name with Megatron's local layers and another with TransformerEngine's: both."""
     first, other = NORMS["mixer_norm.weight"]
     return {
@@ -302,7 +302,7 @@ def _norms_by_themselves(model: ModelConfig, each: Mapping[str, Made]) -> dict[s
     }
 
 
-def _stacked(model: ModelConfig, each: Mapping[str, Made]) -> dict[str, Made]:
+def _stacked(model: ModelConfig, each: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """The tensors of layers that are all alike, as one for all layers."""
     found = {name: made for name, made in each.items() if not name.startswith(_STACKED)}
     for name, one in each.items():
@@ -310,11 +310,11 @@ def _stacked(model: ModelConfig, each: Mapping[str, Made]) -> dict[str, Made]:
             rest = name.removeprefix(layer_prefix(0))
             layers = [each[layer_prefix(number) + rest] for number in range(model.depth)]
             shape = torch.Size([model.depth, *one.shape])
-            found[_STACKED + rest] = Made(shape, _stack(layers), rows=at_once(shape))
+            found[_STACKED + rest] = LazyTensor(shape, _stack(layers), rows=at_once(shape))
     return found
 
 
-def _stack(layers: list[Made]) -> Callable[[int, int], Tensor]:
+def _stack(layers: list[LazyTensor]) -> Callable[[int, int], Tensor]:
     return lambda begin, end: torch.stack([layer.make(0, layer.shape[0]) for layer in layers[begin:end]])
 
 

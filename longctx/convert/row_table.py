@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import Weights
 
 PIECE = 2**30
@@ -124,7 +124,7 @@ def _pieces(begin: int, end: int, out: Tensor) -> Iterator[tuple[int, int]]:
     return ((at, min(at + step, end)) for at in range(begin, end, step))
 
 
-def made(whole: Whole, read: Read) -> Made:
+def made(whole: Whole, read: Read) -> LazyTensor:
     """A tensor that is made of what `read` gives when it is written, in pieces of at most `PIECE` bytes (at least a row
     of its first dimension)."""
     rows, columns = flat(whole.shape)
@@ -135,7 +135,7 @@ def made(whole: Whole, read: Read) -> Made:
         gather(whole.runs, begin * each, end * each, out, read)
         return out.view(end - begin, *whole.shape[1:])
 
-    return Made(whole.shape, make, rows=at_once(whole.shape))
+    return LazyTensor(whole.shape, make, rows=at_once(whole.shape))
 
 
 class Blocks:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.save import differences
 from longctx.checkpoint.weights import Weights, described, find_weights, shape_differences, shapes_of, write_weights
 from longctx.data.staging import naming_disk_errors, staging
@@ -85,24 +85,24 @@ class _Plan:
         with torch.device("meta"):
             self._model = Decoder(config, self.rows)
 
-    def tensors(self) -> dict[str, Made]:
+    def tensors(self) -> dict[str, LazyTensor]:
         """How each is made, by name."""
         return {name: self._made(name, how) for name, how in self._how.items()}
 
-    def _made(self, name: str, how: Beginning) -> Made:
+    def _made(self, name: str, how: Beginning) -> LazyTensor:
         shape = self.shapes[name]
         match how:
             case Mean():
-                return Made(shape, lambda begin, end: self._mean(how))
+                return LazyTensor(shape, lambda begin, end: self._mean(how))
             case Spread():
                 matrix = 4 * shape[1:].numel()
-                return Made(shape, partial(self._spread, how), rows=max(1, PIECE // matrix))
+                return LazyTensor(shape, partial(self._spread, how), rows=max(1, PIECE // matrix))
             case Experts():
-                return Made(shape, lambda begin, end: self._attention_experts(how))
+                return LazyTensor(shape, lambda begin, end: self._attention_experts(how))
             case Drawn():
-                return Made(shape, lambda begin, end: drawn(self._model, name, self._seed))
+                return LazyTensor(shape, lambda begin, end: drawn(self._model, name, self._seed))
             case Zeros():
-                return Made(shape, lambda begin, end: torch.zeros(shape))
+                return LazyTensor(shape, lambda begin, end: torch.zeros(shape))
 
     def _mean(self, how: Mean) -> Tensor:
         if len(self._sources) == 1:

@@ -58,13 +58,13 @@ class Engine(Protocol):
     def losses(self, batch: Batch) -> Losses:
         """The losses of a batch that is not trained on, without noise; what routers say is of this rank's layers."""
 
-    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """The schedules of attention that were chosen for a layout, in words, by layer."""
 
     def flops(self, layout: Layout) -> int:
         """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""
 
-    def begin_with(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """Begin with these in the place of drawn ones. Raises UserError where they cannot be read."""
 
     def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from longctx.engines.metrics import RouterMetrics
 from longctx.errors import UserError
-from longctx.moe.report import Report, real_rows
+from longctx.moe.report import RouterReport, real_rows
 from longctx.parallel.collectives import all_reduce, gather_named
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
@@ -56,7 +56,7 @@ class Routing:
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
 
-    def add(self, reports: Mapping[str, Report]) -> None:
+    def add(self, reports: Mapping[str, RouterReport]) -> None:
         """Add a batch's. Waits for nothing."""
         for name, report in reports.items():
             sums = torch.stack(
@@ -96,7 +96,7 @@ class Choices:
         self._before: dict[tuple[str, int], Tensor] = {}
         self._changed: dict[str, Tensor] = {}
 
-    def add(self, number: int, layout: Layout, reports: Mapping[str, Report]) -> None:
+    def add(self, number: int, layout: Layout, reports: Mapping[str, RouterReport]) -> None:
         """Take what routers say of held-out sequence `number`, and count what has changed since the last time."""
         tokens = real_rows(layout, torch.device("cpu")).nonzero()[:, 0]
         tokens = tokens[:: max(1, -(-len(tokens) // SAMPLE))]

@@ -166,15 +166,15 @@ class TorchEngine:
         self.model.train()
         return losses
 
-    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """As in `Engine`."""
-        return self.model.schedules(layout, dtype)
+        return self.model.attention_schedules(layout, dtype)
 
     def flops(self, layout: Layout) -> int:
         """As in `Engine`."""
         return self.model.flops(layout)
 
-    def begin_with(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """As in `Engine`."""
         weights.load_into(self.model)
 

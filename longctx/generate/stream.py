@@ -27,7 +27,7 @@ def generate(
 
     A token of `stop` ends them and is not given. Only tokens below `vocabulary` are drawn: an embedding often has more
     rows than the tokenizer has tokens; all rows where None. `sampling`: `Sampling()` where None. What the layers
-    remember is `longctx.mixers.Memory`: a token costs the same at every length where all layers are linear or have a
+    remember is `longctx.mixers.Cache`: a token costs the same at every length where all layers are linear or have a
     window. The prompt is computed `tile` tokens at a time.
 
     Raises UserError, before anything is computed, where an argument does not fit.
@@ -62,12 +62,12 @@ def _generate(
     decoder: Decoder, prompt: Tensor, count: int, sampling: Sampling, stop: set[int], vocabulary: int, tile: int
 ) -> Iterator[int]:
     chances = torch.Generator().manual_seed(sampling.seed)
-    memory = decoder.empty_memory()
+    cache = decoder.new_cache()
     *earlier, last = prompt[None].split(tile, dim=1)
     for piece in earlier:
-        decoder.next_logits(piece, memory)
+        decoder.next_logits(piece, cache)
     for _ in range(count):
-        logits = decoder.next_logits(last, memory)[0, :vocabulary]
+        logits = decoder.next_logits(last, cache)[0, :vocabulary]
         chance = float(torch.rand((), generator=chances, dtype=torch.float64))
         token = sampling.draw(logits, chance)
         if token in stop:

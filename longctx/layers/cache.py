@@ -23,7 +23,7 @@ from longctx.parallel.linear.convolution import short_convolution
 from longctx.parallel.linear.state_scan import Begun, state_scan
 
 
-class Memory:
+class Cache:
     """What one block remembers of one document, for each sequence of a batch; a new one is of no token.
 
     A layer reads and replaces what is of its kind and leaves the rest empty; `routed` is the feed-forward's, the rest
@@ -39,9 +39,9 @@ class Memory:
         """Of a short convolution: its last W - 1 inputs, `[B, W - 1, D]`, zeros before the first."""
         self.log_sum: Tensor | None = None
         """Of LightNet: the log-sum-exp of each channel's keys, `[B, 1, D]` in the accumulation dtype."""
-        self.keys = Keys()
+        self.keys = KVBuffer()
         """Of softmax attention: keys and values."""
-        self.routed = Keys()
+        self.routed = KVBuffer()
         """Of a router that reads earlier tokens: its keys, where these are not the mixer's, and the tokens' scores."""
 
     @property
@@ -61,14 +61,14 @@ class Memory:
                 f"memory: the layout has {len(layout.cu_seqlens) - 1} documents on {layout.size} ranks; what a layer "
                 "remembers is of one document on one rank"
             )
-        if layout.continued != self.tokens:
+        if layout.past_tokens != self.tokens:
             raise ValueError(
-                f"memory: the layout continues {layout.continued} tokens, and the layer remembers {self.tokens}; "
-                f"give Layout((0, n), continued={self.tokens})"
+                f"memory: the layout continues {layout.past_tokens} tokens, and the layer remembers {self.tokens}; "
+                f"give Layout((0, n), past_tokens={self.tokens})"
             )
 
 
-class Keys:
+class KVBuffer:
     """Keys `[B, n, H, K]`, values `[B, n, H, V]`, or more or fewer such tensors, of the newest tokens, in order.
 
     Buffers that are full are replaced by ones half as large again as what they have to hold: over all tokens, a token
@@ -110,7 +110,7 @@ def scan(
     v: Tensor,
     gates: Gates,
     layout: Layout,
-    memory: Memory | None,
+    cache: Cache | None,
     begun: Begun | None = None,
 ) -> Tensor:
     """`longctx.parallel.linear.state_scan.state_scan`, o `[B, T_local, Ho, V]`; from the state that is remembered and
@@ -118,42 +118,42 @@ def scan(
 
     One token takes `longctx.kernels.linear.step`, the same equations without what cuts a sequence into pieces.
     """
-    if memory is None:
+    if cache is None:
         return state_scan(recurrence, q, k, v, gates, layout, begun=begun)[0]
     if layout.length > 1:
-        out, memory.state = state_scan(
-            recurrence, q, k, v, gates, layout, initial_state=memory.state, final_state=True, begun=begun
+        out, cache.state = state_scan(
+            recurrence, q, k, v, gates, layout, initial_state=cache.state, final_state=True, begun=begun
         )
         return out
-    state = kernel.empty_state(k, v, gates) if memory.state is None else memory.state
+    state = kernel.empty_state(k, v, gates) if cache.state is None else cache.state
     now: list[Any] = [g if g.dim() == 1 else g[:, 0] for g in gates]
     beta = now.pop(0) if recurrence is DELTA else None
     with torch.autocast(q.device.type, enabled=False):
-        out, memory.state = kernel.step(q[:, 0], k[:, 0], v[:, 0], state, now[0] if now else None, beta)
+        out, cache.state = kernel.step(q[:, 0], k[:, 0], v[:, 0], state, now[0] if now else None, beta)
     return out[:, None]
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str | None, memory: Memory | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str | None, cache: Cache | None
 ) -> Tensor:
     """`longctx.parallel.linear.convolution.short_convolution`, `[B, T_local, D]`; from the inputs that are remembered
     on."""
-    if memory is None:
+    if cache is None:
         return short_convolution(x, weight, bias, layout, activation=activation)
-    before, count = memory.window, weight.shape[1] - 1
+    before, count = cache.window, weight.shape[1] - 1
     if layout.length > 1:
         out = short_convolution(x, weight, bias, layout, activation=activation, initial=before)
-        memory.window = convolution.final_window(x, count, before=before)
+        cache.window = convolution.final_window(x, count, before=before)
         return out
     if before is None:
         before = x.new_zeros(x.shape[0], count, x.shape[2])
     with torch.autocast(x.device.type, enabled=False):
-        now, memory.window = convolution.step(x[:, 0], before, weight, bias, activation)
+        now, cache.window = convolution.step(x[:, 0], before, weight, bias, activation)
     return now[:, None]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, held: Keys
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, held: KVBuffer
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention of the new tokens to what is held and to themselves, `[B, n, H, V]`; and all keys that
     they saw, `[B, held + n, H_kv, K]`, a view.
@@ -169,18 +169,18 @@ def attend(
 
 
 def attend_to_scores(
-    q: Tensor, k: Tensor, layout: Layout, scale: float, window: int | None, r: Tensor, memory: Memory | None
+    q: Tensor, k: Tensor, layout: Layout, scale: float, window: int | None, r: Tensor, cache: Cache | None
 ) -> Tensor:
     """`longctx.moe.token_graph.attention_aware`, `[B, T_local, E]`; with a memory of the new tokens' scores r
     `[B, n, E]` and of those remembered, k being all keys that `attend` gave.
     """
-    if memory is None:
+    if cache is None:
         return attention_aware(r, q, k, layout, scale, window)
-    (scores,) = memory.routed.append(r[:, :, None])
+    (scores,) = cache.routed.append(r[:, :, None])
     values = scores.expand(-1, -1, k.shape[2], -1)
     out = _attend(q.to(r.dtype), k.to(r.dtype), values, layout, scale, window)
     if window is not None:
-        memory.routed.forget(window - 1)
+        cache.routed.forget(window - 1)
     return out.mean(dim=2)
 
 
@@ -195,7 +195,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: floa
     elif earlier == 0 and (window is None or window >= new):
         mask = CAUSAL
     else:
-        mask = layout.kept(("memory", earlier, window, q.device), lambda: _mask(earlier, new, window, q.device))
+        mask = layout.cached(("memory", earlier, window, q.device), lambda: _mask(earlier, new, window, q.device))
     with torch.autocast(q.device.type, enabled=False):
         out, _ = attention.forward(q, keys, values, mask, scale)
     return out.transpose(1, 2).flatten(1, 2)[:, None] if new == 1 else out

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.pointwise import rms_norm
 from longctx.layers.basic import Linear, SelfInitialised
-from longctx.layers.cache import Memory, convolve
+from longctx.layers.cache import Cache, convolve
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 from longctx.parallel.norm import rms_norm_across
@@ -30,9 +30,9 @@ class ShortConvolution(SelfInitialised):
         bound = self.weight.shape[1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         """`[B, T_local, D]` to the same."""
-        return convolve(x, self.weight, self.bias, layout, self.activation, memory)
+        return convolve(x, self.weight, self.bias, layout, self.activation, cache)
 
     @property
     def flops_per_token(self) -> int:
@@ -66,11 +66,11 @@ class WholeNorm(HeadNorm):
 
     def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
         super().__init__(width, eps, activation)
-        self.across = Axis()
+        self.tp_axis = Axis()
 
     def norm(self, o: Tensor) -> Tensor:
         """Without the gate; `[B, T, H V]`."""
-        return rms_norm_across(o, self.weight, self.eps, self.across)
+        return rms_norm_across(o, self.weight, self.eps, self.tp_axis)
 
 
 class LowRank(SelfInitialised):

@@ -4,14 +4,14 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from longctx.layers.cache import Memory
-from longctx.moe.report import Report
+from longctx.layers.cache import Cache
+from longctx.moe.report import RouterReport
 
 
 class Attend(Protocol):
     """A layer's attention, the mean of its heads, of other values than its own."""
 
-    def __call__(self, r: Tensor, memory: Memory | None) -> Tensor:
+    def __call__(self, r: Tensor, cache: Cache | None) -> Tensor:
         """`[B, T_local, C]` to the same in r's dtype; differentiable, also in what the attention is made of.
 
         With the memory that the layer was called with r is of the new tokens, and is remembered.
@@ -23,7 +23,7 @@ class Output(NamedTuple):
 
     out: Tensor
     """`[B, T_local, D]`."""
-    report: Report | None = None
+    report: RouterReport | None = None
     """What its router says."""
     attend: Attend | None = None
     """Its attention, where the block's router reads it: for use within the block, since it holds queries and keys."""

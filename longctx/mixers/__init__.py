@@ -1,6 +1,6 @@
 """Token mixers, by their letters in `model.layers`. A new one is a file here and a name in `MIXERS`."""
 
-from longctx.layers.cache import Memory
+from longctx.layers.cache import Cache
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.base import Mixer, MixerConfig
 from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
@@ -32,4 +32,4 @@ _CONFIGS: tuple[type[MixerConfig], ...] = (
 
 MIXERS: dict[str, type[MixerConfig]] = {config.letter: config for config in _CONFIGS}
 
-__all__ = ["MIXERS", "Memory", "Mixer", "MixerConfig"]
+__all__ = ["MIXERS", "Cache", "Mixer", "MixerConfig"]

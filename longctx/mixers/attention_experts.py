@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Integer
-from longctx.layers.cache import Memory
+from longctx.layers.cache import Cache
 from longctx.layers.output import Output
 from longctx.layers.router import Router
 from longctx.mixers.base import MixerConfig
@@ -63,8 +63,8 @@ class AttentionExpertsConfig(MixerConfig):
     def problems(self, dim: int) -> list[str]:
         return self.expert.problems(dim)
 
-    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
-        return self.expert.model_copy(update={"heads": self.experts * self.heads}).schedules(size, ulysses)
+    def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
+        return self.expert.model_copy(update={"heads": self.experts * self.heads}).available_schedules(size, ulysses)
 
     def shrunk(self) -> "AttentionExpertsConfig":
         small = self.expert.shrunk()
@@ -96,10 +96,10 @@ class AttentionExperts(Softmax):
         self.out.init_std *= config.experts**0.5
         self.router = Router(dim, config.experts)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Output:
         """`[B, T_local, D]` to the same, and how even the weights are."""
         weights, report = soft_routing(self.router(x), layout)
-        out, _ = self.attention(x, layout, memory)
+        out, _ = self.attention(x, layout, cache)
         by_head = side_by_side(weights[..., None, None].expand(-1, -1, -1, self.groups, self.share), 2, self.kv)
         out = out * by_head[..., None].to(out.dtype)
         return Output(self.out(out.flatten(2)), report)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config import Config
-from longctx.layers.cache import Memory
+from longctx.layers.cache import Cache
 from longctx.layers.output import Output
 from longctx.mixers.head_mixture import HeadRouter, HeadsMixConfig
 from longctx.mixers.shares import Share
@@ -36,30 +36,30 @@ class Mixer(nn.Module, ABC):
         super().__init__()
         self.head_router: HeadRouter | None = None
         """Which heads a token reads; all of them where None."""
-        self.across = Axis()
+        self.tp_axis = Axis()
         """The ranks that divide the heads between them (`longctx.mixers.tensor_parallel`)."""
 
     def mix_heads(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
         """Route the layer's `heads` heads from now on, for width `dim`."""
         self.head_router = HeadRouter(config, dim, heads)
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> Tensor | Output:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor | Output:
         """Shapes: x and the result `[B, T_local, D]`, an Output where the mixer routes.
 
         With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
-        1, and `layout` is `Layout((0, n), continued=memory.tokens)`; after it they are remembered too. The outputs are
-        those that the whole document would have at these tokens. Raises ValueError where layout and memory do not fit,
-        and with gradients enabled, which do not reach what is remembered.
+        1, and `layout` is `Layout((0, n), past_tokens=memory.tokens)`; after it they are remembered too. The outputs
+        are those that the whole document would have at these tokens. Raises ValueError where layout and memory do not
+        fit, and with gradients enabled, which do not reach what is remembered.
         """
-        if memory is None:
+        if cache is None:
             return self.mix(x, layout, None)
-        memory.check(layout)
-        out = self.mix(x, layout, memory)
-        memory.tokens += layout.length
+        cache.check(layout)
+        out = self.mix(x, layout, cache)
+        cache.tokens += layout.length
         return out
 
     @abstractmethod
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """The layer's own part of `forward`: what fits has been looked at."""
 
     @abstractmethod
@@ -75,11 +75,11 @@ class Mixer(nn.Module, ABC):
         """Heads that a token does not read."""
         return 0 if self.head_router is None else self.head_router.unread
 
-    def empty_memory(self) -> Memory:
+    def new_cache(self) -> Cache:
         """What the layer remembers before the first token of a document, for a batch of any size."""
-        return Memory()
+        return Cache()
 
-    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """What was chosen to reach other ranks' tokens and why, in a line; None where there is nothing to choose."""
         del layout, dtype
         return None
@@ -111,7 +111,7 @@ class MixerConfig(Config, ABC):
     def shrunk(self) -> Self:
         """The same kind of mixer, with few and narrow heads, to verify a model with at little cost."""
 
-    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
+    def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
         """How the mixer can reach other ranks' tokens: the field of a layout that says so, and what it may say.
 
         `size` context-parallel ranks, which are ulysses x ring.

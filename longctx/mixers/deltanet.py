@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from longctx.config import Integer
 from longctx.kernels.linear.operators import DELTA
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import HeadNorm, LowRank, StepDecay, unit
 from longctx.layers.output import Output
 from longctx.mixers.head_mixture import emit
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.state_scan import begin_state_scan
 
@@ -119,21 +119,21 @@ class _Delta(LinearMixer):
     def shares(self) -> dict[str, Share]:
         """What there is of a decay and an output gate beside the rest, and how much is written."""
         decay = ("step.weight", "step.up.weight", "decay.A_log", "decay.dt_bias")
-        return super().shares() | rows(self, "beta.weight", *decay, "gate.weight", "gate.up.weight", "gate.bias")
+        return super().shares() | row_shares(self, "beta.weight", *decay, "gate.weight", "gate.up.weight", "gate.bias")
 
     def mixed(
-        self, x: Tensor, layout: Layout, memory: Memory | None, *decay: Tensor, gate: nn.Module | None = None
+        self, x: Tensor, layout: Layout, cache: Cache | None, *decay: Tensor, gate: nn.Module | None = None
     ) -> Tensor | Output:
         """`[B, T_local, D]` to the same, with the logarithms of the decays and with an output gate if there are any."""
         routing = self.route(x, layout)
-        q, k, v = self.project(x, layout, memory, routing)
+        q, k, v = self.project(x, layout, cache, routing)
         if self.conv is None:
             q, k, v = (nn.functional.silu(y) for y in (q, k, v))
         k, gates = unit(k), (self.limit * self.beta(x).sigmoid(), *decay)
         begun = begin_state_scan(DELTA, k, v, gates, layout)
         q = unit(q) * self.head_dim**-0.5  # while the states travel
         opened = None if gate is None else self.opened(gate, x, routing)
-        out = scan(DELTA, q, k, v, gates, layout, memory, begun)
+        out = scan(DELTA, q, k, v, gates, layout, cache, begun)
         return emit(self.norm(out, opened), self.out, routing)
 
 
@@ -144,9 +144,9 @@ class DeltaNet(_Delta):
         super().__init__(config, dim, depth, config.key_dim(dim))
         self.norm = HeadNorm(self.head_dim, eps)
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same."""
-        return self.mixed(x, layout, memory)
+        return self.mixed(x, layout, cache)
 
 
 class GatedDeltaNet(_Delta):
@@ -159,10 +159,10 @@ class GatedDeltaNet(_Delta):
         self.gate = Linear(dim, config.heads * value_dim)
         self.norm = HeadNorm(value_dim, eps, "silu")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x))
-        return self.mixed(x, layout, memory, log_decay, gate=self.gate)
+        return self.mixed(x, layout, cache, log_decay, gate=self.gate)
 
 
 class Kda(_Delta):
@@ -176,7 +176,7 @@ class Kda(_Delta):
         self.gate = LowRank(dim, value_dim, config.heads * value_dim, bias=True)
         self.norm = HeadNorm(value_dim, eps, "sigmoid")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same."""
         log_decay, _ = self.decay(self.step(x).unflatten(-1, (self.heads, self.head_dim)))
-        return self.mixed(x, layout, memory, log_decay, gate=self.gate)
+        return self.mixed(x, layout, cache, log_decay, gate=self.gate)

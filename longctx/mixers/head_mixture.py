@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from longctx.config import Config, Integer
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.routed.head_projection import from_heads, from_pairs, to_heads
+from longctx.kernels.routed.head_projection import project_from_heads, project_from_pairs, project_to_heads
 from longctx.layers.basic import Linear
 from longctx.layers.output import Output
 from longctx.layers.router import exact_logits
@@ -82,7 +82,7 @@ class HeadRouter(nn.Module):
         rows = heads + (2 if config.shared else 0)
         self.weight = None if self.by_norm else nn.Parameter(torch.empty(rows, dim))
         self.init_std = dim**-0.5
-        self.across = Axis()
+        self.tp_axis = Axis()
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -93,9 +93,9 @@ class HeadRouter(nn.Module):
         """The routing of this rank's heads, from x `[B, T_local, D]`, the layer's input, or from their queries
         `[B, T_local, H, K]`. The report is of all heads, and its loss this rank's summand."""
         whole = self._routing(x, layout)
-        if self.across.size == 1:
+        if self.tp_axis.size == 1:
             return whole
-        rank, size = self.across.rank, self.across.size
+        rank, size = self.tp_axis.rank, self.tp_axis.size
         return HeadRouting(
             Share(2, (self.routed,)).of(whole.chosen, rank, size),
             Share(2, self.kinds).of(whole.weights, rank, size),
@@ -104,8 +104,8 @@ class HeadRouter(nn.Module):
 
     def _routing(self, x: Tensor, layout: Layout) -> HeadRouting:
         if self.weight is None:
-            wide = x[:, :, self.shared // self.across.size :].to(accumulation_dtype(x.dtype))
-            norms = gather_channels(wide.norm(dim=-1), self.across)
+            wide = x[:, :, self.shared // self.tp_axis.size :].to(accumulation_dtype(x.dtype))
+            norms = gather_channels(wide.norm(dim=-1), self.tp_axis)
             return by_norm(norms, self.shared, self.active, layout, self.balance)
         logits = exact_logits(x, self.weight)
         routed, shared, kinds = logits.split([self.routed, self.shared, 2 if self.shared else 0], dim=-1)
@@ -126,14 +126,14 @@ def read(x: Tensor, weight: Tensor, heads: int, routing: HeadRouting | None) -> 
     """`[B, T, H, K]`: x `[B, T, D]` by the rows of weight `[H K, D]`, for the heads that a token reads, else zero."""
     if routing is None:
         return F.linear(x, weight).unflatten(-1, (heads, -1))
-    of_shared, of_routed = divided(weight, heads, routing)
-    routed = to_heads(x, of_routed, routing.chosen)
+    of_shared, of_routed = split_routed(weight, heads, routing)
+    routed = project_to_heads(x, of_routed, routing.chosen)
     if not len(of_shared):
         return routed
     return torch.cat([F.linear(x, of_shared).unflatten(-1, (-1, routed.shape[3])), routed], dim=2)
 
 
-def divided(weight: Tensor, heads: int, routing: HeadRouting) -> tuple[Tensor, Tensor]:
+def split_routed(weight: Tensor, heads: int, routing: HeadRouting) -> tuple[Tensor, Tensor]:
     """weight `[H K, D]` as that of shared heads, `[S K, D]`, and of routed ones, `[E, K, D]`."""
     width, routed = len(weight) // heads, routing.chosen.shape[-1]
     of_shared, of_routed = weight.split([(heads - routed) * width, routed * width])
@@ -146,9 +146,9 @@ def emit(y: Tensor, out: Linear, routing: HeadRouting | None) -> Tensor | Output
         return out(y.flatten(2))
     y = y * routing.weights[..., None].to(y.dtype)
     heads, routed = y.shape[2], routing.chosen.shape[-1]
-    of_shared, of_routed = divided(out.weight.T, heads, routing)
+    of_shared, of_routed = split_routed(out.weight.T, heads, routing)
     y_shared, y_routed = y.split([heads - routed, routed], dim=2)
-    projected = from_heads(y_routed, of_routed.transpose(1, 2), routing.chosen)
+    projected = project_from_heads(y_routed, of_routed.transpose(1, 2), routing.chosen)
     if heads > routed:
         projected = projected + F.linear(y_shared.flatten(2), of_shared.T)
     return Output(projected, routing.report)
@@ -157,10 +157,10 @@ def emit(y: Tensor, out: Linear, routing: HeadRouting | None) -> Tensor | Output
 def emit_pairs(shared: Tensor, routed: Tensor, out: Linear, routing: HeadRouting, pairs: Pairs) -> Output:
     """The same of shared heads `[B, T, S, V]` and of pairs `[B, G, N, V]`."""
     routed_heads = routing.chosen.shape[-1]
-    of_shared, of_routed = divided(out.weight.T, shared.shape[2] + routed_heads, routing)
+    of_shared, of_routed = split_routed(out.weight.T, shared.shape[2] + routed_heads, routing)
     for_shared, for_routed = routing.weights.split([shared.shape[2], routed_heads], dim=-1)
     rows = (routed * pairs.take(for_routed)[..., None].to(routed.dtype)).flatten(0, 2)
-    projected = from_pairs(rows, of_routed.transpose(1, 2), routing.chosen, pairs.places)
+    projected = project_from_pairs(rows, of_routed.transpose(1, 2), routing.chosen, pairs.places)
     if shared.shape[2]:
         y = shared * for_shared[..., None].to(shared.dtype)
         projected = projected + F.linear(y.flatten(2), of_shared.T)

@@ -22,12 +22,12 @@ from longctx.config import Integer
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.operators import ADDITIVE
 from longctx.layers.basic import SelfInitialised
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import WholeNorm
 from longctx.layers.output import Output
 from longctx.mixers.head_mixture import emit
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
 
 
@@ -84,15 +84,15 @@ class Hgrn2(LinearMixer):
 
     def shares(self) -> dict[str, Share]:
         """The lower bound and the norm beside the rest."""
-        return super().shares() | rows(self, "bound.bound", "norm.weight")
+        return super().shares() | row_shares(self, "bound.bound", "norm.weight")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
-        q, f, v = self.project(x, layout, memory, routing)
+        q, f, v = self.project(x, layout, cache, routing)
         log_decay = F.logsigmoid(f.to(accumulation_dtype(f.dtype)))
         if self.bound is not None:
             log_decay = self.bound(log_decay.flatten(2)).view(f.shape)
         k = -torch.expm1(log_decay)
-        out = scan(ADDITIVE, F.silu(q), k.to(q.dtype), v, (log_decay,), layout, memory)
+        out = scan(ADDITIVE, F.silu(q), k.to(q.dtype), v, (log_decay,), layout, cache)
         return emit(self.norm(out.flatten(2)).view(out.shape), self.out, routing)

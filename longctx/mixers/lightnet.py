@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.operators import ADDITIVE
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import LowRank, WholeNorm
 from longctx.layers.output import Output
 from longctx.mixers.head_mixture import emit
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.log_cumsum_exp import log_cumsum_exp
 from longctx.parallel.linear.state_scan import begin_state_scan
@@ -58,22 +58,22 @@ class LightNet(LinearMixer):
 
     def shares(self) -> dict[str, Share]:
         """The output gate and the norm beside the rest."""
-        return super().shares() | rows(self, "gate.up.weight", "norm.weight")
+        return super().shares() | row_shares(self, "gate.up.weight", "norm.weight")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
-        q, k, v = self.project(x, layout, memory, routing)
+        q, k, v = self.project(x, layout, cache, routing)
         logits = k.to(accumulation_dtype(k.dtype)).flatten(2)
         z, before = log_cumsum_exp(logits, layout)
-        if memory is not None:
-            if memory.log_sum is not None:
-                z, before = torch.logaddexp(z, memory.log_sum), torch.logaddexp(before, memory.log_sum)
-            memory.log_sum = z[:, -1:].clone()
+        if cache is not None:
+            if cache.log_sum is not None:
+                z, before = torch.logaddexp(z, cache.log_sum), torch.logaddexp(before, cache.log_sum)
+            cache.log_sum = z[:, -1:].clone()
         # Where a document begins there is nothing before, and the recurrence drops the state by itself.
         log_decay = torch.where(before == float("-inf"), 0.0, before - z).clamp(max=0.0)
         keys, gates = torch.exp(logits - z).view(k.shape).to(k.dtype), (log_decay.view(k.shape),)
         begun = begin_state_scan(ADDITIVE, keys, v, gates, layout)
         q, gate = F.silu(q) * self.head_dim**-0.5, self.gate(x)  # while the states travel
-        out = scan(ADDITIVE, q, keys, v, gates, layout, memory, begun)
+        out = scan(ADDITIVE, q, keys, v, gates, layout, cache, begun)
         return emit(self.norm(out.flatten(2), gate).view(out.shape), self.out, routing)

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.linear.operators import ADDITIVE
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import WholeNorm
 from longctx.layers.output import Output
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.mixers.head_mixture import emit, read
-from longctx.mixers.shares import Share, rows
-from longctx.mixers.tensor_parallel import own
+from longctx.mixers.shares import Share, row_shares
+from longctx.mixers.tensor_parallel import local_head_values
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.state_scan import begin_state_scan
 from longctx.parallel.norm import rms_norm_across
@@ -109,15 +109,17 @@ class Lightning(Mixer):
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
             decays = log_decays if self.norm is None else minimax_log_decays
-            self.log_decay.copy_(own(decays(self.heads * self.across.size, self.layer, self.depth), self))
+            self.log_decay.copy_(
+                local_head_values(decays(self.heads * self.tp_axis.size, self.layer, self.depth), self)
+            )
 
     def shares(self) -> dict[str, Share]:
         """Queries, keys, values and gates; the output's columns; the norm; the decays."""
         width = self.heads * self.head_dim
         parts = {"qkvu.weight": Share(0, (width,) * 4), "out.weight": Share(1, (width,))}
-        return parts | rows(self, "log_decay", "norm.weight")
+        return parts | row_shares(self, "log_decay", "norm.weight")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         batch, length, _ = x.shape
         width = self.heads * self.head_dim
@@ -130,9 +132,9 @@ class Lightning(Mixer):
         # While the states travel.
         q = F.silu(read(x, for_q, self.heads, routing))
         u = read(x, for_u, self.heads, routing)
-        out = scan(ADDITIVE, q, k, v, gates, layout, memory, begun)
+        out = scan(ADDITIVE, q, k, v, gates, layout, cache, begun)
         if self.norm is None:
-            normed = rms_norm_across(out.flatten(2), u.flatten(2), self.eps, self.across)
+            normed = rms_norm_across(out.flatten(2), u.flatten(2), self.eps, self.tp_axis)
         else:
             normed = self.norm(out.flatten(2), u.flatten(2))
         return emit(normed.view(out.shape), self.out, routing)

@@ -12,18 +12,18 @@ from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.linear.api import divided, with_ones
+from longctx.kernels.linear.api import divide_by_sum, with_ones
 from longctx.kernels.linear.feature_maps import NOT_NEGATIVE
 from longctx.kernels.linear.operators import ADDITIVE
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.feature_maps import feature_map
 from longctx.layers.linear_attention import HeadNorm
 from longctx.layers.output import Output
 from longctx.mixers.base import Mixer
 from longctx.mixers.head_mixture import emit, hidden, read
 from longctx.mixers.linear_mixer import HeadsConfig
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.shares import Share, row_shares
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import Layout
 
@@ -83,7 +83,7 @@ class BasicLinear(Mixer):
         return {
             "qkv.weight": Share(0, (width, kv_width, kv_width)),
             "out.weight": Share(1, (width,)),
-            **rows(self, *maps),
+            **row_shares(self, *maps),
         }
 
     def project(self, x: Tensor, routing: HeadRouting | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,12 +92,12 @@ class BasicLinear(Mixer):
             heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
             q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
             return q, k, v
-        rows = self.heads * self.head_dim
-        for_q, for_kv = self.qkv.weight.split([rows, len(self.qkv.weight) - rows])
+        width = self.heads * self.head_dim
+        for_q, for_kv = self.qkv.weight.split([width, len(self.qkv.weight) - width])
         k, v = F.linear(x, for_kv).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
         return read(x, for_q, self.heads, routing), k, v
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
         q, k, v = self.project(x, routing)
@@ -106,10 +106,10 @@ class BasicLinear(Mixer):
         if self.norm is None:
             # In float32: a sum of weights is larger than float16 holds, and its rounding that of every channel.
             wide = accumulation_dtype(v.dtype)
-            out = scan(ADDITIVE, q.to(wide), k.to(wide), with_ones(v.to(wide)), (), layout, memory)
-            o = divided(out).to(v.dtype)
+            out = scan(ADDITIVE, q.to(wide), k.to(wide), with_ones(v.to(wide)), (), layout, cache)
+            o = divide_by_sum(out).to(v.dtype)
         else:
-            out = scan(ADDITIVE, q, k, v, (), layout, memory)
+            out = scan(ADDITIVE, q, k, v, (), layout, cache)
             o = self.norm(out)
         return emit(o, self.out, routing)
 

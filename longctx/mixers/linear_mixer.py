@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from longctx.config import Integer
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory
+from longctx.layers.cache import Cache
 from longctx.layers.linear_attention import ShortConvolution
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.mixers.head_mixture import hidden, read
@@ -69,7 +69,7 @@ class LinearMixer(Mixer):
         return found if self.conv is None else found | {"conv.weight": Share(0, self.widths)}
 
     def project(
-        self, x: Tensor, layout: Layout, memory: Memory | None, routing: HeadRouting | None
+        self, x: Tensor, layout: Layout, cache: Cache | None, routing: HeadRouting | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v by heads, `[B, T_local, H_qk, K]` and `[B, T_local, H, V]`, after the convolution if there is one.
 
@@ -82,7 +82,7 @@ class LinearMixer(Mixer):
             return q, k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
         qkv = self.qkv(x)
         if self.conv is not None:
-            qkv = self.conv(qkv, layout, memory)
+            qkv = self.conv(qkv, layout, cache)
         heads = (self.qk_heads, self.qk_heads, self.heads)
         q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(qkv.split(self.widths, dim=-1), heads, strict=True))
         return hidden(q, routing), k, v

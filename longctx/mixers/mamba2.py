@@ -19,12 +19,12 @@ from longctx.config import Integer
 from longctx.kernels.linear.operators import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.layers.basic import Linear, RMSNorm
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import ShortConvolution, StepDecay
 from longctx.layers.output import Output
 from longctx.mixers.base import Mixer, MixerConfig
 from longctx.mixers.head_mixture import emit, hidden
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.state_scan import begin_state_scan
 
@@ -129,22 +129,22 @@ class Mamba2(Mixer):
             "inner.weight": Share(0, (self.width, *mixed, self.heads)),
             "conv.weight": Share(0, mixed),
             "out.weight": Share(1, (self.width,)),
-            **rows(self, "decay.A_log", "decay.dt_bias", "skip.weight", "norm.weight"),
+            **row_shares(self, "decay.A_log", "decay.dt_bias", "skip.weight", "norm.weight"),
         }
         return shares if self.conv.bias is None else shares | {"conv.bias": Share(0, mixed)}
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
         keys = self.groups * self.state_dim
         z, u, dt = self.inner(x).split([self.width, self.width + 2 * keys, self.heads], dim=-1)
-        v, k, q = self.conv(u, layout, memory).split([self.width, keys, keys], dim=-1)
+        v, k, q = self.conv(u, layout, cache).split([self.width, keys, keys], dim=-1)
         v, k, q = (y.unflatten(-1, (heads, -1)) for y, heads in ((v, self.heads), (k, self.groups), (q, self.groups)))
         log_decay, step = self.decay(dt)
         written = (v * step[..., None]).to(v.dtype)
         begun = begin_state_scan(ADDITIVE, k, written, (log_decay,), layout)
         skipped, gate = self.skip(v), F.silu(z)  # while the states travel
-        out = scan(ADDITIVE, q, k, written, (log_decay,), layout, memory, begun)
+        out = scan(ADDITIVE, q, k, written, (log_decay,), layout, cache, begun)
         read = hidden(out + skipped, routing)
         return emit(self.norm(read.flatten(2) * gate).view(read.shape), self.out, routing)
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from longctx.config import Integer
 from longctx.kernels.linear.operators import ADDITIVE
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import HeadNorm
 from longctx.layers.output import Output
 from longctx.layers.rotary import rotary_table, rotate
 from longctx.mixers.head_mixture import emit
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
-from longctx.mixers.shares import Share, rows
-from longctx.mixers.tensor_parallel import own
+from longctx.mixers.shares import Share, row_shares
+from longctx.mixers.tensor_parallel import local_head_values
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.state_scan import begin_state_scan
 
@@ -74,19 +74,19 @@ class Retention(LinearMixer):
     def reset_buffers(self) -> None:
         """Fill what is not a parameter; called again when the layer leaves the meta device."""
         with torch.no_grad():
-            self.log_decay.copy_(own(log_decays(self.heads * self.across.size), self))
+            self.log_decay.copy_(local_head_values(log_decays(self.heads * self.tp_axis.size), self))
 
     def shares(self) -> dict[str, Share]:
         """The output gate and the decays beside the rest."""
-        return super().shares() | rows(self, "gate.weight", "log_decay")
+        return super().shares() | row_shares(self, "gate.weight", "log_decay")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
-        q, k, v = self.project(x, layout, memory, routing)
+        q, k, v = self.project(x, layout, cache, routing)
         table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
         k = rotate(k, table) * self.head_dim**-0.5
         begun = begin_state_scan(ADDITIVE, k, v, (self.log_decay,), layout)
         q, gate = rotate(q, table), self.opened(self.gate, x, routing)  # while the states travel
-        out = scan(ADDITIVE, q, k, v, (self.log_decay,), layout, memory, begun)
+        out = scan(ADDITIVE, q, k, v, (self.log_decay,), layout, cache, begun)
         return emit(self.norm(out, gate), self.out, routing)

@@ -26,7 +26,7 @@ class Share(NamedTuple):
         return torch.cat([piece for part in pieces for piece in part], self.dim)
 
 
-def rows(module: nn.Module, *names: str) -> dict[str, Share]:
+def row_shares(module: nn.Module, *names: str) -> dict[str, Share]:
     """Shares of parameters or buffers of a module whose rows are heads, or channels of heads, and nothing else."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     return {name: Share(0, (len(tensors[name]),)) for name in names if name in tensors}

@@ -14,12 +14,12 @@ from torch import Tensor
 from longctx.config import Integer
 from longctx.kernels.linear.operators import ADDITIVE
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory, scan
+from longctx.layers.cache import Cache, scan
 from longctx.layers.linear_attention import HeadNorm, log_sigmoid
 from longctx.layers.output import Output
 from longctx.mixers.head_mixture import emit
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.state_scan import begin_state_scan
 
@@ -58,14 +58,14 @@ class SimpleGla(LinearMixer):
 
     def shares(self) -> dict[str, Share]:
         """The gates beside the rest."""
-        return super().shares() | rows(self, "decay.weight", "gate.weight")
+        return super().shares() | row_shares(self, "decay.weight", "gate.weight")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """See the module's docstring; `[B, T_local, D]` to the same."""
         routing = self.route(x, layout)
-        q, k, v = self.project(x, layout, memory, routing)
+        q, k, v = self.project(x, layout, cache, routing)
         log_decay = log_sigmoid(self.decay(x), self.gate_divisor)
         begun = begin_state_scan(ADDITIVE, k, v, (log_decay,), layout)
         q, gate = q * self.head_dim**-0.5, self.opened(self.gate, x, routing)  # while the states travel
-        out = scan(ADDITIVE, q, k, v, (log_decay,), layout, memory, begun)
+        out = scan(ADDITIVE, q, k, v, (log_decay,), layout, cache, begun)
         return emit(self.norm(out, gate), self.out, routing)

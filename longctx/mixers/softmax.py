@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.routed.head_projection import to_pairs
+from longctx.kernels.routed.head_projection import project_to_pairs
 from longctx.layers.basic import Linear, Norm, norm_layer
-from longctx.layers.cache import Memory, attend, attend_to_scores
+from longctx.layers.cache import Cache, attend, attend_to_scores
 from longctx.layers.output import Attend, Output
 from longctx.layers.rotary import RopeScaling, rotary_table, rotate, rotate_rows
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.head_mixture import HeadRouter, divided, emit, emit_pairs
-from longctx.mixers.shares import Share, rows
+from longctx.mixers.head_mixture import HeadRouter, emit, emit_pairs, split_routed
+from longctx.mixers.shares import Share, row_shares
 from longctx.moe.heads import Pairs, attend_pairs
-from longctx.parallel.attention.api import choose, softmax_attention
-from longctx.parallel.attention.cost_model import Shape, explained, fitting
+from longctx.parallel.attention.api import rank_schedules, softmax_attention
+from longctx.parallel.attention.cost_model import AttentionShape, explained, fitting
 from longctx.parallel.attention.visibility import Reach, score_elements
 from longctx.parallel.layout import Layout
 
@@ -77,7 +77,7 @@ class SoftmaxConfig(MixerConfig):
         changes = {"kv_heads": self.kv_heads or self.heads, "rotary_dim": self.rotary_dim or head_dim}
         return self.model_copy(update={"head_dim": head_dim, **changes})
 
-    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
+    def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
         return "attention", fitting(self.heads, size, ulysses)
 
     def routable(self) -> tuple[int, int] | None:
@@ -119,14 +119,14 @@ class Softmax(Mixer):
     def shares(self) -> dict[str, Share]:
         """Queries, keys and values; the gate; the output's columns."""
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        divided = {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
-        return divided | rows(self, "gate.weight")
+        found = {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
+        return found | row_shares(self, "gate.weight")
 
-    def mix(self, x: Tensor, layout: Layout, memory: Memory | None) -> Tensor | Output:
+    def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
         """`[B, T_local, D]` to the same; positions count from the start of each document."""
-        if self.head_router is not None and memory is None:
+        if self.head_router is not None and cache is None:
             return self._mixture(self.head_router, x, layout)
-        heads, attend = self.attention(x, layout, memory)
+        heads, attend = self.attention(x, layout, cache)
         if self.gate is not None:
             heads = heads * self.gate(x).sigmoid().view(heads.shape)
         if self.head_router is not None:
@@ -137,16 +137,16 @@ class Softmax(Mixer):
         out = self.out(heads.flatten(2))
         return Output(out, attend=attend) if self.lent else out
 
-    def attention(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, Attend]:
+    def attention(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, Attend]:
         """What the heads give, `[B, T_local, H, K]`, and their attention for other values."""
         scale, window = self.head_dim**-0.5, self.reach.window
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = self._turned(q, k, self._table(layout, x))
-        if memory is None:
+        if cache is None:
             out = softmax_attention(q, k, v, layout, scale, window=window)
         else:
-            out, k = attend(q, k, v, layout, scale, window, memory.keys)
+            out, k = attend(q, k, v, layout, scale, window, cache.keys)
         return out, partial(attend_to_scores, q, k, layout, scale, window)
 
     def _table(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,9 +173,9 @@ class Softmax(Mixer):
         else:
             routing = router(x, layout)
             pairs = Pairs.of(routing.chosen, routing.chosen.shape[2] // share)
-            for_shared, for_routed = divided(for_q, self.heads, routing)
+            for_shared, for_routed = split_routed(for_q, self.heads, routing)
             shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
-            queries = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
+            queries = project_to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
             queries = queries.view(*pairs.index.shape, self.head_dim)
         table = self._table(layout, x)
         shared, k = self._turned(shared, k, table)
@@ -184,20 +184,20 @@ class Softmax(Mixer):
         scale, window = self.head_dim**-0.5, self.reach.window
         of_shared, of_pairs = attend_pairs(shared, queries, k, v, pairs, layout, scale, window=window)
         if self.gate is not None:
-            for_shared, for_routed = divided(self.gate.weight, self.heads, routing)
-            opened = to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
+            for_shared, for_routed = split_routed(self.gate.weight, self.heads, routing)
+            opened = project_to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
             of_shared = of_shared * F.linear(x, for_shared).sigmoid().view(of_shared.shape)
             of_pairs = of_pairs * opened.sigmoid().view(of_pairs.shape)
         return emit_pairs(of_shared, of_pairs, self.out, routing, pairs)
 
-    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule and its expected costs, where the layout leaves it to be chosen."""
         if layout.size == 1 or layout.attention != "auto":
             return None
         found = []
         for words, heads, kv_heads in self._attentions():
-            shape = Shape(heads, kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.reach)
-            found.append(words + explained(choose(layout, shape)))
+            shape = AttentionShape(heads, kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.reach)
+            found.append(words + explained(rank_schedules(layout, shape)))
         return "; ".join(found)
 
     def _attentions(self) -> Iterator[tuple[str, int, int]]:
@@ -205,7 +205,7 @@ class Softmax(Mixer):
         if self.head_router is None:
             yield "", self.heads, self.kv_heads
             return
-        share, shared = self.heads // self.kv_heads, self.head_router.shared // self.across.size
+        share, shared = self.heads // self.kv_heads, self.head_router.shared // self.tp_axis.size
         if shared:
             yield "shared heads: ", shared, shared // share
         # The queries of all heads that read one of keys and values lie together.

@@ -37,10 +37,10 @@ def divisions(mixer: Mixer) -> dict[str, Share]:
     }
 
 
-def own(values: Sequence[float], mixer: Mixer) -> Tensor:
+def local_head_values(values: Sequence[float], mixer: Mixer) -> Tensor:
     """Of a number for each head of all ranks those of this rank's heads, in float64."""
     share = Share(0, _by_kinds(len(values), _kinds(mixer)))
-    return share.of(torch.tensor(values, dtype=torch.float64, device="cpu"), mixer.across.rank, mixer.across.size)
+    return share.of(torch.tensor(values, dtype=torch.float64, device="cpu"), mixer.tp_axis.rank, mixer.tp_axis.size)
 
 
 def obstacle(mixer: Mixer, size: int) -> str | None:
@@ -89,5 +89,5 @@ def divide(mixer: Mixer, axis: Axis) -> None:
         parts = tuple(each // axis.size for each in count) if isinstance(count, tuple) else count // axis.size
         setattr(mixer, name, parts)
     for module in mixer.modules():
-        if hasattr(module, "across"):
-            object.__setattr__(module, "across", axis)
+        if hasattr(module, "tp_axis"):
+            object.__setattr__(module, "tp_axis", axis)

@@ -176,11 +176,12 @@ class _ModelConfig(Config):
             return {"heads": getattr(table, "heads", tp) // tp}
         return {words: count // tp for words, count in self.heads.attended(*routable).items()}
 
-    def schedules(self, layer: int, size: int, ulysses: int, tp: int = 1) -> tuple[str, list[str]]:
-        """As in `MixerConfig.schedules`, those that fit all heads of a layer, of which one of `tp` ranks has some."""
+    def available_schedules(self, layer: int, size: int, ulysses: int, tp: int = 1) -> tuple[str, list[str]]:
+        """As in `MixerConfig.available_schedules`, those that fit all heads of a layer, of which one of `tp` ranks has
+        some."""
         table = self.mixer(layer)
         tables = [table.model_copy(update={"heads": count}) for count in self.attended(layer, tp).values()]
-        (field, *_), names = zip(*(each.schedules(size, ulysses) for each in tables), strict=True)
+        (field, *_), names = zip(*(each.available_schedules(size, ulysses) for each in tables), strict=True)
         return field, [name for name in names[0] if all(name in others for others in names)]
 
     def build_mixer(self, layer: int) -> Mixer:

@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from longctx.kernels.loss import linear_cross_entropy
 from longctx.layers.basic import Linear, RMSNorm, norm_layer
 from longctx.layers.output import Output
-from longctx.mixers import Memory
+from longctx.mixers import Cache
 from longctx.model.config import ModelConfig
-from longctx.moe.report import Report
+from longctx.moe.report import RouterReport
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import layer
 
@@ -43,7 +43,7 @@ class Losses(NamedTuple):
     """The negative log likelihoods (nats) times `scale`, summed, float32 or float64; differentiable."""
     nll: Tensor
     """`[B, T_local]`: that of each token, 0 where there is no label; not differentiable."""
-    reports: dict[str, Report]
+    reports: dict[str, RouterReport]
     """What each router says, by the name of its layer (`blocks.3.ffn`)."""
 
 
@@ -68,23 +68,23 @@ class Block(nn.Module):
         self.recompute = False
         """Keep the block's input alone, and compute the block again in the backward pass."""
 
-    def forward(self, x: Tensor, layout: Layout, memory: Memory | None = None) -> tuple[Tensor, dict[str, Report]]:
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> tuple[Tensor, dict[str, RouterReport]]:
         """`[B, T_local, D]` to the same, and what the routers in it say, by the names of their layers.
 
         With a memory as in `longctx.mixers.Mixer.forward`.
         """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, layout, memory, use_reentrant=False, preserve_rng_state=False)
-        return self._compute(x, layout, memory)
+            return checkpoint(self._compute, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x, layout, cache)
 
-    def _compute(self, x: Tensor, layout: Layout, memory: Memory | None) -> tuple[Tensor, dict[str, Report]]:
+    def _compute(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, dict[str, RouterReport]]:
         normed = self.mixer_norm(x)
-        mixed = Output.of(self.mixer(normed, layout, memory))
+        mixed = Output.of(self.mixer(normed, layout, cache))
         x = _added(normed if self.normed_stream else x, mixed.out, self.factors[0])
         said = {"mixer": mixed.report}
         if self.ffn is not None:
             normed = normed if self.ffn_norm is None else self.ffn_norm(x)
-            fed = Output.of(self.ffn(normed, layout, mixed.attend, memory))
+            fed = Output.of(self.ffn(normed, layout, mixed.attend, cache))
             x = _added(normed if self.normed_stream else x, fed.out, self.factors[1])
             said["ffn"] = fed.report
         return x, {name: report for name, report in said.items() if report is not None}
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         what the sum of the losses is multiplied with; `loss_tile` tokens have their logits in memory at one time.
         """
         x = self.embedding(tokens)
-        reports: dict[str, Report] = {}
+        reports: dict[str, RouterReport] = {}
         for number, block in enumerate(self.blocks):
             with layer(f"blocks.{number}"):
                 x, said = block(x, layout)
@@ -135,34 +135,34 @@ class Decoder(nn.Module):
         total, nll = linear_cross_entropy(x.flatten(0, 1), self.head_weight, labels.flatten(), loss_tile, scale)
         return Losses(total, nll.view(labels.shape), reports)
 
-    def empty_memory(self) -> list[Memory]:
+    def new_cache(self) -> list[Cache]:
         """What each block remembers before the first token, for a batch of any size: `next_logits` goes on from it."""
-        return [block.mixer.empty_memory() for block in self.blocks if isinstance(block, Block)]
+        return [block.mixer.new_cache() for block in self.blocks if isinstance(block, Block)]
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, memory: Sequence[Memory]) -> Tensor:
-        """Logits `[B, N]` of what follows `tokens [B, n]`, int64, n at least 1, which follow those in `memory`.
+    def next_logits(self, tokens: Tensor, cache: Sequence[Cache]) -> Tensor:
+        """Logits `[B, N]` of what follows `tokens [B, n]`, int64, n at least 1, which follow those in `cache`.
 
-        After it, these are in `memory` too; a document may come in pieces of any lengths, down to token by token. On
+        After it, these are in `cache` too; a document may come in pieces of any lengths, down to token by token. On
         one rank. Raises ValueError where the memory is of another model or batch.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens has shape {list(tokens.shape)}: expected [batch, tokens], at least one token")
-        if len(memory) != len(self.blocks):
-            raise ValueError(f"memory is of {len(memory)} layers, and the decoder has {len(self.blocks)}")
-        layout = Layout((0, tokens.shape[1]), continued=memory[0].tokens)
+        if len(cache) != len(self.blocks):
+            raise ValueError(f"memory is of {len(cache)} layers, and the decoder has {len(self.blocks)}")
+        layout = Layout((0, tokens.shape[1]), past_tokens=cache[0].tokens)
         x = self.embedding(tokens)
-        for block, remembered in zip(self.blocks, memory, strict=True):
+        for block, remembered in zip(self.blocks, cache, strict=True):
             x, _ = block(x, layout, remembered)
         return F.linear(self.norm(x[:, -1]), self.head_weight)
 
-    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """The schedules of attention that were chosen for a layout, in words, by the layer's number."""
         chosen = {}
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             for name, part in ((str(number), block.mixer), (f"{number} (router)", block.ffn)):
-                schedule = None if part is None else part.schedule(layout, dtype)
+                schedule = None if part is None else part.describe_schedule(layout, dtype)
                 if schedule is not None:
                     chosen[name] = schedule
         return chosen

@@ -12,7 +12,7 @@ from longctx.config import Config, Integer
 from longctx.kernels.pointwise import swiglu
 from longctx.kernels.routed.swiglu import tiled_swiglu
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Memory
+from longctx.layers.cache import Cache
 from longctx.layers.output import Attend, Output
 from longctx.parallel.layout import Layout
 
@@ -28,11 +28,11 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, layout: Layout, attend: Attend | None = None, memory: Memory | None = None
+        self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None
     ) -> Tensor | Output:
         """`[B, T_local, D]` to the same.
 
-        `attend`: the attention of the block's mixer, where `borrowed` asks for it. `memory`: the block's, as in
+        `attend`: the attention of the block's mixer, where `borrowed` asks for it. `cache`: the block's, as in
         `longctx.mixers.Mixer.forward`.
         """
 
@@ -45,8 +45,9 @@ class FeedForward(nn.Module, ABC):
         """Those of one forward pass over this rank's tokens, what goes through the mixer's attention not counted."""
         return layout.local_length * self.flops_per_token
 
-    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """As in `longctx.mixers.Mixer.schedule`, of a router that reads other tokens by attention of its own."""
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """As in `longctx.mixers.Mixer.describe_schedule`, of a router that reads other tokens by attention of its
+        own."""
         del layout, dtype
         return None
 
@@ -79,8 +80,8 @@ class FeedForwardConfig(Config, ABC):
         del dim
         return self
 
-    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
-        """As in `longctx.mixers.MixerConfig.schedules`; None where it reads no other token by itself."""
+    def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
+        """As in `longctx.mixers.MixerConfig.available_schedules`; None where it reads no other token by itself."""
         del size, ulysses
         return None
 
@@ -119,9 +120,9 @@ class Swiglu(FeedForward):
         self.gate_up = Linear(dim, 2 * hidden)
         self.down = Linear(hidden, dim, scale=(2 * depth) ** -0.5)
 
-    def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None) -> Tensor:
         """`[B, T_local, D]` to the same, each token by itself."""
-        del layout, attend, memory
+        del layout, attend, cache
         if self.tile is not None:
             return tiled_swiglu(x, self.gate_up.weight, self.down.weight, self.tile)
         return self.down(swiglu(self.gate_up(x)))

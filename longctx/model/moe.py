@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from longctx.config import Integer
 from longctx.kernels.routed.swiglu import grouped_swiglu
 from longctx.layers.basic import Linear, SelfInitialised
-from longctx.layers.cache import Memory, attend
+from longctx.layers.cache import Cache, attend
 from longctx.layers.output import Attend, Output
 from longctx.layers.router import Router
 from longctx.model.ffn import FeedForward, FeedForwardConfig, Swiglu
@@ -111,7 +111,7 @@ class MoeConfig(FeedForwardConfig):
     def borrows(self) -> bool:
         return self.router == "attention"
 
-    def schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
+    def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
         return ("attention", fitting(1, size, ulysses)) if self.router == "similarity" else None
 
     @property
@@ -177,16 +177,16 @@ class Similarity(SelfInitialised):
         """The first value of a parameter: each of the two from N(0, 1 / dim), as projections are."""
         return (torch.randn(self.width, shape[1], generator=generator) * shape[1] ** -0.5).repeat(2, 1)
 
-    def forward(self, u: Tensor, r: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
+    def forward(self, u: Tensor, r: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
         """Scores r `[B, T_local, E]` averaged over the tokens of `u [B, T_local, D]` that are like each, in r's dtype.
 
         With a memory over those that are remembered too.
         """
         q, k = F.linear(u, self.weight).chunk(2, dim=-1)
-        if memory is None:
+        if cache is None:
             return similarity_aware(r, q, k, layout, self.scale)
         q, k, values = (x.to(r.dtype)[:, :, None] for x in (q, k, r))
-        out, _ = attend(q, k, values, layout, self.scale, None, memory.routed)
+        out, _ = attend(q, k, values, layout, self.scale, None, cache.routed)
         return out[:, :, 0]
 
     def flops(self, layout: Layout, experts: int) -> int:
@@ -259,7 +259,7 @@ class MixtureOfExperts(FeedForward):
         if self.shared is not None:
             self.shared.tile = tile
 
-    def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, memory: Memory | None = None) -> Output:
+    def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None) -> Output:
         """`[B, T_local, D]` to the same; 0 for padding where no expert is shared."""
         seen = x
         if self.training and self.jitter:
@@ -267,11 +267,11 @@ class MixtureOfExperts(FeedForward):
         logits = self.router(seen)
         p = scores(logits, self.rule.score)
         if self.similarity is not None:
-            p = self.similarity(seen, p, layout, memory)
+            p = self.similarity(seen, p, layout, cache)
         elif self.borrowed:
             if attend is None:
                 raise ValueError(f"experts of layer {self.layer}: their router reads the mixer's attention; give it")
-            p = attend(p, memory)
+            p = attend(p, cache)
         rule = self.rule if self.training else replace(self.rule, capacity=None)
         routing = choose_experts(logits, p, rule, layout, bias=self.bias)
         out = mixture_of_experts(x, routing, self.experts.count, self.experts, self.experts.axis)
@@ -296,7 +296,7 @@ class MixtureOfExperts(FeedForward):
         graph = 0 if self.similarity is None else self.similarity.flops(layout, self.experts.count)
         return super().flops(layout) + graph
 
-    def schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """The schedule of a similarity-aware router, where the layout leaves it to be chosen."""
         del dtype  # what is attended with is as wide as scores are
         if self.similarity is None or layout.size == 1 or one_head_schedule(layout) != "auto":

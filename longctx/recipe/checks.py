@@ -7,7 +7,7 @@ from typing import Any
 from longctx.model.config import ModelConfig
 from longctx.recipe.engines import engine_has_it
 from longctx.recipe.sources import Mistake
-from longctx.recipe.tables import ParallelConfig, ScheduleConfig, TrainConfig
+from longctx.recipe.tables import LRScheduleConfig, ParallelConfig, TrainConfig
 
 
 def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:
@@ -31,7 +31,7 @@ def judge(tables: Mapping[str, Any], world_size: int | None) -> list[Mistake]:
     return mistakes
 
 
-def _schedule_fits(train: TrainConfig, schedule: ScheduleConfig) -> Iterator[Mistake]:
+def _schedule_fits(train: TrainConfig, schedule: LRScheduleConfig) -> Iterator[Mistake]:
     decay = schedule.decay or 0
     if schedule.warmup + decay > train.steps:
         total = f"{schedule.warmup} + {decay} = {schedule.warmup + decay}"
@@ -67,7 +67,7 @@ def _schedules_fit(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mis
         layer = model.pattern.index(letter)
         if any(count % parallel.tp for count in model.attended(layer).values()):
             continue  # told where heads are divided
-        field, names = model.schedules(layer, parallel.cp, parallel.ulysses, parallel.tp)
+        field, names = model.available_schedules(layer, parallel.cp, parallel.ulysses, parallel.tp)
         if field == "attention" and parallel.attention not in ("auto", *names):
             has = " and ".join(f"{count} {words}" for words, count in model.attended(layer, parallel.tp).items())
             yield Mistake(

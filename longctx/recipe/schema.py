@@ -19,10 +19,10 @@ from longctx.recipe.tables import (
     DeepSpeedConfig,
     EvaluationConfig,
     LoggingConfig,
+    LRScheduleConfig,
     MegatronConfig,
     OptimizerConfig,
     ParallelConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 
@@ -45,7 +45,7 @@ class Recipe(Config):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: LRScheduleConfig = LRScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig | None = None
     """For `engine = "deepspeed"`, which takes the defaults where it is absent."""

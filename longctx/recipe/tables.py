@@ -55,7 +55,7 @@ class OptimizerConfig(Config):
         return self
 
 
-class ScheduleConfig(Config):
+class LRScheduleConfig(Config):
     """`[schedule]`: the learning rate over steps, as a factor of `optimizer.lr`."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -68,7 +68,7 @@ class ScheduleConfig(Config):
     """Factor at the last step: 0.1 where absent; `constant` refuses it."""
 
     @model_validator(mode="after")
-    def _decay_belongs_to_wsd(self) -> "ScheduleConfig":
+    def _decay_belongs_to_wsd(self) -> "LRScheduleConfig":
         if self.kind == "wsd" and self.decay is None:
             raise ValueError("kind = 'wsd' needs decay, the number of steps at the end over which the rate falls")
         if self.kind != "wsd" and self.decay is not None:

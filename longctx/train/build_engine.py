@@ -12,7 +12,7 @@ from longctx.parallel.mesh import Mesh
 from longctx.recipe import Recipe
 from longctx.recipe.tables import DeepSpeedConfig
 
-FORMATS = {"torch": "torch", "deepspeed": "torch", "megatron": "megatron"}
+CHECKPOINT_FORMATS = {"torch": "torch", "deepspeed": "torch", "megatron": "megatron"}
 """The format of the checkpoints that an engine writes and reads (`TrainerState.format`)."""
 
 

@@ -41,11 +41,11 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.recipe import Recipe, check, dump
 from longctx.train.batches import Cursor, Prefetcher, to_batch
-from longctx.train.build_engine import FORMATS, build_engine
+from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
 from longctx.train.display import Display, make_display
 from longctx.train.evaluate import evaluate, unigram_loss
+from longctx.train.lr_schedule import lr_factor
 from longctx.train.process_group import device_type, peers_needed, process_group
-from longctx.train.schedule import factor
 
 _LOWER = (
     "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -119,7 +119,7 @@ class _Reporter:
 
 class _Trainer:
     def __init__(self, recipe: Recipe, out: Path, resume: str, kind: str, stack: ExitStack) -> None:
-        self.recipe, self.out, self.format = recipe, out, FORMATS[recipe.engine]
+        self.recipe, self.out, self.format = recipe, out, CHECKPOINT_FORMATS[recipe.engine]
         with agreement():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
@@ -136,7 +136,7 @@ class _Trainer:
         if source is not None:
             self.engine.load(source)
         elif weights is not None:
-            self.engine.begin_with(weights)
+            self.engine.load_weights(weights)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.prefetcher = Prefetcher(self.stream, self._batch)
@@ -292,7 +292,7 @@ class _Trainer:
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
         """The schedules of attention that were chosen for a batch, by layers."""
         chosen: dict[str, list[str]] = {}
-        for name, schedule in self.engine.schedules(sample.layout, dtype).items():
+        for name, schedule in self.engine.attention_schedules(sample.layout, dtype).items():
             chosen.setdefault(schedule, []).append(name)
         return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in chosen.items()}
 
@@ -336,7 +336,7 @@ class _Trainer:
         following = self.cursor.after(recipe.train.sequences_per_step)
         if step < recipe.train.steps:
             self.prefetcher.request(self._numbers(following))
-        lr = recipe.optimizer.lr * factor(recipe.schedule, step, recipe.train.steps)
+        lr = recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.train.steps)
         try:
             result = self.engine.step(batches, lr)
         except NotFiniteError as error:

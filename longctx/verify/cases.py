@@ -81,8 +81,10 @@ def _schedules(cp: int, model: ModelConfig) -> Iterator[Case]:
     both = cp // 2
     layers = range(len(model.pattern))
     tables = (model.feed_forward(layer) for layer in layers)
-    routers = (table.schedules(cp, both) for table in tables if table is not None)
-    ways = [model.schedules(layer, cp, both) for layer in layers] + [way for way in routers if way is not None]
+    routers = (table.available_schedules(cp, both) for table in tables if table is not None)
+    ways = [model.available_schedules(layer, cp, both) for layer in layers] + [
+        way for way in routers if way is not None
+    ]
     for field, schedule in dict.fromkeys((field, schedule) for field, schedules in ways for schedule in schedules):
         if schedule != getattr(Layout, field):
             ulysses = both if schedule.startswith("ulysses-") else 1

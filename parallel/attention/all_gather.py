@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from longctx.kernels.attention import block as attention
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.parallel.attention.visibility import Block, Holders
+from longctx.parallel.attention.visibility import KVOwners, VisibleBlock
 from longctx.parallel.collectives import Pending, all_gather, reduce_scatter
 
 HEAD_SLICES = 4
@@ -24,38 +24,38 @@ HEAD_SLICES = 4
 class Gathered:
     """What a holder computes with the gathered keys of all of them."""
 
-    def __init__(self, holders: Holders, index: int, group: ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, owners: KVOwners, index: int, group: ProcessGroup | None, device: torch.device) -> None:
         """`group` in the order of holders; None where there is one."""
-        self.holders, self.group = holders, group
-        self._block = holders.block(holders.tokens(index), torch.arange(holders.layout.length), device)
-        self._routed: dict[int, Block | None] = {}
+        self.owners, self.group = owners, group
+        self._block = owners.block(owners.tokens(index), torch.arange(owners.layout.length), device)
+        self._routed: dict[int, VisibleBlock | None] = {}
         """The same where each head has queries of its own, by the first head of a slice."""
         # Where each piece of the sequence lies among the gathered rows.
         self._places = sorted(
-            (number, holder, place)
-            for holder, numbers in enumerate(holders.numbers)
+            (number, owner, place)
+            for owner, numbers in enumerate(owners.numbers)
             for place, number in enumerate(numbers)
         )
 
     def routed(self, places: Tensor) -> "Gathered":
         """The same for queries of each head of its own, at places `[B, H, Tq]` of the sequence."""
-        keys, other = torch.arange(self.holders.layout.length), copy(self)
+        keys, other = torch.arange(self.owners.layout.length), copy(self)
         slices = self._slices(places.shape[1])
         # Once for the forward and the backward pass.
-        other._routed = {heads.start: self.holders.routed(places[:, heads], keys) for heads in slices}
+        other._routed = {heads.start: self.owners.routed(places[:, heads], keys) for heads in slices}
         return other
 
     def _in_order(self, x: Tensor) -> Tensor:
         """The tokens `[B, T, ...]` of the sequence, from the holders' rows `[holders, B, T_h, ...]`."""
-        step = self.holders.layout.piece_length
-        pieces = [x[holder, :, place * step : (place + 1) * step] for _, holder, place in self._places]
-        return torch.cat(pieces, dim=1)[:, : self.holders.layout.length]
+        step = self.owners.layout.piece_length
+        pieces = [x[owner, :, place * step : (place + 1) * step] for _, owner, place in self._places]
+        return torch.cat(pieces, dim=1)[:, : self.owners.layout.length]
 
     def _by_holder(self, x: Tensor) -> Tensor:
         """The inverse of `_in_order`, padding zero."""
-        layout, step = self.holders.layout, self.holders.layout.piece_length
+        layout, step = self.owners.layout, self.owners.layout.piece_length
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, layout.pieces * step - layout.length))
-        pieces = [torch.cat([x[:, n * step : (n + 1) * step] for n in each], dim=1) for each in self.holders.numbers]
+        pieces = [torch.cat([x[:, n * step : (n + 1) * step] for n in each], dim=1) for each in self.owners.numbers]
         return torch.stack(pieces)
 
     def _slices(self, heads: int) -> list[slice]:

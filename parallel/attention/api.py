@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from longctx.parallel.attention.all_gather import Gathered
-from longctx.parallel.attention.cost_model import Estimate, Shape, estimates
+from longctx.parallel.attention.cost_model import AttentionShape, Estimate, estimates
 from longctx.parallel.attention.ring import Ring, plan
-from longctx.parallel.attention.ulysses import Heads, to_heads, to_heads_of, to_rows
-from longctx.parallel.attention.visibility import Holders, Reach
+from longctx.parallel.attention.ulysses import HeadPartition, gather_heads, scatter_heads, scatter_rows_of
+from longctx.parallel.attention.visibility import KVOwners, Reach
 from longctx.parallel.autograd import rank_backward, rank_forward
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
@@ -39,9 +39,9 @@ ACROSS = {
 SCHEDULES = (*ACROSS, "auto")
 
 
-def choose(layout: Layout, shape: Shape) -> list[Estimate]:
+def rank_schedules(layout: Layout, shape: AttentionShape) -> list[Estimate]:
     """What each schedule is expected to take for a layer, the fastest first; kept with the layout."""
-    found: list[Estimate] = layout.kept(("choice", shape), lambda: estimates(layout, shape))
+    found: list[Estimate] = layout.cached(("choice", shape), lambda: estimates(layout, shape))
     return found
 
 
@@ -85,14 +85,14 @@ class _Plan:
         order = sorted(range(len(arriving)), key=arriving.__getitem__)
         self.order = None if order == list(range(len(order))) else torch.tensor(order, device=device)
         self.back = None if self.order is None else self.order.argsort()
-        holders, index = Holders.of(layout, grid.ulysses, reach), layout.rank // grid.ulysses
+        owners, index = KVOwners.of(layout, grid.ulysses, reach), layout.rank // grid.ulysses
         self.begins = torch.tensor([n * self.step for n in layout.numbers(layout.rank)], device=device)
         """Where each of this rank's pieces begins in the sequence."""
         self.across: _Across
         if ACROSS[schedule] == "ring":
-            self.across = Ring(holders, plan(holders, index, device), index, grid.ring_group)
+            self.across = Ring(owners, plan(owners, index, device), index, grid.ring_group)
         else:
-            self.across = Gathered(holders, index, grid.ring_group, device)
+            self.across = Gathered(owners, index, grid.ring_group, device)
 
     def sorted(self, x: Tensor) -> Tensor:
         """The rows of an Ulysses group in sequence order, from the order of its ranks."""
@@ -131,7 +131,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: s
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     if q.shape[1] != layout.local_length:
         raise ValueError(f"attention: {q.shape[1]} tokens, but the layout gives this rank {layout.local_length}")
-    if layout.continued:
+    if layout.past_tokens:
         raise ValueError("attention: the layout's first document is continued, and its earlier keys are not here")
     if schedule not in SCHEDULES:
         raise ValueError(f"attention: there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
@@ -141,9 +141,9 @@ def _planned(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: str | No
     """The plan of a schedule, the layout's where None; made once for a layout."""
     name, device = schedule or layout.attention, q.device
     if name == "auto":
-        shape = Shape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), reach)
-        name = choose(layout, shape)[0].schedule
-    plan: _Plan = layout.kept(("attention", name, reach, device), lambda: _Plan(layout, name, reach, device))
+        shape = AttentionShape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), reach)
+        name = rank_schedules(layout, shape)[0].schedule
+    plan: _Plan = layout.cached(("attention", name, reach, device), lambda: _Plan(layout, name, reach, device))
     return plan
 
 
@@ -172,10 +172,10 @@ def softmax_attention(
     if ulysses is None:
         out: Tensor = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]
         return out
-    heads = Heads(q.shape[2], k.shape[2], chosen.grid.ulysses)
-    q, k, v = map(chosen.sorted, to_heads(q, k, v, heads, ulysses))
+    heads = HeadPartition(q.shape[2], k.shape[2], chosen.grid.ulysses)
+    q, k, v = map(chosen.sorted, scatter_heads(q, k, v, heads, ulysses))
     out = _Attention.apply(q, k, v, chosen.across, scale)  # type: ignore[no-untyped-call]
-    return to_rows(chosen.unsorted(out), heads, ulysses)
+    return gather_heads(chosen.unsorted(out), heads, ulysses)
 
 
 def routed_attention(
@@ -217,13 +217,13 @@ def routed_attention(
     more = int(counts.max()) - q.shape[1]
     q = torch.nn.functional.pad(q, (0, 0, 0, 0, more, 0))
     places = torch.nn.functional.pad(places, (more, 0), value=-1)
-    heads = Heads(q.shape[2], k.shape[2], chosen.grid.ulysses)
-    q, k, v = to_heads(q, k, v, heads, ulysses)
-    places = to_heads_of(places.transpose(1, 2)[..., None], heads.size, ulysses)[..., 0].transpose(1, 2)
+    heads = HeadPartition(q.shape[2], k.shape[2], chosen.grid.ulysses)
+    q, k, v = scatter_heads(q, k, v, heads, ulysses)
+    places = scatter_rows_of(places.transpose(1, 2)[..., None], heads.size, ulysses)[..., 0].transpose(1, 2)
     places, order = places.sort(dim=2, stable=True)
     order = order.transpose(1, 2)[..., None]
     q = q.gather(1, order.expand(-1, -1, -1, q.shape[3]))
     across = chosen.across.routed(places)
     out = _Attention.apply(q, chosen.sorted(k), chosen.sorted(v), across, scale)  # type: ignore[no-untyped-call]
     back = order.argsort(dim=1).expand(-1, -1, -1, out.shape[3])
-    return to_rows(out.gather(1, back), heads, ulysses)[:, more:]
+    return gather_heads(out.gather(1, back), heads, ulysses)[:, more:]

@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longctx.parallel.attention.all_gather import HEAD_SLICES
-from longctx.parallel.attention.ulysses import Heads
-from longctx.parallel.attention.visibility import Holders, Reach, count
+from longctx.parallel.attention.ulysses import HeadPartition
+from longctx.parallel.attention.visibility import KVOwners, Reach, count
 from longctx.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """One layer's attention: query heads, key/value heads, their widths, bytes of a number, and what is seen."""
 
     heads: int
@@ -60,45 +60,45 @@ class Estimate:
 class _Model:
     """The estimates of one layer on one layout."""
 
-    def __init__(self, layout: Layout, shape: Shape) -> None:
+    def __init__(self, layout: Layout, shape: AttentionShape) -> None:
         self.layout, self.shape, self.speeds = layout, shape, layout.speeds
         self.kv = layout.local_length * shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.number
         """Bytes of the keys and values of a rank."""
 
-    def holders(self, ulysses: int) -> Holders:
-        return Holders.of(self.layout, ulysses, self.shape.reach)
+    def owners(self, ulysses: int) -> KVOwners:
+        return KVOwners.of(self.layout, ulysses, self.shape.reach)
 
     def kv_heads(self, ulysses: int) -> int:
-        return Heads(self.shape.heads, self.shape.kv_heads, ulysses).most_keys
+        return HeadPartition(self.shape.heads, self.shape.kv_heads, ulysses).most_keys
 
     def arithmetic(self, pairs: int, ulysses: int) -> float:
         shape = self.shape
         return 7.0 * pairs * (shape.key_dim + shape.value_dim) * shape.heads / ulysses / self.speeds.flops
 
     def all_gather(self, ulysses: int) -> Estimate:
-        holders, speeds = self.holders(ulysses), self.speeds
-        others = len(holders.numbers) - 1
+        owners, speeds = self.owners(ulysses), self.speeds
+        others = len(owners.numbers) - 1
         kv_heads = self.kv_heads(ulysses)
         keys = others * ulysses * self.kv * kv_heads // self.shape.kv_heads
         # Gathered forward and backward; gradients are summed in at least 4 bytes.
         received = 2 * keys + keys * max(4, self.shape.number) // self.shape.number
         slices = min(HEAD_SLICES, kv_heads)
-        arithmetic = self.arithmetic(max(holders.score_elements), ulysses)
+        arithmetic = self.arithmetic(max(owners.score_elements), ulysses)
         seconds = received / speeds.bandwidth
         exposed = seconds / slices + max(0.0, seconds * (1 - 1 / slices) - arithmetic)
         return Estimate("all-gather", arithmetic, exposed + 3 * slices * others * speeds.latency, received)
 
     def ring(self, ulysses: int) -> Estimate:
-        holders, speeds = self.holders(ulysses), self.speeds
-        size = len(holders.numbers)
-        rows = [[count(holders.needed(reader, (reader - d) % size)) for d in range(1, size)] for reader in range(size)]
+        owners, speeds = self.owners(ulysses), self.speeds
+        size = len(owners.numbers)
+        rows = [[count(owners.needed(reader, (reader - d) % size)) for d in range(1, size)] for reader in range(size)]
         sent = [sum(rows[(source + d) % size][d - 1] for d in range(1, size)) for source in range(size)]
         kv_heads = self.kv_heads(ulysses)
         row = kv_heads * (self.shape.key_dim + self.shape.value_dim) * self.shape.number
         worst = Estimate("ring", 0.0, 0.0, 0)
         received = 0
         for reader in range(size):
-            arithmetic = self.arithmetic(holders.score_elements[reader], ulysses)
+            arithmetic = self.arithmetic(owners.score_elements[reader], ulysses)
             bytes_ = (2 * sum(rows[reader]) + sent[reader]) * row
             received = max(received, bytes_)
             steps = 1 + sum(1 for number in rows[reader] if number)
@@ -121,7 +121,7 @@ class _Model:
         first = self.ulysses(inner)
         if across is None:
             return Estimate(
-                name, self.arithmetic(sum(self.holders(inner).score_elements), inner), first.exposed, first.received
+                name, self.arithmetic(sum(self.owners(inner).score_elements), inner), first.exposed, first.received
             )
         second = across(inner)
         return Estimate(name, second.arithmetic, first.exposed + second.exposed, first.received + second.received)
@@ -137,7 +137,7 @@ def fitting(heads: int, size: int, ulysses: int) -> list[str]:
     return found
 
 
-def estimates(layout: Layout, shape: Shape) -> list[Estimate]:
+def estimates(layout: Layout, shape: AttentionShape) -> list[Estimate]:
     """Every schedule that the ranks and heads allow, the one that is expected to be fastest first."""
     model, inner = _Model(layout, shape), 1 if layout.grid is None else layout.grid.ulysses
     made: dict[str, Callable[[], Estimate]] = {

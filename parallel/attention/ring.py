@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from longctx.kernels.attention import block as attention
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.parallel.attention.visibility import Block, Holders, count, rows
+from longctx.parallel.attention.visibility import KVOwners, VisibleBlock, count, rows
 from longctx.parallel.collectives import Pending, exchange
 
 KEYS, GRADIENTS = 0, 1
@@ -36,37 +36,37 @@ class Step:
     received: tuple[slice, ...]
     keys: Tensor
     """Places in the sequence of the keys that come."""
-    block: Block | None
+    block: VisibleBlock | None
 
 
-def plan(holders: Holders, index: int, device: torch.device) -> tuple[Step, ...]:
+def plan(owners: KVOwners, index: int, device: torch.device) -> tuple[Step, ...]:
     """The steps of holder `index`, one for each holder: also where it neither sends nor gets anything.
 
     So all holders are at the same distance at the same time, and no two wait for each other in different ones.
     """
-    size = len(holders.numbers)
-    queries = holders.tokens(index)
+    size = len(owners.numbers)
+    queries = owners.tokens(index)
     steps = []
     for distance in range(size):
         target, source = (index + distance) % size, (index - distance) % size
-        sent, received = holders.needed(target, index), holders.needed(index, source)
-        held = holders.tokens(source)
+        sent, received = owners.needed(target, index), owners.needed(index, source)
+        held = owners.tokens(source)
         keys = torch.cat([held[part] for part in received]) if received else held[:0]
-        steps.append(Step(target, source, sent, received, keys, holders.block(queries, keys, device)))
+        steps.append(Step(target, source, sent, received, keys, owners.block(queries, keys, device)))
     return tuple(steps)
 
 
 class Ring:
     """The steps of a holder, with the group by which it reaches the others."""
 
-    def __init__(self, holders: Holders, steps: Sequence[Step], index: int, group: ProcessGroup | None) -> None:
+    def __init__(self, owners: KVOwners, steps: Sequence[Step], index: int, group: ProcessGroup | None) -> None:
         """`group` in the order of holders; None where there is one."""
-        self.holders, self.steps, self.index, self.group = holders, steps, index, group
+        self.owners, self.steps, self.index, self.group = owners, steps, index, group
 
     def routed(self, places: Tensor) -> "Ring":
         """The same for queries of each head of its own, at places `[B, H, Tq]` of the sequence."""
-        steps = [replace(step, block=self.holders.routed(places, step.keys)) for step in self.steps]
-        return Ring(self.holders, steps, self.index, self.group)
+        steps = [replace(step, block=self.owners.routed(places, step.keys)) for step in self.steps]
+        return Ring(self.owners, steps, self.index, self.group)
 
     def _travel(self, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
         """Each step with the keys and values that it computes with; those of the next are on their way meanwhile."""

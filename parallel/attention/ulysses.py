@@ -29,7 +29,7 @@ def check_heads(heads: int, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadPartition:
     """Which heads each of `size` ranks computes, of `queries` query heads over `keys` key/value heads."""
 
     queries: int
@@ -68,12 +68,14 @@ class Heads:
         return readers[:: math.gcd(*counts)]
 
 
-class _ToHeads(torch.autograd.Function):
+class _ScatterHeads(torch.autograd.Function):
     """q, k, v of all heads and this rank's rows `[B, T_r, heads, D]`, to its heads and the rows of all ranks, U T_r."""
 
     @staticmethod
     @rank_forward
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: Heads, group: ProcessGroup) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: HeadPartition, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
         rank = torch.distributed.get_rank(group)
         ctx.heads, ctx.group, ctx.shapes = heads, group, (q.shape, k.shape, v.shape)
         parts = []
@@ -89,7 +91,7 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        heads: Heads = ctx.heads
+        heads: HeadPartition = ctx.heads
         shapes = [_shapes(heads, r, *ctx.shapes) for r in range(heads.size)]
         # q may have other rows than k and v: pairs that were routed.
         of_ranks = list(zip(*(g.chunk(heads.size, dim=1) for g in grads), strict=True))
@@ -107,54 +109,56 @@ class _ToHeads(torch.autograd.Function):
         return dq, dk.to(grads[1].dtype), dv.to(grads[2].dtype), None, None
 
 
-def _shapes(heads: Heads, rank: int, q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[torch.Size, ...]:
+def _shapes(heads: HeadPartition, rank: int, q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[torch.Size, ...]:
     """What a rank gets of q, k and v from each rank."""
     queries, keys = heads.of_queries(rank), heads.of_keys(rank)
     counts = (queries.stop - queries.start, keys.stop - keys.start, keys.stop - keys.start)
     return tuple(torch.Size((*x[:2], n, x[3])) for x, n in zip((q, k, v), counts, strict=True))
 
 
-def _to_rows(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
+def _gather_heads(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
     parts = list(x.chunk(size, dim=1))
     got = all_to_all(parts, [parts[0].numel()] * size, group).wait()
     return torch.cat([part.view(parts[0].shape) for part in got], dim=2)
 
 
-def to_heads_of(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
+def scatter_rows_of(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
     """All heads and this rank's rows, `[B, T_r, H, D]`, to its heads and all ranks' rows; without gradient."""
     parts = list(x.chunk(size, dim=2))
     got = all_to_all(parts, [parts[0].numel()] * size, group).wait()
     return torch.cat([part.view(parts[0].shape) for part in got], dim=1)
 
 
-class _ToRows(torch.autograd.Function):
+class _GatherHeads(torch.autograd.Function):
     """`[B, U T_r, H / U, V]` of all ranks' rows and this rank's heads, to its rows and all heads `[B, T_r, H, V]`."""
 
     @staticmethod
     @rank_forward
     def forward(ctx: Any, x: Tensor, size: int, group: ProcessGroup) -> Tensor:
         ctx.size, ctx.group = size, group
-        return _to_rows(x, size, group)
+        return _gather_heads(x, size, group)
 
     @staticmethod
     @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return to_heads_of(grads[0], ctx.size, ctx.group), None, None
+        return scatter_rows_of(grads[0], ctx.size, ctx.group), None, None
 
 
-def to_heads(q: Tensor, k: Tensor, v: Tensor, heads: Heads, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def scatter_heads(
+    q: Tensor, k: Tensor, v: Tensor, heads: HeadPartition, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """q `[B, U T_r, H / U, K]`, k and v of the heads that these read, of all ranks' rows in the order of ranks.
 
     Where query heads do not read the key/value heads equally often, these are repeated, so that they group.
     """
-    q, k, v = _ToHeads.apply(q, k, v, heads, group)  # type: ignore[no-untyped-call]
+    q, k, v = _ScatterHeads.apply(q, k, v, heads, group)  # type: ignore[no-untyped-call]
     index = heads.expanded(torch.distributed.get_rank(group))
     if index is not None:
         k, v = k[:, :, index], v[:, :, index]
     return q, k, v
 
 
-def to_rows(out: Tensor, heads: Heads, group: ProcessGroup) -> Tensor:
+def gather_heads(out: Tensor, heads: HeadPartition, group: ProcessGroup) -> Tensor:
     """The inverse, for the outputs: `[B, T_r, H, V]` of this rank's rows."""
-    result: Tensor = _ToRows.apply(out, heads.size, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _GatherHeads.apply(out, heads.size, group)  # type: ignore[no-untyped-call]
     return result

@@ -66,14 +66,14 @@ def rows(x: Tensor, parts: Sequence[slice]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Block:
+class VisibleBlock:
     """The queries at `queries` of a holder against keys at hand, under a mask that shows each of them something."""
 
     queries: slice
     mask: BlockMask
 
 
-class Holders:
+class KVOwners:
     """The tokens of a sequence by holder: holder h has the pieces `numbers[h]`, ascending, in a tensor of its own."""
 
     def __init__(self, layout: Layout, numbers: Sequence[Sequence[int]], reach: Reach) -> None:
@@ -81,21 +81,21 @@ class Holders:
         self.numbers = tuple(tuple(sorted(each)) for each in numbers)
 
     @classmethod
-    def of(cls, layout: Layout, ulysses: int, reach: Reach) -> "Holders":
+    def of(cls, layout: Layout, ulysses: int, reach: Reach) -> "KVOwners":
         """Each `ulysses` neighbouring ranks hold together; with 1, each by itself."""
         groups = range(0, layout.size, ulysses)
         numbers = [[n for rank in range(at, at + ulysses) for n in layout.numbers(rank)] for at in groups]
         return cls(layout, numbers, reach)
 
-    def slices(self, holder: int) -> list[tuple[int, Slice]]:
+    def slices(self, owner: int) -> list[tuple[int, Slice]]:
         """Where each piece of a holder lies in its tensor, and its tokens without padding."""
         step = self.layout.piece_length
-        return [(place * step, self.layout.piece(n)) for place, n in enumerate(self.numbers[holder])]
+        return [(place * step, self.layout.piece(n)) for place, n in enumerate(self.numbers[owner])]
 
-    def tokens(self, holder: int) -> Tensor:
+    def tokens(self, owner: int) -> Tensor:
         """The place of each row of a holder's tensor in the sequence, int64; T and beyond for padding."""
         step = self.layout.piece_length
-        return torch.cat([torch.arange(n * step, (n + 1) * step) for n in self.numbers[holder]])
+        return torch.cat([torch.arange(n * step, (n + 1) * step) for n in self.numbers[owner]])
 
     def needed(self, reader: int, source: int) -> tuple[slice, ...]:
         """The rows of `source`'s tensor whose keys a query of `reader` sees."""
@@ -107,7 +107,7 @@ class Holders:
                 ranges.append((at + begin - held.begin, at + end - held.begin))
         return _merged(ranges)
 
-    def block(self, queries: Tensor, keys: Tensor, device: torch.device) -> Block | None:
+    def block(self, queries: Tensor, keys: Tensor, device: torch.device) -> VisibleBlock | None:
         """What queries at sorted places of the sequence see of keys at sorted places; None for nothing.
 
         As FULL or CAUSAL where it is, which every backend takes.
@@ -128,7 +128,7 @@ class Holders:
             mask = CAUSAL
         else:
             mask = self._positions(queries[first:last], keys, device)
-        return Block(slice(first, last), mask)
+        return VisibleBlock(slice(first, last), mask)
 
     def _positions(self, queries: Tensor, keys: Tensor, device: torch.device) -> Positions:
         """Of queries and keys at sorted places; queries, `[Tq]` or `[B, H, Tq]`, that have place -1 see nothing."""
@@ -138,18 +138,18 @@ class Holders:
         window, causal = self.reach.window, self.reach.causal
         return Positions(queries.to(device), keys.to(device), first.to(device), second, window, causal)
 
-    def routed(self, queries: Tensor, keys: Tensor) -> Block | None:
+    def routed(self, queries: Tensor, keys: Tensor) -> VisibleBlock | None:
         """What queries of each head, at sorted places `[B, H, Tq]`, see of keys at sorted places; -1 sees nothing."""
         if keys.numel() == 0:
             return None
-        return Block(slice(0, queries.shape[2]), self._positions(queries.contiguous(), keys, queries.device))
+        return VisibleBlock(slice(0, queries.shape[2]), self._positions(queries.contiguous(), keys, queries.device))
 
     @cached_property
     def score_elements(self) -> tuple[int, ...]:
         """Query-key pairs that are seen, by the holder of the query: what the work of each is counted in."""
         return tuple(
-            sum(seen_pairs(self.layout, part, self.reach) for _, part in self.slices(holder))
-            for holder in range(len(self.numbers))
+            sum(seen_pairs(self.layout, part, self.reach) for _, part in self.slices(owner))
+            for owner in range(len(self.numbers))
         )
 
 

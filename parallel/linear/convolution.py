@@ -79,7 +79,7 @@ def short_convolution(
 
     Shapes: x `[B, T_local, D]`, this rank's tokens; weight `[D, W]`, its last column for the token itself; bias `[D]`
     or None; activation None or "silu". initial `[B, W - 1, D]`, the same on every rank, is what the first document
-    continues from, zeros by default; only a layout whose first document is `continued` may have one.
+    continues from, zeros by default; only a layout whose first document is `past_tokens` may have one.
 
     Returns `[B, T_local, D]` in x's dtype. Differentiable in every tensor: the gradients of weight and bias are this
     rank's share, to be summed, that of initial is the same on every rank. Raises ValueError where an argument does not

@@ -110,7 +110,7 @@ def check_tokens(x: Tensor, layout: Layout) -> None:
 
 def check_initial(initial: Tensor, x: Tensor, layout: Layout, width: int) -> None:
     """Raise ValueError where initial is not `[B, width, D]` like x, or the layout would drop it."""
-    if not layout.continued:
+    if not layout.past_tokens:
         raise ValueError("initial is given, but the layout's first document is not continued and would drop it")
     shape = [x.shape[0], width, x.shape[2]]
     if list(initial.shape) != shape:
@@ -126,7 +126,7 @@ def left_halo(x: Tensor, layout: Layout, width: int, *, initial: Tensor | None =
 
     In the order in which the slices lie here (N is 1, in zigzag order over several ranks 2). Documents are not looked
     at: who reads a halo drops what belongs to another one. Where the sequence begins, `initial [B, width, D]` precedes
-    it, zeros by default; only a layout whose first document is `continued` may have one, the same on every rank.
+    it, zeros by default; only a layout whose first document is `past_tokens` may have one, the same on every rank.
 
     Shapes: x `[B, T_local, D]`. Differentiable in x and initial: each gradient goes back to the rank that holds the
     token and is added there; that of initial is the same on every rank. Every rank has to take part in the backward

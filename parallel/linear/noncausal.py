@@ -120,7 +120,7 @@ class _Sums:
 
     def __init__(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.group, self.dtype, self.device = layout.peers, accumulation_dtype(q.dtype), q.device
-        self.runs, self.shared = layout.kept("unmasked", lambda: _runs(layout))
+        self.runs, self.shared = layout.cached("unmasked", lambda: _runs(layout))
         self.shape = (k.shape[0], k.shape[2], k.shape[3], v.shape[3])
 
     def wide(self, x: Tensor, run: _Run) -> Tensor:
@@ -172,7 +172,7 @@ def unmasked_linear_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *
         raise ValueError(
             f"q has {q.shape[1]} tokens: expected the {layout.local_length} that the layout gives this rank"
         )
-    if layout.continued:
+    if layout.past_tokens:
         raise ValueError("the layout's first document is continued, and its earlier tokens are not here")
     grouped = (q * scale if scale != 1.0 else q).unflatten(2, (k.shape[2], -1))
     out: Tensor = _Unmasked.apply(grouped, k, v, layout)  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longctx.kernels.linear.api import Received
-from longctx.kernels.linear.recurrence import Carry, combine, exclusive_scan
+from longctx.kernels.linear.recurrence import Carry, compose, exclusive_scan
 from longctx.parallel.collectives import Pending, all_gather, exchange
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import layer
@@ -37,7 +37,7 @@ def _unpacked(flat: Tensor, like: Carry) -> Carry:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class RankExchange:
     """A schedule on a layout, for one layer. Called with this rank's carries it begins; what it returns waits."""
 
     layout: Layout
@@ -112,7 +112,7 @@ class Exchange:
             distance = 1
             while distance < len(owners):
                 came = self._shifted(before, distance, 1, owners, carries[0])
-                before = {n: combine(came[n], each) if n in came else each for n, each in before.items()}
+                before = {n: compose(came[n], each) if n in came else each for n, each in before.items()}
                 distance *= 2
             received = [before[n].carry_over(state) if n in before else state for n in mine]
             last = len(owners) - 1

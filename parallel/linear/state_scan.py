@@ -14,7 +14,7 @@ from longctx.kernels.linear import api as kernel
 from longctx.kernels.linear.api import Plan
 from longctx.kernels.linear.recurrence import Gates, LinearRecurrence, Segment
 from longctx.parallel.layout import Layout
-from longctx.parallel.linear.state_exchange import Exchange
+from longctx.parallel.linear.state_exchange import RankExchange
 from longctx.parallel.traffic import current_layer
 
 
@@ -28,7 +28,7 @@ def _plan(layout: Layout, initial_state: Tensor | None, final_state: bool) -> Pl
     if group is None:
         return Plan(pieces)
     wanted = final_state, initial_state is not None and initial_state.requires_grad
-    return Plan(pieces, Exchange(layout, group, layout.states, current_layer(), wanted))
+    return Plan(pieces, RankExchange(layout, group, layout.states, current_layer(), wanted))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _check(x: Tensor, layout: Layout, initial_state: Tensor | None) -> None:
         raise ValueError(
             f"q has {x.shape[1]} tokens: expected the {layout.local_length} that the layout gives this rank"
         )
-    if initial_state is not None and not layout.continued:
+    if initial_state is not None and not layout.past_tokens:
         raise ValueError("initial_state is given, but the layout's first document is not continued and would drop it")
 
 
@@ -86,7 +86,7 @@ def state_scan(
     Shapes: q `[B, T_local, Hq, K]`, k `[B, T_local, Hk, K]`, v `[B, T_local, Hv, V]`, gates as the recurrence defines
     them, those that run along the sequence for this rank's tokens; heads group as in `LinearRecurrence`. initial_state
     `[B, H, K, V]` in the accumulation dtype, the same on every rank: what the first document continues from, zero by
-    default. Only a layout whose first document is `continued` may have one.
+    default. Only a layout whose first document is `past_tokens` may have one.
 
     Returns o `[B, T_local, Ho, V]` and, where asked for, the state after the whole sequence `[B, H, K, V]`, the same
     on every rank. Its gradient has to be the same on every rank too (of a loss counted once), and the gradient of
@@ -95,5 +95,5 @@ def state_scan(
     _check(q, layout, initial_state)
     if begun is None:
         begun = Begun(_plan(layout, initial_state, final_state), None)
-    out, final = kernel.scan(recurrence, q, k, v, gates, begun.plan, initial_state, begun.begun)
+    out, final = kernel.scan_recurrence(recurrence, q, k, v, gates, begun.plan, initial_state, begun.begun)
     return out, final if final_state else None

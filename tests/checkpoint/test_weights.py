@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import find_weights, write_weights
 from longctx.errors import UserError
 from tests.convert.cases import save
@@ -81,7 +81,7 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path):
         asked.append((begin, end))
         return whole[begin:end].clone()
 
-    write_weights(tmp_path, {"w": Made(whole.shape, make, rows=3)}, {"vocab_size": 5}, {})
+    write_weights(tmp_path, {"w": LazyTensor(whole.shape, make, rows=3)}, {"vocab_size": 5}, {})
     assert asked == [(0, 3), (3, 6), (6, 7)]
     assert torch.equal(find_weights(tmp_path, HOW).read("w"), whole)
     assert torch.equal(find_weights(tmp_path, HOW).read_rows("w", 2, 7), whole[2:7])

@@ -48,7 +48,7 @@ def test_token_by_token(ours, length):
 
     def written_out(q, k, v, input_gate, forget_gate, state, normalizer, m):
         state = torch.cat([state, normalizer[..., None]], dim=-1) * m[..., None].exp()
-        return memory(ours, q, k, v, input_gate, forget_gate, state)
+        return cache(ours, q, k, v, input_gate, forget_gate, state)
 
     agree(theirs, written_out, leaves, cotangents)
 
@@ -64,12 +64,12 @@ def test_chunks(ours, length):
         return out.transpose(1, 2), None
 
     def written_out(q, k, v, input_gate, forget_gate):
-        return memory(ours, q, k, v, input_gate, forget_gate)[0], None
+        return cache(ours, q, k, v, input_gate, forget_gate)[0], None
 
     agree(theirs, written_out, leaves, {"o": case.do})
 
 
-def memory(ours, q, k, v, input_gate, forget_gate, state=None):
+def cache(ours, q, k, v, input_gate, forget_gate, state=None):
     values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     keys, log_decay = k * input_gate.exp()[..., None], F.logsigmoid(forget_gate)
     out, end = ours(q, keys, values, log_decay, scale=KEY_DIM**-0.5, initial_state=state)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import Weights, described, find_weights, write_weights
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
@@ -26,7 +26,7 @@ def save(path: Path, seed: int = 0, config: ModelConfig | None = None) -> Path:
     tensors = {}
     for name, tensor in model.state_dict().items():
         value = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        tensors[name] = Made(value.shape, lambda begin, end, value=value: value[begin:end])
+        tensors[name] = LazyTensor(value.shape, lambda begin, end, value=value: value[begin:end])
     path.mkdir(parents=True)
     write_weights(path, tensors, described(config, rows), {"seed": seed})
     return path

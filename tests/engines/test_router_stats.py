@@ -9,13 +9,13 @@ import torch
 from longctx.engines import router_stats as module
 from longctx.engines.metrics import RouterMetrics
 from longctx.engines.router_stats import Choices, NotFiniteError, Routing
-from longctx.moe.report import Report
+from longctx.moe.report import RouterReport
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 
 
 def report(counts, *, finite=True, dropped=0, entropy=2.0, choice=None):
-    return Report(
+    return RouterReport(
         loss=torch.ones((), requires_grad=True),
         counts=torch.tensor(counts),
         tokens=torch.tensor(4),

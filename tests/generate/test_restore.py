@@ -79,7 +79,7 @@ def test_in_bf16_decays_stay_exact(trained):
     assert all(x.dtype == torch.bfloat16 for name, x in decoder.named_parameters() if name not in kept)
     assert torch.equal(decoder.blocks[0].mixer.log_decay, exact.blocks[0].mixer.log_decay)
     tokens = torch.arange(40)[None]
-    low, high = (each.next_logits(tokens, each.empty_memory()) for each in (decoder, exact))
+    low, high = (each.next_logits(tokens, each.new_cache()) for each in (decoder, exact))
     assert 0 < (low - high).norm() < 5e-2 * high.norm()
 
 

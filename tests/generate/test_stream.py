@@ -65,9 +65,9 @@ def test_the_prompt_is_computed_in_tiles(tile, monkeypatch):
     want = list(generate(built, prompt(), 5, GREEDY))
     compute = built.next_logits
 
-    def noted(part, memory):
+    def noted(part, cache):
         sizes.append(part.shape[1])
-        return compute(part, memory)
+        return compute(part, cache)
 
     monkeypatch.setattr(built, "next_logits", noted)
     assert list(generate(built, prompt(), 5, GREEDY, tile=tile)) == want

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from longctx.layers.cache import Keys
+from longctx.layers.cache import KVBuffer
 from longctx.mixers.deltanet import DeltaNetConfig, KdaConfig
 from longctx.mixers.gla import GlaConfig
 from longctx.mixers.lightnet import LightNetConfig
@@ -26,7 +26,7 @@ def draw_keys(length):
 @pytest.mark.parametrize("pieces", [(1,) * 40, (20, 1, 1, 1, 1, 1, 15), (3, 30, 7)], ids=str)
 def test_the_newest_are_held_in_order(keep, pieces):
     k, v = draw_keys(40)
-    keys, seen = Keys(), 0
+    keys, seen = KVBuffer(), 0
     for new in pieces:
         held = min(keep, seen)
         got = keys.append(k[:, seen : seen + new], v[:, seen : seen + new])
@@ -40,7 +40,7 @@ def test_the_newest_are_held_in_order(keep, pieces):
 @pytest.mark.parametrize("keep", [None, 8])
 def test_few_tokens_cost_a_copy_of_those_before(keep):
     k, v = draw_keys(1000)
-    keys, places, copied = Keys(), set(), 0
+    keys, places, copied = KVBuffer(), set(), 0
     for t in range(1000):
         before = len(keys)
         keys.append(k[:, t : t + 1], v[:, t : t + 1])
@@ -59,9 +59,9 @@ def test_few_tokens_cost_a_copy_of_those_before(keep):
 def test_with_a_window_a_document_in_pieces_is_as_it_would_be_whole(window, pieces):
     mixer = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, window=window).build(DIM, 0, 1, 1e-5).double()
     x, _ = draw(28)
-    got, memory = in_pieces(mixer, 3 * x, pieces)
+    got, cache = in_pieces(mixer, 3 * x, pieces)
     torch.testing.assert_close(got, mixer(3 * x, Layout((0, 28))).detach(), rtol=1e-11, atol=1e-12)
-    assert len(memory.keys) == min(window - 1, 28)
+    assert len(cache.keys) == min(window - 1, 28)
 
 
 OTHERS = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longctx.layers.output import Output
 from longctx.layers.rotary import RopeScaling
-from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
+from longctx.mixers import MIXERS, Cache, Mixer, MixerConfig
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.deltanet import DeltaNetConfig, GatedDeltaNetConfig, KdaConfig
 from longctx.mixers.gla import GlaConfig
@@ -88,9 +88,9 @@ def draw(length: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> tup
     return x.to(dtype), dy.to(dtype)
 
 
-def run(mixer: Mixer, x: torch.Tensor, layout: Layout, memory: Memory | None = None) -> torch.Tensor:
+def run(mixer: Mixer, x: torch.Tensor, layout: Layout, cache: Cache | None = None) -> torch.Tensor:
     """What the mixer gives, without what a router in it says."""
-    return Output.of(mixer(x, layout, memory)).out
+    return Output.of(mixer(x, layout, cache)).out
 
 
 def causal_document_mask(cu_seqlens: tuple[int, ...]) -> Tensor:

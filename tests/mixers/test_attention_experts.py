@@ -76,7 +76,7 @@ def on_rank(kv, changes, cells):
 )
 def test_over_ranks_by_every_schedule_as_on_one(ranks, kv, changes):
     """Beside what tests/mixers/test_matrix.py does: the other kinds of keys and values."""
-    schedules = config_of(kv, **changes).schedules(4, 2)[1]
+    schedules = config_of(kv, **changes).available_schedules(4, 2)[1]
     assert len(schedules) == 5
     cells = [((0, 7, 33), "zigzag", schedule) for schedule in schedules] + [((0, 1, 20, 48), "contiguous", "ring")]
     answers = ranks.run(on_rank, kv, changes, cells, size=4)
@@ -114,10 +114,10 @@ def test_shared_keys_are_remembered_once_for_all_experts():
     remembered = {}
     for kv in ("each", "shared"):
         mixer = built(kv)
-        memory = mixer.empty_memory()
+        cache = mixer.new_cache()
         with torch.no_grad():
-            mixer(draw(20)[0], Layout((0, 20)), memory)
-        remembered[kv] = memory.nbytes
+            mixer(draw(20)[0], Layout((0, 20)), cache)
+        remembered[kv] = cache.nbytes
     assert remembered["each"] == 3 * remembered["shared"] > 0
 
 
@@ -144,9 +144,9 @@ def test_the_router_computes_in_float32_whatever_the_rest_does():
 def test_the_schedule_that_is_chosen_is_of_all_experts_heads():
     # 2 heads do not divide over 4 ranks, those of 2 experts do.
     config = AttentionExpertsConfig(experts=2, heads=2, head_dim=4)
-    assert "ulysses" in config.schedules(4, 1)[1]
-    assert "ulysses" not in config.expert.schedules(4, 1)[1]
-    told = config.build(DIM, 0, 1, 1e-5).schedule(Layout((0, 64), size=4, attention="auto"), torch.float32)
+    assert "ulysses" in config.available_schedules(4, 1)[1]
+    assert "ulysses" not in config.expert.available_schedules(4, 1)[1]
+    told = config.build(DIM, 0, 1, 1e-5).describe_schedule(Layout((0, 64), size=4, attention="auto"), torch.float32)
     assert "ulysses " in told
 
 

@@ -93,11 +93,11 @@ def test_a_second_derivative_is_refused(letter):
 
 def in_pieces(mixer, x, pieces):
     """The outputs for `x [B, T, D]` that comes in pieces, and what is remembered in the end."""
-    memory = mixer.empty_memory()
+    cache = mixer.new_cache()
     with torch.no_grad():
-        parts = ((part, Layout((0, part.shape[1]), continued=memory.tokens)) for part in x.split(pieces, dim=1))
-        outs = [run(mixer, part, layout, memory) for part, layout in parts]
-    return torch.cat(outs, dim=1), memory
+        parts = ((part, Layout((0, part.shape[1]), past_tokens=cache.tokens)) for part in x.split(pieces, dim=1))
+        outs = [run(mixer, part, layout, cache) for part, layout in parts]
+    return torch.cat(outs, dim=1), cache
 
 
 PIECES = [(7, 1, 1, 5, 1, 13), (1, 1, 2, 9, 1, 14), (2, 26), (1,) * 28, (28,)]
@@ -108,9 +108,9 @@ PIECES = [(7, 1, 1, 5, 1, 13), (1, 1, 2, 9, 1, 14), (2, 26), (1,) * 28, (28,)]
 def test_a_document_in_pieces_is_as_it_would_be_whole(letter, pieces):
     mixer, (x, _) = built(letter), draw(28)
     want = run(mixer, x, Layout((0, 28))).detach()
-    got, memory = in_pieces(mixer, x, pieces)
+    got, cache = in_pieces(mixer, x, pieces)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
-    assert memory.tokens == 28
+    assert cache.tokens == 28
 
 
 @each_mixer
@@ -132,10 +132,10 @@ def test_in_pieces_under_autocast_only_projections_are_rounded(letter):
 
 def work_of_a_token(mixer, tokens):
     """FLOPs, as torch counts them, of a token that comes after so many, and the bytes that are remembered then."""
-    _, memory = in_pieces(mixer, draw(tokens)[0], [*[5] * (tokens // 5)])
+    _, cache = in_pieces(mixer, draw(tokens)[0], [*[5] * (tokens // 5)])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run(mixer, draw(1)[0], Layout((0, 1), continued=tokens), memory)
-    return counter.get_total_flops(), memory.nbytes
+        run(mixer, draw(1)[0], Layout((0, 1), past_tokens=tokens), cache)
+    return counter.get_total_flops(), cache.nbytes
 
 
 @each_mixer
@@ -155,29 +155,29 @@ def test_neither_work_nor_memory_of_a_token_grows_with_those_before_where_mathem
 
 
 def test_what_softmax_attention_remembers_is_keys_and_values_of_all_tokens_and_half_as_much_room():
-    _, memory = in_pieces(built("S"), draw(90)[0], (60, *[1] * 30))
+    _, cache = in_pieces(built("S"), draw(90)[0], (60, *[1] * 30))
     of_a_token = 2 * 2 * (4 + 4) * 8  # B 2 x 2 key/value heads of 4 channels and 4, float64
-    assert 90 * of_a_token <= memory.nbytes <= 1.5 * 90 * of_a_token
+    assert 90 * of_a_token <= cache.nbytes <= 1.5 * 90 * of_a_token
 
 
 @each_mixer
 def test_what_does_not_fit_what_is_remembered_is_refused_and_changes_nothing(letter):
     mixer, (x, _) = built(letter), draw(10)
     want, _ = in_pieces(mixer, x, (4, 6))
-    got, memory = in_pieces(mixer, x[:, :4], (4,))
+    got, cache = in_pieces(mixer, x[:, :4], (4,))
     with torch.no_grad():
         for layout, words in (
-            (Layout((0, 6)), r"continues 0 tokens, and the layer remembers 4; give Layout\(\(0, n\), continued=4\)"),
-            (Layout((0, 6), continued=5), "continues 5 tokens"),
-            (Layout((0, 2, 6), continued=4), "2 documents on 1 ranks"),
-            (Layout((0, 12), size=2, continued=4), "1 documents on 2 ranks"),
+            (Layout((0, 6)), r"continues 0 tokens, and the layer remembers 4; give Layout\(\(0, n\), past_tokens=4\)"),
+            (Layout((0, 6), past_tokens=5), "continues 5 tokens"),
+            (Layout((0, 2, 6), past_tokens=4), "2 documents on 1 ranks"),
+            (Layout((0, 12), size=2, past_tokens=4), "1 documents on 2 ranks"),
         ):
             with pytest.raises(ValueError, match=words):
-                run(mixer, x[:, 4:], layout, memory)
+                run(mixer, x[:, 4:], layout, cache)
     with pytest.raises(ValueError, match=r"under torch\.no_grad"):
-        run(mixer, x[:, 4:], Layout((0, 6), continued=4), memory)
+        run(mixer, x[:, 4:], Layout((0, 6), past_tokens=4), cache)
     with torch.no_grad():
-        rest = run(mixer, x[:, 4:], Layout((0, 6), continued=4), memory)
+        rest = run(mixer, x[:, 4:], Layout((0, 6), past_tokens=4), cache)
     assert torch.equal(torch.cat([got, rest], dim=1), want)
 
 

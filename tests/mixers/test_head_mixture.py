@@ -143,10 +143,10 @@ def test_a_later_token_changes_no_earlier_output(letter):
 @each_mixer
 def test_a_document_in_pieces_is_as_it_would_be_whole(letter):
     mixer, (x, _) = routed(letter), draw(20)
-    whole, memory, got = mixer(x, Layout((0, 20))).out, mixer.empty_memory(), []
+    whole, cache, got = mixer(x, Layout((0, 20))).out, mixer.new_cache(), []
     for piece in x.split([7, 1, 1, 5, 1, 5], dim=1):
-        layout = Layout((0, piece.shape[1]), continued=memory.tokens)
-        got.append(mixer(piece, layout, memory).out)
+        layout = Layout((0, piece.shape[1]), past_tokens=cache.tokens)
+        got.append(mixer(piece, layout, cache).out)
     torch.testing.assert_close(torch.cat(got, dim=1), whole, rtol=1e-10, atol=1e-11)
 
 
@@ -227,7 +227,7 @@ def test_what_is_told_of_schedules_is_of_shared_and_of_routed_heads():
         mixer = built("S")
         if router:
             mixer.mix_heads(HeadsMixConfig(mixers=("softmax",), shared=shared, active=1), DIM, 6)
-        return mixer.schedule(Layout((0, 4096), "zigzag", 2), torch.float32)
+        return mixer.describe_schedule(Layout((0, 4096), "zigzag", 2), torch.float32)
 
     shared, rest = told(3).split("; routed heads: ")
     assert shared.startswith("shared heads: ")

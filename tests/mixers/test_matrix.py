@@ -28,7 +28,7 @@ def grid(size):
 
 def matrix(letter, size):
     """The documents, the order, and the layout's schedules of each cell."""
-    field, schedules = config_of(letter).schedules(size, grid(size))
+    field, schedules = config_of(letter).available_schedules(size, grid(size))
     ways = [{field: schedule} for schedule in schedules]
     return list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS, ways))
 

@@ -137,7 +137,7 @@ def test_flops_are_those_of_every_product_that_is_needed(tied, monkeypatch):
     model = decoder(hybrid(depth=4, tie_embeddings=tied))
     x, layout = tokens(30), Layout(BOUNDS)
     monkeypatch.setattr(lightning, "begin_state_scan", lambda *args: None)
-    monkeypatch.setattr(lightning, "scan", lambda recurrence, q, k, v, gates, layout, memory, begun: v)
+    monkeypatch.setattr(lightning, "scan", lambda recurrence, q, k, v, gates, layout, cache, begun: v)
     monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, window: q)
     with FlopCounterMode(display=False) as counter:
         model(x, layout)
@@ -203,10 +203,10 @@ def test_logits_of_a_document_in_pieces_are_those_of_the_whole(tied, arrangement
     model, x = decoder(hybrid(depth=4, tie_embeddings=tied, block=arrangement)), tokens(20, batch=2)
     for block in model.blocks:
         block.recompute, block.ffn.tile = True, 7
-    whole, memory, seen = model(x, Layout((0, 20))), model.empty_memory(), 0
+    whole, cache, seen = model(x, Layout((0, 20))), model.new_cache(), 0
     for part in x.split(pieces, dim=1):
         seen += part.shape[1]
-        logits = model.next_logits(part, memory)
+        logits = model.next_logits(part, cache)
         torch.testing.assert_close(logits, whole[:, seen - 1], rtol=1e-11, atol=1e-12)
         assert not logits.requires_grad
 
@@ -226,7 +226,7 @@ class _Rows(TorchDispatchMode):
 def test_of_a_prompt_only_the_last_token_has_logits():
     model, x = decoder(hybrid()), tokens(200, batch=2)
     with _Rows() as rows:
-        model.next_logits(x, model.empty_memory())
+        model.next_logits(x, model.new_cache())
     assert rows.most <= 12  # the head's own matrix, turned
     with _Rows() as rows:
         model(x, Layout((0, 200)))
@@ -236,13 +236,13 @@ def test_of_a_prompt_only_the_last_token_has_logits():
 def test_what_is_remembered_of_another_model_or_batch_is_refused():
     model, x = decoder(hybrid()), tokens(5, batch=2)
     with pytest.raises(ValueError, match="memory is of 2 layers, and the decoder has 3"):
-        model.next_logits(x, decoder(hybrid(depth=2)).empty_memory())
+        model.next_logits(x, decoder(hybrid(depth=2)).new_cache())
     with pytest.raises(ValueError, match=r"tokens has shape \[2, 0\]: expected \[batch, tokens\], at least one"):
-        model.next_logits(x[:, :0], model.empty_memory())
-    memory = model.empty_memory()
-    model.next_logits(x, memory)
+        model.next_logits(x[:, :0], model.new_cache())
+    cache = model.new_cache()
+    model.next_logits(x, cache)
     with pytest.raises(ValueError, match=r"\[3, 3, 4, 4\]"):
-        model.next_logits(tokens(5, batch=3), memory)
+        model.next_logits(tokens(5, batch=3), cache)
 
 
 # Other forms of the stream
@@ -294,8 +294,8 @@ def test_other_forms_of_the_stream_are_as_written_out(name):
     config, layout, x = other_forms()[name], Layout(BOUNDS), tokens(30, batch=2)
     model = distinct(decoder(config))
     torch.testing.assert_close(model(x, layout), written_out(model, x, layout, config), rtol=1e-11, atol=1e-12)
-    memory = model.empty_memory()
-    *_, last = [model.next_logits(part, memory) for part in tokens(17).split([5, 1, 11], dim=1)]
+    cache = model.new_cache()
+    *_, last = [model.next_logits(part, cache) for part in tokens(17).split([5, 1, 11], dim=1)]
     torch.testing.assert_close(last, model(tokens(17), Layout((0, 17)))[:, -1], rtol=1e-10, atol=1e-11)
 
 

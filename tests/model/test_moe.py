@@ -120,8 +120,8 @@ def test_generation_routes_token_by_token():
     model, x = decoder(routed(moe=moe)).eval(), tokens(13, batch=2)
     with torch.no_grad():
         whole = model(x, Layout((0, 13)))
-        memory = model.empty_memory()
-        got = [model.next_logits(piece, memory) for piece in x.split([4, 1, 1, 6, 1], dim=1)]
+        cache = model.new_cache()
+        got = [model.next_logits(piece, cache) for piece in x.split([4, 1, 1, 6, 1], dim=1)]
     for end, logits in zip((4, 5, 6, 12, 13), got, strict=True):
         torch.testing.assert_close(logits, whole[:, end - 1], rtol=1e-10, atol=1e-11)
 

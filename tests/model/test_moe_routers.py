@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from longctx.layers.cache import Memory
+from longctx.layers.cache import Cache
 from longctx.model import moe
 from longctx.model.initialise import initialise
 from longctx.model.moe import SIMILARITY_DIM, MoeConfig
@@ -63,7 +63,7 @@ def test_by_attention_it_is_what_the_mixers_attention_makes_of_the_scores():
     a = torch.rand(2, 13, 13, generator=torch.Generator().manual_seed(1), dtype=torch.float64).tril()
     a = a / a.sum(dim=-1, keepdim=True)
     p = a @ (x @ layer.router.weight.T).softmax(dim=-1)
-    got = layer(x, LAYOUT, lambda r, memory: a @ r)
+    got = layer(x, LAYOUT, lambda r, cache: a @ r)
     torch.testing.assert_close(got.out, best_two(layer, x, p), rtol=1e-11, atol=1e-12)
     with pytest.raises(ValueError, match="experts of layer 1: their router reads the mixer's attention"):
         layer(x, LAYOUT)
@@ -160,25 +160,25 @@ def test_a_document_in_pieces_is_routed_as_the_whole(router, window, pieces):
     model, x = decoder(config).eval(), tokens(20, batch=2)
     with torch.no_grad():
         whole = model(x, Layout((0, 20)))
-        memory, end = model.empty_memory(), 0
+        cache, end = model.new_cache(), 0
         for piece in x.split(pieces, dim=1):
             end += piece.shape[1]
-            got = model.next_logits(piece, memory)
+            got = model.next_logits(piece, cache)
             torch.testing.assert_close(got, whole[:, end - 1], rtol=1e-10, atol=1e-11)
-    held = [len(each.routed) for each in memory]
+    held = [len(each.routed) for each in cache]
     most = 20 if window is None or router == "similarity" else window - 1
     assert held == [0, most, 0, most]
-    kept = [*memory[1].keys.buffers, *memory[1].routed.buffers]
+    kept = [*cache[1].keys.buffers, *cache[1].routed.buffers]
     assert len(kept) == 2 + (2 if router == "similarity" else 1)
-    assert memory[1].nbytes == sum(buffer.untyped_storage().nbytes() for buffer in kept)
+    assert cache[1].nbytes == sum(buffer.untyped_storage().nbytes() for buffer in kept)
 
 
 def test_scores_are_remembered_once_and_not_for_each_head():
-    memory, model = Memory(), decoder(routed_by("attention"))
+    cache, model = Cache(), decoder(routed_by("attention"))
     block, layout = model.blocks[1].eval(), Layout((0, 13))
     with torch.no_grad():
-        block(torch.randn(2, 13, 12, dtype=torch.float64), layout, memory)
-    assert [tuple(buffer.shape) for buffer in memory.routed.buffers] == [(2, 1, 19, 4)]
+        block(torch.randn(2, 13, 12, dtype=torch.float64), layout, cache)
+    assert [tuple(buffer.shape) for buffer in cache.routed.buffers] == [(2, 1, 19, 4)]
 
 
 def test_flops_of_the_graph_are_a_score_and_a_sum_for_each_pair_that_is_seen():
@@ -192,12 +192,12 @@ def test_flops_of_the_graph_are_a_score_and_a_sum_for_each_pair_that_is_seen():
 
 def test_the_schedule_of_a_similarity_router_is_said_where_it_is_chosen():
     layer, attention = layer_of(router="similarity"), layer_of(router="attention")
-    said = layer.schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16)
+    said = layer.describe_schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16)
     assert said.startswith(("ring ", "all-gather "))
     assert "ulysses" not in said
-    assert layer.schedule(Layout((0, 4096), "zigzag", 4, attention="ring"), torch.bfloat16) is None
-    assert layer.schedule(Layout((0, 4096)), torch.bfloat16) is None
-    assert attention.schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16) is None
+    assert layer.describe_schedule(Layout((0, 4096), "zigzag", 4, attention="ring"), torch.bfloat16) is None
+    assert layer.describe_schedule(Layout((0, 4096)), torch.bfloat16) is None
+    assert attention.describe_schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16) is None
 
 
 def test_scores_that_are_no_numbers_are_told_where_logits_are():

@@ -67,7 +67,7 @@ def test_one_rank_holds_one_slice_in_any_order():
 
 
 def test_a_continued_document_does_not_start_and_keeps_its_positions():
-    layout = Layout((0, 3, 8), continued=10)
+    layout = Layout((0, 3, 8), past_tokens=10)
     assert layout.starts(layout.slices[0]) == (3,)
     assert layout.positions.tolist() == [10, 11, 12, 0, 1, 2, 3, 4]
 
@@ -81,7 +81,7 @@ def test_a_continued_document_does_not_start_and_keeps_its_positions():
         ({"cu_seqlens": (0, 2.5, 4)}, "expected integers"),
         ({"cu_seqlens": (0, 4), "order": "diagonal"}, "one of contiguous, zigzag, balanced, not 'diagonal'"),
         ({"cu_seqlens": (0, 4), "size": 2, "rank": 2}, "rank 2 is not one of 2 ranks"),
-        ({"cu_seqlens": (0, 4), "continued": -1}, "number of tokens, not -1"),
+        ({"cu_seqlens": (0, 4), "past_tokens": -1}, "number of tokens, not -1"),
     ],
 )
 def test_wrong_layouts_are_refused(arguments, message):

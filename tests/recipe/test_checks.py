@@ -8,13 +8,13 @@ from longctx.model.config import ModelConfig
 from longctx.model.moe import MoeConfig
 from longctx.recipe import Recipe, check
 from longctx.recipe.checks import judge
-from longctx.recipe.tables import ParallelConfig, ScheduleConfig, TrainConfig
+from longctx.recipe.tables import LRScheduleConfig, ParallelConfig, TrainConfig
 
 
 def found(world_size=None, *, sequences=1, schedule=None, **parallel):
     tables = {
         "train": TrainConfig(steps=10, sequences_per_step=sequences),
-        "schedule": schedule or ScheduleConfig(),
+        "schedule": schedule or LRScheduleConfig(),
         "parallel": ParallelConfig(**parallel),
     }
     return {".".join(map(str, mistake.key)): mistake.text for mistake in judge(tables, world_size)}
@@ -76,8 +76,8 @@ def test_sequences_divide_over_data_parallel_ranks():
 
 
 def test_warmup_and_decay_fit_into_the_steps():
-    assert found(schedule=ScheduleConfig(kind="wsd", warmup=4, decay=6)) == {}
-    assert found(schedule=ScheduleConfig(kind="wsd", warmup=5, decay=6)) == {
+    assert found(schedule=LRScheduleConfig(kind="wsd", warmup=4, decay=6)) == {}
+    assert found(schedule=LRScheduleConfig(kind="wsd", warmup=5, decay=6)) == {
         "schedule.warmup": "warmup and decay together take 5 + 6 = 11 steps and train.steps is 10"
     }
 
@@ -85,13 +85,13 @@ def test_warmup_and_decay_fit_into_the_steps():
 def test_check_lists_everything_that_does_not_fit_the_ranks():
     recipe = Recipe.model_construct(
         train=TrainConfig(steps=1),
-        schedule=ScheduleConfig(warmup=2),
+        schedule=LRScheduleConfig(warmup=2),
         parallel=ParallelConfig(cp=4),
     )
     with pytest.raises(UserError) as caught:
         check(recipe, 2)
     assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == ["schedule.warmup", "parallel"]
-    assert check(recipe.model_copy(update={"schedule": ScheduleConfig()}), 4) is None
+    assert check(recipe.model_copy(update={"schedule": LRScheduleConfig()}), 4) is None
 
 
 def experts(world_size=None, *, count=8, hidden=6, dim=12, **parallel):

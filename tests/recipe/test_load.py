@@ -9,7 +9,7 @@ from longctx.config import Config, Integer
 from longctx.errors import UserError
 from longctx.recipe import sources
 from longctx.recipe.loading import load_as
-from longctx.recipe.tables import EvaluationConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from longctx.recipe.tables import EvaluationConfig, LRScheduleConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 
 class Lightning(Config):
@@ -52,7 +52,7 @@ class Run(Config):
     data: Data = Data()
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: LRScheduleConfig = LRScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig(every=10)
 

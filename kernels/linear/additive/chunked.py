@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.chunking import Chunk, Heads, Walk, chunks, walk_back
+from longctx.kernels.linear.chunking import Chunk, HeadGroup, Walk, chunks, walk_back
 from longctx.kernels.linear.decay import Decay, Decays, GateSums
 from longctx.kernels.linear.recurrence import Carry, Gates, Segment
 
@@ -72,7 +72,7 @@ class _Additive(Walk):
 
     def forward(
         self, k: Tensor, v: Tensor, segments: Sequence[Segment], states: Tensor, ends: Tensor | None
-    ) -> Iterator[tuple[Heads, Chunk, Tensor, Tensor, Tensor, Decay]]:
+    ) -> Iterator[tuple[HeadGroup, Chunk, Tensor, Tensor, Tensor, Decay]]:
         """Each chunk in order, with the state before it, its keys, values and decays; what it writes follows behind it.
 
         The states after the segments go to `ends`.
@@ -208,13 +208,13 @@ class _Backward:
         shape = (walk.heads,) if self.constant else g.shape if g.dim() == 4 else (*g.shape, 1)
         self.dg = torch.zeros(shape, dtype=walk.dtype, device=g.device)
 
-    def advance(self, heads: Heads, chunk: Chunk, state: Tensor) -> None:
+    def advance(self, heads: HeadGroup, chunk: Chunk, state: Tensor) -> None:
         """The state behind a chunk from that before it, in place."""
         walk = self.walk
         keys, values = walk.load("k", self.k, heads, chunk), walk.load("v", self.v, heads, chunk)
         walk.write(state, keys, values, walk.decays.of(walk, heads, chunk))
 
-    def chunk(self, heads: Heads, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
+    def chunk(self, heads: HeadGroup, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
         """The gradients of a chunk; `dstate` becomes that of the state before it, in place."""
         walk, square = self.walk, (heads.count, chunk.size, chunk.size)
         decay = walk.decays.of(walk, heads, chunk)

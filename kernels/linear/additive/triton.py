@@ -42,7 +42,7 @@ from longctx.kernels.linear.additive.triton_backward import dk_dv_kernel, dq_ker
 from longctx.kernels.linear.additive.triton_forward import apply_kernel, summary_kernel
 from longctx.kernels.linear.recurrence import Carry, Gates, Segment
 from longctx.kernels.linear.triton_launch import (
-    Problem,
+    LaunchShape,
     after_last_start,
     before_first_start,
     bounds_on,
@@ -59,17 +59,19 @@ from longctx.kernels.linear.triton_launch import (
 __all__ = ["apply", "apply_grad", "key_value_grad", "query_grad", "segment_length", "summarize", "summarize_grad"]
 
 
-def _pose(k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], query_heads: int | None = None) -> Problem:
+def _pose(
+    k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], query_heads: int | None = None
+) -> LaunchShape:
     return pose("additive", k, v, gates, gates[0] if gates else None, segments, query_heads)
 
 
-def _launch(problem: Problem, kernel: Any, blocks: tuning.Blocks, *arguments: Any, **constants: Any) -> None:
+def _launch(problem: LaunchShape, kernel: Any, blocks: tuning.Blocks, *arguments: Any, **constants: Any) -> None:
     """Run a program for each segment, sequence, head and tile of the state."""
     programs = problem.tiles(blocks) * len(problem.segments) * problem.batch * problem.heads
     problem.launch(kernel, blocks, programs, *arguments, **constants)
 
 
-def _summary(problem: Problem, x: Tensor, y: Tensor, bounds: tuple[tuple[int, int], ...], reverse: bool) -> Carry:
+def _summary(problem: LaunchShape, x: Tensor, y: Tensor, bounds: tuple[tuple[int, int], ...], reverse: bool) -> Carry:
     shape = problem.state_shape
     state = torch.empty(shape, dtype=torch.float32, device=problem.device)
     total = torch.empty(
@@ -245,7 +247,7 @@ class _Backward:
         return to_shared(dk, self.k), to_shared(dv, self.v), dgate, dstates
 
 
-def _decay_grads(problem: Problem, blocks: tuning.Blocks) -> tuple[Tensor, Tensor]:
+def _decay_grads(problem: LaunchShape, blocks: tuning.Blocks) -> tuple[Tensor, Tensor]:
     """Memory for dg and for what a segment's end adds to it, float32: `[B, T, H, K]` and `[N, B, H, K]` for vectors,
     else `[parts x B, T, H]` and `[N, B, H, parts]`, a part for each block of K."""
     batch, length, heads, count = problem.batch, problem.length, problem.heads, len(problem.segments)
@@ -258,7 +260,7 @@ def _decay_grads(problem: Problem, blocks: tuning.Blocks) -> tuple[Tensor, Tenso
     return terms, edges
 
 
-def _gate_grad(problem: Problem, dgate: Tensor) -> Tensor:
+def _gate_grad(problem: LaunchShape, dgate: Tensor) -> Tensor:
     """The gradient of the decay, in its shape and dtype."""
     gate = problem.log_decay
     assert gate is not None

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.chunking import Chunk, Heads, Walk, chunks, walk_back
+from longctx.kernels.linear.chunking import Chunk, HeadGroup, Walk, chunks, walk_back
 from longctx.kernels.linear.decay import Decay, Decays, GateSums
 from longctx.kernels.linear.recurrence import Carry, Gates, Segment
 
@@ -78,7 +78,7 @@ class _Delta(Walk):
     def chunks(self, segment: Segment) -> list[Chunk]:
         return chunks(segment, CHUNK, halving=self.decays.vector)
 
-    def writes(self, k: Tensor, heads: Heads, chunk: Chunk) -> _Writes:
+    def writes(self, k: Tensor, heads: HeadGroup, chunk: Chunk) -> _Writes:
         keys, share = self.load("k", k, heads, chunk), self.load("beta", self.beta, heads, chunk)
         return _Writes(self, keys, share, self.decays.of(self, heads, chunk))
 
@@ -195,13 +195,13 @@ class _Backward:
             shaped = [walk.beta] + [g if g.dim() == 4 else g[..., None] for g in gates[1:]]
             self.dgates = [torch.zeros(g.shape, dtype=walk.dtype, device=g.device) for g in shaped]
 
-    def advance(self, heads: Heads, chunk: Chunk, state: Tensor) -> None:
+    def advance(self, heads: HeadGroup, chunk: Chunk, state: Tensor) -> None:
         """The state behind a chunk from that before it, in place."""
         writes = self.walk.writes(self.k, heads, chunk)
         values = self.walk.load("v", self.v, heads, chunk)
         self.walk.write(state, writes, writes.solve(writes.left(values, state)))
 
-    def chunk(self, heads: Heads, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
+    def chunk(self, heads: HeadGroup, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
         """The gradients of a chunk; `dstate` becomes that of the state before it, in place."""
         walk, square = self.walk, (heads.count, chunk.size, chunk.size)
         writes = walk.writes(self.k, heads, chunk)

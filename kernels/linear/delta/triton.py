@@ -46,7 +46,7 @@ from longctx.kernels.linear.delta.triton_grads import grads_kernel
 from longctx.kernels.linear.delta.triton_prepare import prepare_kernel
 from longctx.kernels.linear.recurrence import Carry, Gates, Segment
 from longctx.kernels.linear.triton_launch import (
-    Problem,
+    LaunchShape,
     Strides,
     after_last_start,
     before_first_start,
@@ -73,7 +73,7 @@ Bounds = tuple[tuple[int, int], ...]
 class _Part:
     """Some neighbouring segments, whose chunks are held at once: `at` among all segments."""
 
-    problem: Problem
+    problem: LaunchShape
     at: slice
     bounds: Bounds
     chunk: int

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from longctx.parallel.attention.ulysses import Heads, to_heads, to_rows
+from longctx.parallel.attention.ulysses import HeadPartition, gather_heads, scatter_heads
 from longctx.parallel.mesh import Axis
 
 
@@ -68,13 +68,13 @@ class DistributedAttention(nn.Module):
             raise ValueError(f"DistributedAttention: {key.shape[2]} key heads, num_kv_heads is {self.num_kv_heads}")
         if self.axis.group is None:
             return self.local_attn(query, key, value, *args, **kwargs)
-        heads = Heads(query.shape[2], key.shape[2], self.axis.size)
+        heads = HeadPartition(query.shape[2], key.shape[2], self.axis.size)
         q, k, v = map(self._rows_second, (query, key, value))
-        mine = to_heads(q, k, v, heads, self.axis.group)
+        mine = scatter_heads(q, k, v, heads, self.axis.group)
         q, k, v = (self._rows_second(x) for x in mine)
         out = self.local_attn(q, k, v, *args, **kwargs)
         apart = out if out.dim() == 4 else out.unflatten(2, (q.shape[2], -1))
-        rows = self._rows_second(to_rows(self._rows_second(apart), heads, self.axis.group))
+        rows = self._rows_second(gather_heads(self._rows_second(apart), heads, self.axis.group))
         return rows if out.dim() == 4 else rows.flatten(2)
 
     def _rows_second(self, x: Tensor) -> Tensor:

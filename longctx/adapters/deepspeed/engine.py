@@ -185,15 +185,15 @@ class ZeroEngine:
         self.model.train()
         return losses
 
-    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """As in `Engine`."""
-        return self._shape.schedules(layout, dtype)
+        return self._shape.attention_schedules(layout, dtype)
 
     def flops(self, layout: Layout) -> int:
         """As in `Engine`."""
         return self._shape.flops(layout)
 
-    def begin_with(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """As in `Engine`."""
         tensors = self._weights(whole=False)
         weights.fill(tensors)

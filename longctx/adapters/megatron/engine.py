@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from longctx.adapters.megatron.language_model import build, transformer_config
-from longctx.adapters.megatron.layouts import Given
+from longctx.adapters.megatron.layouts import LayoutBatch
 from longctx.adapters.megatron.optimizers import load_optimizer, moments
 from longctx.adapters.megatron.weights import fill, mark
 from longctx.checkpoint.save import RESUME, Checkpointer, TrainerState, others
@@ -35,7 +35,7 @@ from longctx.layers.router import Router
 from longctx.mixers.head_mixture import HeadRouter
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import drawn
-from longctx.moe.report import Report
+from longctx.moe.report import RouterReport
 from longctx.parallel.collectives import all_reduce, gather_named
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
@@ -156,14 +156,14 @@ class MegatronEngine:
 
     def _run(
         self, batches: Sequence[Batch], weight: float, *, forward_only: bool
-    ) -> tuple[list[Tensor], list[dict[str, Report]]]:
+    ) -> tuple[list[Tensor], list[dict[str, RouterReport]]]:
         """One pass of Megatron's schedule; the negative log likelihoods of each batch's tokens, on the last stage, and
         what this stage's routers say of each batch, whose losses are multiplied with a weight."""
-        reports: list[dict[str, Report]] = []
+        reports: list[dict[str, RouterReport]] = []
 
         def forward_step(batches: Iterator[Batch], model: Any) -> Any:
             batch = next(batches)
-            given = Given(batch.layout, weight * len(batch.tokens))
+            given = LayoutBatch(batch.layout, weight * len(batch.tokens))
             out = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=given)
             reports.append(self._reports())
 
@@ -184,7 +184,7 @@ class MegatronEngine:
         )
         return [each["nll"] for each in found], reports
 
-    def _reports(self) -> dict[str, Report]:
+    def _reports(self) -> dict[str, RouterReport]:
         """What the routers of this stage said last, by the names of their layers in the built-in model."""
         said = {f"blocks.{each.layer_number - 1}.mixer": each.self_attention.report for each in self._layers}
         return {name: report for name, report in said.items() if report is not None}
@@ -212,11 +212,11 @@ class MegatronEngine:
         nll = self._of_last_stage(nll.contiguous())
         return Losses(nll.sum(), nll, reports[0])
 
-    def schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """As in `Engine`."""
         chosen = {}
         for layer in self._layers:
-            schedule = layer.self_attention.mixer.schedule(layout, dtype)
+            schedule = layer.self_attention.mixer.describe_schedule(layout, dtype)
             if schedule is not None:
                 chosen[str(layer.layer_number - 1)] = schedule
         return gather_named(chosen, self.mesh.pp)
@@ -225,7 +225,7 @@ class MegatronEngine:
         """As in `Engine`; ranks that divide a layer or the layers have an equal share each."""
         return self._built_in.flops(layout) // (self.mesh.tp.size * self.recipe.parallel.pp)
 
-    def begin_with(self, weights: Weights) -> None:
+    def load_weights(self, weights: Weights) -> None:
         """As in `Engine`."""
         fill(self.model, self.mesh.tp, weights.read)
         self.optimizer.reload_model_params()

@@ -81,7 +81,7 @@ class Placement:
         return x if self.give is None else self.give(x, 1)
 
 
-class Given(PackedSeqParams):  # type: ignore[misc]
+class LayoutBatch(PackedSeqParams):  # type: ignore[misc]
     """A batch that lies over ranks as a layout of ours says, in the place of what Megatron says of documents."""
 
     def __init__(self, layout: Layout, weight: float) -> None:
@@ -106,7 +106,7 @@ def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: 
 
 def placed(rows: int, packed: PackedSeqParams | None, groups: Groups, attention: str) -> Placement:
     """Of a batch of which this rank has `rows` tokens."""
-    if isinstance(packed, Given):
+    if isinstance(packed, LayoutBatch):
         return packed.placement
     length = rows * groups.cp.size
     bounds = (0, length) if packed is None else packed_bounds(packed, length)

@@ -23,15 +23,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from longctx.adapters.megatron.checkpoints import sharded
-from longctx.adapters.megatron.layouts import Given, Groups, attention_schedule, placed
+from longctx.adapters.megatron.layouts import Groups, LayoutBatch, attention_schedule, placed
 from longctx.adapters.megatron.losses import attach, mean_over_batches
 from longctx.adapters.megatron.optimizers import count_both_dtypes
 from longctx.layers.basic import Linear
 from longctx.layers.output import Output
-from longctx.mixers import MIXERS, Memory, Mixer, MixerConfig
+from longctx.mixers import MIXERS, Cache, Mixer, MixerConfig
 from longctx.mixers.head_mixture import HeadsMixConfig
 from longctx.mixers.tensor_parallel import divide, divisions
-from longctx.moe.report import Report
+from longctx.moe.report import RouterReport
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
@@ -83,7 +83,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         self.groups, self.layer_number = Groups.of(config, pg_collection), layer_number
         chosen = default_mixer(mixer, config) if isinstance(mixer, str) else mixer
         self.schedule = attention_schedule(cp_comm_type)
-        self.report: Report | None = None
+        self.report: RouterReport | None = None
         """What the mixer's router, if it has one, said of the last batch."""
         with torch.device("cpu"):
             self.mixer = chosen.build(config.hidden_size, layer_number - 1, config.num_layers, config.layernorm_epsilon)
@@ -175,7 +175,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         self.report = report._replace(loss=report.loss.detach())
         if not self.training:
             return out
-        if isinstance(packed, Given):
+        if isinstance(packed, LayoutBatch):
             factor = packed.weight
         else:
             factor = mean_over_batches(self.config, self.groups.cp.size, where.layout.length * len(x))
@@ -185,13 +185,13 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         """The next tokens of the documents of a static inference context, which holds what layers remember."""
         if not context.is_static_batching() or self.groups.cp.size > 1:
             raise ValueError("inference: a mixer generates by static batches on one context-parallel rank")
-        held: dict[int, Memory] = context.__dict__.setdefault("_longctx_memories", {})
+        held: dict[int, Cache] = context.__dict__.setdefault("_longctx_memories", {})
         if context.sequence_len_offset == 0:
-            held[self.layer_number] = self.mixer.empty_memory()
-        memory = held[self.layer_number]
-        layout = Layout((0, x.shape[1]), continued=memory.tokens)
+            held[self.layer_number] = self.mixer.new_cache()
+        cache = held[self.layer_number]
+        layout = Layout((0, x.shape[1]), past_tokens=cache.tokens)
         with torch.no_grad():
-            return Output.of(self.mixer(x, layout, memory)).out
+            return Output.of(self.mixer(x, layout, cache)).out
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -117,7 +117,7 @@ def test_a_checkpoint_has_the_torch_engines_tensors_in_rows_on_all_ranks(ranks, 
 
 def begun(run, path):
     with deepspeed_engine(run) as engine:
-        engine.begin_with(find_weights(path, "with train.init=DIR"))
+        engine.load_weights(find_weights(path, "with train.init=DIR"))
         assert engine._partitions.steps == 0
         return [engine.losses(batch).nll for batch in batches_of(run, engine.mesh, 0)]
 

@@ -40,17 +40,17 @@ class OurExchange:
     @classmethod
     def apply(cls, group, x, scatter, gather, batch_dim):
         from longctx.adapters.deepspeed import DistributedAttention
-        from longctx.parallel.attention.ulysses import Heads, to_heads, to_rows
+        from longctx.parallel.attention.ulysses import HeadPartition, gather_heads, scatter_heads
 
         sequence_dim = gather if scatter == 2 else scatter
         module = DistributedAttention(lambda q, k, v: q, group, 2, sequence_dim)
         rows = module._rows_second(x)
         if scatter == 2:
             cls.heads = x.shape[2]
-            heads = Heads(cls.heads, cls.heads, module.axis.size)
-            return module._rows_second(to_heads(rows, rows, rows, heads, module.axis.group)[0])
-        heads = Heads(cls.heads, cls.heads, module.axis.size)
-        return module._rows_second(to_rows(rows, heads, module.axis.group))
+            heads = HeadPartition(cls.heads, cls.heads, module.axis.size)
+            return module._rows_second(scatter_heads(rows, rows, rows, heads, module.axis.group)[0])
+        heads = HeadPartition(cls.heads, cls.heads, module.axis.size)
+        return module._rows_second(gather_heads(rows, heads, module.axis.group))
 
 
 def run(checkout, name, method, arguments):

@@ -10,7 +10,7 @@ import torch
 from longctx.kernels.attention import backends as attention_backends
 from longctx.kernels.attention import block as attention
 from longctx.kernels.attention.backends import BACKENDS, Call
-from longctx.kernels.attention.block import CAUSAL, FULL, explain, sliding_window
+from longctx.kernels.attention.block import CAUSAL, FULL, explain_backends, sliding_window
 from longctx.kernels.attention.flex import Flex
 from longctx.kernels.attention.vendor import FlashAttn
 from tests.kernels.attention.cases import by_reference, dense, draw, masks
@@ -89,7 +89,7 @@ def test_a_named_backend_that_cannot_says_what_it_lacks_and_which_ones_can():
 
 def test_explain_says_of_every_backend_what_it_lacks():
     q, k, v, _ = draw(6, 6)
-    reasons = explain(q, k, v, sliding_window(6, 6, 2))
+    reasons = explain_backends(q, k, v, sliding_window(6, 6, 2))
     assert list(reasons) == list(BACKENDS)
     assert reasons["cpu-flash"] is None
     assert reasons["tiled"] is None
@@ -218,7 +218,7 @@ def test_every_backend_of_a_gpu_equals_the_dense_reference_and_takes_the_global_
         visible = visible.tril()
     inputs = draw(tq, tk, 4, 2, 72, 64, dtype=dtype)
     q, k, v, do = (x.cuda() for x in inputs)
-    if (lacks := explain(q, k, v, mask)[backend]) is not None:
+    if (lacks := explain_backends(q, k, v, mask)[backend]) is not None:
         pytest.skip(lacks)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     want = by_reference(*(x.double() for x in inputs), visible, 0.3)

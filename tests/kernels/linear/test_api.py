@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from longctx.kernels.linear.api import Plan, linear_attention, scan, step
+from longctx.kernels.linear.api import Plan, linear_attention, scan_recurrence, step
 from longctx.kernels.linear.feature_maps import ELEMENTWISE, NOT_NEGATIVE, hedgehog
 from longctx.kernels.linear.operators import ADDITIVE, DELTA
 from longctx.kernels.linear.recurrence import Segment
@@ -38,7 +38,7 @@ def test_gradients_of_everything_equal_autograd_through_the_reference(kind, size
     leaves = [x.clone().requires_grad_() for x in (*case.tokens, case.state)]
     q, k, v, *gates, state = leaves
     recurrence = Short(case.recurrence, size) if size else case.recurrence
-    out, end = scan(recurrence, q, k, v, tuple(gates), Plan((Segment(0, 70, (30, 31)),)), state)
+    out, end = scan_recurrence(recurrence, q, k, v, tuple(gates), Plan((Segment(0, 70, (30, 31)),)), state)
     torch.autograd.backward([out, end], [case.do, case.dend])
     got = dict(zip(want, [out, end, *(x.grad for x in leaves)], strict=True))
     for name, x in want.items():
@@ -75,7 +75,7 @@ def test_backward_the_gradients_of_queries_are_made_while_those_of_states_travel
 
     q, k, v = (x.clone().requires_grad_() for x in case.tokens[:3])
     recurrence = Logged(case.recurrence, calls)
-    out, _ = scan(recurrence, q, k, v, case.gates, Plan((Segment(0, 20),), exchange), case.state)
+    out, _ = scan_recurrence(recurrence, q, k, v, case.gates, Plan((Segment(0, 20),), exchange), case.state)
     assert calls == ["summarize", "sent", "waited", "apply"]
     calls.clear()
     out.backward(case.do)
@@ -105,7 +105,7 @@ def test_the_triton_form_under_the_same_scan_gives_the_same(kind, heads):
     q, k, v, *gates, state = leaves
     recurrence = Short(triton_delta if case.recurrence is DELTA else triton_additive, 23)
     recurrence.check = case.recurrence.check
-    out, end = scan(recurrence, q, k, v, tuple(gates), Plan((Segment(0, 70, (30, 31)),)), state)
+    out, end = scan_recurrence(recurrence, q, k, v, tuple(gates), Plan((Segment(0, 70, (30, 31)),)), state)
     torch.autograd.backward([out, end], [case.do, case.dend])
     got = dict(zip(want, [out, end, *(x.grad for x in leaves)], strict=True))
     for name, x in want.items():
@@ -358,4 +358,4 @@ def test_gates_that_a_recurrence_does_not_have_are_refused():
     arguments = good()
     q, k, v, g = (arguments[name] for name in ("q", "k", "v", "log_decay"))
     with pytest.raises(ValueError, match="the additive recurrence has 2 gates: expected log_decay"):
-        scan(ADDITIVE, q, k, v, (g, g), Plan((Segment(0, 8),)))
+        scan_recurrence(ADDITIVE, q, k, v, (g, g), Plan((Segment(0, 8),)))

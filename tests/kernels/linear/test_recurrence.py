@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longctx.kernels.linear import reference
-from longctx.kernels.linear.recurrence import Carry, Segment, combine
+from longctx.kernels.linear.recurrence import Carry, Segment, compose
 from tests.kernels.linear.cases import GROUPS, KINDS, by_recurrence, by_reference, draw, named_gates, relative
 
 LENGTHS = [1, 2, 63, 64, 65, 128, 200]
@@ -110,7 +110,7 @@ def test_combine_is_associative_through_resets(kind):
     segments = [Segment(0, 10), Segment(10, 20, (3,)), Segment(20, 30)]
     carry = case.recurrence.summarize(case.k, case.v, case.gates, segments)
     a, b, c = (carry[n] for n in range(3))
-    left, right = combine(combine(a, b), c), combine(a, combine(b, c))
+    left, right = compose(compose(a, b), c), compose(a, compose(b, c))
     assert isinstance(left, Carry)
     torch.testing.assert_close(left.state, right.state)
     torch.testing.assert_close(left.transition, right.transition)

@@ -37,17 +37,17 @@ def test_candidates_begin_with_the_table():
 
 def test_unknown_kernels_and_dims_are_refused():
     with pytest.raises(ValueError, match="no kernel 'apply/matrix'"):
-        tuning.choose("apply/matrix", 16, 16, torch.bfloat16, CPU)
+        tuning.choose_tiles("apply/matrix", 16, 16, torch.bfloat16, CPU)
     with pytest.raises(ValueError, match="513"):
-        tuning.choose("apply/scalar", 513, 16, torch.bfloat16, CPU)
+        tuning.choose_tiles("apply/scalar", 513, 16, torch.bfloat16, CPU)
 
 
 def test_forced_sizes_hold_inside_only():
-    usual = tuning.choose("dq/scalar", 20, 20, torch.float32, CPU)
+    usual = tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU)
     with tuning.forced("dq/scalar", SIZES):
-        assert tuning.choose("dq/scalar", 20, 20, torch.float32, CPU) == SIZES
-        assert tuning.choose("dk/scalar", 20, 20, torch.float32, CPU) != SIZES
-    assert tuning.choose("dq/scalar", 20, 20, torch.float32, CPU) == usual
+        assert tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU) == SIZES
+        assert tuning.choose_tiles("dk/scalar", 20, 20, torch.float32, CPU) != SIZES
+    assert tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU) == usual
 
 
 def test_what_was_measured_is_saved_and_read_in_another_process(tmp_path, monkeypatch):
@@ -58,13 +58,13 @@ def test_what_was_measured_is_saved_and_read_in_another_process(tmp_path, monkey
     pytest.importorskip("triton")
     attempts = [{**SIZES, "warps": warps} for warps in (1, 2, 4)]
     best = tuning.tune("apply/vector", 20, 20, torch.float32, CPU, lambda: None, attempts)
-    assert best == SIZES == tuning.choose("apply/vector", 32, 17, torch.float32, CPU)
+    assert best == SIZES == tuning.choose_tiles("apply/vector", 32, 17, torch.float32, CPU)
     tuning.save(tmp_path / "tuning.json")
     monkeypatch.setattr(tuning, "_measured", {})
-    assert tuning.choose("apply/vector", 20, 20, torch.float32, CPU) != SIZES
+    assert tuning.choose_tiles("apply/vector", 20, 20, torch.float32, CPU) != SIZES
     monkeypatch.setenv("LONGCTX_TUNING", str(tmp_path / "tuning.json"))
-    assert tuning.choose("apply/vector", 20, 20, torch.float32, CPU) == SIZES
-    assert tuning.choose("apply/vector", 64, 20, torch.float32, CPU) != SIZES
+    assert tuning.choose_tiles("apply/vector", 20, 20, torch.float32, CPU) == SIZES
+    assert tuning.choose_tiles("apply/vector", 64, 20, torch.float32, CPU) != SIZES
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", json.dumps({"a": {"chunk": 16}})], ids=str)
@@ -74,4 +74,4 @@ def test_a_file_that_is_no_table_is_an_error(content, tmp_path, monkeypatch):
         path.write_text(content)
     monkeypatch.setenv("LONGCTX_TUNING", str(path))
     with pytest.raises(ValueError, match=r"LONGCTX_TUNING names .*broken\.json"):
-        tuning.choose("apply/scalar", 16, 16, torch.float32, CPU)
+        tuning.choose_tiles("apply/scalar", 16, 16, torch.float32, CPU)

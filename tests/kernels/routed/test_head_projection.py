@@ -5,7 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels.routed import head_projection as routed_linear
-from longctx.kernels.routed.head_projection import from_heads, from_pairs, to_heads, to_pairs
+from longctx.kernels.routed.head_projection import (
+    project_from_heads,
+    project_from_pairs,
+    project_to_heads,
+    project_to_pairs,
+)
 
 HEADS, DIM, HEAD_DIM = 5, 7, 3
 CHOICES = {
@@ -23,16 +28,16 @@ def _small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("length", [0, 1, 8, 21])
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("function", [to_heads, from_heads])
+@pytest.mark.parametrize("function", [project_to_heads, project_from_heads])
 def test_equals_the_whole_product_masked(function, choice, length):
     torch.manual_seed(0)
     chosen = CHOICES[choice]((2, length, HEADS))
     shapes = ((2, length, DIM), (HEADS, HEAD_DIM, DIM))
-    if function is from_heads:
+    if function is project_from_heads:
         shapes = ((2, length, HEADS, HEAD_DIM), (HEADS, DIM, HEAD_DIM))
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     out, (x, weight) = function(*leaves, chosen), leaves
-    if function is to_heads:
+    if function is project_to_heads:
         want = torch.einsum("btd,ekd->btek", x, weight) * chosen[..., None]
     else:
         want = torch.einsum("btev,edv->btd", x * chosen[..., None], weight)
@@ -54,11 +59,11 @@ def test_pairs_may_lie_in_any_rows(choice, length):
     x, weight = (
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, length, DIM), (HEADS, HEAD_DIM, DIM))
     )
-    rows, heads = to_pairs(x, weight, chosen, places, count), to_heads(x, weight, chosen)
+    rows, heads = project_to_pairs(x, weight, chosen, places, count), project_to_heads(x, weight, chosen)
     assert torch.equal(rows[places[chosen]], heads[chosen])
     assert torch.equal(rows.count_nonzero(), heads.count_nonzero())
     back = torch.randn(HEADS, DIM, HEAD_DIM, dtype=torch.float64, requires_grad=True)
-    got, want = from_pairs(rows, back, chosen, places), from_heads(heads, back, chosen)
+    got, want = project_from_pairs(rows, back, chosen, places), project_from_heads(heads, back, chosen)
     assert torch.equal(got, want)
     towards = torch.randn_like(want)
     leaves = (x, weight, back)
@@ -69,11 +74,11 @@ def test_pairs_may_lie_in_any_rows(choice, length):
 def test_only_chosen_pairs_are_multiplied():
     chosen = torch.rand(2, 21, HEADS) < 0.4
     with FlopCounterMode(display=False) as counter:
-        to_heads(torch.randn(2, 21, DIM), torch.randn(HEADS, HEAD_DIM, DIM), chosen)
+        project_to_heads(torch.randn(2, 21, DIM), torch.randn(HEADS, HEAD_DIM, DIM), chosen)
     assert counter.get_total_flops() == 2 * int(chosen.sum()) * DIM * HEAD_DIM
 
 
-@pytest.mark.parametrize("function", [to_heads, from_heads])
+@pytest.mark.parametrize("function", [project_to_heads, project_from_heads])
 def test_what_does_not_fit_is_named(function):
     chosen = torch.ones(2, 4, HEADS, dtype=torch.bool)
     with pytest.raises(ValueError, match="routed projection: x is"):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from longctx.kernels.attention import reference
 from longctx.kernels.linear.recurrence import document_ids
 from longctx.parallel.attention.api import ACROSS, softmax_attention
-from longctx.parallel.attention.visibility import Holders, Reach, score_elements
+from longctx.parallel.attention.visibility import KVOwners, Reach, score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.traffic import counted
@@ -190,7 +190,7 @@ def test_the_ring_sends_what_is_seen_and_nothing_else(ranks, bounds, order, reac
     layouts = [Layout(bounds, order, 4, rank) for rank in range(4)]
     sent = [0] * 4
     for reader in range(4):
-        holders = Holders(layouts[0], [layout.numbers(rank) for rank, layout in enumerate(layouts)], Reach(**reach))
+        holders = KVOwners(layouts[0], [layout.numbers(rank) for rank, layout in enumerate(layouts)], Reach(**reach))
         for source in range(4):
             if source != reader:
                 sent[source] += sum(part.stop - part.start for part in holders.needed(reader, source))
@@ -223,7 +223,7 @@ def test_wrong_arguments_are_refused():
     assert "8 tokens, but the layout gives this rank 4" in refused(q, k, v, Layout((0, 4)))
     assert "do not fit: expected [B, T, H, K]" in refused(q, k[:, :4], v, Layout((0, 8)))
     assert "8 query heads are not a multiple of 3" in refused(q, q[:, :, :3], q[:, :, :3], Layout((0, 8)))
-    assert "earlier keys are not here" in refused(q, k, v, Layout((0, 8), continued=3))
+    assert "earlier keys are not here" in refused(q, k, v, Layout((0, 8), past_tokens=3))
     assert "no schedule 'star'; there are all-gather, ring" in refused(q, k, v, Layout((0, 8)), "star")
     assert "a window of 0 holds no token" in refused(q, k, v, Layout((0, 8)), window=0)
 

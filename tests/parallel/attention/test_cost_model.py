@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.parallel.attention.cost_model import Shape, estimates, explained
+from longctx.parallel.attention.cost_model import AttentionShape, estimates, explained
 from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout
 from longctx.parallel.link_speeds import Speeds, measure_speeds
@@ -16,7 +16,7 @@ def layout(size=4, length=4096, order="zigzag", bandwidth=1e9, latency=0.0, flop
 
 
 def shape(heads=8, kv_heads=8, window=None):
-    return Shape(heads, kv_heads, 128, 128, 2, Reach(window=window))
+    return AttentionShape(heads, kv_heads, 128, 128, 2, Reach(window=window))
 
 
 def by_name(found):
@@ -36,7 +36,7 @@ def test_expected_bytes_of_the_ring_are_those_that_travel(ranks):
     answers = ranks.run(ring_bytes, bounds, order, reach, size=4)
     model = Layout(bounds, order, 4)
     # The tests' tensors are float64 and hold 2 sequences.
-    found = by_name(estimates(model, Shape(*HEADS, 6, 4, 8, Reach(**reach))))
+    found = by_name(estimates(model, AttentionShape(*HEADS, 6, 4, 8, Reach(**reach))))
     assert 2 * found["ring"].received == max(answers)
 
 
@@ -98,7 +98,7 @@ def test_measured_speeds_are_the_same_on_every_rank_and_those_of_the_slowest(ran
 def chosen(bounds):
     here = Layout.on(Mesh.build("cpu", cp=4), bounds, "zigzag")
     auto = attend(*draw(bounds[-1]), here, "auto", {"window": None, "causal": True})
-    names = [each.schedule for each in here.kept(("choice", Shape(*HEADS, 6, 4, 8, Reach())), lambda: [])]
+    names = [each.schedule for each in here.cached(("choice", AttentionShape(*HEADS, 6, 4, 8, Reach())), lambda: [])]
     named = attend(*draw(bounds[-1]), here, names[0], {"window": None, "causal": True})
     return all(torch.equal(a, b) for a, b in zip(auto[:4], named[:4], strict=True)), auto[4] == named[4]
 

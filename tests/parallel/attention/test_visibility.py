@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels.attention.block import CAUSAL, FULL, Positions
-from longctx.parallel.attention.visibility import Holders, Reach, score_elements
+from longctx.parallel.attention.visibility import KVOwners, Reach, score_elements
 from longctx.parallel.layout import Layout
 from tests.parallel.attention.test_api import dense_mask
 from tests.parallel.cases import ORDERS
@@ -20,7 +20,7 @@ def plans(draw):
     numbers = [layout.numbers(rank) for rank in range(size)]
     if size == 4 and draw(st.booleans()):
         numbers = [numbers[0] + numbers[1], numbers[2] + numbers[3]]
-    return Holders(layout, numbers, Reach(draw(st.booleans()), draw(st.none() | st.integers(1, 20))))
+    return KVOwners(layout, numbers, Reach(draw(st.booleans()), draw(st.none() | st.integers(1, 20))))
 
 
 @settings(max_examples=150)
@@ -66,7 +66,7 @@ def written_out(mask, shape):
 
 def test_plain_blocks_have_plain_masks():
     layout = Layout((0, 64), "zigzag", 4)
-    holders = Holders(layout, [layout.numbers(rank) for rank in range(4)], Reach())
+    holders = KVOwners(layout, [layout.numbers(rank) for rank in range(4)], Reach())
 
     def block(reader, source):
         parts = holders.needed(reader, source)

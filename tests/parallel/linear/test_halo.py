@@ -186,9 +186,9 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="first document is not continued"):
         left_halo(x, Layout((0, 8)), 3, initial=initial)
     with pytest.raises(ValueError, match=r"initial has shape \[2, 2, 3\]: expected .* = \[2, 3, 3\]"):
-        left_halo(x, Layout((0, 8), continued=1), 3, initial=initial[:, 1:])
+        left_halo(x, Layout((0, 8), past_tokens=1), 3, initial=initial[:, 1:])
     with pytest.raises(ValueError, match=r"initial is torch.float32 on cpu: expected torch.float64 on cpu"):
-        left_halo(x, Layout((0, 8), continued=1), 3, initial=initial.float())
+        left_halo(x, Layout((0, 8), past_tokens=1), 3, initial=initial.float())
     with pytest.raises(ValueError, match="this layout is over 2 ranks and has no process group"):
         left_halo(x[:, :4], Layout((0, 8), size=2), 3)
     with pytest.raises(ValueError, match="x has 8 tokens: expected the 4 that the layout gives this rank"):
@@ -196,4 +196,4 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"weight has shape \[2, 4\]: expected \[channels, taps\] = \[3, 4\]"):
         short_convolution(x, weight[:2], bias, Layout((0, 8)))
     with pytest.raises(ValueError, match=r"initial has shape \[2, 2, 3\]: expected .* = \[2, 3, 3\]"):
-        short_convolution(x, weight, bias, Layout((0, 8), continued=1), initial=initial[:, 1:])
+        short_convolution(x, weight, bias, Layout((0, 8), past_tokens=1), initial=initial[:, 1:])

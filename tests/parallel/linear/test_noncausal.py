@@ -83,4 +83,4 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="q has 8 tokens: expected the 4"):
         unmasked_linear_attention(q, k, v, Layout((0, 4)))
     with pytest.raises(ValueError, match="earlier tokens are not here"):
-        unmasked_linear_attention(q, k, v, Layout((0, 8), continued=2))
+        unmasked_linear_attention(q, k, v, Layout((0, 8), past_tokens=2))

@@ -173,4 +173,4 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="first document is not continued"):
         state_scan(*arguments, Layout((0, 8)), initial_state=case.state)
     with pytest.raises(ValueError, match=r"initial_state has shape \[1, 3, 5, 7\]: expected .* = \[2, 3, 5, 7\]"):
-        state_scan(*arguments, Layout((0, 8), continued=1), initial_state=case.state[:1])
+        state_scan(*arguments, Layout((0, 8), past_tokens=1), initial_state=case.state[:1])

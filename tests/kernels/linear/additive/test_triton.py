@@ -14,7 +14,7 @@ from longctx.kernels.linear import tuning
 from longctx.kernels.linear.additive import triton as additive
 from longctx.kernels.linear.recurrence import Carry, Segment, exclusive_scan
 from longctx.kernels.linear.reference import linear_recurrence
-from longctx.kernels.linear.triton_launch import LONGEST_SEGMENT, Problem
+from longctx.kernels.linear.triton_launch import LONGEST_SEGMENT, LaunchShape
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -309,7 +309,7 @@ def test_what_the_kernels_do_not_take_is_refused():
 
 def test_tf32_is_followed(monkeypatch):
     seen = []
-    monkeypatch.setattr(Problem, "launch", lambda self, *args, **kwargs: seen.append(self.precision))
+    monkeypatch.setattr(LaunchShape, "launch", lambda self, *args, **kwargs: seen.append(self.precision))
     k = torch.zeros(1, 4, 1, 4, device=DEVICE)
     before = torch.backends.cuda.matmul.allow_tf32
     try:

@@ -16,7 +16,7 @@ from longctx.kernels.linear.delta import chunked as torch_delta
 from longctx.kernels.linear.delta import triton as delta
 from longctx.kernels.linear.delta.triton_prepare import prepare_kernel
 from longctx.kernels.linear.recurrence import Segment
-from longctx.kernels.linear.triton_launch import Problem
+from longctx.kernels.linear.triton_launch import LaunchShape
 from tests.kernels.linear.cases import GROUPS, KINDS, by_recurrence, by_reference, draw, relative
 
 CUDA = torch.cuda.is_available()
@@ -264,13 +264,13 @@ def test_scratch_for_few_segments_at_a_time_gives_the_same(kind, monkeypatch):
     segments = Segment(0, 20, (9,)).cut(8)
     want, _ = by_recurrence(case, segments, module=delta)
     counted = []
-    launch = Problem.launch
+    launch = LaunchShape.launch
 
     def counting(self, kernel, blocks, programs, *arguments, **constants):
         counted.append((kernel is prepare_kernel, programs))
         launch(self, kernel, blocks, programs, *arguments, **constants)
 
-    monkeypatch.setattr(Problem, "launch", counting)
+    monkeypatch.setattr(LaunchShape, "launch", counting)
     monkeypatch.setattr(delta, "SCRATCH", 1)
     got, _ = by_recurrence(case, segments, module=delta)
     for name, x in want.items():

@@ -2,13 +2,13 @@
 
 import math
 
-from longctx.recipe.tables import ScheduleConfig
+from longctx.recipe.tables import LRScheduleConfig
 
 FINAL = 0.1
 """The factor at the last step where the recipe does not say."""
 
 
-def factor(config: ScheduleConfig, step: int, steps: int) -> float:
+def lr_factor(config: LRScheduleConfig, step: int, steps: int) -> float:
     """The factor for step `step` (from 1) of `steps`.
 
     Linear from 0 over `warmup` steps; then constant, or half a cosine down to `final` at the last step (Loshchilov &

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from longctx.recipe.tables import ScheduleConfig
-from longctx.train.schedule import factor
+from longctx.recipe.tables import LRScheduleConfig
+from longctx.train.lr_schedule import lr_factor
 
 
 @st.composite
@@ -19,13 +19,13 @@ def schedules(draw):
     decay = draw(st.integers(1, steps)) if kind == "wsd" else None
     warmup = draw(st.integers(0, steps - (decay or 0)))
     falls = {} if kind == "constant" else {"final": draw(st.floats(0, 1))}
-    return ScheduleConfig(kind=kind, warmup=warmup, decay=decay, **falls), steps
+    return LRScheduleConfig(kind=kind, warmup=warmup, decay=decay, **falls), steps
 
 
 @given(schedules())
 def test_it_rises_by_equal_parts_and_never_rises_again(schedule):
     config, steps = schedule
-    values = [factor(config, step, steps) for step in range(1, steps + 1)]
+    values = [lr_factor(config, step, steps) for step in range(1, steps + 1)]
     assert values[: config.warmup] == pytest.approx([n / config.warmup for n in range(1, config.warmup + 1)])
     peak = max(config.warmup - 1, 0)
     assert all(left >= right - 1e-12 for left, right in zip(values[peak:], values[peak + 1 :], strict=False))
@@ -37,7 +37,7 @@ def test_it_rises_by_equal_parts_and_never_rises_again(schedule):
 def test_the_last_step_has_the_final_factor(schedule):
     config, steps = schedule
     falls = config.kind != "constant" and config.warmup < steps
-    assert factor(config, steps, steps) == pytest.approx(config.final if falls else 1.0, abs=1e-12)
+    assert lr_factor(config, steps, steps) == pytest.approx(config.final if falls else 1.0, abs=1e-12)
 
 
 @given(schedules())
@@ -45,15 +45,15 @@ def test_wsd_is_constant_until_its_decay_and_then_falls_by_equal_parts(schedule)
     config, steps = schedule
     if config.kind == "wsd":
         stable = range(max(config.warmup, 1), steps - config.decay + 1)
-        assert all(factor(config, step, steps) == 1 for step in stable)
-        fall = [factor(config, step, steps) for step in range(steps - config.decay + 1, steps + 1)]
+        assert all(lr_factor(config, step, steps) == 1 for step in stable)
+        fall = [lr_factor(config, step, steps) for step in range(steps - config.decay + 1, steps + 1)]
         parts = [1 - (1 - config.final) * n / config.decay for n in range(1, config.decay + 1)]
         assert fall == pytest.approx(parts)
 
 
 def test_cosine_by_hand():
-    config = ScheduleConfig(warmup=2, final=0.2)
-    values = [factor(config, step, 10) for step in range(1, 11)]
+    config = LRScheduleConfig(warmup=2, final=0.2)
+    values = [lr_factor(config, step, 10) for step in range(1, 11)]
     assert values[:2] == [0.5, 1.0]
     assert values[5] == pytest.approx((1 + 0.2) / 2)
     assert values[3] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
@@ -61,8 +61,8 @@ def test_cosine_by_hand():
 
 
 def test_without_warmup_the_first_step_is_a_whole_one_where_nothing_falls():
-    assert factor(ScheduleConfig(kind="constant"), 1, 5) == 1
-    assert factor(ScheduleConfig(kind="wsd", decay=2), 1, 5) == 1
+    assert lr_factor(LRScheduleConfig(kind="constant"), 1, 5) == 1
+    assert lr_factor(LRScheduleConfig(kind="wsd", decay=2), 1, 5) == 1
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def test_without_warmup_the_first_step_is_a_whole_one_where_nothing_falls():
 )
 def test_what_makes_no_schedule_is_refused(arguments, words):
     with pytest.raises(ValidationError, match=words):
-        ScheduleConfig(**arguments)
+        LRScheduleConfig(**arguments)
