@@ -1,4 +1,4 @@
-# Everything runs in .venv, made from PYTHON by the first target that needs it. `make` alone lists the targets.
+# All targets run in .venv, which the first one creates from PYTHON. `make` without a target lists them.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,88 +7,87 @@ SHELL := bash
 
 PYTHON ?= python3
 PY := .venv/bin/python
-ANOTHER = Name a newer Python: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12
+ANOTHER = Choose a newer Python: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Python's own standard library, as source: text that every machine has. Left out are its tests, and tables that
-# programs wrote.
+# The source of Python's standard library: text that is on every machine. Its tests and generated tables are excluded.
 STDLIB = $$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
 PREPARE = $(PY) -m longctx data prepare "$(STDLIB)" --suffix .py --exclude site-packages --exclude test \
     --exclude encodings --exclude pydoc_data --on-error skip
 
-# On GPUs a rank each splits the sequences; without one, two ranks share the CPU.
+# With GPUs, one context-parallel rank per GPU; without, two ranks share the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter-out 0,$(GPUS)),--nproc $(GPUS) parallel.cp=$(GPUS),--nproc 2)
 
 .PHONY: help install quickstart million test test-all test-adapters lint format types docs tree clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 22
 
-install: .venv/installed ## Make .venv: the pinned dependencies, longctx as an editable install, the tools
+install: .venv/installed ## Create .venv with the pinned dependencies, an editable install of longctx and the tools
 
 .venv/installed: pyproject.toml constraints.txt
 	@command -v '$(PYTHON)' >/dev/null || { echo "There is no command $(PYTHON). $(ANOTHER)" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "longctx needs Python 3.11 or later, and $(PYTHON) is $$('$(PYTHON)' -V 2>&1). $(ANOTHER)" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
-	    echo "$(PYTHON) cannot make virtual environments: its modules venv and ensurepip are missing." >&2; \
+	    echo "$(PYTHON) cannot create virtual environments: its modules venv and ensurepip are missing." >&2; \
 	    echo "On Debian and Ubuntu they come with the package python3-venv: apt install python3-venv" >&2; exit 1; }
-	@test -x $(PY) || { echo "Making .venv with $$('$(PYTHON)' -V)"; rm -rf .venv; '$(PYTHON)' -m venv .venv; }
-	@echo "Installing what constraints.txt pins into .venv (minutes the first time: torch is large)"
+	@test -x $(PY) || { echo "Creating .venv with $$('$(PYTHON)' -V)"; rm -rf .venv; '$(PYTHON)' -m venv .venv; }
+	@echo "Installing the versions pinned in constraints.txt into .venv (takes minutes the first time: torch is large)"
 	@$(PY) -m pip install --quiet -c constraints.txt setuptools
 	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-quickstart: .venv/installed ## Train a small hybrid on Python's own source, on 2 ranks (minutes), with its curves
+quickstart: .venv/installed ## Train a small hybrid model on Python's source on 2 ranks and plot its curves (minutes)
 	@test -f data/stdlib/manifest.json || $(PREPARE) --heldout 0.05 --out data/stdlib
 	@$(PY) -m longctx train quickstart $(RANKS)
-	@echo "Next: make million (a sequence of 1,048,576 tokens), or see that ranks change nothing:"
+	@echo "Next: make million (one sequence of 1,048,576 tokens), or verify that N ranks compute the same as one:"
 	@echo "  $(PY) -m longctx verify quickstart --shrink"
 
-million: .venv/installed ## Train on one sequence of 1,048,576 tokens, on 2 ranks, for a few steps
+million: .venv/installed ## Train a few steps on sequences of 1,048,576 tokens on 2 ranks
 	@test -f data/million/manifest.json || $(PREPARE) --join folder --out data/million
 	@$(PY) -m longctx train million $(RANKS)
-	@echo "Next: a recipe of your own. docs/recipes.md has the keys, README.md the commands for a cluster."
+	@echo "Next: write your own recipe. See docs/recipes.md for the keys and README.md for clusters."
 
-# Each worker starts ranks of its own.
-PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
+# Each worker starts its own ranks.
+PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal --progress
 
-test: lint types ## Check all: style, layers, types, and the tests (about 10 minutes on 2 cores)
+test: lint types ## Run all checks and tests: style, imports, types, tests (about 5 minutes on 2 cores)
 	@$(PYTEST) --ignore tests/adapters
 
-test-all: lint types ## The same with the slow grids
+test-all: lint types ## The same, including slow tests
 	@$(PYTEST) --ignore tests/adapters -m 'slow or not slow'
 
-test-adapters: .venv/adapters ## The layers inside other frameworks, which this installs (minutes)
+test-adapters: .venv/adapters ## Install DeepSpeed, Megatron-Core and transformers, and test the adapters (minutes)
 	@$(PYTEST) --dist loadfile tests/adapters
 
 .venv/adapters: .venv/installed
-	@echo "Installing the frameworks that the adapters are for into .venv"
+	@echo "Installing DeepSpeed, Megatron-Core and transformers into .venv"
 	@$(PY) -m pip install --quiet -c constraints.txt -e '.[megatron,deepspeed,huggingface]' --no-build-isolation
 	@touch $@
 
-lint: .venv/installed tree ## Check style, format, and which folder imports which
+lint: .venv/installed tree ## Check style, formatting and the import order of packages
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet . || { echo "The files above differ from ruff's format: make format" >&2; exit 1; }
 	@cd build/tree && report=$$(../../.venv/bin/lint-imports --config ../../pyproject.toml --no-logo 2>&1) \
 	    || { echo "$$report" >&2; exit 1; }
 
-types: .venv/installed tree ## Check the types with mypy
+types: .venv/installed tree ## Check types with mypy
 	@cd build/tree && ../../$(PY) -m mypy --config-file ../../pyproject.toml --no-error-summary -p longctx \
 	    | sed -E 's#^longctx/(kernels|parallel|moe|recipes|launch)/#\1/#'
 
-docs: .venv/installed ## Make docs/recipes.md anew from the code
+docs: .venv/installed ## Regenerate docs/recipes.md from the code
 	@$(PY) -c 'from longctx.recipe.reference import reference; print(reference(), end="")' > docs/recipes.md
 
 tree: .venv/installed
 	@$(PY) .ci/tree.py build/tree
 
-format: .venv/installed ## Format the code and mend what ruff can mend
+format: .venv/installed ## Format the code and apply ruff's fixes
 	@$(PY) -m ruff check --quiet --fix-only .
 	@$(PY) -m ruff format --quiet .
 
-clean: ## Remove what the tools wrote; .venv, data and runs stay
+clean: ## Remove caches and build outputs; .venv, data and runs stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

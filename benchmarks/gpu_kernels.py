@@ -1,12 +1,12 @@
-"""The Triton kernels on a GPU: checked, tuned, timed. `bash benchmarks/gpu.sh` runs it with all that it needs.
+"""GPU benchmark of the Triton kernels: correctness, tile-size tuning, timing. Run by `bash benchmarks/gpu.sh`.
 
-    python benchmarks/gpu_kernels.py --check                         forward and backward against float64, only
-    python benchmarks/gpu_kernels.py --out DIR --seconds 400         tune, save, and print the table
+    python benchmarks/gpu_kernels.py --check                         only check forward and backward against float64
+    python benchmarks/gpu_kernels.py --out DIR --seconds 400         tune, save the results, and print the table
 
-Times are medians of repeats by CUDA events, the second-level cache flushed before each. The floor of a row is what must
-move at least: q, k, v, decay in and o out (forward), with do in and dq, dk, dv, ddecay out and the inputs again
-(forward and backward), at the bandwidth that a copy of 1 GiB reached in the same run. Softmax attention has the same
-floor, without a decay; that it does more is the point of linear attention.
+Times are medians over repeats, by CUDA events, with the L2 cache flushed before each. The percentages compare with the
+memory-bandwidth bound of a row: the minimum traffic (forward: q, k, v, decay in, o out; backward: the inputs and do in,
+dq, dk, dv, ddecay out) at the bandwidth that a copy of 1 GiB reached in the same run. Softmax attention has the same
+bound, without a decay, although it does more work: that is the point of linear attention.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from longctx.kernels.linear import tuning
 from longctx.kernels.linear.additive import triton as triton_additive
 from longctx.kernels.linear.api import linear_attention
 from longctx.kernels.linear.delta import triton as triton_delta
-from longctx.kernels.linear.recurrence import Segment
+from longctx.kernels.linear.recurrence import Inputs, Segment
 
 DEVICE = torch.device("cuda")
 REPEATS = 5
@@ -40,13 +40,13 @@ MIXERS = {
     "delta, scalar": "gated delta rule",
     "delta, vector": "KDA",
 }
-"""By the recurrence: a decay, with the delta rule where it says so."""
+"""Mixer names by recurrence: the kind of decay, with the delta rule where named."""
 Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One sequence of `tokens`, `heads` of `dim`."""
+    """One sequence of `tokens`, with `heads` of `dim`."""
 
     tokens: int
     heads: int
@@ -68,7 +68,7 @@ class Row:
     both_share: float
 
 
-# The most important first: what does not fit the time is dropped from the end.
+# In order of importance: rows that do not fit into the time are dropped from the end.
 SHAPES = [
     Shape(65536, 16, 128),
     Shape(8192, 64, 128),
@@ -84,7 +84,7 @@ SHAPES = [
 
 
 def log_decay(decay: str, shape: Shape) -> Tensor:
-    """Decays of e^-0.01 to e^-0.3 or so, float32."""
+    """Draw log decays, about -0.01 to -0.3, float32."""
     if decay == "constant":
         return -(2.0 ** -torch.arange(2.0, 2 + shape.heads, device=DEVICE).clamp(max=10))
     channels = (shape.dim,) if decay == "vector" else ()
@@ -92,14 +92,14 @@ def log_decay(decay: str, shape: Shape) -> Tensor:
 
 
 def draw(shape: Shape, recurrence: str = "", dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v, do; keys of length 1 for the delta rule."""
+    """Draw q, k, v, do; keys are unit vectors for the delta rule."""
     q, k, v, do = (torch.randn(1, shape.tokens, shape.heads, shape.dim, device=DEVICE) for _ in range(4))
     k = F.normalize(k, dim=-1) if recurrence.startswith("delta") else 0.1 * k
     return [x.to(dtype) for x in (q, k, v, do)]
 
 
 def draw_gates(recurrence: str, shape: Shape) -> list[Tensor]:
-    """log_decay and, for the delta rule, beta, as `linear_attention` takes them."""
+    """Draw log_decay and, for the delta rule, beta, as arguments of `linear_attention`."""
     gates = [log_decay(recurrence.removeprefix("delta, "), shape)]
     if recurrence.startswith("delta"):
         gates.append(torch.rand(1, shape.tokens, shape.heads, device=DEVICE))
@@ -107,7 +107,7 @@ def draw_gates(recurrence: str, shape: Shape) -> list[Tensor]:
 
 
 def check() -> None:
-    """Forward and backward against float64, which takes the torch operators, over segments with documents."""
+    """Compare forward and backward with float64, which runs the torch operators, on packed documents."""
     failed = False
     for recurrence in MIXERS:
         for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
@@ -118,25 +118,25 @@ def check() -> None:
             results = []
             for wide in (dtype, torch.float64):
                 leaves = [x.to(wide, copy=True).requires_grad_() for x in (q, k, v)]
-                of_gates = torch.float64 if wide == torch.float64 else torch.float32
-                leaves += [x.to(of_gates, copy=True).requires_grad_() for x in gates]
+                gate_dtype = torch.float64 if wide == torch.float64 else torch.float32
+                leaves += [x.to(gate_dtype, copy=True).requires_grad_() for x in gates]
                 out, _ = linear_attention(*leaves, cu_seqlens=(0, 700, 1500, 2500))
                 out.backward(do.to(wide))
                 results.append((out, *(x.grad for x in leaves)))
             names = ("o", "dq", "dk", "dv", "dg", "db")
             for name, got, want in zip(names, *results, strict=False):
                 error = ((got.double() - want).norm() / want.norm()).item()
-                # The gradient of a constant decay is a small difference of the tokens' large terms.
+                # The gradient of a constant decay is a small sum of large terms with both signs.
                 constant = recurrence == "constant" and name == "dg"
-                near = error < bound * (100 if constant else 5 if name in ("dg", "db") else 1)
-                failed = failed or not near
-                print(f"{recurrence:13} {dtype!s:15} {name:3} {error:.1e}{'' if near else '  TOO FAR'}")
+                close = error < bound * (100 if constant else 5 if name in ("dg", "db") else 1)
+                failed = failed or not close
+                print(f"{recurrence:13} {dtype!s:15} {name:3} {error:.1e}{'' if close else '  OUT OF BOUNDS'}")
     if failed:
         raise SystemExit("the kernels differ from float64")
 
 
 def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
-    """Median time of a call; two of them warm up."""
+    """Measure the median milliseconds of a call, after two warm-up calls."""
     run()
     run()
     times = []
@@ -152,14 +152,14 @@ def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
 
 
 def copy_bandwidth(flush: Tensor) -> float:
-    """Bytes per second that a copy reads and writes."""
+    """Measure the bytes per second, reads plus writes, of a copy."""
     source = torch.zeros(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), flush) * 1000
 
 
-def pass_of(name: str, decay: str, dim: int) -> Callable[[], object]:
-    """A call whose time tells that of one of tuning.KERNELS or tuning.DELTA_KERNELS."""
+def tuning_workload(name: str, decay: str, dim: int) -> Callable[[], object]:
+    """Return a call dominated by one kernel of tuning.ADDITIVE_KERNELS or tuning.DELTA_KERNELS."""
     shape = Shape(32768, 16, dim)
     recurrence = f"delta, {decay}" if name in tuning.DELTA_KERNELS else decay
     q, k, v, do = draw(shape, recurrence)
@@ -167,25 +167,25 @@ def pass_of(name: str, decay: str, dim: int) -> Callable[[], object]:
     gates = tuple(reversed(draw_gates(recurrence, shape)))
     segments = Segment(0, shape.tokens).cut(kernels.segment_length(shape.heads, shape.tokens, DEVICE))
     if name == "summary":
-        return lambda: kernels.summarize(k, v, gates, segments)
+        return lambda: kernels.summarize(Inputs(None, k, v, gates), segments)
     if name == "delta_backward":
-        return lambda: kernels.summarize_grad(q, k, v, gates, segments, do)
-    states = kernels.summarize(k, v, gates, segments).state
+        return lambda: kernels.summarize_grad(Inputs(q, k, v, gates), segments, do)
+    states = kernels.summarize(Inputs(None, k, v, gates), segments).state
     if name in ("apply", "delta_prepare", "delta_forward"):
-        return lambda: kernels.apply(q, k, v, gates, segments, states)
+        return lambda: kernels.apply(Inputs(q, k, v, gates), segments, states)
     gate_grads = decay != "constant"
-    return lambda: kernels.apply_grad(q, k, v, gates, segments, do, states, states, gate_grads)
+    return lambda: kernels.apply_grad(Inputs(q, k, v, gates), segments, do, states, states, gate_grads)
 
 
 def before(deadline: float) -> Callable[[object], bool]:
-    """Whether there is time for another attempt."""
+    """Return a predicate that holds until the deadline."""
     return lambda _: time.monotonic() < deadline
 
 
 def tune(seconds: float) -> None:
-    """Measure tile sizes in bf16, a share of the time for each kernel; the sizes near the table's are tried first."""
+    """Tune tile sizes in bf16, with a share of the time per kernel; sizes near the defaults are tried first."""
     finish = time.monotonic() + seconds
-    jobs = [(name, decay, dim) for dim in (128, 64) for decay in tuning.DECAYS for name in tuning.KERNELS]
+    jobs = [(name, decay, dim) for dim in (128, 64) for decay in tuning.DECAY_KINDS for name in tuning.ADDITIVE_KERNELS]
     deltas = [(name, decay, 128) for decay in ("scalar", "vector") for name in tuning.DELTA_KERNELS]
     jobs[len(jobs) // 2 : len(jobs) // 2] = deltas
     while jobs:
@@ -197,12 +197,12 @@ def tune(seconds: float) -> None:
         deadline = time.monotonic() + (finish - time.monotonic()) / (len(jobs) + 1)
         kernel = f"{name}/{decay}"
         attempts = takewhile(before(deadline), tuning.candidates(kernel, dim, dim, torch.bfloat16, DEVICE))
-        best = tuning.tune(kernel, dim, dim, torch.bfloat16, DEVICE, pass_of(name, decay, dim), attempts)
+        best = tuning.tune(kernel, dim, dim, torch.bfloat16, DEVICE, tuning_workload(name, decay, dim), attempts)
         print(f"tuned {kernel:21} {dim:4}  {best}")
 
 
-def floor_bytes(shape: Shape, recurrence: str | None) -> tuple[int, int]:
-    """Bytes that must move, forward, and forward and backward."""
+def min_bytes(shape: Shape, recurrence: str | None) -> tuple[int, int]:
+    """Compute the minimum memory traffic in bytes: forward, and forward and backward."""
     tensor, numbers = 2 * shape.tokens * shape.heads * shape.dim, 4 * shape.tokens * shape.heads
     delta, decay = (recurrence or "").startswith("delta"), (recurrence or "").removeprefix("delta, ")
     gate = {"scalar": numbers, "vector": 2 * tensor}.get(decay, 0) + numbers * delta
@@ -210,12 +210,12 @@ def floor_bytes(shape: Shape, recurrence: str | None) -> tuple[int, int]:
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
-    """The kernels here."""
+    """Run the kernels of this library."""
     return linear_attention(q, k, v, *gates)[0]
 
 
 def peer(recurrence: str) -> tuple[str, Run] | None:
-    """fla's operator of the same recurrence, None where fla is not installed."""
+    """Return fla's kernel for the same recurrence; None if fla is not installed."""
     try:
         if recurrence == "constant":
             lightning = importlib.import_module("fla.ops.lightning_attn").chunk_lightning_attn
@@ -236,7 +236,7 @@ def peer(recurrence: str) -> tuple[str, Run] | None:
 
 
 def softmax(backend: SDPBackend) -> Run:
-    """Causal attention of torch; heads before tokens is its order, and the views cost nothing."""
+    """Return torch's causal attention, which has heads before tokens; the transposed views cost nothing."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -247,7 +247,7 @@ def softmax(backend: SDPBackend) -> Run:
 
 
 def entries() -> Iterator[tuple[Shape, str | None, str, Run]]:
-    """What to measure, the most important first."""
+    """Iterate over the rows to measure, in order of importance."""
     for shape in SHAPES:
         for recurrence, mixer in MIXERS.items():
             yield shape, recurrence, f"longctx {mixer}", ours
@@ -260,7 +260,7 @@ def entries() -> Iterator[tuple[Shape, str | None, str, Run]]:
 
 
 def measure(shape: Shape, recurrence: str | None, what: str, run: Run, bandwidth: float, flush: Tensor) -> Row:
-    """Forward, and forward with backward. The constant decay has no gradient, as in the models."""
+    """Measure forward, and forward and backward. As in the models, a constant decay has no gradient."""
     q, k, v, do = draw(shape, recurrence or "")
     inputs = [x.requires_grad_() for x in (q, k, v)]
     if recurrence is not None:
@@ -275,12 +275,12 @@ def measure(shape: Shape, recurrence: str | None, what: str, run: Run, bandwidth
         torch.autograd.grad(out, [x for x in inputs if x.requires_grad], do)
 
     times = milliseconds(forward, flush), milliseconds(both, flush)
-    floors = [size / bandwidth * 1000 for size in floor_bytes(shape, recurrence)]
-    return Row(shape, what, *times, floors[0] / times[0], floors[1] / times[1])
+    bounds = [size / bandwidth * 1000 for size in min_bytes(shape, recurrence)]
+    return Row(shape, what, *times, bounds[0] / times[0], bounds[1] / times[1])
 
 
 def table(finish: float, bandwidth: float, flush: Tensor) -> tuple[list[Row], list[str]]:
-    """The rows that the time allows, and what was left out and why."""
+    """Measure as many rows as the time allows; return them, and the dropped ones with reasons."""
     rows, dropped = [], []
     for shape, recurrence, what, run in entries():
         name = f"{shape}  {what}"
@@ -289,7 +289,7 @@ def table(finish: float, bandwidth: float, flush: Tensor) -> tuple[list[Row], li
             continue
         try:
             rows.append(measure(shape, recurrence, what, run, bandwidth, flush))
-        except Exception as error:  # noqa: BLE001 - a peer that fails is a line of the report, not the end of it
+        except Exception as error:  # noqa: BLE001 - a failing peer is reported and does not end the run
             dropped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}")
         torch.cuda.empty_cache()
     return rows, dropped
@@ -310,7 +310,7 @@ def main() -> None:
     tune(0.45 * arguments.seconds)
     tuning.save(arguments.out / "tuning.json")
     bandwidth = copy_bandwidth(flush)
-    # The last row may begin just before this time, and its kernels take seconds to compile.
+    # The last row may start just before this time, and its kernels take seconds to compile.
     rows, dropped = table(began + 0.93 * arguments.seconds, bandwidth, flush)
     report = {
         "device": torch.cuda.get_device_name(),
@@ -321,7 +321,7 @@ def main() -> None:
     }
     (arguments.out / "table.json").write_text(json.dumps(report, indent=1) + "\n")
     for line in dropped:
-        print(f"left out: {line}")
+        print(f"skipped: {line}")
     print(f"\n{report['device']}, torch {torch.__version__}, bf16; a copy reaches {bandwidth / 1e12:.2f} TB/s")
     print(f"{'':22} {'':26} {'forward':>20} {'forward + backward':>20}")
     for row in rows:

@@ -1,10 +1,10 @@
-"""How unevenly the causal work of packed documents lies over ranks, by the order of the layout.
+"""Load imbalance of causal attention on packed documents over ranks, by layout order.
 
 .venv/bin/python benchmarks/imbalance.py [CORPUS]
 
-Documents of log-normal lengths (median 1,340 tokens, sigma 1.4), and those of a corpus of `longctx data prepare` where
-one is named. Counted in score elements, not timed: the most of a rank by the mean, less 1, the median and the worst of
-40 sequences, and the pieces a rank, which the bytes of linear layers' states grow with.
+Documents have log-normal lengths (median 1,340 tokens, sigma 1.4), or come from CORPUS, a corpus of `longctx data
+prepare`. Computed from score elements, not timed: maximum over ranks / mean - 1, as median and maximum over 40
+sequences, and the pieces per rank, to which the bytes of exchanged recurrent states are proportional.
 """
 
 import random
@@ -20,35 +20,35 @@ from longctx.parallel.layout import Layout
 SEQUENCES = 40
 
 
-def drawn(tokens: int, seed: int) -> tuple[int, ...]:
-    """Documents of log-normal lengths that fill a sequence."""
-    chance, bounds = random.Random(seed), [0]
+def random_documents(tokens: int, seed: int) -> tuple[int, ...]:
+    """Draw document boundaries with log-normal lengths that fill a sequence."""
+    generator, bounds = random.Random(seed), [0]
     while bounds[-1] < tokens:
-        bounds.append(min(tokens, bounds[-1] + max(1, int(chance.lognormvariate(7.2, 1.4)))))
+        bounds.append(min(tokens, bounds[-1] + max(1, int(generator.lognormvariate(7.2, 1.4)))))
     return tuple(bounds)
 
 
 def table(name: str, packings: Sequence[tuple[int, ...]]) -> None:
-    """Print a row for each number of ranks."""
+    """Print a row per number of ranks."""
     for size in (4, 8, 16):
         cells = []
         for order in ("contiguous", "zigzag", "balanced"):
             layouts = [Layout(bounds, order, size) for bounds in packings]
-            found = []
+            imbalances = []
             for layout in layouts:
-                work = [score_elements(layout.seen_by(rank)) for rank in range(size)]
-                found.append(max(work) * size / sum(work) - 1)
+                work = [score_elements(layout.for_rank(rank)) for rank in range(size)]
+                imbalances.append(max(work) * size / sum(work) - 1)
             pieces = statistics.mean(layout.pieces / size for layout in layouts)
-            cells.append(f"{statistics.median(found):7.1%} {max(found):7.1%} {pieces:5.1f}")
+            cells.append(f"{statistics.median(imbalances):7.1%} {max(imbalances):7.1%} {pieces:5.1f}")
         print(f"{name:28} {packings[0][-1]:>9,} {size:>3}  |  " + "  |  ".join(cells))
 
 
 def main(corpus: str | None) -> None:
     """Print the table."""
     head = "  |  ".join(f"{order:>21}" for order in ("contiguous", "zigzag", "balanced"))
-    print(f"{'median, worst, pieces a rank':28} {'tokens':>9} {'W':>3}  |  {head}")
+    print(f"{'median, max, pieces per rank':28} {'tokens':>9} {'W':>3}  |  {head}")
     for tokens in (2**14, 2**17, 2**20):
-        table("log-normal", [drawn(tokens, seed) for seed in range(SEQUENCES)])
+        table("log-normal", [random_documents(tokens, seed) for seed in range(SEQUENCES)])
         if corpus is not None:
             stream = train_stream(DataConfig(path=corpus, sequence_length=tokens), seed=0)
             table(corpus, [tuple(map(int, stream[n].cu_seqlens)) for n in range(SEQUENCES)])

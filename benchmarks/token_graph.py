@@ -1,15 +1,15 @@
-"""What routing along a graph of tokens does to a small model: the three routers, trained alike, and similarity with a
-quarter of the temperature.
+"""Token-graph routing experiment: trains a small MoE model with the token, similarity-aware and attention-aware
+routers, and with the similarity-aware router at a quarter of the temperature.
 
 .venv/bin/python benchmarks/token_graph.py data/stdlib [--steps 300] [--seeds 1 2 3] [--out runs/token_graph]
 
-Of each router and seed a model of bytes is trained by `longctx train` on one CPU rank, with the same data in the same
-order and, but for what the similarity-aware router has in addition, the same initial weights. Then are shown, as
-means over layers: the held-out loss at the end; the entropy of the scores that the choice is made of, over the
-training tokens of the last tenth of the steps (r~ of `longctx.moe.token_graph` before the largest are taken: what we
-take the entropy of expert selection in Nguyen et al. 2025 to be of); the fluctuation, the share of held-out tokens
-whose experts are others than at the evaluation before, at the last one and as the mean over those of the second half;
-and how uneven the load was. Runs that are there are not run again.
+For each router and seed, `longctx train` trains a byte-level model on one CPU rank, with the same data order and, but
+for the similarity-aware router's extra parameters, the same initial weights. The table has the final held-out loss and,
+averaged over layers: the routing entropy over the training tokens of the last tenth of the steps (of r~ of
+`longctx.moe.token_graph` before top-k, which we take to be the entropy of expert selection in Nguyen et al. 2025); the
+fluctuation, the share of held-out tokens routed to other experts than at the previous evaluation, at the last
+evaluation and averaged over the second half of the run; and the maximum load over the mean load. Existing runs are
+reused.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROUTERS = {
     "similarity-cold": 'router = "similarity"\ntemperature = 0.25',
     "attention": 'router = "attention"',
 }
-"""By name, their lines of the recipe."""
+"""Recipe lines of each router."""
 EXPERTS, ACTIVE = 16, 2
 EVALUATIONS = 10
 RECIPE = """\
@@ -79,15 +79,15 @@ every = {steps}
 [logging]
 every = 1
 """
-HEADS = ("router", "held-out loss", "entropy", "fluctuation, last", "second half", "largest load")
+HEADS = ("router", "held-out loss", "entropy", "fluctuation, last", "second half", "max load")
 
 
-def trained(folder: Path, router: str, seed: int, steps: int, data: Path) -> Metrics:
-    """The metrics of one run, from its folder where it is done."""
+def train_or_load(folder: Path, router: str, seed: int, steps: int, data: Path) -> Metrics:
+    """Train a run unless its folder has one; return its metrics."""
     out = folder / f"{router}-{seed}-{steps}"
     if not (out / "done").exists():
         out.mkdir(parents=True, exist_ok=True)
-        recipe = out / "given.toml"
+        recipe = out / "recipe.toml"
         text = RECIPE.format(
             seed=seed,
             experts=EXPERTS,
@@ -108,21 +108,21 @@ def trained(folder: Path, router: str, seed: int, steps: int, data: Path) -> Met
 
 
 def row(metrics: Metrics) -> tuple[float, ...]:
-    """What is shown of a run, as numbers."""
+    """Compute the table values of a run."""
     last = metrics.steps[-max(1, len(metrics.steps) // 10) :]
-    routers = [each for step in last for each in step.routers.values()]
-    changes = [statistics.fmean(each.fluctuation.values()) for each in metrics.evaluations if each.fluctuation]
+    routers = [router for step in last for router in step.routers.values()]
+    changes = [statistics.fmean(e.fluctuation.values()) for e in metrics.evaluations if e.fluctuation]
     return (
         metrics.evaluations[-1].loss,
-        statistics.fmean(each.entropy for each in routers),
+        statistics.fmean(router.entropy for router in routers),
         changes[-1],
         statistics.fmean(changes[len(changes) // 2 :]),
-        statistics.fmean(each.imbalance for each in routers),
+        statistics.fmean(router.imbalance for router in routers),
     )
 
 
 def line(router: str, rows: Sequence[tuple[float, ...]]) -> str:
-    """A line of the table: the mean over seeds, and the least and the most."""
+    """Format a table row: mean over seeds (minimum to maximum)."""
     cells = []
     for values, form in zip(zip(*rows, strict=True), (".4f", ".3f", ".1%", ".1%", ".2f"), strict=True):
         mean, low, high = (format(f(values), form) for f in (statistics.fmean, min, max))
@@ -131,23 +131,23 @@ def line(router: str, rows: Sequence[tuple[float, ...]]) -> str:
 
 
 def main() -> None:
-    """Train what is missing, and show the table."""
+    """Train missing runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a corpus of bytes, of `longctx data prepare`")
+    parser.add_argument("data", type=Path, help="byte-level corpus of `longctx data prepare`")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/token_graph"))
     options = parser.parse_args()
     if options.steps < 4:
-        parser.error("--steps: fluctuation compares evaluations; give 4 steps or more")
-    found: dict[str, list[tuple[float, ...]]] = {router: [] for router in ROUTERS}
+        parser.error("--steps: give 4 or more; fluctuation compares consecutive evaluations")
+    rows_of: dict[str, list[tuple[float, ...]]] = {router: [] for router in ROUTERS}
     for seed in options.seeds:
         for router in ROUTERS:
-            found[router].append(row(trained(options.out, router, seed, options.steps, options.data)))
-            print(line(f"{router}, seed {seed}", found[router][-1:]), flush=True)
-    print(f"\n{options.steps} steps, {len(options.seeds)} seeds; even scores have entropy {math.log(EXPERTS):.3f}\n")
+            rows_of[router].append(row(train_or_load(options.out, router, seed, options.steps, options.data)))
+            print(line(f"{router}, seed {seed}", rows_of[router][-1:]), flush=True)
+    print(f"\n{options.steps} steps, {len(options.seeds)} seeds; uniform scores have entropy {math.log(EXPERTS):.3f}\n")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
-    for router, rows in found.items():
+    for router, rows in rows_of.items():
         print(line(router, rows))
 
 

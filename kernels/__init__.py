@@ -1,5 +1,5 @@
-"""The mathematics of one device: linear recurrences, block attention, the tiled loss, and their plain references.
+"""Single-device operators: linear recurrences, block attention, routed computation, tiled loss, with references.
 
-Nothing here knows a process group. Shapes, everywhere in the project: B batch, T tokens, H heads, K key dim per head,
-V value dim per head, D model dim, N vocabulary.
+Nothing here knows about process groups. Shape letters, everywhere in the project: B batch, T tokens, H heads, K key dim
+per head, V value dim per head, D model dim, N vocabulary.
 """

@@ -1,7 +1,7 @@
-"""What every autograd function of the kernels is wrapped in: it computes in the dtypes that it says, and once.
+"""Autograd decorators for the kernels' custom functions: autocast off, and no double backward.
 
-Autocast would turn the matrix products inside a function into bf16, states and sums included; and a second derivative
-through kernels that write into buffers would be wrong, or cut off without a word.
+Autocast would cast the matrix products inside a function to bf16, states and sums included. A second derivative through
+kernels that write into buffers would be wrong or silently detached.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exact_forward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward pass in which autocast is off."""
+    """Decorate a forward pass: autocast is off inside it."""
     return _without_autocast(function)
 
 
 def exact_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass in which autocast is off, and which raises where it is differentiated itself."""
+    """Decorate a backward pass: autocast is off inside it, and differentiating it raises."""
     return once_differentiable(_without_autocast(function))

@@ -1,14 +1,14 @@
-"""The short causal convolution of each channel, as in Mamba-2, Gated DeltaNet and KDA, with documents reset.
+"""Short causal convolution per channel (depthwise), as in Mamba-2, Gated DeltaNet and KDA, for packed documents.
 
     y[t, c] = activation(bias[c] + sum_{i < W} weight[c, i] x[t - (W - 1) + i, c])
 
-The last tap multiplies the token itself (Dao's causal_conv1d has the same order). Tokens before the start of a
-document count as zeros. The tokens at hand may be several segments of a sequence; each is given the W - 1 tokens that
-precede it, with zeros for those of another document than the last of them.
+The last tap multiplies the token itself (the order of Dao's causal_conv1d). Tokens before the start of a document count
+as zeros. The local tokens may be several segments of a sequence; each comes with the W - 1 tokens before it (`before`),
+zeros where those belong to another document than the last of them.
 
-W shifted multiply-adds over a tile of tokens that stays in cache: on a CPU that is 3 to 19 times faster than torch's
-grouped conv1d on the same tile, which lays channels-last tokens out anew. On other devices a tile is everything.
-Computed in the accumulation dtype and cast once; the backward pass makes what the activation took again.
+Computed as W shifted multiply-adds over a tile of tokens that stays in cache: on a CPU 3 to 19 times faster than
+torch's grouped conv1d on the same tile, which copies channels-last tokens. On other devices one tile covers the whole
+tensor. Computed in the accumulation dtype and cast once; the backward pass recomputes the activation's input.
 """
 
 from bisect import bisect_left
@@ -31,7 +31,7 @@ ACTIVATIONS = (None, "silu")
 
 
 def _tiles(x: Tensor, length: int) -> tuple[list[slice], list[tuple[int, int]]]:
-    """Ranges of the batch, and of `length` tokens of `x [B, T, D]`: a tile is one of each."""
+    """Split the batch, and `length` tokens, of `x [B, T, D]` into ranges; a tile is one range of each."""
     batch, _, width = x.shape
     if x.device.type != "cpu":
         return [slice(0, batch)], [(0, length)] if length else []
@@ -41,53 +41,53 @@ def _tiles(x: Tensor, length: int) -> tuple[list[slice], list[tuple[int, int]]]:
     return batches, [(begin, min(begin + tokens, length)) for begin in range(0, length, tokens)]
 
 
-def _hidden(starts: Sequence[int], first: int, begin: int, end: int, width: int) -> list[Tensor | None]:
-    """For each distance s < width, the rows of tokens `begin` to `end` whose token s earlier is of another document.
+def _masked_rows(starts: Sequence[int], first: int, begin: int, end: int, width: int) -> list[Tensor | None]:
+    """Return, per distance s < width, the rows in `[begin, end)` whose token s earlier is in another document.
 
-    `starts` ascending, `first` the first token of the segment; rows count from `begin`. None where there is none.
+    `starts` ascending; `first` is the first token of the segment; rows count from `begin`. None if there are none.
     """
     near = starts[bisect_left(starts, max(first, begin - width + 2)) : bisect_left(starts, end)]
     if not near:
         return [None] * width
-    # From a start on, s tokens do not see what is s before them.
+    # The first s tokens of a document have no token s before them.
     rows = torch.tensor(near, device="cpu")[:, None] - begin + torch.arange(width - 1, device="cpu")
-    hidden: list[Tensor | None] = [None]
+    masked: list[Tensor | None] = [None]
     for distance in range(1, width):
-        reached = rows[:, :distance].flatten()
-        reached = reached[(reached >= 0) & (reached < end - begin)]
-        hidden.append(reached if len(reached) else None)
-    return hidden
+        at_distance = rows[:, :distance].flatten()
+        at_distance = at_distance[(at_distance >= 0) & (at_distance < end - begin)]
+        masked.append(at_distance if len(at_distance) else None)
+    return masked
 
 
 class _Tile:
-    """What the W taps multiply in one tile, and what they multiply it by."""
+    """The shifted, masked inputs of the W taps for one tile."""
 
-    def __init__(self, x: Tensor, before: Tensor, begin: int, end: int, hidden: Sequence[Tensor | None]) -> None:
-        """Tokens `begin` to `end` of a segment `x [B, T, D]` that `before [B, W - 1, D]` precedes."""
+    def __init__(self, x: Tensor, before: Tensor, begin: int, end: int, masked: Sequence[Tensor | None]) -> None:
+        """Take tokens `[begin, end)` of a segment `x [B, T, D]` preceded by `before [B, W - 1, D]`."""
         dtype, reach = accumulation_dtype(x.dtype), before.shape[1]
         missing = max(0, reach - begin)
         window = x[:, begin - reach + missing : end].to(dtype)
         if missing:
             window = torch.cat([before[:, reach - missing :].to(dtype), window], dim=1)
         self.rows = end - begin
-        self.hidden = [None if rows is None else rows.to(x.device) for rows in reversed(hidden)]
-        self.taps = [self.visible(window[:, i : i + self.rows], i) for i in range(reach + 1)]
+        self.masked = [None if rows is None else rows.to(x.device) for rows in reversed(masked)]
+        self.taps = [self.mask(window[:, i : i + self.rows], i) for i in range(reach + 1)]
 
-    def visible(self, part: Tensor, tap: int) -> Tensor:
-        """`part`, with zeros where a tap would reach into another document."""
-        rows = self.hidden[tap]
-        return part if rows is None else part.index_fill(1, rows, 0.0)
+    def mask(self, x: Tensor, tap: int) -> Tensor:
+        """Zero the rows of `x` at which a tap would reach into another document."""
+        rows = self.masked[tap]
+        return x if rows is None else x.index_fill(1, rows, 0.0)
 
-    def summed(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What goes into the activation, for weight `[W, D]`."""
+    def preactivation(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the input of the activation for weight `[W, D]`."""
         out = self.taps[0] * weight[0] if bias is None else torch.addcmul(bias, self.taps[0], weight[0])
         for tap, row in zip(self.taps[1:], weight[1:], strict=True):
             out.addcmul_(tap, row)
         return out
 
 
-def _wide(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """weight by taps, `[W, D]`, and bias, in the accumulation dtype."""
+def _by_taps(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return weight by taps, `[W, D]`, and bias, both in the accumulation dtype."""
     return weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
@@ -101,26 +101,26 @@ def _forward(
     activation: str | None,
 ) -> Tensor:
     width = weight.shape[1]
-    rows, shift = _wide(weight, bias, accumulation_dtype(x.dtype))
+    rows, shift = _by_taps(weight, bias, accumulation_dtype(x.dtype))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for number, (first, last) in enumerate(zip(bounds[::2], bounds[1::2], strict=True)):
         segment, done = x[:, first:last], out[:, first:last]
         batches, tokens = _tiles(x, last - first)
         for begin, end in tokens:
-            hidden = _hidden(starts, first, first + begin, first + end, width)
+            masked = _masked_rows(starts, first, first + begin, first + end, width)
             for batch in batches:
-                summed = _Tile(segment[batch], before[number, batch], begin, end, hidden).summed(rows, shift)
-                done[batch, begin:end] = F.silu(summed, inplace=True) if activation == "silu" else summed
+                y = _Tile(segment[batch], before[number, batch], begin, end, masked).preactivation(rows, shift)
+                done[batch, begin:end] = F.silu(y, inplace=True) if activation == "silu" else y
     return out
 
 
-def _store(line: Tensor, at: int, dbefore: Tensor, dx: Tensor) -> None:
-    """Write `line`, the gradients from place `at` on of W - 1 tokens `before` and those of the segment behind them."""
-    inside = min(max(dbefore.shape[1] - at, 0), line.shape[1])
-    dbefore[:, at : at + inside] = line[:, :inside]
+def _store(grads: Tensor, at: int, dbefore: Tensor, dx: Tensor) -> None:
+    """Write gradients of the tokens from index `at` on of (`before`, segment) into `dbefore` and `dx`."""
+    inside = min(max(dbefore.shape[1] - at, 0), grads.shape[1])
+    dbefore[:, at : at + inside] = grads[:, :inside]
     begin = at + inside - dbefore.shape[1]
-    if inside < line.shape[1]:
-        dx[:, begin : begin + line.shape[1] - inside] = line[:, inside:]
+    if inside < grads.shape[1]:
+        dx[:, begin : begin + grads.shape[1] - inside] = grads[:, inside:]
 
 
 def _backward(
@@ -134,7 +134,7 @@ def _backward(
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, width = accumulation_dtype(x.dtype), weight.shape[1]
-    rows, shift = _wide(weight, bias, dtype)
+    rows, shift = _by_taps(weight, bias, dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dbefore = torch.empty_like(before, memory_format=torch.contiguous_format)
     drows = torch.zeros_like(rows)
@@ -143,24 +143,24 @@ def _backward(
         batches, tokens = _tiles(x, last - first)
         for batch in batches:
             segment, dsegment, grads = x[batch, first:last], dx[batch, first:last], dy[batch, first:last]
-            # The last W - 1 tokens of a tile have gradients from the next one too: they wait for it.
-            waiting = torch.zeros(segment.shape[0], width - 1, x.shape[2], dtype=dtype, device=x.device)
+            # The last W - 1 tokens of a tile also get gradients from the next tile, so they are stored with it.
+            pending = torch.zeros(segment.shape[0], width - 1, x.shape[2], dtype=dtype, device=x.device)
             for begin, end in tokens:
-                hidden = _hidden(starts, first, first + begin, first + end, width)
-                tile = _Tile(segment, before[number, batch], begin, end, hidden)
+                masked = _masked_rows(starts, first, first + begin, first + end, width)
+                tile = _Tile(segment, before[number, batch], begin, end, masked)
                 grad = grads[:, begin:end].to(dtype)
                 if activation == "silu":
-                    grad = torch.ops.aten.silu_backward(grad, tile.summed(rows, shift))
-                line = torch.cat([waiting, torch.zeros_like(grad)], dim=1)
+                    grad = torch.ops.aten.silu_backward(grad, tile.preactivation(rows, shift))
+                dwindow = torch.cat([pending, torch.zeros_like(grad)], dim=1)
                 for i, tap in enumerate(tile.taps):
-                    reached = tile.visible(grad, i)
-                    line[:, i : i + tile.rows].addcmul_(reached, rows[i])
-                    drows[i] += (reached * tap).sum(dim=(0, 1))
+                    tap_grad = tile.mask(grad, i)
+                    dwindow[:, i : i + tile.rows].addcmul_(tap_grad, rows[i])
+                    drows[i] += (tap_grad * tap).sum(dim=(0, 1))
                 if bias is not None:
                     dshift += grad.sum(dim=(0, 1))
-                _store(line[:, : tile.rows], begin, dbefore[number, batch], dsegment)
-                waiting = line[:, tile.rows :]
-            _store(waiting, last - first, dbefore[number, batch], dsegment)
+                _store(dwindow[:, : tile.rows], begin, dbefore[number, batch], dsegment)
+                pending = dwindow[:, tile.rows :]
+            _store(pending, last - first, dbefore[number, batch], dsegment)
     return dx, drows.t().to(weight.dtype).contiguous(), dshift.to((weight if bias is None else bias).dtype), dbefore
 
 
@@ -185,7 +185,7 @@ def _grad_flops(dy: Any, x: Any, weight: Any, *arguments: Any, **kwargs: Any) ->
 
 
 def _register(name: str, signature: str, function: Any, fake: Any, flops: Any) -> Any:
-    """The operator `longctx::name`: torch.compile takes it whole, FlopCounterMode counts it."""
+    """Register the operator `longctx::name`, opaque to torch.compile and counted by FlopCounterMode."""
     torch.library.define(f"longctx::{name}", signature)
     torch.library.impl(f"longctx::{name}", "CompositeExplicitAutograd")(function)
     torch.library.register_fake(f"longctx::{name}")(fake)
@@ -206,7 +206,7 @@ _convolution_grad = _register(
 
 
 def _encode(segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    """Begin and end of each segment, and where documents begin in all of them, ascending."""
+    """Encode segments as (begin and end of each, document starts in all of them, ascending)."""
     bounds = [n for s in segments for n in (s.begin, s.end)]
     return bounds, sorted([s.begin + start for s in segments for start in s.starts])
 
@@ -219,7 +219,7 @@ def forward(
     segments: Sequence[Segment],
     activation: str | None,
 ) -> Tensor:
-    """y `[B, T, D]` in x's dtype; arguments as in `causal_convolution`, not checked."""
+    """Compute y `[B, T, D]` in x's dtype; arguments as in `causal_convolution`, unchecked."""
     return _convolution(x, weight, bias, before, *_encode(segments), activation)
 
 
@@ -232,7 +232,7 @@ def backward(
     segments: Sequence[Segment],
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """dx, dweight, dbias (None without bias) and dbefore, each in the dtype of what it is the gradient of."""
+    """Compute dx, dweight, dbias (None without bias) and dbefore, each in the dtype of its tensor."""
     dx, dweight, dbias, dbefore = _convolution_grad(dy, x, weight, bias, before, *_encode(segments), activation)
     return dx, dweight, None if bias is None else dbias, dbefore
 
@@ -260,8 +260,8 @@ class _CausalConvolution(torch.autograd.Function):
         return *backward(grads[0], x, weight, bias, before, ctx.segments, ctx.activation), None, None
 
 
-def _like(name: str, tensor: Tensor, x: Tensor, shape: Sequence[int], meaning: str) -> None:
-    """Raise ValueError where a tensor that holds tokens or parameters does not fit x."""
+def _check_shape(name: str, tensor: Tensor, x: Tensor, shape: Sequence[int], meaning: str) -> None:
+    """Raise ValueError if a tensor does not have a shape, or is on another device than x."""
     if list(tensor.shape) != list(shape):
         raise ValueError(f"{name} has shape {list(tensor.shape)}: expected {meaning} = {list(shape)}")
     if tensor.device != x.device:
@@ -269,16 +269,14 @@ def _like(name: str, tensor: Tensor, x: Tensor, shape: Sequence[int], meaning: s
 
 
 def _check_tokens(name: str, tensor: Tensor, x: Tensor, shape: Sequence[int], meaning: str) -> None:
-    _like(name, tensor, x, shape, meaning)
+    _check_shape(name, tensor, x, shape, meaning)
     if tensor.dtype != x.dtype:
         raise ValueError(f"{name} is {tensor.dtype}, but x is {x.dtype}: expected the same dtype")
 
 
 def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dims: str) -> None:
-    """Raise ValueError, naming the argument, where x does not have the dimensions `dims`, the last of them channels.
-
-    Or where weight `[D, W]`, bias `[D]` or activation do not fit.
-    """
+    """Raise ValueError, naming the argument, if x does not have the dims `dims` (channels last), or weight `[D, W]`,
+    bias `[D]` or activation do not fit."""
     if x.dim() != dims.count(",") + 1:
         raise ValueError(f"x has shape {list(x.shape)}: expected {dims}")
     if x.dtype not in DTYPES:
@@ -287,9 +285,9 @@ def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
         raise ValueError(f"x has shape {list(x.shape)}: expected at least one channel")
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight has shape {list(weight.shape)}: expected [channels, taps] with at least one tap")
-    _like("weight", weight, x, (x.shape[-1], weight.shape[1]), "[channels, taps]")
+    _check_shape("weight", weight, x, (x.shape[-1], weight.shape[1]), "[channels, taps]")
     if bias is not None:
-        _like("bias", bias, x, x.shape[-1:], "[channels]")
+        _check_shape("bias", bias, x, x.shape[-1:], "[channels]")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype not in DTYPES:
             raise ValueError(f"{name} is {parameter.dtype}: expected one of {', '.join(str(d) for d in DTYPES)}")
@@ -298,7 +296,7 @@ def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 
 
 def check_before(name: str, before: Tensor, x: Tensor, count: int) -> None:
-    """Raise ValueError where a tensor is not `count` tokens `[B, count, D]` of x's dtype."""
+    """Raise ValueError if a tensor is not `[B, count, D]` of x's dtype."""
     _check_tokens(name, before, x, (x.shape[0], count, x.shape[-1]), "[batch, taps - 1, channels]")
 
 
@@ -307,16 +305,15 @@ def _check_segments(segments: Sequence[Segment], length: int) -> None:
     for begin, end in sorted([(s.begin, s.end) for s in segments]):
         if begin != reached or end < begin:
             raise ValueError(
-                f"segments has tokens {begin} to {end} after {reached} tokens: expected segments that do not overlap "
-                "and leave no token out"
+                f"segments have tokens {begin} to {end} after the first {reached}: expected neither overlaps nor gaps"
             )
         reached = end
     if reached != length:
-        raise ValueError(f"segments has {reached} tokens: expected the {length} of x")
+        raise ValueError(f"segments have {reached} tokens: expected the {length} of x")
     for segment in segments:
         if any(left >= right for left, right in pairwise((-1, *segment.starts, segment.size))):
             raise ValueError(
-                f"segments has starts {list(segment.starts[:8])}: expected ascending places in {segment.size} tokens"
+                f"segments have starts {list(segment.starts[:8])}: expected ascending offsets below {segment.size}"
             )
 
 
@@ -329,15 +326,15 @@ def causal_convolution(
     segments: Sequence[Segment] | None = None,
     before: Tensor | None = None,
 ) -> Tensor:
-    """The short causal convolution over the tokens at hand, `[B, T, D]` in x's dtype.
+    """Compute the short causal convolution of the local tokens, `[B, T, D]` in x's dtype.
 
     Shapes: x `[B, T, D]`; weight `[D, W]`, its last column for the token itself; bias `[D]`; activation None or "silu".
-    `segments` (one, without a start, by default) cover the tokens, in any order; a document begins at each of their
-    starts and sees no token before it. before `[N, B, W - 1, D]` in x's dtype holds what precedes each segment in the
-    sequence, as far as it is of the document that the segment goes on with, and zeros before that (`final_window`);
+    `segments` cover the tokens, in any order; by default one segment without document starts. A document that starts in
+    a segment sees no token before its start. before `[N, B, W - 1, D]` in x's dtype has the tokens that precede each
+    segment in the sequence if they belong to the document that the segment continues, else zeros (`final_window`);
     zeros by default. weight and bias may have another dtype than x. Differentiable in every tensor.
 
-    Raises ValueError where an argument does not fit, naming it.
+    Raises ValueError, naming the argument, if one does not fit.
     """
     check_arguments(x, weight, bias, activation, "[batch, tokens, channels]")
     batch, length, channels = x.shape
@@ -351,16 +348,16 @@ def causal_convolution(
 
 
 def final_window(x: Tensor, count: int, *, starts: Sequence[int] = (), before: Tensor | None = None) -> Tensor:
-    """The last `count` (W - 1) tokens of a sequence, as the next token of its last document sees them.
+    """Return the convolution window after a sequence: its last `count` (W - 1) tokens, `[B, count, D]`.
 
-    Shapes: x `[B, T, D]`, before `[B, count, D]`, the tokens that precede x, zeros by default. starts ascending, the
-    places at which documents begin. Returns `[B, count, D]`, zeros where the document or the sequence has fewer
-    tokens: the window that `step` takes, and `before` of what follows. Differentiable by autograd.
+    Zeros where the last document has fewer tokens. It is the `window` of `step` and the `before` of the next segment.
+    Shapes: x `[B, T, D]`; before `[B, count, D]`, the tokens that precede x, zeros by default; starts: offsets of
+    document starts, ascending. Differentiable by autograd.
     """
     if x.dim() != 3:
         raise ValueError(f"x has shape {list(x.shape)}: expected [batch, tokens, channels]")
     if count < 0:
-        raise ValueError(f"count is {count}: expected a number of tokens")
+        raise ValueError(f"count is {count}: expected at least 0 tokens")
     _check_segments((Segment(0, x.shape[1], tuple(starts)),), x.shape[1])
     if before is None:
         before = x.new_zeros(x.shape[0], count, x.shape[2])
@@ -374,15 +371,15 @@ def final_window(x: Tensor, count: int, *, starts: Sequence[int] = (), before: T
 def step(
     x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token of generation: y `[B, D]` and the new window, for the window `[B, W - 1, D]` of the tokens before it.
+    """Decode one token: return y `[B, D]` and the new window, given the window `[B, W - 1, D]` of the tokens before it.
 
-    Shapes: x `[B, D]`, weight `[D, W]`, bias `[D]`. The same equation as `causal_convolution`, computed in the
-    accumulation dtype and cast once; differentiable by autograd.
+    Shapes: x `[B, D]`, weight `[D, W]`, bias `[D]`. Same equation as `causal_convolution`, in the accumulation dtype
+    and cast once; differentiable by autograd.
     """
     check_arguments(x, weight, bias, activation, "[batch, channels]")
     check_before("window", window, x, weight.shape[1] - 1)
     tokens = torch.cat([window, x[:, None]], dim=1)
-    rows, shift = _wide(weight, bias, accumulation_dtype(x.dtype))
+    rows, shift = _by_taps(weight, bias, accumulation_dtype(x.dtype))
     y = (tokens * rows).sum(dim=1)
     y = y if shift is None else y + shift
     return (F.silu(y) if activation == "silu" else y).to(x.dtype), tokens[:, 1:]

@@ -4,5 +4,5 @@ import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states, decays and merges: float32, or float64 where the input is."""
+    """Return the dtype of states, decays and merges: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,7 +1,7 @@
-"""Cross-entropy of a linear head, in tiles: no tensor of size tokens x vocabulary exists.
+"""Fused linear cross-entropy in tiles: never materialises a tensor of size tokens x vocabulary.
 
-The gradient of the loss to the logits is known as soon as the logits are, so that each tile's share of the gradients
-is made in the forward pass, and the logits are never computed twice (the manner of Hsu et al. 2024, Liger Kernel).
+The gradient with respect to the logits is known as soon as the logits are, so each tile's gradients are computed in the
+forward pass and the logits are never recomputed (as in Liger Kernel, Hsu et al. 2024).
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.dtypes import accumulation_dtype
 
 IGNORE = -100
-"""The label of a token that has none."""
+"""Label of a token without a target (PyTorch's ignore_index)."""
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From what a part of the vocabulary gives of tokens `[t]`, the logarithm of its exponentials' sum and the logit of the
-label (0 where it lies in another part), to those of the whole."""
+"""Combines vocabulary shards: (logsumexp of the shard's logits, label logit, 0 if the label is in another shard), each
+`[t]`, to the same pair for the whole vocabulary."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(begin, begin + tile)
             valid = labels[part] >= 0
             targets = labels[part] - first
-            # A label of the whole vocabulary that it does not have is an error of indexing.
+            # Without shards, a label beyond the vocabulary is an indexing error.
             here = valid if merge is None else valid & (targets >= 0) & (targets < len(weight))
             targets = torch.where(here, targets, 0)[:, None]
             logits = torch.matmul(x[part], weight.T).to(dtype)
@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is None and dweight is None:
                 continue
             dlogits = logits.sub_(lse[:, None]).exp_()
-            # One place a row, so that plain indexing is exact, and deterministic on every device.
+            # One element per row, so plain indexing is exact and deterministic on every device.
             dlogits[rows[: len(targets)], targets[:, 0]] -= here.to(dtype)
             dlogits = dlogits.mul_(valid[:, None] * scale).to(x.dtype)
             if dx is not None:
@@ -86,20 +86,20 @@ def linear_cross_entropy(
     first: int = 0,
     merge: Merge | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`scale` times the summed negative log likelihood of `softmax(x weight^T)`, and each token's own.
+    """Compute `scale` times the summed negative log likelihood of `softmax(x weight^T)`, and each token's own.
 
-    Shapes: x `[T, D]`, weight `[N, D]`, labels `[T]` int64, negative (-100) for tokens that have none; `tile` tokens
-    have their logits in memory at one time. Returns the scaled sum (a scalar, differentiable to x and weight) and the
-    tokens' unscaled values `[T]` (nats, 0 where there is no label, not differentiable), both in the accumulation dtype.
+    Shapes: x `[T, D]`, weight `[N, D]`, labels `[T]` int64, negative (-100) for tokens without a label. The logits of
+    `tile` tokens are in memory at one time. Returns the scaled sum (a scalar, differentiable in x and weight) and the
+    unscaled values per token `[T]` (nats, 0 without a label, not differentiable), both in the accumulation dtype.
 
     Divide by the number of labels with `scale`, not afterwards: it multiplies the gradients before they are rounded to
-    bf16, where a factor that comes later would itself be rounded to 8 bits.
+    bf16, where a later factor would itself be rounded to 8 bits.
 
-    `weight` may be a part of the vocabulary that begins with row `first`; `merge` then puts the parts together, and the
-    gradient of x is this part's summand.
+    `weight` may be the vocabulary shard that begins at row `first`; `merge` then combines the shards, and the gradient
+    of x is this shard's summand.
     """
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: labels {tuple(labels.shape)} do not fit x {tuple(x.shape)}")
+        raise ValueError(f"linear_cross_entropy: labels have shape {list(labels.shape)}: expected [{x.shape[0]}]")
     scale = torch.as_tensor(scale, dtype=accumulation_dtype(x.dtype), device=x.device)
     total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile, scale, first, merge)  # type: ignore[no-untyped-call]
     return total, nll

@@ -1,9 +1,9 @@
-"""What acts on each token by itself, in tiles that stay in cache: normalisation and the gated unit.
+"""RMSNorm and SwiGLU: per-token operators, computed in tiles that stay in cache.
 
-On a CPU a long sequence makes every elementwise operator a trip through memory, and every temporary fresh pages from
-the system; tile by tile neither happens (2.5 to 6 times faster than torch's operators: benchmarks/README.md). On
-other devices a tile is everything. Computed in the accumulation dtype and cast once; only the inputs are kept for the
-backward pass.
+On a CPU every elementwise operator on a long sequence reads and writes main memory, and every temporary needs fresh
+pages from the system; tiles avoid both (2.5 to 6 times faster than torch's operators: benchmarks/README.md). On other
+devices one tile covers the whole tensor. Computed in the accumulation dtype and cast once; only the inputs are saved
+for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.dtypes import accumulation_dtype
 
 TILE_ELEMENTS = 2**18
-"""Elements of a tile on a CPU: 1 MiB in float32, half of a core's second-level cache."""
+"""Elements per tile on a CPU: 1 MiB in float32, half of a core's L2 cache."""
 
 
 def _tiles(x: Tensor) -> Iterator[slice]:
-    """Row ranges of `x [R, D]`."""
+    """Split the rows of `x [R, D]` into tiles."""
     rows, width = x.shape
     step = max(1, TILE_ELEMENTS // max(width, 1)) if x.device.type == "cpu" else max(rows, 1)
     return (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
@@ -73,12 +73,14 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`x * rsqrt(mean(x^2) + eps) * scale` over the last dimension (Zhang & Sennrich 2019), in x's dtype.
+    """Compute `x * rsqrt(mean(x^2) + eps) * scale` over the last dim (Zhang & Sennrich 2019), in x's dtype.
 
-    Shapes: x `[..., D]`; scale `[D]`, a weight, or `[..., D]` like x, a gate.
+    Shapes: x `[..., D]`; scale `[D]` (a weight) or `[..., D]` like x (a gate).
     """
     if scale.shape != x.shape and scale.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: scale {tuple(scale.shape)} fits neither x {tuple(x.shape)} nor its last dimension")
+        raise ValueError(
+            f"rms_norm: scale has shape {list(scale.shape)}: expected that of x, {list(x.shape)}, or [{x.shape[-1]}]"
+        )
     return _RMSNorm.apply(x, scale, eps)  # type: ignore[no-untyped-call]
 
 
@@ -115,7 +117,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`SiLU(gate) * up` (Shazeer 2020) for `gate_up [..., 2 F]`, the gates in the first half: `[..., F]`."""
+    """Compute `SiLU(gate) * up` (Shazeer 2020), `[..., F]`, from `gate_up [..., 2 F]`, the gates in the first half."""
     if gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: the last dimension holds gates and values, so {gate_up.shape[-1]} has to be even")
+        raise ValueError(f"swiglu: the last dim of gate_up is gates and values: {gate_up.shape[-1]} has to be even")
     return _Swiglu.apply(gate_up)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""References of short convolution, tiled loss, RMSNorm and SwiGLU, written from the equations.
+"""Reference implementations of short convolution, cross-entropy, RMSNorm and SwiGLU, written from the equations.
 
-Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` means something. Only tests call it: fast
-paths are compared with it.
+Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` is meaningful. Only tests call them, to
+check the fast paths.
 """
 
 import torch
@@ -16,11 +16,11 @@ def short_convolution(
     starts: tuple[int, ...] = (),
     before: Tensor | None = None,
 ) -> Tensor:
-    """`y_t = activation(bias + sum_{i < W} weight[:, i] x_{t - (W - 1) + i})`, token by token (causal_conv1d's order).
+    """Compute `y_t = activation(bias + sum_{i < W} weight[:, i] x_{t - (W - 1) + i})`, token by token, `[B, T, D]`.
 
-    A token sees those before it from the start of its document on; the first document goes on from `before`.
-    Shapes: x `[B, T, D]`, weight `[D, W]`, bias `[D]`, before `[B, W - 1, D]`, zeros by default; activation None or
-    "silu". Returns `[B, T, D]`.
+    Taps reach back to the start of the token's document; the first document continues from `before`. Shapes: x
+    `[B, T, D]`, weight `[D, W]` (causal_conv1d's order), bias `[D]`, before `[B, W - 1, D]`, zeros by default;
+    activation None or "silu".
     """
     taps, out = weight.shape[1], []
     line = x if before is None else torch.cat([before, x], dim=1)
@@ -35,7 +35,7 @@ def short_convolution(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Negative log likelihood in nats of each token, `[T]`, 0 where the label is -100.
+    """Compute the negative log likelihood of each token in nats, `[T]`, 0 where the label is -100.
 
     Shapes: x `[T, D]`, weight `[N, D]`, labels `[T]` int64.
     """
@@ -45,11 +45,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension."""
+    """Compute `x / sqrt(mean(x^2) + eps) * scale` over the last dim."""
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * scale
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`gate * sigmoid(gate) * up`, gate and up the halves of the last dimension."""
+    """Compute `gate * sigmoid(gate) * up`; gate and up are the halves of the last dim."""
     gate, up = gate_up.chunk(2, dim=-1)
     return gate / (1 + torch.exp(-gate)) * up

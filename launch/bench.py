@@ -1,4 +1,4 @@
-"""`longctx bench kernels`: the tables of the kernels beside their peers and the machine's limits."""
+"""`longctx bench kernels`: tables of the kernels, their peers and the machine's limits."""
 
 import json
 from collections.abc import Sequence
@@ -10,39 +10,39 @@ from rich.console import Console
 from rich.table import Table
 
 from longctx.bench.kernels import KERNELS
-from longctx.bench.measure import Measured
-from longctx.bench.run import ROW_SECONDS, Benchmark, Options, Report, Row, ScalingRow, gib
+from longctx.bench.measure import Measurement
+from longctx.bench.run import ROW_SECONDS, Benchmark, KernelOptions, KernelRow, Report, ScalingRow, gib
 from longctx.errors import UserError
 from longctx.launch.terminal import echo
 
 WIDTH = 132
-"""Columns of the tables, whatever the terminal has: one that is cut cannot be read."""
-KERNELS_SAY = (
-    "FLOPs are those that are needed, as a share of the best rate of batched products; bytes are those that have to\n"
-    "move, as a share of the rate of copying."
+"""Columns of the tables, whatever the width of the terminal: a truncated table is unreadable."""
+KERNELS_CAPTION = (
+    "of batched: minimum FLOPs, as a fraction of the highest batched matmul rate; of copy: minimum bytes, as a\n"
+    "fraction of the copy rate."
 )
-PEERS_SAY = (
-    "Same inputs. The ratio is their seconds by ours, the share our memory by theirs; the difference is the largest\n"
-    "relative one, of the output and the gradients."
+PEERS_CAPTION = (
+    "Same inputs. ratio: their time / our time; share: our memory / their memory; difference: largest relative\n"
+    "difference of output and gradients."
 )
-SCALING_SAY = "Tokens per second on a short and on a long sequence, with as many heads as the long one has memory for."
+SCALING_CAPTION = "Tokens per second on a short and a long sequence, with as many heads as fit into memory for both."
 
 
-def bench_kernels(options: Options, json_file: Path | None) -> int:
-    """Measure, print, write; the exit status, 1 where a peer computes something else than we do."""
+def bench_kernels(options: KernelOptions, json_file: Path | None) -> int:
+    """Run the benchmark, print tables, write the JSON file; return the exit status, 1 if a peer's results differ."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; take --device cpu")
+        raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
     if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; make it first")
+        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; create it first")
     report = Benchmark(options, echo).run()
     console = Console(highlight=False, markup=False, width=WIDTH)
     console.print(_header(report), soft_wrap=True)
-    _print(console, "Kernels", KERNELS_SAY, _kernels(report.rows))
+    _print(console, "Kernels", KERNELS_CAPTION, _kernels(report.rows))
     if report.peers:
         versions = ", ".join(sorted({f"{row.distribution} {row.version}" for row in report.peers}))
-        _print(console, "Peers", f"{PEERS_SAY} {versions}.", _peers(report))
+        _print(console, "Peers", f"{PEERS_CAPTION} {versions}.", _peers(report))
     if report.scaling:
-        _print(console, "Scaling", SCALING_SAY, _scaling(report.scaling))
+        _print(console, "Scaling", SCALING_CAPTION, _scaling(report.scaling))
     for line in report.notes:
         console.print(line, soft_wrap=True)
     for line in report.disagreements:
@@ -58,11 +58,11 @@ def _print(console: Console, title: str, text: str, table: Table) -> None:
     console.print(table)
 
 
-def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The kernels of these names, in the order of the tables; all where none is named. Raises UserError."""
+def select_kernels(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the kernels of these names in table order; all if none is given. Raises UserError for an unknown name."""
     unknown = [name for name in names if name not in KERNELS]
     if unknown:
-        raise UserError(f"--only {unknown[0]}: there is no such kernel; there are {', '.join(KERNELS)}")
+        raise UserError(f"--only {unknown[0]}: unknown kernel; the kernels are {', '.join(KERNELS)}")
     return tuple(name for name in KERNELS if not names or name in names)
 
 
@@ -74,10 +74,10 @@ def _header(report: Report) -> str:
         f"torch {machine.torch}, Python {machine.python}; "
         f"{machine.dtype}; {options.tokens:,} tokens, {options.heads} heads of {options.head_dim}.\n"
         f"Limits: matmul {machine.matmul / 1e9:.1f} GFLOP/s; batched {batched} GFLOP/s;\n"
-        f"copy {machine.copy / 1e9:.1f} GB/s, read and written.\n"
-        f"Each measurement in a process of its own: the median of up to {options.repeats} runs after one that warms "
-        f"up, as many as end\nwithin {ROW_SECONDS:g} s, at least one. Memory is the peak of the first run beyond the "
-        "inputs, results included."
+        f"copy {machine.copy / 1e9:.1f} GB/s, reads plus writes.\n"
+        f"Each measurement runs in a fresh process: the median of up to {options.repeats} runs after a warm-up run, "
+        f"as many as fit\ninto {ROW_SECONDS:g} s, at least one. Memory is the peak of the first run beyond the "
+        "inputs, including results."
     )
 
 
@@ -102,13 +102,13 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _memory(measured: Measured) -> str:
+def _memory(measured: Measurement) -> str:
     if measured.memory is None:
         return "-"
     return gib(measured.memory) if measured.memory >= 2**30 else f"{measured.memory / 2**20:.1f} MiB"
 
 
-def _kernels(rows: Sequence[Row]) -> Table:
+def _kernels(rows: Sequence[KernelRow]) -> Table:
     table = _table(
         ("kernel", "pass"),
         ("runs", "seconds", "tokens/s", "GFLOP/s", "of batched", "of copy", "memory"),

@@ -1,4 +1,4 @@
-"""`longctx bench parallel`: one layer over several ranks, with and without links between them, as a table."""
+"""`longctx bench parallel`: table of one layer over several ranks, on an emulated network or without."""
 
 import json
 import os
@@ -16,25 +16,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from longctx.bench.layers import METHODS, Task
+from longctx.bench.layers import METHODS, LayerTask
 from longctx.errors import UserError
 from longctx.launch.hosts import INTERFACE, address, hosts
-from longctx.launch.local import KEEP_MEMORY, threads_per_rank
+from longctx.launch.local import MALLOC_SETTINGS, threads_per_rank
 from longctx.launch.terminal import echo
 
 PORT = 29511
-"""Of rank 0, on a host of its own."""
-SAY = (
-    "One layer with its projections, forward and backward, float32. Seconds are the median of the slowest rank's, the\n"
-    "methods of a length taking turns; waited is how long the rank stood still that waited longest, for data or for\n"
-    "ranks that had more to do; received are the bytes of the rank that gets most, and least what the schedule's\n"
-    "formula says of them."
+"""Port of rank 0 on an emulated host."""
+CAPTION = (
+    "One layer with its projections, forward and backward, float32; methods of one length are interleaved.\n"
+    "seconds: median time of the slowest rank; waited: longest time that a rank was blocked, on data or on slower\n"
+    "ranks; received: bytes received, maximum over ranks; least: the same by the schedule's formula."
 )
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command was asked for."""
+class ParallelOptions:
+    """Options of `longctx bench parallel`."""
 
     ranks: int
     lengths: tuple[int, ...]
@@ -44,51 +43,51 @@ class Options:
     head_dim: int
     repeats: int
     softmax_tokens: int
-    """Softmax layers are measured up to this length."""
+    """Maximum sequence length for softmax layers."""
     gbit: float | None
-    """Speed of each rank's link, each way; None for ranks that share this machine's memory."""
+    """Link speed per rank and direction; None for ranks without an emulated network."""
     delay: float
-    """Milliseconds that a packet takes to leave its rank."""
+    """One-way link latency in milliseconds."""
 
     @property
     def kind(self) -> str:
-        """`cuda`, with NCCL, where there is a GPU for each rank and links are as they are; else `cpu`, with gloo."""
+        """Device type: `cuda` (NCCL) with a GPU per rank and no emulated network, else `cpu` (gloo)."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return "cuda" if self.gbit is None and gpus >= self.ranks else "cpu"
 
 
-def chosen(names: Sequence[str]) -> tuple[str, ...]:
-    """The methods of these names, in the order of the table; all where none is named. Raises UserError."""
+def select_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the methods of these names in table order; all if none is given. Raises UserError for an unknown name."""
     for name in names:
         if name not in METHODS:
-            raise UserError(f"--only {name}: there is no such method; there are {', '.join(METHODS)}")
+            raise UserError(f"--only {name}: unknown method; the methods are {', '.join(METHODS)}")
     return tuple(name for name in METHODS if not names or name in names)
 
 
-def bench_parallel(options: Options, json_file: Path | None) -> int:
-    """Measure, print, write; the exit status."""
+def bench_parallel(options: ParallelOptions, json_file: Path | None) -> int:
+    """Run the benchmark, print the table, write the JSON file; return the exit status."""
     if options.heads % options.kv_heads:
-        raise UserError(f"--kv-heads {options.kv_heads}: not a divisor of --heads {options.heads}")
+        raise UserError(f"--kv-heads {options.kv_heads}: must divide --heads {options.heads}")
     if "ulysses" in options.methods and options.heads % options.ranks:
-        raise UserError(f"--heads {options.heads}: Ulysses divides them over {options.ranks} ranks; take a multiple")
+        raise UserError(f"--heads {options.heads}: must be a multiple of --ranks {options.ranks} for ulysses")
     if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; make it first")
+        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; create it first")
     shape = (options.heads, options.kv_heads, options.head_dim, options.repeats)
     tasks = [
-        Task(method, length, *shape)
+        LayerTask(method, length, *shape)
         for length in options.lengths
         for method in options.methods
         if not METHODS[method].softmax or length <= options.softmax_tokens
     ]
     if options.kind == "cuda":
-        echo(f"{options.ranks} ranks of a GPU each ({torch.cuda.get_device_name()}), NCCL; {len(tasks)} tasks")
+        echo(f"{options.ranks} ranks with one GPU each ({torch.cuda.get_device_name()}), NCCL; {len(tasks)} tasks")
     else:
-        link = "memory" if options.gbit is None else f"{options.gbit:g} Gbit/s each way"
-        each = f"{threads_per_rank(options.ranks)} threads on {os.cpu_count()} processors"
-        echo(f"{options.ranks} ranks of {each}, gloo, links: {link}; {len(tasks)} tasks")
-    results = _measured(options, tasks)
+        link = "shared memory" if options.gbit is None else f"links of {options.gbit:g} Gbit/s per direction"
+        threads = f"{threads_per_rank(options.ranks)} threads per rank on {os.cpu_count()} CPUs"
+        echo(f"{options.ranks} ranks, {threads}, gloo, {link}; {len(tasks)} tasks")
+    results = _measure(options, tasks)
     console = Console(highlight=False, markup=False, width=132)
-    console.print(f"\n{SAY}", soft_wrap=True)
+    console.print(f"\n{CAPTION}", soft_wrap=True)
     console.print(_table(results))
     if json_file is not None:
         content = {"options": asdict(options), "results": results}
@@ -97,8 +96,8 @@ def bench_parallel(options: Options, json_file: Path | None) -> int:
 
 
 @contextmanager
-def _places(options: Options) -> Iterator[tuple[list[list[str]], dict[str, str]]]:
-    """How a command begins on each rank's host, and the environment by which ranks find each other."""
+def _rank_environment(options: ParallelOptions) -> Iterator[tuple[list[list[str]], dict[str, str]]]:
+    """Yield each rank's command prefix (to run on its host) and the rendezvous environment variables."""
     if options.gbit is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -110,23 +109,26 @@ def _places(options: Options) -> Iterator[tuple[list[list[str]], dict[str, str]]
         yield commands, environment
 
 
-def _measured(options: Options, tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Run the ranks to their end; what rank 0 wrote. Raises UserError with a rank's last words where one fails."""
-    with tempfile.TemporaryDirectory(prefix="longctx-bench-") as name, _places(options) as (commands, environment):
+def _measure(options: ParallelOptions, tasks: Sequence[LayerTask]) -> list[dict[str, Any]]:
+    """Run the ranks; return rank 0's results. Raises UserError with the last log line of a rank that fails."""
+    with (
+        tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
+        _rank_environment(options) as (commands, environment),
+    ):
         folder = Path(name)
         (folder / "tasks.json").write_text(json.dumps([asdict(task) for task in tasks]), encoding="utf-8")
         ranks = []
         for number, command in enumerate(commands):
             files = f"{name}/tasks.json", f"{name}/results.json"
-            words = [sys.executable, "-m", "longctx.launch.bench_rank", *files, options.kind]
+            arguments = [sys.executable, "-m", "longctx.launch.bench_rank", *files, options.kind]
             with (folder / f"rank-{number}.log").open("wb") as log:
                 ranks.append(
                     subprocess.Popen(
-                        [*command, *words],
+                        [*command, *arguments],
                         stdout=log,
                         stderr=log,
                         env={
-                            **KEEP_MEMORY,
+                            **MALLOC_SETTINGS,
                             **os.environ,
                             **environment,
                             "OMP_NUM_THREADS": str(threads_per_rank(options.ranks)),
@@ -145,11 +147,9 @@ def _measured(options: Options, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         for number, status in enumerate(statuses):
             if status:
                 lines = (folder / f"rank-{number}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-                raise UserError(
-                    f"rank {number} ended with status {status}: {lines[-1] if lines else 'it said nothing'}"
-                )
-        found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        return found
+                raise UserError(f"rank {number} ended with status {status}: {lines[-1] if lines else 'no output'}")
+        results: list[dict[str, Any]] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return results
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""A rank of `longctx bench parallel`: reads the tasks, measures them with the others, and rank 0 writes the results.
+"""One rank of `longctx bench parallel`: measures the tasks with the other ranks; rank 0 writes the results.
 
 python -m longctx.launch.bench_rank TASKS RESULTS cpu|cuda
 """
@@ -13,31 +13,31 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from longctx.bench.layers import Task, measure
-from longctx.launch.rank import leave
+from longctx.bench.layers import LayerTask, measure
+from longctx.launch.rank import exit_rank
 from longctx.parallel.mesh import Mesh
 from longctx.train.process_group import process_group
 
 TIMEOUT = 600
-"""Seconds that a rank waits for another one."""
+"""Timeout of a collective in seconds."""
 
 
 def main(tasks: Path, results: Path, kind: str) -> None:
-    """Measure the tasks, those of one length in turns, and after each length write what there is."""
+    """Measure the tasks, interleaving those of one length; write the results so far after each length."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with process_group(kind, TIMEOUT):
         mesh = Mesh.build(kind, cp=dist.get_world_size())
-        found = []
-        todo = [Task(**task) for task in json.loads(tasks.read_text(encoding="utf-8"))]
+        measured = []
+        todo = [LayerTask(**task) for task in json.loads(tasks.read_text(encoding="utf-8"))]
         for _, group in groupby(todo, lambda task: task.tokens):
-            found += [asdict(result) for result in measure(list(group), mesh)]
+            measured += [asdict(result) for result in measure(list(group), mesh)]
             if dist.get_rank() == 0:
-                written = results.with_suffix(".part")
-                written.write_text(json.dumps(found), encoding="utf-8")
-                written.rename(results)
+                partial = results.with_suffix(".part")
+                partial.write_text(json.dumps(measured), encoding="utf-8")
+                partial.rename(results)
         dist.barrier()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-    leave(0)
+    exit_rank(0)

@@ -1,4 +1,4 @@
-"""`longctx generate`: a prompt in, text out as it comes."""
+"""`longctx generate`: streams the continuation of a prompt to stdout."""
 
 import sys
 import time
@@ -25,9 +25,9 @@ def run(
     sampling: Sampling,
     checkpoint: Path | None,
 ) -> int:
-    """Write to stdout what the model in `directory` goes on with after a prompt; the exit status.
+    """Stream the continuation of a prompt by the model in `directory` to stdout; return the exit status.
 
-    What is said about it goes to stderr. Raises UserError for what the user can mend, before anything is written.
+    Messages go to stderr. Raises UserError for user errors, before any output.
     """
     text = _prompt(prompt, prompt_file)
     restored = restore(directory, overrides, checkpoint)
@@ -36,25 +36,25 @@ def run(
     stream = generate(
         restored.decoder, tokens, count, sampling, stop=(tokenizer.eos_id,), vocabulary=tokenizer.vocab_size
     )
-    _introduce(restored, len(tokens))
-    began = first = time.perf_counter()
-    pieces, given = TextStream(tokenizer, tokens.tolist()), 0
+    _echo_model(restored, len(tokens))
+    start = first = time.perf_counter()
+    text_stream, generated = TextStream(tokenizer, tokens.tolist()), 0
     for token in stream:
-        if given == 0:
+        if generated == 0:
             first = time.perf_counter()
-        given += 1
-        _write(pieces.add(token))
-    _write(pieces.end() + "\n")
-    ended = "" if given == count else ": here the model ended the document"
-    rate = f", then {(given - 1) / (time.perf_counter() - first):,.0f} a second" if given > 1 else ""
-    spent = f" ({first - began:.2f} s to the first{rate})" if given else ""
-    echo(f"{given:,} tokens{spent}{ended}")
+        generated += 1
+        _write(text_stream.add(token))
+    _write(text_stream.end() + "\n")
+    ended = "" if generated == count else "; stopped at the end-of-document token"
+    rate = f", then {(generated - 1) / (time.perf_counter() - first):,.0f} tokens/s" if generated > 1 else ""
+    timing = f" ({first - start:.2f} s to first token{rate})" if generated else ""
+    echo(f"{generated:,} tokens{timing}{ended}")
     return 0
 
 
 def _prompt(text: str | None, file: Path | None) -> str:
     if (text is None) == (file is None):
-        raise UserError("the prompt: give one of --prompt TEXT and --prompt-file FILE")
+        raise UserError("prompt: give either --prompt TEXT or --prompt-file FILE")
     if file is not None:
         try:
             text = file.read_text(encoding="utf-8")
@@ -63,18 +63,18 @@ def _prompt(text: str | None, file: Path | None) -> str:
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt-file {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not text:
-        raise UserError("the prompt is empty: give at least a character, since a model says only what follows one")
+        raise UserError("the prompt is empty: give at least one character")
     return text
 
 
-def _introduce(restored: Restored, prompt: int) -> None:
+def _echo_model(restored: Restored, prompt: int) -> None:
     parameter = restored.decoder.head_weight
     precision = str(parameter.dtype).removeprefix("torch.")
-    echo(f"{restored.checkpoint}, {precision} on {parameter.device.type}; {prompt:,} tokens of prompt")
+    echo(f"{restored.checkpoint}, {precision} on {parameter.device.type}; prompt of {prompt:,} tokens")
     if not restored.same_corpus:
         echo(
-            "The corpus that gives the tokenizer is not the one that this checkpoint was trained on: where its "
-            "tokenizer is another one, the text will be nonsense."
+            "Warning: the tokenizer's corpus is not the one that this checkpoint was trained on; with a different "
+            "tokenizer the text will be meaningless."
         )
 
 

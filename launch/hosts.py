@@ -1,7 +1,7 @@
-"""Ranks as hosts of a network: each in a network namespace of its own, joined by a bridge over links of a given speed.
+"""Network emulation for benchmarks: hosts in network namespaces, joined by a bridge with links of a given speed.
 
-Linux alone, as root, with `ip` and `tc` (iproute2). Each host's link is shaped in both directions by a token bucket
-(`tc ... tbf`), and where a delay is asked for, by `netem` in front of it. Everything that was made is removed again.
+Linux only, as root, with `ip` and `tc` (iproute2). Each host's link is shaped in both directions by a token bucket
+filter (`tc ... tbf`), and delayed by `netem` if a delay is set. Everything is removed afterwards.
 """
 
 import os
@@ -15,7 +15,7 @@ from longctx.errors import UserError
 SUBNET = "10.213.0"
 INTERFACE = "eth0"
 """A host's link, inside its namespace."""
-MOST = 250
+MAX_HOSTS = 250
 
 
 def _run(*command: str) -> None:
@@ -25,20 +25,20 @@ def _run(*command: str) -> None:
 
 
 def check() -> None:
-    """Raise UserError, saying what is missing, where hosts cannot be made here."""
+    """Raise UserError if hosts cannot be created here, naming what is missing."""
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             raise UserError(
-                f"--gbit: there is no {tool} here; install iproute2, or give --gbit none for ranks without links"
+                f"--gbit: the command {tool} is missing; install iproute2, or use --gbit none for ranks without links"
             )
     if os.geteuid() != 0:
-        raise UserError("--gbit: making network namespaces takes root; run as root, or give --gbit none")
+        raise UserError("--gbit: network namespaces need root; run as root, or use --gbit none")
 
 
 def _shape(device: str, gbit: float, delay: float, *inside: str) -> None:
-    """Shape what leaves a device."""
+    """Shape the outgoing traffic of a device."""
     rate = f"{round(gbit * 1e6)}kbit"
-    # A bucket of a millisecond, and a queue that is long enough not to drop what a sender has under way.
+    # A bucket of one millisecond, and a queue long enough not to drop the packets in flight.
     burst = f"{max(16, round(gbit * 1e6 / 8 / 1000))}kb"
     _run(
         *inside,
@@ -59,7 +59,7 @@ def _shape(device: str, gbit: float, delay: float, *inside: str) -> None:
         "64mb",
     )
     if delay:
-        # netem behind tbf delays what has been let through.
+        # netem after tbf delays the packets that tbf has passed.
         _run(
             *inside,
             "tc",
@@ -79,14 +79,14 @@ def _shape(device: str, gbit: float, delay: float, *inside: str) -> None:
 
 @contextmanager
 def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str]]]:
-    """`count` hosts: for each the words that a command begins with to run there. Links of `gbit` Gbit/s each way.
+    """Create `count` hosts with links of `gbit` Gbit/s per direction; yield the prefix of a command that runs on each.
 
-    `delay`: milliseconds that a packet takes to leave a host. The first host has the address `address(0)`. Raises
-    UserError where hosts cannot be made, and leaves nothing behind.
+    `delay`: one-way latency in milliseconds. Host n has the address `address(n)`. Raises UserError if hosts cannot be
+    created. Everything is removed on exit.
     """
     check()
-    if not 1 <= count <= MOST:
-        raise UserError(f"{count} hosts: from 1 to {MOST} can be made")
+    if not 1 <= count <= MAX_HOSTS:
+        raise UserError(f"{count} hosts: give 1 to {MAX_HOSTS}")
     tag = f"lcx{os.getpid() % 100000}"
     bridge = f"{tag}b"
     with ExitStack() as stack:
@@ -100,7 +100,7 @@ def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str
             stack.callback(subprocess.run, ["ip", "netns", "del", space], capture_output=True, check=False)
             inside = ["ip", "netns", "exec", space]
             _run("ip", "link", "add", outside, "type", "veth", "peer", "name", INTERFACE, "netns", space)
-            # By itself: a namespace that is removed gives its devices up only later.
+            # Deleted explicitly: a removed namespace releases its devices only later.
             stack.callback(subprocess.run, ["ip", "link", "del", outside], capture_output=True, check=False)
             _run("ip", "link", "set", outside, "master", bridge, "up")
             _run(*inside, "ip", "addr", "add", f"{address(number)}/24", "dev", INTERFACE)
@@ -113,5 +113,5 @@ def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str
 
 
 def address(number: int) -> str:
-    """The address of a host."""
+    """Return the IP address of host `number`."""
     return f"{SUBNET}.{number + 1}"

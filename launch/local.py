@@ -1,22 +1,20 @@
-"""Starting the ranks of a job on this machine, and seeing them to their end.
+"""Local launcher: starts the ranks of a job on this machine and supervises them.
 
-The ranks get torchrun's environment and cannot tell the difference. torchrun itself is not used here because of how
-runs end: its agent orders failures by whole seconds, and so often shows a consequence instead of the cause; it has one
-grace period for a rank that saves and for one that waits for a dead peer; and after a signal the ranks' exit statuses
-are lost.
+The ranks get the environment variables of torchrun. torchrun itself is not used because of how runs end: its agent
+orders failures by whole seconds, and so often reports a consequence instead of the cause; it has the same grace period
+for a rank that saves and for one that waits for a dead peer; and after a signal the ranks' exit statuses are lost.
 
-How a job ends, and the exit status:
+Exit status of a job:
 
 - every rank returned: 0
-- a UserError: its message once, 2
-- any other error: the traceback of the rank that failed first, 1
-- a rank killed by a signal: one line that names both, 1
-- SIGINT, SIGTERM or SIGHUP sent to the launcher: the ranks get SIGTERM, have `Limits.save` seconds to save and return,
-  and the status is 128 + the signal, as shells and schedulers expect of what a signal ended: a run that was stopped is
-  not a run that is done. A second Ctrl-C kills the ranks at once.
+- a UserError: 2; its message is printed once
+- any other error: 1; the traceback of the rank that failed first is printed
+- a rank killed by a signal: 1; one line names both
+- SIGINT, SIGTERM or SIGHUP sent to the launcher: 128 + the signal, as shells and schedulers expect. The ranks get
+  SIGTERM and have `Limits.save` seconds to save and return. A second Ctrl-C kills them immediately.
 
-After a failure the other ranks have `Limits.settle` seconds to end by themselves, then they are killed; a checkpoint
-is complete or absent, so that none is harmed. Ranks die with the launcher also where it is killed itself.
+After a failure the other ranks have `Limits.settle` seconds to exit, then they are killed; checkpoints are written
+atomically, so none is damaged. Ranks also die if the launcher is killed.
 """
 
 import contextlib
@@ -41,22 +39,22 @@ from longctx.launch.rank import Job, RankReport
 from longctx.launch.terminal import echo, echo_error, show_cursor
 
 _POLL = 0.05
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Has glibc keep freed memory instead of giving each large tensor's pages back to the system, which a CPU rank would
-spend as much time on as on arithmetic (measured: 27 of 101 CPU seconds at 131,072 tokens a step)."""
+MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Make glibc keep freed memory instead of returning the pages of each large tensor to the system, which costs CPU ranks
+much time (measured: 27 of 101 CPU seconds at 131,072 tokens per step)."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SECONDHAND = re.compile(r"longctx\.parallel\.agreement\.RankError|torch\.distributed\.Dist\w*Error|/gloo/transport/")
-"""In the class or the message of an error that a rank raises because another one failed."""
+_SECONDHAND = re.compile(r"longctx\.parallel\.rank_errors\.RankError|torch\.distributed\.Dist\w*Error|/gloo/transport/")
+"""Matches the class or message of an error that a rank raises because another one failed."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long ranks may take to end, in seconds."""
+    """Time limits for ranks to exit, in seconds."""
 
     save: float = 300.0
     """To save a checkpoint and return, after a signal."""
     settle: float = 10.0
-    """To end by themselves, after another rank failed."""
+    """To exit, after another rank failed."""
 
 
 @dataclass
@@ -64,15 +62,15 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     status: int | None = None
-    """Exit status, or minus the signal that ended it; None while it runs."""
+    """Exit status, or minus the signal that killed it; None while it runs."""
     ended: float = 0.0
-    """When it was seen to have ended, in seconds since the epoch."""
+    """When its end was noticed, in seconds since the epoch."""
     was_killed: bool = False
-    """By the launcher, that is."""
+    """Whether the launcher killed it."""
     report: RankReport | None = None
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM to the rank alone: what it started (readers of data, say) is its own to end, after the save."""
+        """Send SIGTERM only to the rank: it ends its own children (such as data readers) itself, after the save."""
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -80,12 +78,12 @@ class _Rank:
         self._kill_group()
 
     def _kill_group(self) -> None:
-        # The rank leads a process group of its own and is not reaped yet, so that the number is still its.
+        # The rank leads its own process group and is not reaped yet, so the pid cannot have been reused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def has_ended(self, folder: Path) -> bool:
-        """Whether the rank has just ended; then its status and report are taken, and what it left behind is killed."""
+        """Check whether the rank has ended; if so, record its status and report, and kill its children."""
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
         self.ended = time.time()
@@ -103,14 +101,14 @@ class _Job:
     limits: Limits
     ranks: list[_Rank] = field(default_factory=list)
     signals: list[signal.Signals] = field(default_factory=list)
-    """Those that the launcher received."""
+    """Signals that the launcher received."""
 
     def running(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.status is None]
 
     def watch(self) -> None:
-        """Return once every rank has ended."""
-        heeded = 0
+        """Wait until every rank has ended."""
+        handled = 0
         failed = False
         deadline = float("inf")
         while running := self.running():
@@ -118,9 +116,9 @@ class _Job:
                 if rank.has_ended(self.folder) and rank.status != 0 and not failed:
                     failed = True
                     deadline = min(deadline, time.monotonic() + self.limits.settle)
-            for number in self.signals[heeded:]:
-                heeded += 1
-                if heeded == 1:
+            for number in self.signals[handled:]:
+                handled += 1
+                if handled == 1:
                     deadline = min(deadline, time.monotonic() + self.limits.save)
                     self._ask_to_stop(number)
                 elif number == signal.SIGINT:
@@ -131,8 +129,8 @@ class _Job:
             time.sleep(_POLL)
 
     def _ask_to_stop(self, number: signal.Signals) -> None:
-        again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-        echo(f"{number.name}: the ranks save and stop, within {self.limits.save:g} s{again}")
+        again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
+        echo(f"{number.name}: saving and stopping, within {self.limits.save:g} s{again}")
         for rank in self.running():
             rank.ask_to_stop()
 
@@ -150,16 +148,16 @@ def run_ranks(
     advice: str = "",
     limits: Limits | None = None,
 ) -> int:
-    """Call `entry` (`module:function`) with `arguments` on `ranks` processes of this machine; the exit status.
+    """Call `entry` (`module:function`) with `arguments` in `ranks` processes on this machine; return the exit status.
 
-    `arguments` must survive JSON. Rank 0 keeps this process's stdout and stderr; what the others print goes to
-    `logs/rank-N.log`. `advice` is said after a failure or a stop. To be called in the main thread, which receives the
-    signals. Raises UserError where `logs` cannot be made.
+    `arguments` must be JSON-serialisable. Rank 0 inherits this process's stdout and stderr; the output of other ranks
+    goes to `logs/rank-N.log`. `advice` is printed after a failure or a stop. Must be called in the main thread, which
+    receives the signals. Raises UserError if `logs` cannot be created.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{logs}: cannot be made: {error.strerror}; choose another --out") from None
+        raise UserError(f"{logs}: cannot be created: {error.strerror}; choose another --out") from None
     with (
         tempfile.TemporaryDirectory(prefix="longctx-") as folder,
         _free_port() as port,
@@ -180,7 +178,7 @@ def run_ranks(
 def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": str(threads_per_rank(ranks)),
-        **KEEP_MEMORY,
+        **MALLOC_SETTINGS,
         **os.environ,
         "RANK": str(number),
         "LOCAL_RANK": str(number),
@@ -191,7 +189,7 @@ def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subpr
         "MASTER_PORT": str(port),
     }
     command = [sys.executable, "-X", "faulthandler", "-m", "longctx.launch.rank", folder, str(os.getpid())]
-    # A session of its own keeps the terminal's Ctrl-C from the rank: signals reach it once, from here.
+    # In a new session the rank does not get the terminal's Ctrl-C: signals reach it once, from the launcher.
     if number == 0:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     with (logs / f"rank-{number}.log").open("ab") as log:
@@ -201,67 +199,67 @@ def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subpr
 
 
 def threads_per_rank(ranks: int) -> int:
-    """OMP threads for each of `ranks` processes, so that together they take the cores that this one may use."""
+    """Return the OMP threads per rank, so that `ranks` processes together use the cores available to this one."""
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or sys.maxsize)
     return max(1, cores // ranks)
 
 
 @contextlib.contextmanager
 def _free_port() -> Iterator[int]:
-    """A port for rank 0 to listen on, held against every other program until the job ends.
+    """Reserve a port for rank 0 to listen on until the job ends.
 
-    The socket is bound and never listens: with SO_REUSEADDR, which torch's store sets too, Linux lets rank 0 bind and
-    listen beside it, and gives the port to nobody who asks for a free one.
+    The socket is bound but never listens: with SO_REUSEADDR, which torch's store also sets, Linux lets rank 0 bind and
+    listen on the same port, and does not give the port to a program that requests any free one.
     """
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", 0))
-        yield holder.getsockname()[1]
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("", 0))
+        yield reserved.getsockname()[1]
 
 
 @contextlib.contextmanager
 def _received_signals(received: list[signal.Signals]) -> Iterator[None]:
-    """Append what would stop this process to `received` instead; a signal that it ignores stays ignored (nohup)."""
+    """Append stop signals to `received` instead of stopping; a signal that is ignored stays ignored (nohup)."""
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    heard = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in heard:
-        signal.signal(number, note)
+    handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, record)
     try:
         yield
     finally:
-        for number in heard:
+        for number in handled:
             signal.signal(number, before[number])
 
 
 def _conclude(job: _Job, logs: Path, advice: str) -> int:
-    """Say how the job ended; its exit status."""
+    """Print how the job ended; return its exit status."""
     stop = job.signals[0] if job.signals else None
-    # SIGTERM is how a rank dies that was asked to stop before it was ready to save.
-    ended_unasked = [rank for rank in job.ranks if not rank.was_killed and (not stop or rank.status != -signal.SIGTERM)]
-    failures = sorted((rank for rank in ended_unasked if rank.status != 0), key=_precedence)
+    # A rank that is asked to stop before it can save dies of SIGTERM.
+    not_stopped = [rank for rank in job.ranks if not rank.was_killed and (not stop or rank.status != -signal.SIGTERM)]
+    failures = sorted((rank for rank in not_stopped if rank.status != 0), key=_precedence)
     if any(rank.status is not None and rank.status < 0 for rank in job.ranks):
         show_cursor()
     if failures:
-        return _explain(failures, job, logs, advice)
+        return _report_failure(failures, job, logs, advice)
     if stop is None:
         return 0
     unsaved = [rank for rank in job.ranks if rank.status != 0]
     if unsaved:
-        echo(f"stopped by {stop.name}; {_names(unsaved)} ended without saving. {advice}".rstrip())
+        echo(f"stopped by {stop.name}; {_names(unsaved)} exited without saving. {advice}".rstrip())
     else:
         echo(f"stopped by {stop.name}. {advice}".rstrip())
     return 128 + stop
 
 
 def _precedence(rank: _Rank) -> tuple[int, float]:
-    """Sorts what caused a failure before what followed from it.
+    """Sort key that puts the cause of a failure before its consequences.
 
-    A signal from outside comes first: the peers' errors may be noted before the death is seen. SIGABRT may be torch's
-    own answer to a peer that is gone, so it only counts by its time.
+    A signal comes first: the errors of other ranks may be reported before the death is noticed. SIGABRT may be torch's
+    reaction to a lost peer, so only its time counts.
     """
     if rank.report is not None:
         is_secondhand = _SECONDHAND.search(f"{rank.report['kind']}: {rank.report['message']}")
@@ -270,24 +268,24 @@ def _precedence(rank: _Rank) -> tuple[int, float]:
     return (0 if is_signal else 1), rank.ended
 
 
-def _explain(failures: list[_Rank], job: _Job, logs: Path, advice: str) -> int:
+def _report_failure(failures: list[_Rank], job: _Job, logs: Path, advice: str) -> int:
     cause = failures[0]
-    others = ", and the others were stopped" if len(job.ranks) > 1 else ""
+    others = "; the other ranks were stopped" if len(job.ranks) > 1 else ""
     if cause.report is None:
         how = f"exited with status {cause.status}"
         if cause.status is not None and cause.status < 0:
             how = f"was killed by {signal.Signals(-cause.status).name}"
         if cause.status == -signal.SIGKILL:
-            how += " (where nobody sent it: by the kernel, for want of memory; see dmesg)"
-        log = f"; its output: {logs / f'rank-{cause.number}.log'}" if cause.number else ""
-        echo_error(f"rank {cause.number} {how}{others}{log}. {advice}".rstrip())
+            how += " (by the kernel if memory ran out; see dmesg)"
+        log = f" Its output: {logs / f'rank-{cause.number}.log'}." if cause.number else ""
+        echo_error(f"rank {cause.number} {how}{others}.{log} {advice}".rstrip())
         return 1
     if cause.report["is_user_error"]:
-        # Ranks that agree on an error all raise it, and the lowest speaks for them.
-        texts = {
+        # All ranks that agree on an error raise it; print that of the lowest.
+        messages = {
             rank.number: rank.report["message"] for rank in failures if rank.report and rank.report["is_user_error"]
         }
-        echo_error(texts[min(texts)])
+        echo_error(messages[min(messages)])
         return 2
     echo(cause.report["trace"].rstrip("\n"))
     echo_error(f"rank {cause.number} failed with the error above{others}. {advice}".rstrip())

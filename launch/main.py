@@ -1,6 +1,6 @@
-"""`longctx`: the command line.
+"""Command line of `longctx`.
 
-Commands import what they need when they run, so that `longctx --help` is there at once.
+Commands import their dependencies when they run, so that `longctx --help` is fast.
 """
 
 import os
@@ -16,14 +16,14 @@ from longctx.launch.terminal import echo, echo_error
 
 
 class _Commands(TyperGroup):
-    """Runs a command; a UserError becomes its message and exit status 2, Ctrl-C exit status 130."""
+    """Runs a command; a UserError becomes its message and exit status 2, Ctrl-C becomes exit status 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
-            # In a job every rank raises it; one message for each machine is enough, and this one may be the only
-            # machine where something is missing.
+            # In a job every rank raises it. One message per machine, not per job: the problem may be only on this
+            # machine.
             if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
                 echo_error(str(error))
             raise typer.Exit(2) from None
@@ -39,11 +39,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare text for training, and look at what was prepared.")
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmark kernels and sequence-parallel layers.")
 app.add_typer(bench_app, name="bench")
-convert_app = typer.Typer(no_args_is_help=True, help="Make the weights of one model of those of others.")
+convert_app = typer.Typer(no_args_is_help=True, help="Convert weights between models and formats.")
 app.add_typer(convert_app, name="convert")
 
 
@@ -59,31 +59,40 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """The options that stand before a command."""
+    """Define the options before the command."""
 
 
 @app.command("train")
 def _train(
     recipe: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="A file that ends in .toml, or the name of a recipe that is shipped."),
+        typer.Argument(metavar="RECIPE", help="Path of a .toml recipe, or name of a bundled one, e.g. quickstart."),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=100.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
+    ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", show_default="one for each GPU, or 1", help="Ranks on this machine."),
+        typer.Option(min=1, metavar="N", show_default="one per GPU, or 1", help="Number of ranks on this machine."),
     ] = None,
     resume: Annotated[
-        str, typer.Option(metavar="auto|never|PATH", help="Continue from the newest, from no, or from this checkpoint.")
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: from the run's latest checkpoint, if any; never: fresh run; PATH: from this checkpoint.",
+        ),
     ] = "auto",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", show_default="runs/<name>", help="The run's directory.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", show_default="runs/<name>", help="Run directory: checkpoints, metrics, plots, logs."
+        ),
     ] = None,
 ) -> None:
-    """Train a recipe.
+    """Train a model from a recipe.
 
-    Starts its ranks itself; inside torchrun, or where a cluster has set RANK, WORLD_SIZE and MASTER_ADDR, it is one of
-    them. Ctrl-C or SIGTERM saves a checkpoint first.
+    Launches its ranks on this machine. Under torchrun, or if a cluster sets RANK, WORLD_SIZE and MASTER_ADDR, the
+    process runs as one rank of that job. Ctrl-C and SIGTERM save a checkpoint before exiting.
     """
     from longctx.launch.train import train
 
@@ -95,15 +104,15 @@ def _verify(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As for train.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As for train.")] = None,
     shrink: Annotated[
-        bool, typer.Option("--shrink", help="A narrow model, one pattern deep, on a short sequence: seconds.")
+        bool, typer.Option("--shrink", help="Use a narrow model with the same layer types and a short sequence.")
     ] = False,
-    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="The most ranks on this machine.")] = 4,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long one step may take.")] = 600.0,
+    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="Maximum number of ranks, on this machine.")] = 4,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Time limit per step.")] = 600.0,
 ) -> None:
-    """Show that a recipe computes the same on N ranks as on one.
+    """Verify that a recipe computes the same on N ranks as on one.
 
-    Loss, logits and every parameter's gradient on each layout that fits, against one rank; exit status 1 where a
-    difference is out of bounds.
+    Compares loss, logits and every parameter's gradient on each parallel layout with those on a single rank. Exit
+    status 1 if a difference is out of bounds.
     """
     from longctx.launch.verify import run
 
@@ -112,26 +121,30 @@ def _verify(
 
 @app.command("generate")
 def _generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/quickstart.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, e.g. runs/quickstart.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as data.path=DIR or train.device=cpu.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Override data.path, train.device or train.precision."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the text begins with.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="The same, from a file.")] = None,
-    tokens: Annotated[str, typer.Option(metavar="N", help="The most tokens to generate.")] = "256",
-    temperature: Annotated[float, typer.Option(metavar="X", help="0: the most probable token each time.")] = 1.0,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Maximum number of tokens to generate.")] = "256",
+    temperature: Annotated[float, typer.Option(metavar="X", help="Sampling temperature; 0 is greedy.")] = 1.0,
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", show_default="all", help="Draw from the N most probable tokens.")
+        int | None, typer.Option(metavar="N", show_default="all", help="Sample from the N most probable tokens.")
     ] = None,
-    top_p: Annotated[float, typer.Option(metavar="X", help="Draw from the most probable tokens of this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Nucleus sampling: cumulative probability of the kept tokens.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of sampling.")] = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="PATH", show_default="the newest of the run", help="A checkpoint.")
+        Path | None, typer.Option(metavar="PATH", show_default="latest of the run", help="Checkpoint to load.")
     ] = None,
 ) -> None:
-    """Let a trained model go on from a prompt.
+    """Generate text from a trained model.
 
-    In one process, on a GPU where there is one. Text comes as it is generated, up to the model's end of the document.
+    Continues a prompt from the run's latest checkpoint, in one process, on a GPU if there is one. Streams the text to
+    stdout, up to the end-of-document token.
     """
     from longctx.generate import Sampling
     from longctx.launch.generate import run as generate
@@ -154,34 +167,42 @@ def _generate(
 @data_app.command("prepare")
 def _data_prepare(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="Text files, .jsonl, .parquet, or folders of them.")
+        list[str], typer.Argument(metavar="INPUT", help="Text, .jsonl or .parquet files, or folders of them.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The corpus to write; it must not exist yet.")],
-    tokenizer: Annotated[str, typer.Option(metavar="bytes|FILE", help="Bytes, or a tokenizer.json.")] = "bytes",
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Output directory; must not exist, except with --overwrite.")
+    ],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="bytes|FILE", help="Byte-level, or the path of a tokenizer.json.")
+    ] = "bytes",
     eos: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="The tokenizer's end of document, where it cannot be found.")
+        str | None, typer.Option(metavar="TOKEN", help="End-of-document token, if it is not detected.")
     ] = None,
     join: Annotated[
-        Literal["none", "folder"], typer.Option(help="folder: one document of each input that is a folder.")
+        Literal["none", "folder"], typer.Option(help="folder: concatenate each input folder into one document.")
     ] = "none",
-    on_error: Annotated[Literal["stop", "skip"], typer.Option(help="What a bad file, line or row does.")] = "stop",
-    column: Annotated[str, typer.Option(metavar="NAME", help="Where JSON lines and Parquet have the text.")] = "text",
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="Stop at an invalid file, line or row, or skip it.")
+    ] = "stop",
+    column: Annotated[str, typer.Option(metavar="NAME", help="Text field of JSON lines and Parquet.")] = "text",
     suffix: Annotated[
-        list[str] | None, typer.Option(metavar=".EXT", help="Take these files of a folder alone. Repeatable.")
+        list[str] | None, typer.Option(metavar=".EXT", help="Read only these files of a folder. Repeatable.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Leave out what has this name in a folder. Repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Skip files and subfolders of this name. Repeatable.")
     ] = None,
-    heldout: Annotated[float, typer.Option(metavar="SHARE", help="The share of documents kept for evaluation.")] = 0.02,
-    shard_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens in a shard.")] = "128Mi",
+    heldout: Annotated[
+        float, typer.Option(metavar="FRACTION", help="Fraction of documents held out for evaluation.")
+    ] = 0.02,
+    shard_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens per shard.")] = "128Mi",
     workers: Annotated[
         int | None,
-        typer.Option(metavar="N", show_default="one for each core", help="Tokenising processes; bytes need one."),
+        typer.Option(metavar="N", show_default="one per core; 1 for bytes", help="Tokenisation processes."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing corpus.")] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
-    """Tokenise text into a corpus that recipes can train on."""
+    """Tokenise text into a training corpus."""
     from longctx.data.manifest import ERRORS_FILE
     from longctx.data.prepare import prepare
 
@@ -202,20 +223,20 @@ def _data_prepare(
         progress=progress,
     )
     splits = ", ".join(
-        f"{name} {split.documents:,} documents of {split.tokens:,} tokens" for name, split in manifest.splits.items()
+        f"{name} {split.documents:,} documents ({split.tokens:,} tokens)" for name, split in manifest.splits.items()
     )
     if manifest.errors:
         skipped = ", ".join(f"{count:,} {kind}" for kind, count in manifest.errors.items())
-        echo(f"Skipped: {skipped}; {out / ERRORS_FILE} names each.")
-    echo(f"{out}: {splits}. To look at it: longctx data inspect {out}")
+        echo(f"Skipped: {skipped}; listed in {out / ERRORS_FILE}.")
+    echo(f"{out}: {splits}. Inspect it with: longctx data inspect {out}")
 
 
 @data_app.command("inspect")
 def _data_inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `longctx data prepare` wrote.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its checksum.")] = False,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Corpus written by longctx data prepare.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Verify the checksum of every shard.")] = False,
 ) -> None:
-    """Show what a corpus holds: counts, lengths, sources, a sample."""
+    """Show a corpus: document counts, lengths, sources, a sample."""
     from rich.console import Console
 
     from longctx.data.inspect import inspect
@@ -225,34 +246,36 @@ def _data_inspect(
 
 @bench_app.command("kernels")
 def _bench_kernels(
-    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of the sequence.")] = "64Ki",
-    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Heads of queries, keys and values.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Channels of a head.")] = 128,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of queries, keys and values.")] = "float32",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    tokens: Annotated[str, typer.Option(metavar="N", help="Sequence length in tokens.")] = "64Ki",
+    heads: Annotated[int, typer.Option(min=1, metavar="N", help="Number of heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Head dimension.")] = 128,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the inputs.")] = "float32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device.")] = "cpu",
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", show_default="torch's choice", help="Threads on the CPU.")
+        int | None, typer.Option(min=1, metavar="N", show_default="torch's default", help="CPU threads.")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="The most runs of which the median is taken.")] = 5,
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Measure this kernel. Repeatable.")] = None,
-    peers: Annotated[bool, typer.Option(help="Measure what others offer, on the same inputs.")] = True,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum timed runs; the median is reported.")] = 5,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Measure only this kernel, e.g. lightning. Repeatable.")
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Also measure peer libraries, on the same inputs.")] = True,
     peer_seconds: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Leave out a peer that takes longer for one run.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Skip a peer whose run takes longer.")
     ] = 180.0,
     scaling: Annotated[
-        str, typer.Option(metavar="N,N|none", help="The lengths between which tokens per second are compared.")
+        str, typer.Option(metavar="N,N|none", help="Compare throughput at these two sequence lengths.")
     ] = "16Ki,1Mi",
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything that was measured.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all results as JSON.")] = None,
 ) -> None:
-    """Measure the kernels beside their peers and beside what the machine can do.
+    """Benchmark kernels against peer libraries and the machine's limits.
 
-    Forward, and forward and backward: seconds, tokens per second, necessary FLOPs a second, peak memory. Minutes for
-    each kernel at the default size. Exit status 1 where a peer does not compute the same.
+    Reports time, tokens per second, FLOP/s and peak memory, forward and forward+backward. Takes minutes per kernel at
+    the default size. Exit status 1 if a peer's results differ.
     """
-    from longctx.bench.run import Options
-    from longctx.launch.bench import bench_kernels, chosen
+    from longctx.bench.run import KernelOptions
+    from longctx.launch.bench import bench_kernels, select_kernels
 
-    options = Options(
+    options = KernelOptions(
         tokens=_at_least(1, "--tokens", tokens),
         heads=heads,
         head_dim=head_dim,
@@ -260,7 +283,7 @@ def _bench_kernels(
         device=device,
         threads=threads,
         repeats=repeats,
-        kernels=chosen(only or ()),
+        kernels=select_kernels(only or ()),
         peers=peers,
         peer_seconds=peer_seconds,
         scaling=_two_lengths("--scaling", scaling),
@@ -270,35 +293,35 @@ def _bench_kernels(
 
 @bench_app.command("parallel")
 def _bench_parallel(
-    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="Ranks, as processes of this machine.")] = 4,
-    lengths: Annotated[
-        str, typer.Option(metavar="N,...", help="Tokens of the sequence, one after the other.")
-    ] = "4Ki,16Ki,64Ki",
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Measure this method. Repeatable.")] = None,
+    ranks: Annotated[int, typer.Option(min=2, metavar="N", help="Number of ranks, on this machine.")] = 4,
+    lengths: Annotated[str, typer.Option(metavar="N,...", help="Sequence lengths in tokens.")] = "4Ki,16Ki,64Ki",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Measure only this method, e.g. lasp2. Repeatable.")
+    ] = None,
     heads: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads.")] = 4,
     kv_heads: Annotated[int, typer.Option(min=1, metavar="N", help="Key/value heads of softmax layers.")] = 4,
-    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Channels of a head.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of which the median is taken.")] = 3,
+    head_dim: Annotated[int, typer.Option(min=1, metavar="N", help="Head dimension.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs; the median is reported.")] = 3,
     softmax_tokens: Annotated[
-        str, typer.Option(metavar="N", help="The longest sequence that softmax layers are measured on.")
+        str, typer.Option(metavar="N", help="Maximum sequence length for softmax layers.")
     ] = "64Ki",
     gbit: Annotated[
-        str, typer.Option(metavar="X|none", help="Give each rank a host with a link of so many Gbit/s (Linux, root).")
+        str, typer.Option(metavar="X|none", help="Emulate a network with links of X Gbit/s (Linux, root).")
     ] = "1",
-    delay: Annotated[float, typer.Option(min=0, metavar="MS", help="Milliseconds that a packet takes.")] = 0.0,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything that was measured.")] = None,
+    delay: Annotated[float, typer.Option(min=0, metavar="MS", help="One-way latency of the emulated links.")] = 0.0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all results as JSON.")] = None,
 ) -> None:
-    """Measure one layer over several ranks: time, waiting, bytes beside the formula's.
+    """Benchmark a sequence-parallel layer: time, communication wait, bytes received.
 
-    The ranks are hosts in network namespaces, joined by a bridge over links of a given speed; with --gbit none they
-    reach each other through memory or, where there is a GPU for each of them, by NCCL.
+    By default every rank runs on a host of an emulated network: network namespaces, joined by a bridge. With --gbit
+    none, ranks communicate through shared memory, or through NCCL if there is a GPU for each.
     """
-    from longctx.launch.bench_parallel import Options, bench_parallel, chosen
+    from longctx.launch.bench_parallel import ParallelOptions, bench_parallel, select_methods
 
-    options = Options(
+    options = ParallelOptions(
         ranks=ranks,
         lengths=tuple(_at_least(1, "--lengths", part) for part in lengths.split(",")),
-        methods=chosen(only or ()),
+        methods=select_methods(only or ()),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -316,17 +339,17 @@ def _convert_upcycle(
         list[str],
         typer.Argument(
             metavar="SOURCE|KEY=VALUE",
-            help="Dense models of one shape: checkpoints, or runs' directories, whose newest ones are taken. "
-            "KEY=VALUE as for train.",
+            help="Dense models of one shape: checkpoints, or run directories (latest checkpoint). "
+            "KEY=VALUE overrides the recipe.",
         ),
     ],
-    to: Annotated[str, typer.Option(metavar="RECIPE", help="The recipe whose model is made, as for train.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+    to: Annotated[str, typer.Option(metavar="RECIPE", help="Recipe of the MoE model.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],
 ) -> None:
-    """Make a mixture of experts of trained dense models.
+    """Upcycle trained dense models to a mixture of experts.
 
-    Expert e is the feed-forward of source e mod N; routers are drawn; all else is the sources' mean.
-    A run begins with it by train.init=DIR.
+    Expert e is a copy of the feed-forward of source e mod N; routers are randomly initialised; other parameters are
+    averaged over the sources. Start a run from the result with train.init=DIR.
     """
     from longctx.launch.convert import run_upcycle
 
@@ -339,15 +362,15 @@ def _convert_from_huggingface(
         list[str],
         typer.Argument(
             metavar="SOURCE|KEY=VALUE",
-            help="A folder with config.json and safetensors files, sharded or not. KEY=VALUE for how experts are "
-            "trained: model.moe.balance, z, jitter, capacity.",
+            help="Folder with config.json and safetensors files. KEY=VALUE sets how experts are trained: "
+            "model.moe.balance, z, jitter, capacity.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],
 ) -> None:
-    """Make the built-in model of a model of transformers.
+    """Import a Hugging Face transformers model.
 
-    Writes its weights, and model.toml for a recipe to extend; a run begins with them by train.init=DIR.
+    Writes weights, and model.toml for a recipe to extend. Start a run from them with train.init=DIR.
     """
     from longctx.launch.convert import run_from_huggingface
 
@@ -358,17 +381,13 @@ def _convert_from_huggingface(
 def _convert_to_huggingface(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE", help="A checkpoint, a run's directory, whose newest one is taken, or converted weights."
-        ),
+        typer.Argument(metavar="SOURCE", help="Checkpoint, run directory (latest checkpoint), or converted weights."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="What weights are stored in.")] = "fp32",
-    shard_size: Annotated[
-        str, typer.Option(metavar="BYTES", help="The most bytes in a file, such as 5GB or 500MiB.")
-    ] = "5GB",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Dtype of the stored weights.")] = "fp32",
+    shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Maximum file size, e.g. 5GB or 500MiB.")] = "5GB",
 ) -> None:
-    """Write a model that transformers loads, as safetensors."""
+    """Export a model to Hugging Face transformers (safetensors)."""
     from longctx.launch.convert import run_to_huggingface
 
     most = _at_least(1, "--shard-size", shard_size.strip().removesuffix("B"))
@@ -381,19 +400,19 @@ def _convert_from_megatron(
         list[str],
         typer.Argument(
             metavar="SOURCE [KEY=VALUE ...]",
-            help="A checkpoint of Megatron-Core's in the format torch_dist, the directory of its script's checkpoints, "
-            "or a run of engine = 'megatron'. KEY=VALUE as for train.",
+            help="Megatron-Core checkpoint in torch_dist format, the checkpoint directory of its training script, or a "
+            "run of engine = 'megatron'. KEY=VALUE overrides the recipe.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],
     to: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="The recipe whose model it is; a run of engine = 'megatron' needs none."),
+        typer.Option(metavar="RECIPE", help="Recipe of the model; not needed for a run of engine = 'megatron'."),
     ] = None,
 ) -> None:
-    """Make the built-in model of a checkpoint of Megatron-Core's.
+    """Import a Megatron-Core checkpoint.
 
-    A run begins with it by train.init=DIR.
+    Writes weights of the built-in model. Start a run from them with train.init=DIR.
     """
     from longctx.launch.convert import run_from_megatron
 
@@ -404,15 +423,14 @@ def _convert_from_megatron(
 def _convert_to_megatron(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE", help="A checkpoint, a run's directory, whose newest one is taken, or converted weights."
-        ),
+        typer.Argument(metavar="SOURCE", help="Checkpoint, run directory (latest checkpoint), or converted weights."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to write; it must not exist yet.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],
 ) -> None:
-    """Write weights that Megatron-Core's script begins with, by --load DIR --finetune.
+    """Export a model to a Megatron-Core checkpoint.
 
-    Softmax layers become Megatron's own attention, others those of longctx.adapters.megatron.specs.
+    Load it into Megatron's training script with --load DIR --finetune. Softmax layers become Megatron's own attention;
+    other mixers use longctx.adapters.megatron.specs.
     """
     from longctx.launch.convert import run_to_megatron
 
@@ -436,7 +454,7 @@ def _two_lengths(option: str, text: str) -> tuple[int, int] | None:
         return None
     lengths = [_at_least(1, option, part) for part in text.split(",")]
     if len(lengths) != 2 or lengths[0] >= lengths[1]:
-        raise UserError(f"{option} {text}: expected two lengths, the short one first, such as 16Ki,1Mi, or none")
+        raise UserError(f"{option} {text}: expected two lengths, the shorter first, such as 16Ki,1Mi, or none")
     return lengths[0], lengths[1]
 
 
@@ -457,12 +475,12 @@ def _integer(option: str, text: str) -> int:
 
 
 def main() -> None:
-    """The console script. Exit status: 1 for a failure, 2 for a user's mistake, 128 + the signal that stopped a run."""
+    """Run the console script. Exit status: 1 for a failure, 2 for a user error, 128 + the signal that stopped a run."""
     try:
         app(prog_name="longctx")
     except SystemExit as end:
         if "RANK" not in os.environ or not isinstance(end.code, int):
             raise
-        from longctx.launch.rank import leave
+        from longctx.launch.rank import exit_rank
 
-        leave(end.code)
+        exit_rank(end.code)

@@ -1,7 +1,7 @@
-"""The process of one rank: `python -m longctx.launch.rank FOLDER PARENT`.
+"""Process of one rank: `python -m longctx.launch.rank FOLDER PARENT`.
 
-FOLDER holds `job.json`, what to run; an error that ends the rank is written there as `error-<rank>.json`, for the
-parent to show the one that caused the others. PARENT is the process that started the rank, and the rank dies with it.
+FOLDER contains `job.json`, the job to run. An error that ends the rank is written to `error-<rank>.json` there, so that
+the parent can show the first one. PARENT is the pid of the launcher; the rank dies with it.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Job(TypedDict):
-    """What every rank runs: `entry` as `module:function`, called with `arguments` as keywords."""
+    """The job of every rank: `entry` (`module:function`), called with the keyword `arguments`."""
 
     entry: str
     arguments: dict[str, object]
 
 
 class RankReport(TypedDict):
-    """The error that ended a rank: its class, its message, its traceback, and seconds since the epoch."""
+    """The error that ended a rank: class, message, traceback, and time in seconds since the epoch."""
 
     is_user_error: bool
     kind: str
@@ -39,7 +39,7 @@ class RankReport(TypedDict):
 
 
 def main() -> None:
-    """Run the job in this process, which torchrun's environment variables make a rank."""
+    """Run the job in this process, as the rank that torchrun's environment variables define."""
     folder, parent = Path(sys.argv[1]), int(sys.argv[2])
     _die_with(parent)
     rank = int(os.environ["RANK"])
@@ -47,25 +47,25 @@ def main() -> None:
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
         error = error.with_traceback(_below_main(trace))
         _report(folder / f"error-{rank}.json", kind, error)
-        # The parent shows the error that came first; the others stay in their rank's log.
+        # The parent shows the first error; those of other ranks are in their logs.
         if rank != 0:
             sys.__excepthook__(kind, error, error.__traceback__)
-        # Threads that wait for a dead rank, in a collective or a save, would keep a normal exit from ending.
-        leave(2 if isinstance(error, UserError) else 1)
+        # A normal exit would wait for threads that wait for a dead rank, in a collective or a save.
+        exit_rank(2 if isinstance(error, UserError) else 1)
 
     sys.excepthook = end
     job: Job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     module, _, function = job["entry"].partition(":")
     getattr(importlib.import_module(module), function)(**job["arguments"])
-    leave(0)
+    exit_rank(0)
 
 
-def leave(status: int) -> NoReturn:
-    """End this rank's process with `status`, without the interpreter's own end.
+def exit_rank(status: int) -> NoReturn:
+    """Exit this rank's process with `status`, skipping interpreter shutdown.
 
-    A thread of gloo that still frees a finished collective's tensors while the interpreter ends is ended by it, which
-    C++ answers with `terminate called without an active exception` and SIGABRT (docs/checkpoints.md). By now what the
-    rank had open is closed, so that nothing is lost.
+    During shutdown, a gloo thread that still frees the tensors of a finished collective would be killed, and C++ would
+    abort with `terminate called without an active exception` and SIGABRT (docs/checkpoints.md). The rank has closed its
+    files by now, so nothing is lost.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -73,15 +73,15 @@ def leave(status: int) -> NoReturn:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` is gone, however it ends: no rank outlives its launcher."""
+    """Have the kernel kill this process when `parent` ends, however it ends: no rank outlives its launcher."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if os.getppid() != parent:  # it ended before prctl took effect
         os._exit(1)
 
 
 def _below_main(trace: TracebackType | None) -> TracebackType | None:
-    """`trace` from the job's function on: how it was started tells a reader nothing."""
+    """Return `trace` from the job's function on, without the frames of the launcher."""
     while trace is not None and trace.tb_frame.f_code is not main.__code__:
         trace = trace.tb_next
     return trace and trace.tb_next

@@ -1,11 +1,11 @@
-"""What the command line itself says: on stderr, so that stdout belongs to the command's result."""
+"""Terminal output of the command line: messages and errors on stderr; stdout is for results."""
 
 import sys
 
 
 def echo_error(text: str) -> None:
-    """Print the text of an error, whole and unwrapped, so that `file:line` can be copied."""
-    # Imported here: an error is rare, and `--help` should not wait for it.
+    """Print an error, unwrapped, so that `file:line` can be copied."""
+    # Imported here to keep `--help` fast.
     from rich.console import Console
     from rich.text import Text
 
@@ -14,13 +14,13 @@ def echo_error(text: str) -> None:
 
 
 def echo(text: str) -> None:
-    """Print a line about what the launcher does."""
+    """Print a message."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def show_cursor() -> None:
-    """Undo what a live display leaves behind where its process was killed."""
+    """Show the cursor again after the process of a live display was killed."""
     if sys.stdout.isatty():
         sys.stdout.write("\x1b[?25h\n")
         sys.stdout.flush()

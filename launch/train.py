@@ -1,4 +1,4 @@
-"""`longctx train`: from a recipe to ranks that train it."""
+"""`longctx train`: launches the ranks that train a recipe, or joins a job as one rank."""
 
 import json
 import os
@@ -21,26 +21,24 @@ def train(
     resume: str = "auto",
     out: Path | None = None,
 ) -> int:
-    """Train the recipe `source` with its overrides; the exit status.
+    """Train the recipe `source` with `overrides`; return the exit status.
 
-    Inside a job that torchrun or a cluster started this process is one rank of it. Elsewhere `nproc` ranks are started
-    on this machine; None: one for each GPU, or one on the CPU. `resume`: `auto`, `never`, or a checkpoint's directory.
-    `out`: the run's directory; None: `runs/<name>`.
+    In a job started by torchrun or a cluster, this process runs as one rank. Otherwise `nproc` ranks are launched on
+    this machine; None: one per GPU, or one on the CPU. `resume`: `auto`, `never`, or a checkpoint directory. `out`: the
+    run directory; None: `runs/<name>`.
 
-    Raises UserError, before any rank starts, where the recipe is wrong or cannot run on that many ranks.
+    Raises UserError, before any rank starts, if the recipe is invalid or cannot run on that many ranks.
     """
     recipe = load(source, overrides)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise UserError(
-            f"--resume {resume}: there is no such directory; write auto, never, or a checkpoint's directory"
-        )
+        raise UserError(f"--resume {resume}: there is no such directory; give auto, never, or a checkpoint directory")
     out = out or Path("runs") / recipe.name
     ranks = job_size()
     if ranks is not None:
         if nproc is not None:
             raise UserError(
-                f"--nproc {nproc}: this process is already one rank of {ranks}, by RANK and WORLD_SIZE in its "
-                "environment; leave --nproc out"
+                f"--nproc {nproc}: this process is already one rank of {ranks} (RANK and WORLD_SIZE are set); omit "
+                "--nproc"
             )
         check(recipe, ranks)
         _run_in_job(recipe, out, resume)
@@ -52,24 +50,24 @@ def train(
 
 
 def run_rank(recipe: dict[str, Any], out: str, resume: str) -> None:
-    """What each local rank runs: the trainer, with the recipe that the parent has read."""
+    """Run the trainer on a local rank, with the recipe that the parent has loaded."""
     from longctx.train.trainer import train
 
     train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
 
 
 def job_size() -> int | None:
-    """The number of ranks of the job that this process is a rank of already; None where it is not in one.
+    """Return the number of ranks of the job that this process belongs to; None outside a job.
 
-    Raises UserError where the environment tells only half.
+    Raises UserError if the environment variables are incomplete.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(
-                f"RANK and WORLD_SIZE are set, as for one rank of a job, but {name} is not: set it to where rank 0 "
-                "listens, or unset RANK and WORLD_SIZE to start ranks on this machine"
+                f"RANK and WORLD_SIZE are set, but {name} is not: set MASTER_ADDR and MASTER_PORT to the address and "
+                "port of rank 0, or unset RANK and WORLD_SIZE to launch ranks on this machine"
             )
     return int(os.environ["WORLD_SIZE"])
 
@@ -92,7 +90,7 @@ def _run_in_job(recipe: Recipe, out: Path, resume: str) -> None:
 
 
 def _default_ranks(device: str) -> int:
-    """One rank for each GPU that the recipe may use, else one."""
+    """Return one rank per GPU that the recipe may use, else 1."""
     import torch
 
     return 1 if device == "cpu" else torch.cuda.device_count() or 1

@@ -1,4 +1,4 @@
-"""`longctx verify`: the table of differences between one rank and every layout."""
+"""`longctx verify`: table of the differences between one rank and every parallel layout."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from longctx.parallel.local_ranks import LocalRanks
 from longctx.recipe import Recipe, load
 from longctx.verify import Row, shrink, subject_of, verify
 
-BYTES_TOKENS = 257
-"""Tokens where no corpus says how many: the byte tokenizer's."""
+BYTE_VOCABULARY = 257
+"""Vocabulary size without a corpus: that of the byte tokenizer."""
 
 
 def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, timeout: float) -> int:
-    """Verify the recipe `source` on up to `ranks` local ranks; the exit status, 1 where something is out of bounds."""
+    """Verify the recipe `source` on up to `ranks` local ranks; return the exit status, 1 if out of bounds."""
     console = Console(highlight=False)
     recipe = load(source, overrides)
     subject = subject_of(recipe, _vocabulary(recipe))
@@ -25,26 +25,26 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
     console.print(
         f"{recipe.name}{', shrunk' if shrunk else ''}: {subject.model.pattern}, dim {subject.model.dim}, "
         f"{subject.length} tokens, vocabulary {subject.vocab_size}; gloo on the CPU, up to {ranks} ranks.\n"
-        "Relative differences to one rank in float64. Bounds: 1e-10 in float64; in the recipe's precision three times\n"
-        "what one rank itself differs, at least 1e-5.",
+        "Relative differences from one rank in float64. Bounds: 1e-10 in float64; in the recipe's precision\n"
+        "three times the difference of one rank, at least 1e-5.",
         soft_wrap=True,
     )
     if recipe.engine != "torch":
         console.print(
-            f"This is the model on the engine 'torch'; docs/engines.md says how {recipe.engine!r} is compared with it.",
+            f"The model runs on the engine 'torch'; see docs/engines.md for its comparison with {recipe.engine!r}.",
             soft_wrap=True,
         )
     rows = []
     columns = f"{'precision':9}  {'layout':54}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
-    console.print(f"[bold]{columns}[/bold]  of the parameter nearest its bound", soft_wrap=True)
+    console.print(f"[bold]{columns}[/bold]  parameter nearest its bound", soft_wrap=True)
     with LocalRanks(ranks, timeout=timeout) as pool:
         for row in verify(subject, pool):
             rows.append(row)
             worst = row.worst_gradient
             values = [row.differences[name] for name in ("loss", "logits", worst)]
-            told = "[red]OUT OF BOUNDS[/red]" if row.failures else "[green]ok[/green]"
+            verdict = "[red]OUT OF BOUNDS[/red]" if row.failures else "[green]ok[/green]"
             numbers = "  ".join(f"{value:8.1e}" for value in values)
-            console.print(f"{row.precision:9}  {row.case!s:54}  {numbers}  {worst}  {told}", soft_wrap=True)
+            console.print(f"{row.precision:9}  {row.case!s:54}  {numbers}  {worst}  {verdict}", soft_wrap=True)
     console.print(_parameters(rows))
     failed = [row for row in rows if row.failures]
     for row in failed:
@@ -54,7 +54,9 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
         more = f" and {len(row.failures) - 4} more" if len(row.failures) > 4 else ""
         console.print(f"[red]{row.precision}, {row.case}[/red]: {names}{more}", soft_wrap=True)
     if failed:
-        console.print(f"{len(failed)} of {len(rows)} rows are out of bounds: do not train this over ranks.")
+        console.print(
+            f"{len(failed)} of {len(rows)} rows are out of bounds: do not train this recipe on several ranks."
+        )
         return 1
     console.print(f"All {len(rows)} rows are within bounds.")
     return 0
@@ -64,13 +66,13 @@ def _vocabulary(recipe: Recipe) -> int:
     try:
         tokens = Manifest.load(recipe.data.path).tokenizer.vocab_size
     except UserError:
-        tokens = BYTES_TOKENS
+        tokens = BYTE_VOCABULARY
     return recipe.model.vocabulary_rows(tokens)
 
 
 def _parameters(rows: Sequence[Row]) -> Table:
-    """Each parameter's largest difference over the layouts, by precision."""
-    table = Table(title="Largest difference over all layouts", title_justify="left", box=None)
+    """Tabulate each parameter's largest gradient difference over the layouts, by precision."""
+    table = Table(title="Largest gradient difference over all layouts", title_justify="left", box=None)
     table.add_column("parameter")
     precisions = list(dict.fromkeys(row.precision for row in rows))
     for precision in precisions:

@@ -2,12 +2,12 @@
 
 import os as _os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# In a source checkout the sub-packages `longctx.kernels`, `longctx.parallel`, … lie beside this folder, not inside
-# it (pyproject.toml maps them for wheels and editable installs). Looking there too makes a plain checkout on
-# PYTHONPATH import the same modules. In an installed wheel they are inside, and the path is left alone: adding
-# site-packages here would let `longctx.torch` import torch.
+# In a source checkout the sub-packages `longctx.kernels`, `longctx.parallel`, … are beside this folder, not inside it
+# (pyproject.toml maps them for wheels and editable installs). Adding the parent folder lets a plain checkout on
+# PYTHONPATH import the same modules. In an installed wheel they are inside, and the path must not change: with
+# site-packages on it, `longctx.torch` would import torch.
 _here = _os.path.dirname(_os.path.abspath(__file__))
 if not _os.path.isdir(_os.path.join(_here, "kernels")):
     __path__.append(_os.path.dirname(_here))

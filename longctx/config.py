@@ -1,6 +1,6 @@
-"""What every configuration class builds on: strict pydantic models and human numbers.
+"""Base class of all configurations: strict pydantic models, and numbers with units.
 
-A configuration lives beside the code that it configures (`LightningConfig` with the lightning mixer, and so on);
+Each configuration class is beside the code that it configures (`LightningConfig` with the lightning mixer, and so on);
 `longctx.recipe` composes them.
 """
 
@@ -10,14 +10,14 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-# At most 18 digits on each side of the point: what is longer is no count of anything.
+# At most 18 digits on each side of the point: longer numbers are mistakes.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,3}(?:_?[0-9]){0,17})(\.[0-9]{1,18})?\s*(k|M|G|Ki|Mi|Gi)?")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
 
 
 class Config(BaseModel):
-    """Base of every configuration: unknown keys are errors, values are frozen and never silently converted."""
+    """Base of every configuration: unknown keys are errors, values are frozen and never converted silently."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -25,9 +25,9 @@ class Config(BaseModel):
 
 
 def parse_integer(value: object) -> object:
-    """Read `"1Mi"`, `"64Ki"`, `"1.5M"`, `"1_000"` as an integer; anything that is not a string passes unchanged.
+    """Parse `"1Mi"`, `"64Ki"`, `"1.5M"`, `"1_000"` as an integer; values that are not strings are returned unchanged.
 
-    Raises ValueError where the text is no number or not a whole one.
+    Raises ValueError if the text is not a number or not a whole number.
     """
     if not isinstance(value, str):
         return value
@@ -46,7 +46,7 @@ def parse_integer(value: object) -> object:
 
 
 def parse_duration(value: object) -> object:
-    """Read `"90s"`, `"10m"`, `"1.5h"` as seconds; a number is seconds already."""
+    """Parse `"90s"`, `"10m"`, `"1.5h"` as seconds; numbers are seconds already."""
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None:
@@ -56,7 +56,7 @@ def parse_duration(value: object) -> object:
 
 
 Integer = Annotated[int, BeforeValidator(parse_integer)]
-"""An integer that a recipe may also write with a unit: `"1Mi"`."""
+"""An integer, in a recipe optionally with a unit: `"1Mi"`."""
 
 Duration = Annotated[float, BeforeValidator(parse_duration)]
-"""Seconds, which a recipe may also write with a unit: `"10m"`."""
+"""Seconds, in a recipe optionally with a unit: `"10m"`."""

@@ -1,11 +1,11 @@
-"""What the file system is asked for, beside reading and writing."""
+"""File-system helpers: durable writes."""
 
 import os
 from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, survive a loss of power."""
+    """Flush a file's content, or a folder's entries, to disk (fsync), so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

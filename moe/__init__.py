@@ -1,1 +1,1 @@
-"""Routing: which heads a token reads, and which experts it takes."""
+"""Routing: head and expert routers, mixtures of heads, dropless expert computation, upcycling of dense models."""

@@ -1,11 +1,11 @@
-"""Attention experts (Zhang et al. 2024, BAM): every token takes all of them, each by its weight.
+"""Attention experts (mixture of attention, BAM; Zhang et al. 2024): soft routing, so every token uses all experts.
 
     sum_j softmax(W_r x)_j MHA_j(x)
 
-Since MHA_j(x) is W_o,j times what the expert's heads give, the weight may be multiplied to these, and the output
-matrices of all experts, side by side, take them together: N experts of H heads are one softmax attention of N x H heads
-and one output projection. Attention that groups its heads wants query heads together that read one key/value head,
-which decides the order of heads (`side_by_side`).
+MHA_j(x) is W_o,j times the outputs of the expert's heads, so the routing weight can be applied to the heads instead:
+N experts of H heads are one softmax attention of N x H heads and one output projection whose columns are the experts'
+output matrices. Grouped-query attention needs the query heads of one key/value head to be adjacent, which determines
+the order of heads (`flatten_expert_heads`).
 """
 
 from typing import Literal
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.moe.report import RouterReport, entropy, marks, real_rows, top
+from longctx.moe.report import RouterReport, entropy, set_keys, stable_topk, token_mask
 from longctx.parallel.layout import Layout
 
 KeysValues = Literal["each", "shared"]
-"""Whether each expert has keys and values of its own, or all read the same ones."""
+"""Whether each expert has its own keys and values, or all experts share one set."""
 
 
-def side_by_side(x: Tensor, dim: int, kv: KeysValues) -> Tensor:
-    """`[..., N, G, S, ...]` to `[..., N G S, ...]`: query heads of experts in the order that one attention takes.
+def flatten_expert_heads(x: Tensor, dim: int, kv: KeysValues) -> Tensor:
+    """Flatten the query heads of all experts into one head dimension: `[..., N, G, S, ...]` to `[..., N G S, ...]`.
 
-    N experts, at `dim`, each with G key/value heads that S query heads read. With `each` the heads of an expert lie
-    together, as they are in it; with `shared` those that read one key/value head, an expert's S after the other's.
+    N experts, at `dim`, each with G key/value heads that serve S query heads each. With `each`, an expert's heads stay
+    adjacent, in their order; with `shared`, the query heads of one key/value head are adjacent, expert by expert.
     """
     if kv == "shared":
         x = x.transpose(dim, dim + 1)
@@ -33,26 +33,26 @@ def side_by_side(x: Tensor, dim: int, kv: KeysValues) -> Tensor:
 
 
 def soft_routing(logits: Tensor, layout: Layout) -> tuple[Tensor, RouterReport]:
-    """The experts' weights for each token, `softmax(logits)` in the accumulation dtype, of the shape of the logits
-    `[B, T_local, N]`.
+    """Return the experts' weights for each token, `softmax(logits)`, and the router's report.
 
-    Differentiable. What the report says of them: no loss, since nobody can be left out; shares for counts. Raises
-    ValueError where the shape does not fit the layout.
+    Shapes: logits and weights `[B, T_local, N]`, weights in the accumulation dtype; differentiable. The report has no
+    loss, since every expert receives every token, and its counts are sums of weights. Raises ValueError if the shape
+    does not match the layout.
     """
     if logits.dim() != 3 or logits.shape[1] != layout.local_length:
         raise ValueError(
-            f"soft routing: {tuple(logits.shape)} for a layout that gives this rank {layout.local_length} tokens: "
-            "expected [B, T_local, experts]"
+            f"soft routing: logits are {tuple(logits.shape)}, and the layout has {layout.local_length} tokens on this "
+            "rank: expected [B, T_local, experts]"
         )
     weights = logits.to(accumulation_dtype(logits.dtype)).softmax(dim=-1)
-    p, real = weights.detach(), real_rows(layout, logits.device)
+    p, mask = weights.detach(), token_mask(layout, logits.device)
     report = RouterReport(
         loss=p.new_zeros(()),
-        counts=torch.where(real[:, None], p, 0).sum(dim=(0, 1), dtype=torch.float64),
-        tokens=real.sum() * len(p),
-        entropy=torch.where(real, entropy(p), 0).sum(),
+        counts=torch.where(mask[:, None], p, 0).sum(dim=(0, 1), dtype=torch.float64),
+        tokens=mask.sum() * len(p),
+        entropy=torch.where(mask, entropy(p), 0).sum(),
         dropped=torch.zeros((), dtype=torch.int64, device=p.device),
         finite=logits.detach().isfinite().all(),
-        choice=torch.where(real, marks(p.shape[-1], p.device)[top(p, 1)[..., 0]], 0),
+        choice=torch.where(mask, set_keys(p.shape[-1], p.device)[stable_topk(p, 1)[..., 0]], 0),
     )
     return weights, report

@@ -1,8 +1,8 @@
-"""What experts say of the tokens that chose them: dropless, on one rank or with the experts divided over many.
+"""Dropless expert computation, on one rank or expert-parallel.
 
-Tokens are sorted by expert, go to the rank that has it (one all-to-all), are computed there expert by expert, come back
-(a second one), and are summed with their weights. Every rank of the axis may hold other tokens, as many as it likes:
-the result is that of one rank with all experts.
+Tokens are permuted into the order of their experts, dispatched to the ranks that own these (one all-to-all), computed
+by grouped GEMM, returned (a second all-to-all), and combined with their routing weights. Ranks may hold different
+numbers of tokens; the result equals that of one rank with all experts.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longctx.kernels.routed.permute import combine, spread
+from longctx.kernels.routed.permute import combine, permute
 from longctx.moe.expert_router import ExpertRouting
 from longctx.parallel.all_to_all_rows import exchange_counts, exchange_rows
 from longctx.parallel.mesh import Axis
@@ -23,12 +23,13 @@ def mixture_of_experts(
     compute: Callable[[Tensor, Tensor], Tensor],
     axis: Axis,
 ) -> Tensor:
-    """The weighted sum of the chosen experts' outputs, `[B, T_local, D]`; 0 for padding.
+    """Compute the weighted sum of each token's experts, `[B, T_local, D]`; 0 for padding.
 
-    x `[B, T_local, D]`, and the routing of its tokens among `count` experts, of which this rank of `axis` has number
-    `rank * count / size` and those after it: `compute(rows, ends)` gives their outputs `[N, D]` for rows `[N, D]` that
-    are sorted by expert, `ends [count / size]` int32 being the row after each one's last. Differentiable in x and the
-    weights, every rank of the axis taking part. Raises ValueError where the experts do not divide.
+    x is `[B, T_local, D]`, `routing` that of its tokens among `count` experts. This rank of `axis` owns `count / size`
+    experts, from number `rank * count / size`: `compute(rows, ends)` returns their outputs `[N, D]` for rows `[N, D]`
+    sorted by expert, where `ends [count / size]` (int32) is the row after each expert's last. Differentiable in x and
+    the weights; a collective over the axis, in the backward pass as well. Raises ValueError if the experts do not
+    divide over the axis.
     """
     if count % axis.size:
         raise ValueError(f"experts: {count} experts do not divide over {axis.size} ranks")
@@ -37,31 +38,32 @@ def mixture_of_experts(
     flat = x.reshape(-1, x.shape[-1])
     key = experts.flatten() if routing.all_kept else torch.where(experts < 0, count, experts).flatten()
     ordered, order = key.sort(stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=x.device)
-    places = places.view_as(experts)
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(len(order), device=x.device)
+    slots = slots.view_as(experts)
     ends = torch.searchsorted(ordered, torch.arange(count, device=x.device), right=True)
     if not routing.all_kept:
-        # Those that go nowhere stand last.
-        places = torch.where(experts < 0, -1, places)
+        # Dropped choices and padding are sorted last.
+        slots = torch.where(experts < 0, -1, slots)
         order = order[: int(ends[-1])]
-    rows = spread(flat, order // active, places)
+    rows = permute(flat, order // active, slots)
     if axis.size == 1:
         out = compute(rows, ends.to(torch.int32))
     else:
-        out = _divided(rows, ends.diff(prepend=ends.new_zeros(1)), compute, axis)
-    return combine(out, places, routing.weights.reshape(-1, active)).view_as(x)
+        out = _expert_parallel(rows, ends.diff(prepend=ends.new_zeros(1)), compute, axis)
+    return combine(out, slots, routing.weights.reshape(-1, active)).view_as(x)
 
 
-def _divided(rows: Tensor, counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor], axis: Axis) -> Tensor:
-    """`compute` where the experts are: rows sorted by expert, counts `[count]` of each."""
-    sent = counts.view(axis.size, -1)
-    got = exchange_counts(sent, axis)
-    sends, receives = torch.stack([sent.sum(dim=1), got.sum(dim=1)]).tolist()
-    arrived = exchange_rows(rows, sends, receives, axis)
-    # They come rank by rank, each rank's by expert.
-    here = torch.arange(got.shape[1], device=rows.device).repeat(axis.size)
-    order = here.repeat_interleave(got.flatten(), output_size=sum(receives)).argsort(stable=True)
-    back = order.argsort()
-    out = compute(spread(arrived, order, back[:, None]), got.sum(dim=0).cumsum(dim=0).to(torch.int32))
-    return exchange_rows(spread(out, back, order[:, None]), receives, sends, axis)
+def _expert_parallel(rows: Tensor, counts: Tensor, compute: Callable[[Tensor, Tensor], Tensor], axis: Axis) -> Tensor:
+    """Run `compute` on the ranks that own the experts; `rows` are sorted by expert, `counts [count]` of each."""
+    send_counts = counts.view(axis.size, -1)
+    receive_counts = exchange_counts(send_counts, axis)
+    sends, receives = torch.stack([send_counts.sum(dim=1), receive_counts.sum(dim=1)]).tolist()
+    received = exchange_rows(rows, sends, receives, axis)
+    # Received rows are ordered by rank, then by expert; `compute` needs them by expert.
+    local_experts = torch.arange(receive_counts.shape[1], device=rows.device).repeat(axis.size)
+    order = local_experts.repeat_interleave(receive_counts.flatten(), output_size=sum(receives)).argsort(stable=True)
+    inverse = order.argsort()
+    ends = receive_counts.sum(dim=0).cumsum(dim=0).to(torch.int32)
+    out = compute(permute(received, order, inverse[:, None]), ends)
+    return exchange_rows(permute(out, inverse, order[:, None]), receives, sends, axis)

@@ -1,12 +1,11 @@
-"""Softmax attention with a mixture of heads: only the (token, head) pairs that were routed are computed.
+"""Mixture-of-heads attention (MoH): softmax attention computed for the routed (token, head) pairs only.
 
-The published form (Jin et al. 2024) computes all heads of all tokens and multiplies with a mask; here the scores and
-weighted values of a pair that no token reads do not exist. All keys and values do: any token may read them.
+The published form (Jin et al. 2024) computes all heads of all tokens and multiplies by a mask; here the scores and
+weighted values of inactive pairs are not computed. All keys and values are, since any later token may attend to them.
 
-The query heads that read one key/value head are sorted together, by token: their queries differ, the keys that they
-see at a token do not. So the pairs of a key/value head are one list of queries with places in the sequence, as long as
-its heads are read together, and what `longctx.parallel.attention.routed_attention` takes, over ranks by any schedule.
-Queries and outputs are projected by `longctx.kernels.routed.head_projection`, for the same pairs.
+The query heads of one key/value head are merged into one list of pairs, sorted by token: their queries differ, the keys
+visible at a token do not. Such a list is the input of `longctx.parallel.attention.routed_attention`, which runs over
+ranks with any schedule. `longctx.kernels.routed.head_projection` projects queries and outputs for the same pairs.
 """
 
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from longctx.kernels.attention.block import CAUSAL_MASK, Mask
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.attention.api import routed_attention, softmax_attention
 from longctx.parallel.layout import Layout
@@ -22,78 +22,78 @@ from longctx.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of a token and a routed head, by the G key/value heads that they read, in order of tokens."""
+    """The routed (token, head) pairs, as one list per key/value head (G of them), in token order."""
 
     index: Tensor
-    """`[B, G, N]` int64: token times S plus the head's number among the S that read one key/value head; -1, first,
-    where a key/value head has fewer than N pairs."""
-    share: int
-    """S."""
+    """`[B, G, N]` int64: token * S + the head's number among the S query heads of its key/value head. Lists of fewer
+    than N pairs are padded with -1 at the front."""
+    group_size: int
+    """S: routed query heads per key/value head."""
     length: int
     """T."""
 
     @classmethod
     def of(cls, chosen: Tensor, groups: int) -> "Pairs":
-        """chosen `[B, T, E]` bool, E = G x S heads of which each S neighbours read one key/value head.
+        """List the pairs of chosen `[B, T, E]` (bool), with E = G x S: S adjacent heads share one key/value head.
 
-        Waits for the device: how many pairs there are decides the shapes of what follows.
+        Synchronizes with the device, since the number of pairs determines shapes.
         """
         batch, length, heads = chosen.shape
-        share = heads // groups
-        by_group = chosen.unflatten(2, (groups, share)).transpose(1, 2).flatten(2)
+        group_size = heads // groups
+        by_group = chosen.unflatten(2, (groups, group_size)).transpose(1, 2).flatten(2)
         counts = by_group.sum(dim=2)
-        most = int(counts.max()) if counts.numel() else 0
-        index = torch.full((batch, groups, most), -1, dtype=torch.int64, device=chosen.device)
+        longest = int(counts.max()) if counts.numel() else 0
+        index = torch.full((batch, groups, longest), -1, dtype=torch.int64, device=chosen.device)
         sequence, group, flat = by_group.nonzero(as_tuple=True)
-        # The pairs come group by group: where each group's begin among all, and in its row of `index`.
+        # `nonzero` lists the pairs group by group: each pair's number in its group, moved to the end of its row.
         begins = counts.flatten().cumsum(0).view_as(counts) - counts
         numbers = torch.arange(len(flat), device=chosen.device) - begins[sequence, group]
-        index[sequence, group, most - counts[sequence, group] + numbers] = flat
-        return cls(index, share, length)
+        index[sequence, group, longest - counts[sequence, group] + numbers] = flat
+        return cls(index, group_size, length)
 
     @cached_property
-    def rows(self) -> Tensor:
-        """`[B, G, N]`: the token of each pair, -1 where there is none."""
-        return torch.div(self.index, self.share, rounding_mode="floor")
+    def tokens(self) -> Tensor:
+        """The token of each pair, `[B, G, N]`; -1 for padding."""
+        return torch.div(self.index, self.group_size, rounding_mode="floor")
 
     @cached_property
-    def _at(self) -> tuple[Tensor, Tensor]:
-        """Which entries are pairs, `[B, G, N]` bool, and where these lie in a flat `[B, T, E]`."""
-        there = self.index >= 0
+    def _flat_index(self) -> tuple[Tensor, Tensor]:
+        """Which entries are pairs, `[B, G, N]` bool, and the indices of these in a flat `[B, T, E]`."""
+        valid = self.index >= 0
         batch, groups, _ = self.index.shape
         sequence, group = (torch.arange(n, device=self.index.device) for n in (batch, groups))
-        token, head = self.rows, self.index % self.share
-        place = ((sequence[:, None, None] * self.length + token) * groups + group[:, None]) * self.share + head
-        return there, place[there]
+        token, head = self.tokens, self.index % self.group_size
+        flat = ((sequence[:, None, None] * self.length + token) * groups + group[:, None]) * self.group_size + head
+        return valid, flat[valid]
 
     @cached_property
-    def places(self) -> Tensor:
-        """`[B, T, E]` int64: where each pair lies in the flat `[B, G, N]`; 0 for what is none."""
-        there, place = self._at
+    def slots(self) -> Tensor:
+        """The index of each pair in the flat `[B, G, N]`: `[B, T, E]` int64, 0 for what is no pair."""
+        valid, flat = self._flat_index
         batch, groups, _ = self.index.shape
-        rows = torch.zeros(batch, self.length, groups * self.share, dtype=torch.int64, device=self.index.device)
-        rows.view(-1)[place] = there.flatten().nonzero()[:, 0]
-        return rows
+        slots = torch.zeros(batch, self.length, groups * self.group_size, dtype=torch.int64, device=self.index.device)
+        slots.view(-1)[flat] = valid.flatten().nonzero()[:, 0]
+        return slots
 
     def take(self, x: Tensor) -> Tensor:
-        """`[B, T, E]` to `[B, G, N]`, a number for each pair, zero where there is none; differentiable."""
-        there, place = self._at
-        return x.new_zeros(there.shape).index_put((there,), x.flatten().index_select(0, place))
+        """Gather one number per pair: `[B, T, E]` to `[B, G, N]`, zero for padding; differentiable."""
+        valid, flat = self._flat_index
+        return x.new_zeros(valid.shape).index_put((valid,), x.flatten().index_select(0, flat))
 
     def gather(self, x: Tensor) -> Tensor:
-        """`[B, T, E, D]` to `[B, N, G, D]`, zero where there is no pair; differentiable."""
-        there, place = self._at
-        out = x.new_zeros(*there.shape, x.shape[3])
-        out[there] = x.flatten(0, 2).index_select(0, place)
+        """Gather one vector per pair: `[B, T, E, D]` to `[B, N, G, D]`, zero for padding; differentiable."""
+        valid, flat = self._flat_index
+        out = x.new_zeros(*valid.shape, x.shape[3])
+        out[valid] = x.flatten(0, 2).index_select(0, flat)
         return out.transpose(1, 2)
 
     def scatter(self, x: Tensor) -> Tensor:
-        """`[B, N, G, D]` to `[B, T, E, D]`, zero where no pair is; differentiable."""
-        there, place = self._at
+        """Invert `gather`: `[B, N, G, D]` to `[B, T, E, D]`, zero for what is no pair; differentiable."""
+        valid, flat = self._flat_index
         batch, _, groups, dim = x.shape
-        flat = x.new_zeros(batch * self.length * groups * self.share, dim)
-        flat = flat.index_copy(0, place, x.transpose(1, 2)[there])
-        return flat.view(batch, self.length, groups * self.share, dim)
+        out = x.new_zeros(batch * self.length * groups * self.group_size, dim)
+        out = out.index_copy(0, flat, x.transpose(1, 2)[valid])
+        return out.view(batch, self.length, groups * self.group_size, dim)
 
 
 def mixture_of_heads(
@@ -105,33 +105,32 @@ def mixture_of_heads(
     scale: float,
     *,
     schedule: str | None = None,
-    window: int | None = None,
+    mask: Mask = CAUSAL_MASK,
 ) -> Tensor:
-    """Causal softmax attention of the heads that each token reads, times their weights: `[B, T_local, H, V]`.
+    """Causal softmax attention over each token's active heads, times their routing weights: `[B, T_local, H, V]`.
 
-    Shapes: q `[B, T_local, H, K]`, k `[B, T_local, H_kv, K]`, v `[B, T_local, H_kv, V]`, with rotary positions applied;
-    routing for H heads, of which the first ones are read by all tokens: as many as read whole key/value heads (a
-    multiple of H / H_kv). A head that a token does not read gives zero. Equal to `softmax_attention` times
-    `routing.weights`; differentiable in q, k, v and the weights. The rest as in `softmax_attention`. Raises ValueError
-    where shapes do not fit.
+    Shapes: q `[B, T_local, H, K]`, k `[B, T_local, H_kv, K]`, v `[B, T_local, H_kv, V]`, with rotary positions applied.
+    `routing` is that of H heads, of which the first are shared: a multiple of H / H_kv, so that they use whole
+    key/value heads. Inactive heads output zero. Equal to `softmax_attention` times `routing.weights`; differentiable in
+    q, k, v and the weights. Other arguments as in `softmax_attention`. Raises ValueError if shapes do not match.
     """
     heads, kv_heads = q.shape[2], k.shape[2]
     shared = heads - routing.chosen.shape[2]
-    share = heads // kv_heads
-    if heads % kv_heads or shared % share:
+    group_size = heads // kv_heads
+    if heads % kv_heads or shared % group_size:
         raise ValueError(
             f"mixture of heads: {heads} query heads, of which {shared} are shared, over {kv_heads} key/value heads: "
-            f"expected a multiple of these, and shared heads in whole groups of {share}"
+            f"expected a multiple of {kv_heads} query heads, and shared heads in whole groups of {group_size}"
         )
-    pairs = Pairs.of(routing.chosen, kv_heads - shared // share)
-    of_shared, of_routed = q.split([shared, heads - shared], dim=2)
-    queries = pairs.gather(of_routed).transpose(1, 2)
-    out_shared, out = attend_pairs(of_shared, queries, k, v, pairs, layout, scale, schedule=schedule, window=window)
+    pairs = Pairs.of(routing.chosen, kv_heads - shared // group_size)
+    q_shared, q_routed = q.split([shared, heads - shared], dim=2)
+    queries = pairs.gather(q_routed).transpose(1, 2)
+    out_shared, out = pair_attention(q_shared, queries, k, v, pairs, layout, scale, schedule=schedule, mask=mask)
     parts = [out_shared, pairs.scatter(out.transpose(1, 2))]
     return torch.cat(parts, dim=2) * routing.weights[..., None].to(q.dtype)
 
 
-def attend_pairs(
+def pair_attention(
     shared: Tensor,
     queries: Tensor,
     k: Tensor,
@@ -141,21 +140,21 @@ def attend_pairs(
     scale: float,
     *,
     schedule: str | None = None,
-    window: int | None = None,
+    mask: Mask = CAUSAL_MASK,
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of `mixture_of_heads`, without weights: `[B, T_local, S, V]` and `[B, G, N, V]`.
+    """Compute the two parts of `mixture_of_heads` without routing weights: `[B, T_local, S, V]` and `[B, G, N, V]`.
 
-    Shapes: shared `[B, T_local, S, K]`, the queries of shared heads, perhaps none; queries `[B, G, N, K]`, those of the
-    pairs, which read the last G of the key/value heads of k and v.
+    Shapes: shared `[B, T_local, S, K]`, the queries of the shared heads (S may be 0); queries `[B, G, N, K]`, those of
+    the pairs, which use the last G key/value heads of k and v.
     """
     groups = queries.shape[1]
-    first = k.shape[2] - groups
-    (k_shared, k_routed), (v_shared, v_routed) = (x.split([first, groups], dim=2) for x in (k, v))
-    if first:
-        out = softmax_attention(shared, k_shared, v_shared, layout, scale, schedule=schedule, window=window)
+    shared_kv = k.shape[2] - groups
+    (k_shared, k_routed), (v_shared, v_routed) = (x.split([shared_kv, groups], dim=2) for x in (k, v))
+    if shared_kv:
+        out = softmax_attention(shared, k_shared, v_shared, layout, scale, schedule=schedule, mask=mask)
     else:
         out = v.new_empty(*shared.shape[:3], v.shape[3])
     routed = routed_attention(
-        queries.transpose(1, 2), k_routed, v_routed, pairs.rows, layout, scale, schedule=schedule, window=window
+        queries.transpose(1, 2), k_routed, v_routed, pairs.tokens, layout, scale, schedule=schedule, mask=mask
     )
     return out, routed.transpose(1, 2)

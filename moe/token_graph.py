@@ -1,58 +1,57 @@
-"""Scores that a token shares with tokens like it: experts are chosen by neighbours in a graph of tokens together.
+"""Similarity-aware and attention-aware expert routing: scores averaged over a graph of tokens before the choice.
 
-With r_j each token's own scores for the experts (Nguyen et al. 2025, "Improving Routing in Sparse Mixture of Experts
+With r_j the scores of token j for the experts (Nguyen et al. 2025, "Improving Routing in Sparse Mixture of Experts
 with Graph of Tokens"):
 
     similarity-aware   r~_i = sum_j S_ij r_j,   S = softmax_j(u_i^T W_s u_j / tau),   W_s = W_a^T W_b of low rank
-    attention-aware    r~_i = sum_j A_ij r_j,   A the attention of the block's softmax layer, the mean of its heads
+    attention-aware    r~_i = sum_j A_ij r_j,   A the attention of the block's softmax layer, averaged over its heads
 
-over the tokens j of the same document up to i itself, so that what comes later changes nothing before it. The choice
-and its losses then take r~ in the place of r (`longctx.moe.expert_router.choose_experts`).
+over the tokens j <= i of the same document, so routing is causal. The choice and its auxiliary losses then use r~ in
+place of r (`longctx.moe.expert_router.choose_experts`).
 
-Both are attention with r as the values, and that is how they are computed: no matrix over pairs of tokens exists, and
-any layout, packing and schedule of `longctx.parallel.attention` serves. Queries and keys are computed with in r's
-dtype, float32 or higher, whatever they were projected in: averages over many tokens lie close together, and rounded to
-bf16, which has 8 bits, neighbouring experts would often have equal scores.
+Both are computed as attention with r as the values: no matrix over pairs of tokens exists, and every layout, packing
+and schedule of `longctx.parallel.attention` applies. Queries and keys are cast to r's dtype, float32 or higher:
+averages over many tokens are close together, and rounded to the 8 bits of bf16 many experts would have equal scores.
 """
 
 import torch
 from torch import Tensor
 
+from longctx.kernels.attention.block import CAUSAL_MASK, Mask
 from longctx.parallel.attention.api import rank_schedules, softmax_attention
-from longctx.parallel.attention.cost_model import AttentionShape, Estimate, fitting
-from longctx.parallel.attention.visibility import Reach
+from longctx.parallel.attention.cost_model import AttentionShape, ScheduleEstimate, fitting
 from longctx.parallel.layout import Layout
 
 
 def similarity_aware(r: Tensor, q: Tensor, k: Tensor, layout: Layout, scale: float) -> Tensor:
-    """r~ `[B, T_local, E]` in r's dtype, of r of this shape, and q = W_a u and k = W_b u `[B, T_local, K]`.
+    """Average scores over similar tokens: r~ `[B, T_local, E]` in r's dtype, zero for padding.
 
-    `scale` is 1 / tau. One head: the schedule is the layout's where one head allows it, else all-gather, since Ulysses
-    divides heads. Differentiable in r, q and k, every rank of the layout taking part; padding gives zero. Raises
-    ValueError where shapes do not fit.
+    Shapes: r `[B, T_local, E]`; q = W_a u and k = W_b u, `[B, T_local, K]`. `scale` is 1 / tau. The schedule is the
+    layout's if it supports one head, else all-gather, since Ulysses splits heads. Differentiable in r, q and k; a
+    collective over the layout's ranks, in the backward pass as well. Raises ValueError if shapes do not match.
     """
     q, k, values = (x.to(r.dtype)[:, :, None] for x in (q, k, r))
     return softmax_attention(q, k, values, layout, scale, schedule=one_head_schedule(layout))[:, :, 0]
 
 
-def attention_aware(r: Tensor, q: Tensor, k: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
-    """r~ `[B, T_local, E]` in r's dtype, of r of this shape, and the queries `[B, T_local, H, K]` and keys
-    `[B, T_local, H_kv, K]` of the attention layer, with positions, scale and window as there.
+def attention_aware(r: Tensor, q: Tensor, k: Tensor, layout: Layout, scale: float, mask: Mask = CAUSAL_MASK) -> Tensor:
+    """Average scores by the attention of a softmax layer: r~ `[B, T_local, E]` in r's dtype, zero for padding.
 
-    Differentiable in r, q and k, every rank of the layout taking part; padding gives zero. Raises ValueError where
-    shapes do not fit.
+    Shapes: r `[B, T_local, E]`; the layer's q `[B, T_local, H, K]` and k `[B, T_local, H_kv, K]`, after rotary
+    embedding, with its scale and mask. Differentiable in r, q and k; a collective over the layout's ranks, in the
+    backward pass as well. Raises ValueError if shapes do not match.
     """
     values = r[:, :, None].expand(-1, -1, k.shape[2], -1)
-    return softmax_attention(q.to(r.dtype), k.to(r.dtype), values, layout, scale, window=window).mean(dim=2)
+    return softmax_attention(q.to(r.dtype), k.to(r.dtype), values, layout, scale, mask=mask).mean(dim=2)
 
 
 def one_head_schedule(layout: Layout) -> str:
-    """The schedule of the layout where one head allows it, else all-gather."""
+    """Return the layout's attention schedule if it supports one head, else all-gather."""
     ulysses = 1 if layout.grid is None else layout.grid.ulysses
     fits = layout.attention == "auto" or layout.attention in fitting(1, layout.size, ulysses)
     return layout.attention if fits else "all-gather"
 
 
-def similarity_estimates(layout: Layout, width: int, experts: int, dtype: torch.dtype) -> list[Estimate]:
-    """What each schedule is expected to take for `similarity_aware` with K = `width`, the fastest first."""
-    return rank_schedules(layout, AttentionShape(1, 1, width, experts, dtype.itemsize, Reach()))
+def similarity_estimates(layout: Layout, width: int, experts: int, dtype: torch.dtype) -> list[ScheduleEstimate]:
+    """Estimate the time of each schedule for `similarity_aware` with K = `width`, fastest first."""
+    return rank_schedules(layout, AttentionShape(1, 1, width, experts, dtype.itemsize, CAUSAL_MASK))

@@ -1,4 +1,4 @@
-"""The same mathematics across ranks: mesh, sequence layout, collectives, the state scan, attention schedules.
+"""Sequence, tensor and expert parallelism: mesh, sequence layout, collectives, state exchange, attention schedules.
 
-The only caller of `torch.distributed` collectives outside the training engines.
+Outside the training engines, only this package calls `torch.distributed` collectives.
 """

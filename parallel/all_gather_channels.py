@@ -1,4 +1,4 @@
-"""Channels that lie over ranks, for what every rank has to read whole."""
+"""All-gather of channels over tensor-parallel ranks, for computations that need every channel on every rank."""
 
 from typing import Any
 
@@ -21,15 +21,15 @@ class _GatherChannels(torch.autograd.Function):
     @staticmethod
     @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        each = grads[0].unflatten(-1, (ctx.axis.size, -1)).movedim(-2, 0)
-        return reduce_scatter(each, ctx.axis.group).wait(), None
+        by_rank = grads[0].unflatten(-1, (ctx.axis.size, -1)).movedim(-2, 0)
+        return reduce_scatter(by_rank, ctx.axis.group).wait(), None
 
 
 def gather_channels(x: Tensor, axis: Axis) -> Tensor:
-    """The channels of all ranks of an axis, in the order of ranks: `[..., C / W]` to `[..., C]`.
+    """Concatenate the channels of all ranks of an axis, in rank order: `[..., C / W]` to `[..., C]`.
 
-    What is made of the result is a summand of the loss on each rank. Differentiable in x, every rank of the axis taking
-    part.
+    The backward pass sums the gradients over ranks (reduce-scatter): each rank's use of the result is one summand of
+    the loss. Differentiable in x; every rank of the axis has to call it.
     """
     if axis.group is None:
         return x

@@ -1,4 +1,4 @@
-"""Rows that lie over ranks in one order and are wanted in another: an all-to-all, and its inverse for gradients."""
+"""Token reordering across ranks: an all-to-all from one distribution of tokens to another, differentiable."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,62 +12,62 @@ from longctx.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Reorder:
-    """What one rank sends and gets: rows of `[N, ...]`, one for each token that it has, to those that it wants."""
+    """One rank's plan: rows of `[N, ...]`, one per token that it has, are sent to the ranks that want those tokens."""
 
     axis: Axis
     send: Tensor
-    """Its own rows in the order of the ranks that they go to, int64."""
+    """Indices of its own rows, sorted by destination rank, int64."""
     sends: tuple[int, ...]
-    """How many go to each rank."""
+    """Rows sent to each rank."""
     receives: tuple[int, ...]
-    """How many each rank sends it."""
+    """Rows received from each rank."""
     place: Tensor
-    """For each row that it wants, which of those that arrive it is, int64."""
+    """For each row of the result, its index among the received rows, int64."""
 
     @classmethod
-    def of(cls, have: Sequence[Tensor], want: Sequence[Tensor], axis: Axis) -> "Reorder":
-        """From and to what every rank of the axis has and wants: numbers of tokens, int64 on the CPU, all of
-        0, 1, ..., each once in either. Nothing communicates.
+    def plan(cls, have: Sequence[Tensor], want: Sequence[Tensor], axis: Axis) -> "Reorder":
+        """Plan the all-to-all from the tokens that each rank has to those that each rank wants, without communication.
 
-        Raises ValueError where these are not the same tokens.
+        `have` and `want`: token numbers per rank of the axis, int64 on the CPU; each contains 0, 1, ... exactly once.
+        Raises ValueError otherwise.
         """
-        before, after = (torch.cat(list(each)) for each in (have, want))
+        before, after = torch.cat(list(have)), torch.cat(list(want))
         everything = torch.arange(len(before))
         if not (torch.equal(before.sort().values, everything) and torch.equal(after.sort().values, everything)):
-            raise ValueError(f"reorder: {len(before)} tokens and {len(after)}: expected 0, 1, ... once each in both")
-        had, wanted = (_ranks(each) for each in (have, want))
-        mine, desired = have[axis.rank], want[axis.rank]
-        to = wanted[mine]
-        # In the order of ranks, and of one rank's rows as they lie there.
-        arriving = (had[desired] * len(before) + _places(have)[desired]).argsort()
+            raise ValueError(f"reorder: have {len(before)} tokens, want {len(after)}: expected 0, 1, ... once in both")
+        sources, destinations = _ranks(have), _ranks(want)
+        own, wanted = have[axis.rank], want[axis.rank]
+        to = destinations[own]
+        # Sorted by source rank; rows of one rank stay in the order that they have there.
+        arriving = (sources[wanted] * len(before) + _local_indices(have)[wanted]).argsort()
         return cls(
             axis,
             send=to.argsort(stable=True),
             sends=tuple(torch.bincount(to, minlength=axis.size).tolist()),
-            receives=tuple(torch.bincount(had[desired], minlength=axis.size).tolist()),
+            receives=tuple(torch.bincount(sources[wanted], minlength=axis.size).tolist()),
             place=arriving.argsort(),
         )
 
     def __call__(self, x: Tensor, dim: int = 0) -> Tensor:
-        """The rows of `x` along `dim` in the new order; differentiable, every rank of the axis taking part."""
+        """Return the rows of `x` along `dim` in the new order; differentiable. Every rank has to call it."""
         rows = x.movedim(dim, 0)
         sent = rows.index_select(0, self.send.to(x.device)).flatten(1)
-        arrived = exchange_rows(sent, self.sends, self.receives, self.axis)
-        placed = arrived.index_select(0, self.place.to(x.device))
-        return placed.view(-1, *rows.shape[1:]).movedim(0, dim)
+        received = exchange_rows(sent, self.sends, self.receives, self.axis)
+        ordered = received.index_select(0, self.place.to(x.device))
+        return ordered.view(-1, *rows.shape[1:]).movedim(0, dim)
 
 
-def _ranks(each: Sequence[Tensor]) -> Tensor:
-    """The rank of every token."""
-    found = torch.empty(sum(map(len, each)), dtype=torch.int64)
-    for rank, tokens in enumerate(each):
-        found[tokens] = rank
-    return found
+def _ranks(tokens_by_rank: Sequence[Tensor]) -> Tensor:
+    """Return the rank of every token."""
+    ranks = torch.empty(sum(map(len, tokens_by_rank)), dtype=torch.int64)
+    for rank, tokens in enumerate(tokens_by_rank):
+        ranks[tokens] = rank
+    return ranks
 
 
-def _places(each: Sequence[Tensor]) -> Tensor:
-    """The place of every token on its rank."""
-    found = torch.empty(sum(map(len, each)), dtype=torch.int64)
-    for tokens in each:
-        found[tokens] = torch.arange(len(tokens))
-    return found
+def _local_indices(tokens_by_rank: Sequence[Tensor]) -> Tensor:
+    """Return the row index of every token on its rank."""
+    indices = torch.empty(sum(map(len, tokens_by_rank)), dtype=torch.int64)
+    for tokens in tokens_by_rank:
+        indices[tokens] = torch.arange(len(tokens))
+    return indices

@@ -1,4 +1,4 @@
-"""Rows that change ranks, each sending each other one as many as it likes: the all-to-all of expert parallelism."""
+"""All-to-all of rows with uneven counts, differentiable: the dispatch and combine of expert parallelism."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,10 +30,11 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 def exchange_rows(x: Tensor, sends: Sequence[int], receives: Sequence[int], axis: Axis) -> Tensor:
-    """The rows that the ranks of an axis have for this one, `[sum(receives), D]`, in the order of ranks.
+    """Send rows to the ranks of an axis and return the received rows, `[sum(receives), D]`, in rank order.
 
-    x `[sum(sends), D]`: the first sends[0] rows go to rank 0 of the axis, the next to rank 1, and so on; every rank's
-    `receives` are what the others send it. Differentiable: gradients go back where the rows came from.
+    x `[sum(sends), D]`: the first sends[0] rows go to rank 0 of the axis, the next sends[1] to rank 1, and so on;
+    receives[r] is the number of rows that rank r sends to this one. Differentiable: the backward pass is the inverse
+    all-to-all.
     """
     if axis.group is None:
         return x
@@ -41,8 +42,8 @@ def exchange_rows(x: Tensor, sends: Sequence[int], receives: Sequence[int], axis
 
 
 def exchange_counts(counts: Tensor, axis: Axis) -> Tensor:
-    """`[W, n]`: for each rank of an axis the n counts that it has for this one. counts `[W, n]` int64 are this rank's
-    for each rank; a collective that every rank calls."""
+    """All-to-all of n counts per pair of ranks, `[W, n]` int64 to the same: row r goes to rank r of the axis, and row r
+    of the result comes from rank r. Every rank has to call it."""
     if axis.group is None:
         return counts
     ones = [1] * axis.size

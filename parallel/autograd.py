@@ -1,4 +1,4 @@
-"""Autograd functions over ranks: exact, once differentiable, and in the name of the layer that they belong to."""
+"""Autograd functions over ranks: no autocast, once differentiable, attributed to the layer that called forward."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def rank_forward(function: F) -> F:
-    """`exact_forward`, which notes the layer that is being computed for the backward pass."""
+    """Decorate a forward pass: `exact_forward`, which also saves the current layer for the backward pass."""
 
     @wraps(function)
     def forward(ctx: Any, *args: Any) -> Any:
@@ -22,7 +22,7 @@ def rank_forward(function: F) -> F:
 
 
 def rank_backward(function: F) -> F:
-    """`exact_backward`, in the name of the layer that was computed forward."""
+    """Decorate a backward pass: `exact_backward`, whose collectives count for the layer of the forward pass."""
 
     @wraps(function)
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -1,14 +1,14 @@
-"""How a packed sequence lies over context-parallel ranks.
+"""Sequence layout: how a packed sequence is sharded over context-parallel ranks.
 
-A sequence of T tokens over W ranks is cut into equal pieces, and the order says whose they are: `contiguous` (rank r
-holds piece r of W), `zigzag` (pieces r and 2W-1-r of 2W, which balances causal work within one document; Megatron's)
-or `balanced` (several pieces a rank, given out so that the causal work of packed documents is the same everywhere:
-`longctx.parallel.balance`). Every rank holds equally many tokens. Where T does not divide, the last pieces end in
-padding, or are all padding: rows that belong to no document, that no layer computes, and whose outputs and gradients
-are zero.
+A sequence of T tokens over W ranks is cut into equal pieces, which the order assigns to ranks: `contiguous` (piece r of
+W to rank r), `zigzag` (pieces r and 2W-1-r of 2W, which balances causal work within one document; Megatron's order) or
+`balanced` (several pieces per rank, assigned so that ranks have equal causal work on packed documents:
+`longctx.parallel.balance`). Every rank holds the same number of tokens. If T is not divisible, the last pieces end in
+padding or are all padding: rows that belong to no document, that no layer computes, and whose outputs and gradients are
+zero.
 
-Everything is answered on the host, once per batch; nothing here communicates. A layer takes the layout and nothing else
-about ranks.
+Everything is computed on the host, once per batch, without communication. The layout is all that a layer receives about
+ranks.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,18 +22,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longctx.kernels.linear.checks import checked_cu_seqlens
+from longctx.kernels.linear.recurrence import Segment
 from longctx.parallel.balance import balanced_owners
 from longctx.parallel.link_speeds import ASSUMED, Speeds
 from longctx.parallel.mesh import Grid, Mesh
 
 Order = Literal["contiguous", "zigzag", "balanced"]
 STATE_SCHEDULES = ("all-gather", "ring", "tree")
-"""How the states of linear layers travel: `longctx.parallel.linear.state_exchange`."""
+"""Schedules that exchange the states of linear layers: `longctx.parallel.linear.state_exchange`."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Tokens `begin` to `end` of the whole sequence, which lie together on one rank."""
+    """Tokens `[begin, end)` of the whole sequence, contiguous on one rank."""
 
     begin: int
     end: int
@@ -46,11 +47,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Layout:
-    """One packed sequence over the ranks of a context-parallel group, as one of them sees it.
+    """One packed sequence over the ranks of a context-parallel group, from the view of one rank.
 
-    `cu_seqlens` are the cumulated lengths of the documents, `0 = c_0 < c_1 < ... < c_N = T`. `group` is None where
-    one rank holds the whole sequence. `past_tokens` counts the tokens of the first document that an earlier sequence
-    held: where it is not 0, that document does not begin here, and a state may come in from before.
+    `cu_seqlens` are the cumulative document lengths, `0 = c_0 < c_1 < ... < c_N = T`. `group` is None if one rank holds
+    the whole sequence. `past_tokens` is the number of tokens of the first document that earlier calls have consumed: if
+    not 0, that document does not start here, and layers may take an initial state.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -60,15 +61,15 @@ class Layout:
     group: ProcessGroup | None = None
     past_tokens: int = 0
     grid: Grid | None = None
-    """How the ranks divide into Ulysses groups and rings, where they do."""
+    """The ranks as Ulysses groups x rings, if they are split."""
     attention: str = "auto"
     """The schedule of softmax layers: one of `longctx.parallel.attention.SCHEDULES`, `auto` for the cheapest."""
     states: str = "all-gather"
-    """How the states of linear layers travel: one of STATE_SCHEDULES."""
+    """The state schedule of linear layers: one of STATE_SCHEDULES."""
     speeds: Speeds = ASSUMED
-    """What `auto` reckons with; the same on every rank."""
+    """Speeds for the cost model of `auto`; the same on every rank."""
     sequence: int = 0
-    """The number of the sequence in its stream, which numbers of chance depend on."""
+    """Index of the sequence in its stream, a key of the counter-based random numbers."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cu_seqlens", checked_cu_seqlens(self.cu_seqlens))
@@ -79,7 +80,7 @@ class Layout:
         if self.states not in STATE_SCHEDULES:
             raise ValueError(f"states must be one of {', '.join(STATE_SCHEDULES)}, not {self.states!r}")
         if self.past_tokens < 0:
-            raise ValueError(f"past_tokens must be a number of tokens, not {self.past_tokens}")
+            raise ValueError(f"past_tokens must be a non-negative number of tokens, not {self.past_tokens}")
 
     @classmethod
     def on(
@@ -93,26 +94,28 @@ class Layout:
         speeds: Speeds = ASSUMED,
         sequence: int = 0,
     ) -> "Layout":
-        """The layout of a sequence over the cp axis of a mesh, for this rank."""
+        """Return the layout of a sequence over the cp axis of a mesh, for this rank."""
         cp, bounds = mesh.cp, tuple(cu_seqlens)
         return cls(bounds, order, cp.size, cp.rank, cp.group, 0, mesh.grid, attention, states, speeds, sequence)
 
-    def seen_by(self, rank: int) -> "Layout":
-        """The same layout as another rank of the group sees it, without the group: to be looked at."""
+    def for_rank(self, rank: int) -> "Layout":
+        """Return the same layout for another rank, without process groups: for inspection, not for computing."""
         return replace(self, rank=rank, group=None, grid=None)
 
     @property
-    def peers(self) -> ProcessGroup | None:
-        """The group to exchange with, None where one rank holds everything.
+    def comm_group(self) -> ProcessGroup | None:
+        """The process group for this layout's collectives; None if one rank holds the whole sequence.
 
-        Raises ValueError for a layout over several ranks that was made without their group, to be looked at.
+        Raises ValueError for a layout over several ranks without a process group (see `for_rank`).
         """
         if self.size > 1 and self.group is None:
-            raise ValueError(f"this layout is over {self.size} ranks and has no process group to reach them by")
+            raise ValueError(
+                f"this layout is over {self.size} ranks and has no process group: use Layout.on, or pass group"
+            )
         return self.group if self.size > 1 else None
 
     def cached(self, key: object, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made at the first call with this key: plans that all layers share, one set a batch."""
+        """Return `make()`, computed at the first call with this key: plans that all layers share, one set per batch."""
         if key not in self._cached:
             self._cached[key] = make()
         return self._cached[key]
@@ -123,7 +126,7 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """T: the tokens of the whole sequence, padding not counted."""
+        """T: the tokens of the whole sequence, without padding."""
         return self.cu_seqlens[-1]
 
     @cached_property
@@ -136,87 +139,98 @@ class Layout:
 
     @property
     def pieces(self) -> int:
-        """Pieces of the whole sequence."""
+        """The number of pieces of the whole sequence."""
         return len(self.owners)
 
     @property
     def piece_length(self) -> int:
-        """The rows of a piece."""
+        """Rows per piece, padding included."""
         return -(-self.length // self.pieces)
 
     @property
     def local_length(self) -> int:
-        """The rows that every rank holds, padding included."""
+        """Rows per rank, padding included."""
         return self.piece_length * (self.pieces // self.size)
 
     @cached_property
-    def _held(self) -> tuple[tuple[int, ...], ...]:
-        held: list[list[int]] = [[] for _ in range(self.size)]
+    def _pieces_by_rank(self) -> tuple[tuple[int, ...], ...]:
+        pieces: list[list[int]] = [[] for _ in range(self.size)]
         for number, rank in enumerate(self.owners):
-            held[rank].append(number)
-        return tuple(map(tuple, held))
+            pieces[rank].append(number)
+        return tuple(map(tuple, pieces))
 
-    def numbers(self, rank: int) -> tuple[int, ...]:
-        """The pieces of a rank, as numbers in sequence order, ascending."""
-        return self._held[rank]
+    def pieces_of(self, rank: int) -> tuple[int, ...]:
+        """Return the piece numbers (in sequence order) of a rank, ascending."""
+        return self._pieces_by_rank[rank]
 
     @cached_property
-    def places(self) -> tuple[tuple[int, int], ...]:
-        """For each piece in sequence order the rank that holds it, and its place among that rank's pieces."""
-        return tuple((rank, self._held[rank].index(number)) for number, rank in enumerate(self.owners))
+    def piece_locations(self) -> tuple[tuple[int, int], ...]:
+        """For each piece, in sequence order: (rank that holds it, index among that rank's pieces)."""
+        return tuple((rank, self._pieces_by_rank[rank].index(number)) for number, rank in enumerate(self.owners))
 
     def piece(self, number: int) -> Slice:
-        """The tokens of a piece, without its padding."""
+        """Return the tokens of a piece, without its padding."""
         step, length = self.piece_length, self.length
         return Slice(min(number * step, length), min((number + 1) * step, length))
 
     def slices_of(self, rank: int) -> tuple[Slice, ...]:
-        """What a rank holds, in the order in which it lies there."""
-        return tuple(map(self.piece, self.numbers(rank)))
+        """Return the slices of a rank, in local order."""
+        return tuple(map(self.piece, self.pieces_of(rank)))
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
-        """What this rank holds, in the order in which it lies here."""
+        """The slices of this rank, in local order."""
         return self.slices_of(self.rank)
 
     @cached_property
     def local(self) -> tuple[slice, ...]:
-        """Where each of `slices` lies in this rank's tensors."""
+        """The rows of each of `slices` in this rank's tensors."""
         step = self.piece_length
         return tuple(slice(i * step, i * step + part.size) for i, part in enumerate(self.slices))
 
     @cached_property
     def padding(self) -> tuple[slice, ...]:
-        """The rows of this rank's tensors that are no token."""
+        """The padding rows of this rank's tensors."""
         step = self.piece_length
         rows = (slice(at.stop, (i + 1) * step) for i, at in enumerate(self.local))
         return tuple(gap for gap in rows if gap.start < gap.stop)
 
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """This rank's pieces as segments of its tensors, for recurrences and convolutions."""
+        parts = zip(self.local, self.slices, strict=True)
+        return tuple(Segment(local.start, local.stop, self.starts(part)) for local, part in parts)
+
+    def check_length(self, name: str, x: Tensor) -> None:
+        """Raise ValueError where `x [B, T_local, ...]` does not have this rank's number of tokens, padding included."""
+        if x.dim() > 1 and x.shape[1] != self.local_length:
+            raise ValueError(
+                f"{name} has {x.shape[1]} tokens: expected {self.local_length}, this rank's share of the layout"
+            )
+
     def zero_padding_(self, x: Tensor) -> Tensor:
-        """Zero the rows of `x [B, T_local, ...]` that are no token, in place."""
+        """Zero the padding rows of `x [B, T_local, ...]` in place."""
         for gap in self.padding:
             x[:, gap] = 0
         return x
 
     def starts(self, part: Slice) -> tuple[int, ...]:
-        """The places of a slice at which documents begin, counted from its own start."""
+        """Return the offsets within a slice at which documents start."""
         first, last = bisect_left(self.cu_seqlens, part.begin), bisect_left(self.cu_seqlens, part.end)
         if first == 0 and self.past_tokens:
             first = 1
         return tuple(c - part.begin for c in self.cu_seqlens[first:last])
 
     def document_start(self, position: int) -> int:
-        """Where the document of a token begins."""
+        """Return the first token of the document that contains a token."""
         return self.cu_seqlens[bisect_right(self.cu_seqlens, position) - 1]
 
     def document_end(self, position: int) -> int:
-        """Where the document of a token ends."""
+        """Return the end (exclusive) of the document that contains a token."""
         return self.cu_seqlens[bisect_right(self.cu_seqlens, position)]
 
     def documents_in(self, part: Slice) -> list[int]:
-        """The begin and end of a slice and the starts of documents between them, ascending; a document's tokens lie
-        between two of them. Nothing for a slice without tokens.
-        """
+        """Split a slice at document starts: its begin, the document starts inside, its end; [] for an empty slice."""
         if part.size == 0:
             return []
         first = bisect_right(self.cu_seqlens, part.begin)
@@ -225,21 +239,21 @@ class Layout:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """The place of each of this rank's rows in the whole sequence, `[local_length]` int64, -1 for padding."""
+        """The token index in the whole sequence of each of this rank's rows, `[local_length]` int64, -1 for padding."""
         return self.shard(torch.arange(self.length), dim=0, fill=-1)
 
     @cached_property
     def positions(self) -> Tensor:
-        """The place of each of this rank's tokens in its own document: `[local_length]` int64, on the CPU."""
+        """Positions of this rank's rows in their documents, `[local_length]` int64 on the CPU, 0 for padding."""
         bounds = torch.tensor(self.cu_seqlens)
         begins = bounds[torch.searchsorted(bounds, self.tokens.clamp(min=0), right=True) - 1]
-        found = torch.where(begins == 0, self.tokens + self.past_tokens, self.tokens - begins)
-        return torch.where(self.tokens < 0, 0, found)
+        positions = torch.where(begins == 0, self.tokens + self.past_tokens, self.tokens - begins)
+        return torch.where(self.tokens < 0, 0, positions)
 
     def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
-        """This rank's tokens of a whole tensor, along `dim`; padding is `fill`."""
+        """Return this rank's rows of a whole tensor along `dim`; padding rows are `fill`."""
         if x.shape[dim] != self.length:
-            raise ValueError(f"shard: dimension {dim} has {x.shape[dim]} tokens, the layout {self.length}")
+            raise ValueError(f"shard: dim {dim} has {x.shape[dim]} tokens, the layout {self.length}")
         parts = []
         for part in self.slices:
             parts.append(x.narrow(dim, part.begin, part.size))
@@ -250,9 +264,9 @@ class Layout:
         return torch.cat(parts, dim=dim)
 
     def unshard(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The whole tensor without padding, from every rank's part in the order of ranks."""
+        """Return the whole tensor, without padding, from the shards of all ranks in rank order."""
         if len(parts) != self.size:
             raise ValueError(f"unshard: {len(parts)} parts for {self.size} ranks")
         step = self.piece_length
-        pieces = [parts[rank].narrow(dim, place * step, step) for rank, place in self.places]
+        pieces = [parts[rank].narrow(dim, index * step, step) for rank, index in self.piece_locations]
         return torch.cat(pieces, dim=dim).narrow(dim, 0, self.length)

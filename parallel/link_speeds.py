@@ -1,4 +1,4 @@
-"""How fast ranks compute and reach each other: what the choice of a schedule reckons with."""
+"""Link and compute speeds of ranks: the inputs of the schedule cost model (`longctx.parallel.attention.cost_model`)."""
 
 import statistics
 import time
@@ -12,13 +12,13 @@ from torch.distributed import ProcessGroup
 from longctx.parallel.collectives import all_gather
 
 SMALL, LARGE = 2**8, 2**20
-"""Numbers (float32) in the two messages that latency and bandwidth are found from."""
+"""Float32 elements of the two messages from which latency and bandwidth are measured."""
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Of one rank: bytes a second that it receives, seconds until a message is there, operations a second."""
+    """Speeds of one rank: bytes received per second, seconds of latency per message, FLOP/s."""
 
     bandwidth: float
     latency: float
@@ -26,18 +26,18 @@ class Speeds:
 
     def __str__(self) -> str:
         return (
-            f"{self.bandwidth / 1e9:.3g} GB/s received, {1e6 * self.latency:.3g} us a message, "
-            f"{self.flops / 1e12:.3g} TFLOP/s a rank"
+            f"{self.bandwidth / 1e9:.3g} GB/s received, {1e6 * self.latency:.3g} us per message, "
+            f"{self.flops / 1e12:.3g} TFLOP/s per rank"
         )
 
 
 ASSUMED = Speeds(bandwidth=25e9, latency=20e-6, flops=200e12)
-"""Where nothing was measured: a rank with a large GPU and a 200 Gbit/s link of its own."""
+"""Defaults where nothing was measured: one large GPU with its own 200 Gbit/s link per rank."""
 
 
-def _slowest(value: float, group: ProcessGroup, device: torch.device) -> float:
-    mine = torch.tensor([value], dtype=torch.float64, device=device)
-    return float(all_gather(mine, group).wait().max())
+def _max_over_ranks(value: float, group: ProcessGroup, device: torch.device) -> float:
+    own = torch.tensor([value], dtype=torch.float64, device=device)
+    return float(all_gather(own, group).wait().max())
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
@@ -48,21 +48,25 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    # The first one makes connections.
+    # The first call opens connections.
     return statistics.median(times[1:])
 
 
 def measure_speeds(group: ProcessGroup, device: torch.device, flops: float) -> Speeds:
-    """Measure all-gathers over a group, which all of its ranks have to call; the same answer on each, of the slowest.
+    """Measure latency and bandwidth with all-gathers over a group; every rank returns the speeds of the slowest.
 
-    `flops`: operations a second of this rank.
+    `flops`: this rank's FLOP/s. All ranks of the group have to call it.
     """
     size = torch.distributed.get_world_size(group)
     x = torch.zeros(LARGE, device=device)
     small, large = (
-        _slowest(_seconds(lambda n=n: all_gather(x[:n], group).wait(), device), group, device)  # type: ignore[misc]
+        _max_over_ranks(
+            _seconds(lambda n=n: all_gather(x[:n], group).wait(), device),  # type: ignore[misc]
+            group,
+            device,
+        )
         for n in (SMALL, LARGE)
     )
     hops = size - 1
     bandwidth = hops * 4 * (LARGE - SMALL) / max(large - small, 1e-9)
-    return Speeds(bandwidth, small / hops, -_slowest(-flops, group, device))
+    return Speeds(bandwidth, small / hops, -_max_over_ranks(-flops, group, device))

@@ -1,7 +1,7 @@
-"""Ranks on this machine: processes that run one function as the ranks of a gloo group.
+"""Local gloo ranks: a pool of processes on this machine that run a function as the ranks of a process group.
 
-Started once and used many times; each call makes a fresh process group of as many of the processes as it asks for.
-What verification, benchmarks and the tests run on.
+The processes are started once and reused; each call creates a new process group over the first `size` of them.
+Verification, benchmarks and tests use it.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from torch.distributed.tensor import debug
 
 
 class LocalRankError(RuntimeError):
-    """A rank raised, died, or did not answer in time; the text holds the tracebacks."""
+    """A rank raised, crashed or timed out; the message contains the tracebacks."""
 
 
-def _forget_meshes() -> None:
-    """Empty what DTensor remembers of meshes that are gone.
+def _clear_dtensor_caches() -> None:
+    """Clear DTensor's caches of meshes whose process groups are destroyed.
 
-    Two meshes of equal shape and names are equal to it, and so an operation on a new one may come back on an old one,
-    whose groups no longer exist or, worse, whose groups' names have been given to others.
+    Two meshes of equal shape and dim names compare equal, so an operation on a new mesh could return a cached result
+    on an old one, whose groups no longer exist or whose group names now belong to other groups.
     """
     debug._clear_sharding_prop_cache()
     for name, module in list(sys.modules.items()):
@@ -57,25 +57,25 @@ def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> 
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
             )
             try:
-                # A rank that is done may leave before another has met it, who would take it for dead.
+                # Without it a rank could finish and leave before another has connected, which would then fail.
                 dist.barrier()
-                answer = (True, function(*arguments))
+                result = (True, function(*arguments))
             finally:
                 dist.destroy_process_group()
-                _forget_meshes()
-        except BaseException:  # noqa: BLE001 - told to the caller, who raises it
-            answer = (False, traceback.format_exc())
-        pipe.send(answer)
+                _clear_dtensor_caches()
+        except BaseException:  # noqa: BLE001 - sent to the caller, which raises it
+            result = (False, traceback.format_exc())
+        pipe.send(result)
 
 
 class LocalRanks:
-    """Up to `size` ranks on this machine, as processes that live until `close()`."""
+    """A pool of `size` rank processes on this machine, which run until `close()`."""
 
     def __init__(
         self, size: int, *, timeout: float = 60.0, settle: float = 5.0, setup: Callable[[], None] | None = None
     ) -> None:
-        """`timeout` seconds for a collective, `settle` for the other ranks to end by themselves after one has failed;
-        `setup` is called once in each process as it starts.
+        """Processes start at the first `run`. `timeout`: seconds per collective. `settle`: seconds that the other ranks
+        have to finish after one has failed. `setup` is called once in each process when it starts.
         """
         self.settle = settle
         self.size = size
@@ -91,7 +91,9 @@ class LocalRanks:
         self.close()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a server that has imported torch but has computed nothing: torch is imported once for all ranks.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         threads = max(1, len(os.sched_getaffinity(0)) // self.size)
         for _ in range(self.size):
             here, there = context.Pipe()
@@ -102,7 +104,7 @@ class LocalRanks:
             self._pipes.append(here)
 
     def close(self) -> None:
-        """End the processes."""
+        """Terminate the processes."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
@@ -117,13 +119,13 @@ class LocalRanks:
     def run(self, function: Callable[..., Any], *arguments: Any, size: int | None = None) -> list[Any]:
         """Call `function(*arguments)` on `size` ranks (all by default), inside a gloo process group of that size.
 
-        The function has to be importable by name and its arguments and results to be picklable. Returns the ranks'
-        results in order. Where a rank raises, dies or exceeds the timeout, every process is ended (the next call
-        starts new ones) and LocalRankError says what happened on each.
+        Returns the results in rank order. The function has to be importable by name, its arguments and results
+        picklable. If a rank raises, crashes or times out, all processes are killed (the next call starts new ones) and
+        LocalRankError reports every failed rank.
         """
         size = self.size if size is None else size
         if not 1 <= size <= self.size:
-            raise ValueError(f"{size} ranks asked for, {self.size} there")
+            raise ValueError(f"run: size is {size}: expected 1 to {self.size}, the ranks of this pool")
         if not self._processes:
             self._start()
         with tempfile.TemporaryDirectory(prefix="longctx-ranks-") as folder:
@@ -139,18 +141,18 @@ class LocalRanks:
         while waiting:
             ready = wait(list(waiting), timeout=patience)
             if not ready:
-                failures.update(dict.fromkeys(waiting.values(), f"no answer within {patience:g} s"))
+                failures.update(dict.fromkeys(waiting.values(), f"no result within {patience:g} s"))
                 break
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
                 try:
-                    good, answer = pipe.recv()
+                    succeeded, result = pipe.recv()
                 except EOFError:
-                    good, answer = False, "the process died"
-                (results if good else failures)[rank] = answer
+                    succeeded, result = False, "the process died"
+                (results if succeeded else failures)[rank] = result
             if failures:
-                # The others may be waiting for the one that failed: a short while for their own words.
+                # The other ranks may be waiting for the failed one: give them a short time to report their own errors.
                 patience = self.settle
         if failures:
             for process in self._processes:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a head whose vocabulary is divided over ranks, in tiles."""
+"""Vocab-parallel cross-entropy: the tiled loss of a head whose vocabulary is sharded over tensor-parallel ranks."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,21 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.mesh import Axis
 
 
-def divided_cross_entropy(
+def vocab_parallel_cross_entropy(
     x: Tensor, weight: Tensor, labels: Tensor, tile: int, axis: Axis, scale: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """As `longctx.kernels.loss.linear_cross_entropy`, where this rank has rows of the head, `weight [N / size, D]`.
+    """Compute `longctx.kernels.loss.linear_cross_entropy` with this rank's rows of the head, `weight [N / size, D]`.
 
-    x `[T, D]` and labels `[T]`, which count through the whole vocabulary, are the same on every rank of the axis. The
-    results are those of the whole head and the same on all; the gradient of x is a summand. A tile sends two numbers a
-    token. A label beyond the vocabulary is nobody's, and its logit counts as 0.
+    x `[T, D]` and labels `[T]`, indices into the whole vocabulary, are the same on every rank of the axis. The results
+    are those of the whole head, the same on every rank; the gradient of x is a partial sum, to be summed over ranks. A
+    tile sends two numbers per token. A label beyond the vocabulary belongs to no rank; its logit counts as 0.
     """
     group = axis.group
     if group is None:
         return linear_cross_entropy(x, weight, labels, tile, scale)
 
     def merge(lse: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-        each = all_gather(torch.stack([lse, picked]), group).wait()
-        return each[:, 0].logsumexp(dim=0), each[:, 1].sum(dim=0)
+        shards = all_gather(torch.stack([lse, picked]), group).wait()
+        return shards[:, 0].logsumexp(dim=0), shards[:, 1].sum(dim=0)
 
     return linear_cross_entropy(x, weight, labels, tile, scale, axis.rank * len(weight), merge)

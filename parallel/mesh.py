@@ -1,4 +1,4 @@
-"""The mesh of ranks: one frozen object, passed explicitly, no module-global groups."""
+"""Device mesh: data, context, tensor, expert and pipeline parallel groups in one frozen object, passed explicitly."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Grid:
-    """The ranks of a cp group as ulysses x ring: neighbours in a group change heads for tokens, groups form rings.
+    """A cp group as ulysses x ring: neighbouring ranks form Ulysses groups; ranks with equal Ulysses rank form rings.
 
-    cp rank `i * ulysses + j` is number j of its Ulysses group and number i of its ring. A group is None where it has
-    one rank.
+    cp rank `i * ulysses + j` has rank j in its Ulysses group and rank i in its ring. Groups of one rank are None.
     """
 
     ulysses: int
@@ -24,34 +23,34 @@ class Grid:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a mesh, as this rank sees it: its size, this rank's place, and the group, None for one rank."""
+    """One axis of a mesh: its size, this rank's rank in it, and its process group (None if the size is 1)."""
 
     size: int = 1
     rank: int = 0
     group: ProcessGroup | None = None
 
     @classmethod
-    def of(cls, group: ProcessGroup | None) -> "Axis":
-        """The axis of a group that exists."""
+    def from_group(cls, group: ProcessGroup | None) -> "Axis":
+        """Return the axis of an existing process group; None is a group of one rank."""
         if group is None or dist.get_world_size(group) == 1:
             return cls()
         return cls(dist.get_world_size(group), dist.get_rank(group), group)
 
     @classmethod
-    def named(cls, mesh: DeviceMesh, name: str) -> "Axis":
-        """An axis of a DeviceMesh."""
-        return cls.of(mesh.get_group(name))
+    def from_mesh(cls, mesh: DeviceMesh, name: str) -> "Axis":
+        """Return the axis of a DeviceMesh dim."""
+        return cls.from_group(mesh.get_group(name))
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks as `dp_replicate x dp_shard x cp x tp`, cp being `ring x ulysses` and tp innermost.
+    """Ranks as `dp_replicate x dp_shard x cp x tp`, where cp is `ring x ulysses` and tp is innermost.
 
-    dp ranks read different sequences, cp ranks split a sequence, tp ranks split heads and channels. `ep` ranks divide
-    experts between them: neighbours among `dp_shard x cp`, whose tokens they exchange. `shard` has the axes over which
-    parameters are laid out, (dp_shard_cp,), or (dp_replicate, dp_shard_cp) where whole copies are kept; None where
-    another framework lays them out. Those of experts are divided over `expert_axis` (ep,) and then laid out over
-    `expert_shard`, (rest,) or (dp_replicate, rest), rest x ep being dp_shard x cp; None where ep is 1.
+    dp ranks read different sequences, cp ranks split each sequence, tp ranks split heads and channels. ep ranks split
+    the experts: neighbours within `dp_shard x cp`, which exchange tokens. `shard` is the FSDP mesh of the parameters,
+    (dp_shard_cp,) or for HSDP (dp_replicate, dp_shard_cp); None if another framework shards them. Expert parameters are
+    split over `expert_axis` (ep,), then sharded over `expert_shard`, (rest,) or (dp_replicate, rest), where rest x ep
+    is dp_shard x cp; both are None if ep is 1.
     """
 
     device_type: str
@@ -60,7 +59,7 @@ class Mesh:
     tp: Axis = Axis()
     ep: Axis = Axis()
     pp: Axis = Axis()
-    """Ranks that have different layers, the stages of a pipeline: of another framework."""
+    """Pipeline stages: ranks with different layers. Only set by other frameworks."""
     ulysses: Axis = Axis()
     ring: Axis = Axis()
     dp_replicate: int = 1
@@ -69,7 +68,7 @@ class Mesh:
     expert_axis: DeviceMesh | None = None
     expert_shard: DeviceMesh | None = None
     tokens: ProcessGroup | None = None
-    """The ranks that together hold the tokens of a step, dp x cp, for sums over them; None: all ranks."""
+    """The group dp x cp, over which a step's tokens are sharded, for sums over tokens; None: all ranks."""
 
     @classmethod
     def build(
@@ -83,10 +82,10 @@ class Mesh:
         tp: int = 1,
         ep: int = 1,
     ) -> "Mesh":
-        """The mesh over the default process group, which every rank of it has to call.
+        """Build the mesh over the default process group; every rank has to call it.
 
-        Raises ValueError, with the arithmetic, where the sizes do not multiply to the number of ranks, or `ulysses`
-        does not divide cp, or `ep` does not divide dp_shard x cp.
+        Raises ValueError, with the arithmetic, if the product of the sizes is not the number of ranks, `ulysses` does
+        not divide cp, or `ep` does not divide dp_shard x cp.
         """
         sizes = {
             "dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "ulysses": ulysses, "tp": tp, "ep": ep,
@@ -106,7 +105,7 @@ class Mesh:
         if dp_shard * cp % ep:
             raise ValueError(
                 f"mesh: ep {ep} does not divide dp_shard {dp_shard} x cp {cp} = {dp_shard * cp}: "
-                f"{dp_shard * cp % ep} ranks would be left"
+                f"{dp_shard * cp % ep} ranks would be left over"
             )
         dp, both = dp_replicate * dp_shard, dp_shard * cp
 
@@ -114,22 +113,22 @@ class Mesh:
             return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
         sequence = view(dp=dp, cp=cp, tp=tp)
-        cp_axis = Axis.named(sequence, "cp")
+        cp_axis = Axis.from_mesh(sequence, "cp")
         ulysses_axis, ring_axis, ep_axis = Axis(), cp_axis, Axis()
         expert_axis = expert_shard = None
         if ulysses > 1:
             split = view(dp=dp, ring=cp // ulysses, ulysses=ulysses, tp=tp)
-            ulysses_axis, ring_axis = Axis.named(split, "ulysses"), Axis.named(split, "ring")
+            ulysses_axis, ring_axis = Axis.from_mesh(split, "ulysses"), Axis.from_mesh(split, "ring")
         if ep > 1:
             experts = view(dp_replicate=dp_replicate, rest=both // ep, ep=ep, tp=tp)
-            ep_axis, expert_axis = Axis.named(experts, "ep"), experts["ep"]
+            ep_axis, expert_axis = Axis.from_mesh(experts, "ep"), experts["ep"]
             expert_shard = experts["rest"] if dp_replicate == 1 else experts["dp_replicate", "rest"]
         parameters = view(dp_replicate=dp_replicate, dp_shard_cp=both, tp=tp)
         return cls(
             device_type,
-            dp=Axis.named(sequence, "dp"),
+            dp=Axis.from_mesh(sequence, "dp"),
             cp=cp_axis,
-            tp=Axis.named(sequence, "tp"),
+            tp=Axis.from_mesh(sequence, "tp"),
             ep=ep_axis,
             ulysses=ulysses_axis,
             ring=ring_axis,
@@ -141,7 +140,7 @@ class Mesh:
         )
 
     @classmethod
-    def of_groups(
+    def from_groups(
         cls,
         device_type: str,
         *,
@@ -154,13 +153,13 @@ class Mesh:
         ring: ProcessGroup | None = None,
         tokens: ProcessGroup | None = None,
     ) -> "Mesh":
-        """The mesh of groups that another framework has made, as this rank is in them; None is a group of one rank.
+        """Build the mesh from another framework's process groups, those that this rank is in; None: one rank.
 
-        `ulysses` and `ring`, both or neither, divide `cp` as in `Grid`; `tokens` has the ranks of dp x cp. Raises
-        ValueError where they do not divide it so.
+        `ulysses` and `ring` (both or neither) split `cp` as in `Grid`; `tokens` is the group of dp x cp. Raises
+        ValueError if `ulysses` x `ring` is not `cp` in that order.
         """
         groups = {"cp": cp, "dp": dp, "tp": tp, "ep": ep, "pp": pp, "ulysses": ulysses, "ring": ring}
-        axes: dict[str, Any] = {name: Axis.of(group) for name, group in groups.items()}
+        axes: dict[str, Any] = {name: Axis.from_group(group) for name, group in groups.items()}
         mesh = cls(device_type, **axes, dp_shard=axes["dp"].size, tokens=tokens)
         if ulysses is not None or ring is not None:
             mesh._check_grid()
@@ -181,17 +180,17 @@ class Mesh:
             if got != want:
                 raise ValueError(
                     f"mesh: the {name} group of rank {ranks[c.rank]} has the ranks {got}: expected {want}, since the "
-                    f"cp group {ranks} is divided into Ulysses groups of {u.size} neighbours"
+                    f"cp group {ranks} is split into Ulysses groups of {u.size} neighbouring ranks"
                 )
 
     @property
     def device(self) -> torch.device:
-        """This rank's."""
+        """This rank's device."""
         return torch.device(self.device_type, torch.cuda.current_device() if self.device_type == "cuda" else 0)
 
     @property
     def grid(self) -> Grid | None:
-        """The cp ranks as ulysses x ring; None where they are not divided."""
+        """The cp group as ulysses x ring; None if it is not split."""
         if self.ulysses.size == 1:
             return None
         return Grid(self.ulysses.size, self.ulysses.group, self.ring.group)

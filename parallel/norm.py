@@ -1,4 +1,4 @@
-"""RMSNorm over channels that lie over ranks."""
+"""Tensor-parallel RMSNorm: normalises over channels that are sharded over ranks."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from longctx.parallel.collectives import all_reduce
 from longctx.parallel.mesh import Axis
 
 
-def _sums(x: Tensor, axis: Axis) -> Tensor:
+def _channel_sum(x: Tensor, axis: Axis) -> Tensor:
     return all_reduce(x.sum(dim=-1, keepdim=True), axis.group)
 
 
-class _NormAcross(torch.autograd.Function):
+class _TensorParallelRMSNorm(torch.autograd.Function):
     @staticmethod
     @rank_forward
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, axis: Axis) -> Tensor:
         wide = x.to(accumulation_dtype(x.dtype))
-        inverse = (_sums(wide.square(), axis) / (x.shape[-1] * axis.size) + eps).rsqrt()
+        inverse = (_channel_sum(wide.square(), axis) / (x.shape[-1] * axis.size) + eps).rsqrt()
         ctx.save_for_backward(x, scale, inverse)
         ctx.axis = axis
         return (wide * inverse * scale).to(x.dtype)
@@ -32,19 +32,19 @@ class _NormAcross(torch.autograd.Function):
         x, scale, inverse = ctx.saved_tensors
         wide, grad = x.to(inverse.dtype), grads[0].to(inverse.dtype)
         normed, dnormed = wide * inverse, grad * scale
-        mean = _sums(dnormed * normed, ctx.axis) / (x.shape[-1] * ctx.axis.size)
+        mean = _channel_sum(dnormed * normed, ctx.axis) / (x.shape[-1] * ctx.axis.size)
         dscale = grad * normed
         if scale.dim() == 1:
             dscale = dscale.flatten(0, -2).sum(dim=0)
         return ((dnormed - normed * mean) * inverse).to(x.dtype), dscale.to(scale.dtype), None, None
 
 
-def rms_norm_across(x: Tensor, scale: Tensor, eps: float, axis: Axis) -> Tensor:
-    """`longctx.kernels.pointwise.rms_norm` over the channels of all ranks of an axis: this rank's part of the result.
+def tensor_parallel_rms_norm(x: Tensor, scale: Tensor, eps: float, axis: Axis) -> Tensor:
+    """Apply `longctx.kernels.pointwise.rms_norm` over the channels of all ranks of an axis; returns this rank's shard.
 
-    Shapes: x `[..., D / W]`, scale `[D / W]` or like x, this rank's part of both. What is made of the result is a
-    summand of the loss on each rank. Differentiable in x and scale, every rank of the axis taking part.
+    Shapes: x `[..., D / W]`, scale `[D / W]` or like x, this rank's shard of each. Two all-reduces of one number per
+    token, one forward and one backward. Differentiable in x and scale; every rank of the axis has to call it.
     """
     if axis.group is None:
         return rms_norm(x, scale, eps)
-    return _NormAcross.apply(x, scale, eps, axis)  # type: ignore[no-untyped-call]
+    return _TensorParallelRMSNorm.apply(x, scale, eps, axis)  # type: ignore[no-untyped-call]

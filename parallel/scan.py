@@ -1,4 +1,4 @@
-"""State scan over ranks: the public path of `longctx.parallel.linear.state_scan`."""
+"""State scan over ranks (LASP-2): the public path of `longctx.parallel.linear.state_scan`."""
 
 from longctx.parallel.linear.state_scan import begin_state_scan, state_scan
 

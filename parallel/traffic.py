@@ -1,7 +1,7 @@
-"""What a rank communicates, counted by layer and collective: always on, a few additions for each call.
+"""Communication counters: calls and bytes per layer and collective, always on, a few additions per call.
 
-A model says where it is with `layer`; an autograd function over ranks (`longctx.parallel.autograd`) takes the name
-along to its backward pass. Bytes are those that a rank receives from others.
+A model names the current layer with `layer`; autograd functions over ranks (`longctx.parallel.autograd`) restore that
+name in the backward pass. Bytes are those that this rank receives from other ranks.
 """
 
 from collections import Counter
@@ -14,13 +14,13 @@ _layer: ContextVar[str] = ContextVar("layer", default="")
 
 
 def current_layer() -> str:
-    """The layer that is being computed, "" outside of all."""
+    """Return the name of the layer that is being computed, "" outside of any layer."""
     return _layer.get()
 
 
 @contextmanager
 def layer(name: str) -> Iterator[None]:
-    """Count, and name in errors, what is communicated inside the block as that of a layer."""
+    """Attribute the communication inside the block to a layer, in the counters and in error messages."""
     token = _layer.set(name)
     try:
         yield
@@ -30,14 +30,14 @@ def layer(name: str) -> Iterator[None]:
 
 @dataclass
 class Traffic:
-    """Calls of collectives and the bytes that a rank received by them."""
+    """Calls of collectives, and the bytes that this rank received in them."""
 
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     waited: float = 0.0
-    """Seconds that this rank stood still for others; of a GPU's streams nothing is known."""
+    """Seconds that this rank's CPU blocked on other ranks; waits of CUDA streams are not measured."""
     layers: dict[str, "Traffic"] = field(default_factory=dict)
-    """The same for each layer; a layer has no layers."""
+    """The same counters per layer; empty within a layer."""
 
     def add(self, name: str, received: int) -> None:
         """Count one call."""
@@ -46,7 +46,7 @@ class Traffic:
 
     @property
     def received(self) -> int:
-        """Bytes, over all collectives."""
+        """Bytes received, over all collectives."""
         return self.bytes.total()
 
 
@@ -55,31 +55,31 @@ _counters: list[Traffic] = [_total]
 
 
 def total() -> Traffic:
-    """What this process has communicated since it began. Not to be changed."""
+    """Return the counters of this process since it started. Read-only."""
     return _total
 
 
 @contextmanager
-def counted() -> Iterator[Traffic]:
-    """Count what this rank communicates inside the block, the backward pass included."""
+def count_traffic() -> Iterator[Traffic]:
+    """Count this rank's communication inside the block, the backward pass included."""
     traffic = Traffic()
     _counters.append(traffic)
     try:
         yield traffic
     finally:
-        # By identity: equal counts are equal.
-        _counters[:] = [each for each in _counters if each is not traffic]
+        # By identity: dataclasses with equal counts compare equal.
+        _counters[:] = [counter for counter in _counters if counter is not traffic]
 
 
-def waited(seconds: float) -> None:
-    """Note that this rank has waited for a collective."""
+def record_wait(seconds: float) -> None:
+    """Add the time that this rank waited for a collective."""
     for traffic in _counters:
         traffic.waited += seconds
         if current_layer():
             traffic.layers.setdefault(current_layer(), Traffic()).waited += seconds
 
 
-def count(name: str, received: int) -> None:
+def record_call(name: str, received: int) -> None:
     """Count one call of a collective."""
     for traffic in _counters:
         traffic.add(name, received)

@@ -1,9 +1,11 @@
-"""What all tests share: ranks that are started once, and memory that is poisoned."""
+"""Fixtures of all tests: a pool of ranks that is started once, and poisoned memory; progress of a long run."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +15,26 @@ if not torch.cuda.is_available():
 
 from longctx.parallel.local_ranks import LocalRanks
 from tests.poison import poison
+from tests.progress import Progress
+
+# No deadlines: on a busy machine they fail tests that hold.
+hypothesis.settings.register_profile("longctx", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("longctx")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--progress", action="store_true", help="lines of progress in place of dots")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--progress") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config), "progress")
+
+
+def pytest_collection_finish() -> None:
+    # What the test modules have imported stays: collections need not visit it again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +56,13 @@ def _cores_are_shared() -> None:
 def ranks() -> Iterator[LocalRanks]:
     """Up to 4 gloo ranks: `ranks.run(function, *arguments, size=2)`. The function lives in a test module."""
     with LocalRanks(4, timeout=60, setup=poison) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def eight_ranks() -> Iterator[LocalRanks]:
+    """8 of them, for slow tests."""
+    with LocalRanks(8, setup=poison) as pool:
         yield pool
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longctx import system as machine
-from longctx.system import device_name, matmul_rate, peak_memory_bytes
+from longctx.system import device_name, free_bytes, matmul_rate, peak_memory_bytes
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -60,6 +60,10 @@ def test_memory_is_the_peak_and_in_bytes() -> None:
     del block
     assert peak_memory_bytes(CPU) == pytest.approx(held, rel=0.05), "a peak does not fall"
     assert before <= held < 2**44
+
+
+def test_free_memory_is_that_of_the_system() -> None:
+    assert 0 < free_bytes("cpu") < 2**50
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

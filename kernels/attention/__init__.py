@@ -2,9 +2,12 @@
 
 from longctx.kernels.attention.block import (
     CAUSAL,
+    CAUSAL_MASK,
     FULL,
     BlockMask,
+    IntervalMask,
     Mask,
+    PlainMask,
     Positions,
     backward,
     explain_backends,
@@ -16,9 +19,12 @@ from longctx.kernels.attention.block import (
 
 __all__ = [
     "CAUSAL",
+    "CAUSAL_MASK",
     "FULL",
     "BlockMask",
+    "IntervalMask",
     "Mask",
+    "PlainMask",
     "Positions",
     "backward",
     "explain_backends",

@@ -3,37 +3,51 @@
     forward(q, k, v, mask, scale)                       -> out, lse
     backward(do, q, k, v, out, lse, mask, scale)        -> dq, dk, dv
 
-The backward pass of a block takes the *global* out and lse, those of all blocks that a query saw; its gradients then
-simply add up. A schedule over blocks (longctx.parallel.attention) is written once over these two functions.
+The backward pass of a block takes the *global* out and lse, those of all blocks that a query saw; the gradients of
+blocks then add up. Every schedule over blocks (longctx.parallel.attention) is written over these two functions.
 
 Shapes: q `[B, Tq, H, K]`; k `[B, Tk, H_kv, K]` and v `[B, Tk, H_kv, V]`, out and do `[B, Tq, H, V]`, with H a multiple
 of H_kv: query head h reads key head `h // (H / H_kv)`, and nothing is repeated in memory. lse is `[B, H, Tq]`, the
 natural logarithm in the accumulation dtype, -inf where a query sees nothing.
 
 Masks (longctx.kernels.attention.masks): `FULL`; `CAUSAL` (Tq = Tk, a query sees the keys up to its own place); a bool
-tensor `[Tq, Tk]`, True where a query sees a key; `Positions`, the places of queries and keys, for sliding windows,
-packed documents, zigzag halves and queries gathered by head. `Positions` is computed in tiles, without those that
-nobody sees, and never makes a tensor of Tq x Tk.
+tensor `[Tq, Tk]`, True where a query sees a key; `Positions`, a document mask at the places of queries and keys, for
+sliding windows, packed documents, zigzag halves and queries gathered by head. `Positions` is computed in tiles,
+skipping those that no query sees, and no tensor of Tq x Tk exists.
 
-Backends (longctx.kernels.attention.backends): the first that can take a call does, unless one is named. On CPUs
-torch's flash operator, over plain pieces of the mask; on CUDA torch's FlashAttention or flash_attn for bf16 and fp16
-without positions, our Triton kernel for the rest, then cuDNN, FlexAttention, and torch operators, which take
-everything. All give their true lse and take the global one; `explain_backends` says what each lacks for a call.
+Backends (longctx.kernels.attention.backends): the first that supports a call computes it, unless one is named. On CPUs
+torch's flash operator, tile by tile of the mask; on CUDA torch's FlashAttention or flash_attn for bf16 and fp16 without
+positions, our Triton kernel for the rest, then cuDNN, FlexAttention, and torch operators, which support everything.
+All return the block's own lse and take the global one; `explain_backends` lists why each does not support a call.
 """
 
 import torch
 from torch import Tensor
 
 from longctx.kernels.attention.backends import choose_backend, explain_backends
-from longctx.kernels.attention.masks import CAUSAL, FULL, BlockMask, Mask, Positions, packed_documents, sliding_window
+from longctx.kernels.attention.masks import (
+    CAUSAL,
+    CAUSAL_MASK,
+    FULL,
+    BlockMask,
+    IntervalMask,
+    Mask,
+    PlainMask,
+    Positions,
+    packed_documents,
+    sliding_window,
+)
 from longctx.kernels.attention.tiled import Gradients, merge_
 from longctx.kernels.dtypes import accumulation_dtype
 
 __all__ = [
     "CAUSAL",
+    "CAUSAL_MASK",
     "FULL",
     "BlockMask",
+    "IntervalMask",
     "Mask",
+    "PlainMask",
     "Positions",
     "backward",
     "explain_backends",
@@ -52,43 +66,44 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
             "[B, Tq, H, K], [B, Tk, H_kv, K] and [B, Tk, H_kv, V]"
         )
     if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they have to be of one dtype")
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must have one dtype")
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} query heads are not a multiple of {kv_heads} key/value heads")
     if mask is CAUSAL and queries != keys:
         raise ValueError(
-            f"attention: CAUSAL is for as many queries as keys, not {queries} and {keys}; give Positions instead"
+            f"attention: CAUSAL needs as many queries as keys, not {queries} and {keys}; use Positions instead"
         )
     if isinstance(mask, Tensor) and (mask.shape != (queries, keys) or mask.dtype != torch.bool):
-        raise ValueError(f"attention: the mask is {mask.dtype} {tuple(mask.shape)}, not bool {(queries, keys)}")
+        raise ValueError(f"attention: the mask must be bool {(queries, keys)}, not {mask.dtype} {tuple(mask.shape)}")
     if isinstance(mask, Positions):
         shapes = (queries,), (batch, heads, queries)
         if mask.query.shape not in shapes or len(mask.key) != keys:
             raise ValueError(
-                f"attention: positions of {tuple(mask.query.shape)} queries and {len(mask.key)} keys are not for "
-                f"{shapes[0]} or {shapes[1]} queries and {keys} keys"
+                f"attention: the mask has positions of {tuple(mask.query.shape)} queries and {len(mask.key)} keys, "
+                f"but q and k have {shapes[0]} or {shapes[1]} queries and {keys} keys"
             )
     if isinstance(mask, (Tensor, Positions)):
         device = mask.device if isinstance(mask, Tensor) else mask.query.device
         if device != q.device:
-            raise ValueError(f"attention: the mask is on {device}, and q on {q.device}")
+            raise ValueError(f"attention: the mask is on {device}, but q is on {q.device}")
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One block forward: out in q's dtype, lse in the accumulation dtype. Shapes in the module's docstring.
+    """Compute one block: out in q's dtype, lse in the accumulation dtype. Shapes in the module's docstring.
 
-    Raises ValueError where shapes, dtypes, mask and device do not fit, and where the named backend cannot take them.
+    Raises ValueError where shapes, dtypes, mask and device do not match, and where the named backend does not support
+    the call.
     """
     _check(q, k, v, mask)
-    chosen = choose_backend(q, k, v, mask, backend)
+    implementation = choose_backend(q, k, v, mask, backend)
     dtype = accumulation_dtype(q.dtype)
     if q.shape[1] == 0 or k.shape[1] == 0:
         # The operators divide by the lengths.
         nothing = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
         return q.new_zeros(*q.shape[:3], v.shape[3]), nothing
-    out, lse = chosen.forward(q, k, v, mask, float(scale))
+    out, lse = implementation.forward(q, k, v, mask, float(scale))
     return out.to(q.dtype), lse.to(dtype)
 
 
@@ -103,13 +118,13 @@ def backward(
     scale: float,
     backend: str | None = None,
 ) -> Gradients:
-    """One block backward, with the global out and lse of its queries: this block's share of dq, dk, dv.
+    """Return one block's contributions to dq, dk and dv, from the global out and lse of its queries.
 
     Raises ValueError as `forward` does.
     """
     _check(q, k, v, mask)
-    chosen = choose_backend(q, k, v, mask, backend)
+    implementation = choose_backend(q, k, v, mask, backend)
     if q.shape[1] == 0 or k.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    dq, dk, dv = chosen.backward(do.to(q.dtype), q, k, v, out.to(q.dtype), lse, mask, float(scale))
+    dq, dk, dv = implementation.backward(do.to(q.dtype), q, k, v, out.to(q.dtype), lse, mask, float(scale))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -1,4 +1,4 @@
-"""Block attention by FlexAttention, made to take the global out and lse in its backward pass."""
+"""FlexAttention as a backend of block attention, with the global out and lse in its backward pass."""
 
 import math
 from functools import cache
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from longctx.kernels.attention.masks import Mask, Positions, key_bounds, query_bounds
+from longctx.kernels.attention.masks import PlainMask, Positions, key_bounds, query_bounds
 from longctx.kernels.attention.tiled import Gradients, dense_rows, finite
 from longctx.kernels.dtypes import accumulation_dtype
 
 
-class Attend(Protocol):
-    """What Flex calls: flex_attention, compiled or not."""
+class FlexAttention(Protocol):
+    """The function that Flex calls: flex_attention, compiled or not."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, scale: float, enable_gqa: bool, return_aux: Any
@@ -27,22 +27,22 @@ def _compiled() -> Any:
 
 
 class Flex:
-    """FlexAttention: masks by position, as a mask function over the bounds and a map of the tiles that are visible.
+    """FlexAttention: masks by position, as a mask function over the bounds and a block mask of the visible tiles.
 
-    Its autograd knows its own out and lse alone, but it does take a gradient of the lse, and that is enough. With
-    w = exp(lse - global lse) a query's global weights are w times the block's own, so the gradients that belong to the
-    global softmax follow from the block's own with dout' = w dout and dlse' = w dout . (out - global out). The forward
-    pass of the block is computed again for it.
+    Its autograd uses only its own out and lse, but it accepts a gradient of the lse, and that is enough. With
+    w = exp(lse - global lse) a query's global weights are w times the block's own, so the gradients of the global
+    softmax follow from the block's own with dout' = w dout and dlse' = w dout . (out - global out). The forward pass of
+    the block is recomputed for it.
 
-    The map of tiles has (Tq / 128) x (Tk / 128) entries (times B x H where positions differ by head).
+    The block mask has (Tq / 128) x (Tk / 128) entries (times B x H where positions differ by head).
     """
 
     TILE = 128
 
-    def __init__(self, attend: Attend | None = None) -> None:
+    def __init__(self, attend: FlexAttention | None = None) -> None:
         self._attend = attend
 
-    def _block_mask(self, mask: Mask | Positions, q: Tensor, k: Tensor) -> BlockMask:
+    def _block_mask(self, mask: PlainMask | Positions, q: Tensor, k: Tensor) -> BlockMask:
         begin, end = key_bounds(mask, q.shape[1], k.shape[1], q.device)
         by_head = begin.dim() == 3
         first, last = query_bounds(begin, end, k.shape[1], self.TILE)
@@ -72,8 +72,10 @@ class Flex:
         )  # fmt: skip
         return out.transpose(1, 2), aux.lse
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Positions, scale: float) -> tuple[Tensor, Tensor]:
-        """out and lse, shapes as in longctx.kernels.attention."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: PlainMask | Positions, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return out and lse, shapes as in longctx.kernels.attention."""
         with torch.no_grad():
             return self._block(q, k, v, self._block_mask(mask, q, k), scale)
 
@@ -85,16 +87,16 @@ class Flex:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        mask: Mask | Positions,
+        mask: PlainMask | Positions,
         scale: float,
     ) -> Gradients:
-        """dq, dk, dv, with the global out and lse."""
+        """Return dq, dk, dv, from the global out and lse."""
         own_q, own_k, own_v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
             own_out, own_lse = self._block(own_q, own_k, own_v, self._block_mask(mask, q, k), scale)
-        share = torch.exp(own_lse.detach() - finite(lse))
+        weight = torch.exp(own_lse.detach() - finite(lse))
         dtype = accumulation_dtype(do.dtype)
         gap = (do.to(dtype) * (own_out.detach().to(dtype) - out.to(dtype))).sum(dim=-1).transpose(1, 2)
-        dout = (do.to(dtype) * share.transpose(1, 2)[..., None]).to(do.dtype)
-        dq, dk, dv = torch.autograd.grad([own_out, own_lse], leaves, [dout, share * gap])
+        dout = (do.to(dtype) * weight.transpose(1, 2)[..., None]).to(do.dtype)
+        dq, dk, dv = torch.autograd.grad([own_out, own_lse], leaves, [dout, weight * gap])
         return dq, dk, dv

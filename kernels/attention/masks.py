@@ -1,52 +1,149 @@
-"""What a query sees: the masks of block attention, and which tiles a mask leaves to compute.
+"""Attention masks: which keys a query sees, from the mixer down to the tiles that a kernel computes.
 
-Keys are sorted, so the keys that one query sees stand next to each other. Every mask but a bool tensor is therefore
-two integers a query, `begin` and `end`: it sees the keys `begin <= j < end`. Both grow from query to query. The forms
-that compute attention (tiles of torch operators, the Triton kernel, FlexAttention) know no more of a mask than that.
+Three levels. `Mask` is what a mixer chooses: which keys of its own document a query sees, whatever the length, packing
+and split of the sequence. `Positions` applies a mask to the queries and keys at hand, of any blocks of any documents.
+Keys are sorted, so what one query sees is an interval, two integers per query: it sees the keys `begin <= j < end`.
+Both grow from query to query. That is all that the implementations of block attention (tiles of torch operators, the
+Triton kernel, FlexAttention) know about a mask. `MaskTile` is a rectangle of it under a simpler mask, for operators
+that support no positions.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Mask(Enum):
-    """The masks that need no tensor."""
+class Mask(Protocol):
+    """Which keys of its document a query sees; hashable, since plans are cached by it.
+
+    Schedules, the cost model, the decode cache and `Positions` use only these methods, so another kind of mask is
+    another class. Ranges are of places in the packed sequence, and every query sees its own token. `bounds` is one
+    range of keys per query, the same for all heads: masks of several ranges (sinks, strides) or of head groups extend
+    it and `Positions`, whose parts merge by lse, and no signature above these.
+    """
+
+    def keys_seen(self, queries: range, document: range) -> Sequence[range]:
+        """Return the keys that `queries`, a part of `document`, see between them."""
+
+    def pairs(self, queries: range, document: range) -> int:
+        """Count the query-key pairs that `queries`, a part of `document`, see: the work of attention."""
+
+    def bounds(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the lowest place that the query at each place sees and the place after the highest one, of the shape
+        of `query`, neither decreasing; None where only the document bounds it."""
+
+    def cached_keys(self, tokens: int) -> int:
+        """Return how many of a document's newest `tokens` keys its next query sees, and so a decode cache keeps; no
+        later query sees an older one."""
+
+
+@dataclass(frozen=True)
+class IntervalMask:
+    """A monotone range of keys per query: causal or bidirectional, over the whole document or a sliding window.
+
+    The query at p sees the key at s where `not causal or s <= p`, and with a window where `p - s < window` (causal)
+    or `|p - s| < window` (bidirectional). Raises ValueError for a window without a token.
+    """
+
+    causal: bool = True
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"attention mask: a window of {self.window} holds no token; the least is 1")
+
+    @property
+    def _back(self) -> int | None:
+        """The distance of the oldest visible key; None for all of the document."""
+        return None if self.window is None else self.window - 1
+
+    @property
+    def _ahead(self) -> int | None:
+        """The distance of the newest visible key; None for all of the document."""
+        return 0 if self.causal else self._back
+
+    def keys_seen(self, queries: range, document: range) -> tuple[range]:
+        """Return the keys that `queries` see: one range, since the ranges of neighbouring queries overlap."""
+        begin, end = document.start, document.stop
+        if self._back is not None:
+            begin = max(begin, queries.start - self._back)
+        if self._ahead is not None:
+            end = min(end, queries.stop + self._ahead)
+        return (range(begin, end),)
+
+    def pairs(self, queries: range, document: range) -> int:
+        """Count the query-key pairs by sums of arithmetic progressions, in the same time at any length."""
+        # Query i sees the keys from max(document.start, i - back) to before min(document.stop, i + ahead + 1).
+        first, last = queries.start, queries.stop
+        begins, ends = len(queries) * document.start, len(queries) * document.stop
+        if self._back is not None:
+            turn = min(max(document.start + self._back, first), last)
+            begins = (turn - first) * document.start + _sum(turn - self._back, last - self._back)
+        if self._ahead is not None:
+            reach = self._ahead + 1
+            turn = min(max(document.stop - reach, first), last)
+            ends = _sum(first + reach, turn + reach) + (last - turn) * document.stop
+        return ends - begins
+
+    def bounds(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the lowest visible place of each query and the place after the highest; None where the document bounds
+        it."""
+        low = None if self._back is None else query - self._back
+        high = None if self._ahead is None else query + (self._ahead + 1)
+        return low, high
+
+    def cached_keys(self, tokens: int) -> int:
+        """Return how many of the newest `tokens` keys the next query sees."""
+        return tokens if self._back is None else min(tokens, self._back)
+
+
+CAUSAL_MASK = IntervalMask()
+"""Every earlier token of the document and the query's own: the default."""
+
+
+def _sum(begin: int, end: int) -> int:
+    """Add up the integers from `begin` to before `end`."""
+    return (begin + end - 1) * (end - begin) // 2
+
+
+class PlainMask(Enum):
+    """The masks of one block that need no tensor."""
 
     FULL = "full"
     CAUSAL = "causal"
 
 
-FULL, CAUSAL = Mask.FULL, Mask.CAUSAL
+FULL, CAUSAL = PlainMask.FULL, PlainMask.CAUSAL
+
+TileMask = PlainMask | Tensor
+"""A mask without positions, as operators over one tile take it; the tensor is bool, True where a query sees a key."""
 
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """A mask given by the place of each query and of each key in the sequence, and by their documents.
+    """A mask applied to one block: the place of each query and of each key in the sequence, and their documents.
 
-    The query at p sees the key at s where `not causal or s <= p`, where `window is None or p - s < window` (without
-    `causal`: `|p - s| < window`), and where both have the same document. So a sliding window, packed documents, the two
-    halves of a zigzag rank, blocks of a ring in any order, and the queries that a router gathered for each head are
-    one mask.
+    A query sees a key of its own document where `mask` shows it. So a sliding window, packed documents, the two halves
+    of a zigzag rank, blocks of a ring in any order, and the queries that a router gathered for each head are one form.
 
-    Shapes: query `[Tq]`, or `[B, H, Tq]` where each head of each sequence has queries of its own; key `[Tk]`;
+    Shapes: query `[Tq]`, or `[B, H, Tq]` where each head of each sequence has its own queries; key `[Tk]`;
     query_document and key_document, both or neither, of the same shapes. Integers, on the device of q. A query that
-    has to see nothing (padding) takes a position before every key, or a document that no key has.
+    must see nothing (padding) takes a place before every key (under a causal mask), or a document that no key has.
 
     Raises ValueError where queries (along the last dim) or keys are not sorted by document, then position; equal
-    neighbours are allowed. That is looked at once, when the mask is made, and costs a wait for the device: make a mask
-    once a batch, not once a layer, where it does not depend on the layer.
+    neighbours are allowed. This is checked once, when the mask is made, and synchronizes with the device: make it once
+    per batch, not once per layer, where it does not depend on the layer.
     """
 
     query: Tensor
     key: Tensor
     query_document: Tensor | None = None
     key_document: Tensor | None = None
-    window: int | None = None
-    causal: bool = True
+    mask: Mask = CAUSAL_MASK
     bounds: tuple[Tensor, Tensor] = field(init=False, repr=False)
     """begin and end of the keys that each query sees, int32, of the shape of `query`."""
 
@@ -56,24 +153,22 @@ class Positions:
 
     def _check(self) -> None:
         if (self.query_document is None) != (self.key_document is None):
-            raise ValueError("attention mask: documents are given for the queries or for the keys, not for both")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"attention mask: a window of {self.window} holds no token; the least is 1")
+            raise ValueError("attention mask: give documents for both queries and keys, or for neither")
         if self.query.dim() not in (1, 3) or self.key.dim() != 1:
             raise ValueError(
-                f"attention mask: query positions are [Tq] or [B, H, Tq] and key positions [Tk], "
+                f"attention mask: query positions must be [Tq] or [B, H, Tq] and key positions [Tk], "
                 f"not {tuple(self.query.shape)} and {tuple(self.key.shape)}"
             )
         for name, position, document in (
             ("query", self.query, self.query_document),
             ("key", self.key, self.key_document),
         ):
-            given = [x for x in (position, document) if x is not None]
-            if any(x.is_floating_point() or x.is_complex() or x.dtype == torch.bool for x in given):
-                raise ValueError(f"attention mask: {name} positions and documents are integers")
-            if any(x.shape != position.shape or x.device != self.query.device for x in given):
+            tensors = [x for x in (position, document) if x is not None]
+            if any(x.is_floating_point() or x.is_complex() or x.dtype == torch.bool for x in tensors):
+                raise ValueError(f"attention mask: {name} positions and documents must be integers")
+            if any(x.shape != position.shape or x.device != self.query.device for x in tensors):
                 raise ValueError(
-                    f"attention mask: {name} positions and documents are of one shape, and all are on one device"
+                    f"attention mask: {name} positions and documents must be of one shape, and all on one device"
                 )
             earlier, later = position[..., :-1], position[..., 1:]
             ordered = earlier <= later
@@ -89,8 +184,8 @@ class Positions:
         if key.numel() == 0:
             nothing = torch.zeros_like(position, dtype=torch.int32)
             return nothing, nothing
-        # A document is known by the place of its first key. Document and position make one number, in which all keys
-        # are sorted; positions are clamped to their range and one beyond, so that no document reaches into the next.
+        # A document is identified by the index of its first key. Document and position form one number, by which all
+        # keys are sorted; positions are clamped to their range and one beyond, so that no document overlaps the next.
         first = torch.zeros_like(position)
         last = torch.full_like(position, key.numel())
         key_first = torch.zeros_like(key)
@@ -103,50 +198,44 @@ class Positions:
         beyond = most - least + 1
         numbers = key_first * (beyond + 1) + (key - least)
 
-        def reached(place: Tensor) -> Tensor:
+        def index_of(place: Tensor) -> Tensor:
+            """The index of the first key of the query's document at `place` or after it."""
             within = torch.minimum((place - least).clamp_min(0), beyond)
-            found = torch.searchsorted(numbers, first * (beyond + 1) + within)
-            return torch.minimum(torch.maximum(found, first), last)
+            index = torch.searchsorted(numbers, first * (beyond + 1) + within)
+            return torch.minimum(torch.maximum(index, first), last)
 
-        begin, end = first, last
-        if self.window is not None:
-            begin = reached(position - self.window + 1)
-        if self.causal:
-            end = reached(position + 1)
-        elif self.window is not None:
-            end = reached(position + self.window)
+        low, high = self.mask.bounds(position)
+        begin = first if low is None else index_of(low)
+        end = last if high is None else index_of(high)
         return begin.int(), end.int()
 
 
-BlockMask = Mask | Tensor | Positions
+BlockMask = PlainMask | Tensor | Positions
 
 
 def sliding_window(
-    queries: int, keys: int, window: int, offset: int = 0, causal: bool = True, device: torch.device | str = "cpu"
+    queries: int, keys: int, mask: Mask = CAUSAL_MASK, offset: int = 0, device: torch.device | str = "cpu"
 ) -> Positions:
-    """Each query sees the `window` keys up to its own place (without `causal`: less than `window` away on both sides).
-
-    The keys stand at 0, 1, ...; query i stands at `offset + i`.
-    """
+    """Apply a mask to consecutive tokens of one document: keys at 0, 1, ..., and query i at `offset + i`."""
     places = torch.arange(offset, offset + queries, device=device)
-    return Positions(places, torch.arange(keys, device=device), window=window, causal=causal)
+    return Positions(places, torch.arange(keys, device=device), mask=mask)
 
 
 def packed_documents(
-    cu_seqlens: Sequence[int], window: int | None = None, causal: bool = True, device: torch.device | str = "cpu"
+    cu_seqlens: Sequence[int], mask: Mask = CAUSAL_MASK, device: torch.device | str = "cpu"
 ) -> Positions:
-    """Self-attention within the documents `[cu_seqlens[n], cu_seqlens[n + 1])` of one packed sequence."""
+    """Apply a mask within the documents `[cu_seqlens[n], cu_seqlens[n + 1])` of one packed (varlen) sequence."""
     bounds = torch.tensor(cu_seqlens, dtype=torch.int64)
     if bounds.dim() != 1 or len(bounds) < 1 or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
-        raise ValueError("attention mask: cu_seqlens begins with 0 and does not decrease")
+        raise ValueError("attention mask: cu_seqlens must begin with 0 and must not decrease")
     lengths = bounds.diff()
     documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
     places = torch.arange(len(documents), device=device)
-    return Positions(places, places, documents, documents, window, causal)
+    return Positions(places, places, documents, documents, mask)
 
 
-def key_bounds(mask: Mask | Positions, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """begin and end of the keys that each query sees: int32 `[Tq]`, or `[B, H, Tq]` where heads differ."""
+def key_bounds(mask: PlainMask | Positions, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return begin and end of the keys that each query sees: int32 `[Tq]`, or `[B, H, Tq]` where heads differ."""
     if isinstance(mask, Positions):
         return mask.bounds
     begin = torch.zeros(queries, dtype=torch.int32, device=device)
@@ -155,10 +244,19 @@ def key_bounds(mask: Mask | Positions, queries: int, keys: int, device: torch.de
     return begin, torch.arange(1, queries + 1, dtype=torch.int32, device=device)
 
 
-def query_bounds(begin: Tensor, end: Tensor, keys: int, tile: int) -> tuple[Tensor, Tensor]:
-    """For each tile of `tile` keys the first query and the end of the queries that see it: int32 `[..., tiles]`.
+def plain_mask(begin: Tensor, end: Tensor, keys: int) -> PlainMask | None:
+    """Return FULL or CAUSAL, which every backend takes, where `[Tq]` bounds over `keys` keys are those of it."""
+    if bool(begin.any()):
+        return None
+    if bool((end == keys).all()):
+        return FULL
+    return CAUSAL if len(end) == keys and _counts_up(end) else None
 
-    Takes what `key_bounds` gives. Between the two, only queries that see nothing at all do not see the tile.
+
+def query_bounds(begin: Tensor, end: Tensor, keys: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Return the first query that sees each tile of `tile` keys, and the end of those that do: int32 `[..., tiles]`.
+
+    Takes the result of `key_bounds`. Between the two, only queries that see nothing at all do not see the tile.
     """
     edges = (torch.arange(-(-keys // tile) + 1, dtype=begin.dtype, device=begin.device) * tile).clamp_max(keys)
     edges = edges.expand(*begin.shape[:-1], -1)
@@ -168,11 +266,11 @@ def query_bounds(begin: Tensor, end: Tensor, keys: int, tile: int) -> tuple[Tens
 
 
 def visible_tiles(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> Iterator[tuple[int, range]]:
-    """The runs of key tiles that each query tile has to compute, as (query tile, range of key tiles), in order.
+    """Yield the runs of key tiles that each query tile has to compute, as (query tile, range of key tiles), in order.
 
     Takes `[Tq]` bounds. A key tile is in a run if and only if a query of the tile sees one of its keys. The Triton
-    kernel walks the same runs, found in the same way: a run begins with the first key that is not yet done, and ends
-    where no key is left before the keys of the next query begin.
+    kernel walks the same runs, found in the same way: a run begins with the first visible key that is not yet done, and
+    ends where no key is left before the keys of the next query begin.
     """
     for tile, (lows, highs) in enumerate(zip(begin.split(q_tile), end.split(q_tile), strict=True)):
         following = torch.cat([lows[1:], torch.full_like(lows[:1], torch.iinfo(lows.dtype).max)])
@@ -187,53 +285,42 @@ def visible_tiles(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> Itera
 
 
 @dataclass(frozen=True)
-class Piece:
+class MaskTile:
     """Queries `[q_begin, q_end)` against keys `[k_begin, k_end)` under a mask that every backend takes."""
 
     q_begin: int
     q_end: int
     k_begin: int
     k_end: int
-    mask: Mask | Tensor
+    mask: TileMask
 
 
 FINE = 256
-"""Queries of a bool mask at most: half of what is computed under it is not seen."""
+"""The most queries under one bool mask: half of the scores that are computed there are not visible."""
 
 
-def pieces(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> list[Piece]:
-    """A mask of `[Tq]` bounds, or of `[G, Tq]` for heads together, cut into rectangles and triangles with a plain mask.
+def mask_tiles(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> list[MaskTile]:
+    """Cut a mask of `[Tq]` bounds, or of `[G, Tq]` for heads together, into rectangles and triangles with plain masks.
 
-    Where all queries of a tile see a stretch of keys, it is one piece without mask, as long as it is (unless it is
-    shorter than `q_tile`, and not worth a piece). The rest is cut into tiles of `k_tile` keys, and where these are not
-    full or causal into tiles of `FINE` queries in the same way, with bool masks of at most `q_tile * k_tile` (of each
+    Keys that all queries of a query tile see form one MaskTile without a mask, however many they are (unless they are
+    fewer than `q_tile`, and not worth a call). The rest is cut into tiles of `k_tile` keys, and those that are neither
+    full nor causal into tiles of `FINE` queries in the same way, with bool masks of at most `q_tile * k_tile` (per
     head). None is empty.
     """
-    cut: list[Piece] = []
+    tiles: list[MaskTile] = []
     begin, end = begin.cpu(), end.cpu()
     for top, left, right in _spans(begin, end, q_tile, k_tile):
         bottom = min(top + q_tile, begin.shape[-1])
-        cut.extend(_tile(top, left, right, begin[..., top:bottom], end[..., top:bottom], q_tile, k_tile))
-    return cut
-
-
-def _tile(top: int, left: int, right: int, lows: Tensor, highs: Tensor, q_tile: int, k_tile: int) -> Iterator[Piece]:
-    """The keys `[left, right)` of the queries from `top` on, which see what lows and highs say."""
-    shared = max(int(lows.max()), left), min(int(highs.min()), right)
-    if shared[1] - shared[0] >= q_tile:
-        yield from _masked(top, left, shared[0], lows, highs, k_tile)
-        yield Piece(top, top + lows.shape[-1], *shared, FULL)
-        yield from _masked(top, shared[1], right, lows, highs, k_tile)
-    else:
-        yield from _masked(top, left, right, lows, highs, k_tile)
+        tiles.extend(_tile(top, left, right, begin[..., top:bottom], end[..., top:bottom], q_tile, k_tile))
+    return tiles
 
 
 def _spans(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> Iterator[tuple[int, int, int]]:
-    """For tiles of queries the first query, and from where to where there are keys that they see."""
+    """Yield the first query of a query tile, and begin and end of keys that the tile sees."""
     if begin.dim() == 1:
         runs = ((tile * q_tile, run) for tile, run in visible_tiles(begin, end, q_tile, k_tile))
     else:
-        # Heads see different stretches: what lies between them is left to the masks.
+        # Heads see different ranges: the gaps between them are left to the masks.
         everything = range(-(-int(end.max()) // k_tile)) if end.numel() else range(0)
         runs = ((top, everything) for top in range(0, begin.shape[-1], q_tile))
     for top, run in runs:
@@ -244,8 +331,19 @@ def _spans(begin: Tensor, end: Tensor, q_tile: int, k_tile: int) -> Iterator[tup
             yield top, left, min(run.stop * k_tile, int(highs[seeing].max()))
 
 
-def _masked(top: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile: int) -> Iterator[Piece]:
-    """The keys `[left, right)` in tiles, each with the queries that see some of it."""
+def _tile(top: int, left: int, right: int, lows: Tensor, highs: Tensor, q_tile: int, k_tile: int) -> Iterator[MaskTile]:
+    """Cut the keys `[left, right)` of a query tile that begins at query `top`, with bounds lows and highs."""
+    shared = max(int(lows.max()), left), min(int(highs.min()), right)
+    if shared[1] - shared[0] >= q_tile:
+        yield from _masked(top, left, shared[0], lows, highs, k_tile)
+        yield MaskTile(top, top + lows.shape[-1], *shared, FULL)
+        yield from _masked(top, shared[1], right, lows, highs, k_tile)
+    else:
+        yield from _masked(top, left, right, lows, highs, k_tile)
+
+
+def _masked(top: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile: int) -> Iterator[MaskTile]:
+    """Cut the keys `[left, right)` into key tiles, each with the queries that see some of it."""
     for at in range(left, right, k_tile):
         stop = min(at + k_tile, right)
         seeing = (lows < stop) & (highs > at) & (highs > lows)
@@ -254,22 +352,22 @@ def _masked(top: int, left: int, right: int, lows: Tensor, highs: Tensor, k_tile
             continue
         first, last = rows[0], rows[-1] + 1
         low, high = lows[..., first:last], highs[..., first:last]
-        mask: Mask | Tensor
+        mask: TileMask
         if bool((low <= at).all()) and bool((high >= stop).all()):
             mask = FULL
         elif last - first == stop - at and bool((low <= at).all()) and _counts_up(high - at):
             mask = CAUSAL
         elif last - first > FINE:
             for inner in range(0, last - first, FINE):
-                some = slice(inner, inner + FINE)
-                yield from _tile(top + first + inner, at, stop, low[..., some], high[..., some], FINE, k_tile)
+                part = slice(inner, inner + FINE)
+                yield from _tile(top + first + inner, at, stop, low[..., part], high[..., part], FINE, k_tile)
             continue
         else:
             keys = torch.arange(at, stop, dtype=lows.dtype)
             mask = (keys >= low[..., None]) & (keys < high[..., None])
-        yield Piece(top + first, top + last, at, stop, mask)
+        yield MaskTile(top + first, top + last, at, stop, mask)
 
 
 def _counts_up(ends: Tensor) -> bool:
     """Whether they are 1, 2, 3 ..."""
-    return bool((ends == torch.arange(1, ends.shape[-1] + 1, dtype=ends.dtype)).all())
+    return bool((ends == torch.arange(1, ends.shape[-1] + 1, dtype=ends.dtype, device=ends.device)).all())

@@ -1,7 +1,7 @@
-"""Reference of softmax attention: the whole score matrix at once.
+"""Reference softmax attention: the whole score matrix at once.
 
-Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` means something. Only tests call it: fast
-paths are compared with it.
+Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` means something. Only tests call it, to
+compare the fast paths with.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`softmax(scale q k^T + mask) v` with the whole score matrix, and the log-sum-exp of its rows.
+    """Compute `softmax(scale q k^T + mask) v` and the log-sum-exp of the rows of the score matrix.
 
     Shapes: q `[B, Tq, H, K]`, k and v `[B, Tk, H_kv, ...]` with H a multiple of H_kv (query head h reads key head
     `h // (H / H_kv)`), mask `[Tq, Tk]` bool, True where a query sees a key.

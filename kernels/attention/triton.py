@@ -1,17 +1,17 @@
-"""Block attention in Triton, for masks by position: what no library kernel takes.
+"""Triton kernels for block attention under masks by position, which no library kernel supports.
 
-The kernels know a mask as two integers a query, the keys `begin <= j < end` that it sees
-(longctx.kernels.attention.masks). Both grow from query to query, so what a tile has to compute is found by comparing
-bounds: the forward and dq kernels, one program a query tile, walk the runs of keys that its queries see and jump over
-what none of them sees; the dk/dv kernel, one program a key tile and key head, takes the queries between two indices
-that a binary search found before, for each query head that reads it. No tile is computed that nobody sees, no
-gradient is added atomically, and keys are not repeated for grouped heads.
+A mask is two integers per query, the keys `begin <= j < end` that it sees (longctx.kernels.attention.masks). Both grow
+from query to query, so the work of a tile is found by comparing bounds: the forward and dq kernels, one program per
+query tile, walk the runs of keys that its queries see and skip the gaps between them; the dk/dv kernel, one program per
+key tile and key head, loops over the queries between two indices that a binary search found before the launch, for
+each query head that reads it. No invisible tile is computed, no gradient is added atomically, and keys are not repeated
+for grouped heads.
 
-Method: FlashAttention-2 (Dao 2023), algorithms 1 and 2, with the global out and lse in the backward pass. Scores,
-sums and accumulators are float32; products are in the dtype of the input, for float32 without TF32. Head dims are
-padded to a power of two by masked loads.
+Method: FlashAttention-2 (Dao 2023), algorithms 1 and 2 (online softmax), with the global out and lse in the backward
+pass. Scores, sums and accumulators are float32; products are in the dtype of the input, for float32 without TF32. Head
+dims are padded to a power of two by masked loads.
 
-Imports triton; nothing imports this module before it is needed. With TRITON_INTERPRET=1 in the environment when triton
+Imports triton; this module is imported only when it is needed. With TRITON_INTERPRET=1 in the environment when triton
 is first imported it runs on CPU tensors, for tests.
 """
 
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longctx.kernels.attention.masks import Mask, Positions, key_bounds, query_bounds
+from longctx.kernels.attention.masks import PlainMask, Positions, key_bounds, query_bounds
 from longctx.kernels.attention.tiled import dense_rows
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -32,7 +32,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_HEAD_DIM = 256
 
 _VARYING = ["tq", "tk", "bound_b", "bound_h", "tile_b", "tile_h"]
-"""Arguments that differ from batch to batch: no kernel of its own for those that are divisible by 16."""
+"""Arguments that differ from batch to batch: no separate kernel is compiled where they are divisible by 16."""
 
 _NEVER = tl.constexpr(2**31 - 1)
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -40,8 +40,8 @@ _LN2 = tl.constexpr(math.log(2.0))
 
 
 @dataclass(frozen=True)
-class Config:
-    """Queries and keys of a tile, and how Triton runs it."""
+class TileConfig:
+    """Queries and keys per tile, and Triton's launch options."""
 
     queries: int
     keys: int
@@ -49,19 +49,21 @@ class Config:
     stages: int
 
 
-FORWARD = {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)}
-BACKWARD = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)}
-SMALL = {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+FORWARD = {64: TileConfig(128, 64, 4, 3), 128: TileConfig(128, 64, 8, 2), 256: TileConfig(64, 32, 8, 2)}
+BACKWARD = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: TileConfig(32, 32, 8, 1)}
+SMALL = {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)}
 """Tiles by the larger padded head dim. FORWARD and BACKWARD: 16-bit inputs on GPUs with at least 160 KiB of shared
-memory a block (A100, H100, H200, B200). SMALL, for both passes: float32, and GPUs with about 100 KiB (compute
-capability 8.6, 8.9, 12.x). Chosen from what the compiler says of shared memory and registers; not measured on a GPU."""
+memory per block (A100, H100, H200, B200). SMALL, for both passes: float32, and GPUs with about 100 KiB (compute
+capability 8.6, 8.9, 12.x). Chosen by the compiler's report of shared memory and registers; not measured on a GPU."""
 
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 """The compute capabilities with 160 KiB of shared memory or more."""
 
 
-def config(table: dict[int, Config], head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
-    """The tile for FORWARD or BACKWARD, a head dim (the larger of K and V, at most 256), a dtype and a capability."""
+def tile_config(
+    table: dict[int, TileConfig], head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> TileConfig:
+    """Look up the tile in FORWARD or BACKWARD: by head dim (the larger of K and V, at most 256), dtype, capability."""
     if dtype == torch.float32 or capability not in ROOMY:
         table = SMALL
     return table[next(size for size in sorted(table) if head_dim <= size)]
@@ -69,7 +71,7 @@ def config(table: dict[int, Config], head_dim: int, dtype: torch.dtype, capabili
 
 @triton.jit
 def _load(pointer, rows, row_stride, columns, live_rows, live_columns, UPCAST: tl.constexpr):
-    """Rows of a matrix whose last stride is 1; 0 outside."""
+    """Load rows of a matrix whose last stride is 1; 0 outside."""
     at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     x = tl.load(pointer + at, mask=live_rows[:, None] & live_columns[None, :], other=0.0)
     if UPCAST:
@@ -79,8 +81,8 @@ def _load(pointer, rows, row_stride, columns, live_rows, live_columns, UPCAST: t
 
 @triton.jit
 def _bounds(BEGIN, END, rows, tq, TILE_Q: tl.constexpr):
-    """begin and end of the keys of each query, nothing for rows beyond the last, and whether a run of keys ends here:
-    the next query of the tile begins later than where this one ends."""
+    """Load begin and end of the keys of each query (none for rows beyond the last), and whether a run of keys ends at
+    it: the keys of the tile's next query begin after its own end."""
     begin = tl.load(BEGIN + rows, mask=rows < tq, other=_NEVER)
     end = tl.load(END + rows, mask=rows < tq, other=0)
     inner = (tl.arange(0, TILE_Q) < TILE_Q - 1) & (rows + 1 < tq)
@@ -90,7 +92,7 @@ def _bounds(BEGIN, END, rows, tq, TILE_Q: tl.constexpr):
 
 @triton.jit
 def _next_run(begin, end, closing, done, TILE_K: tl.constexpr):
-    """The first key from `done` on that a query of the tile sees (rounded down to a tile), and where its run ends."""
+    """Find the first key from `done` on that a query of the tile sees (rounded down to a tile), and the run's end."""
     low = tl.maximum(begin, done)
     start = tl.min(tl.where(end > low, low, _NEVER))
     stop = tl.min(tl.where(closing & (end > start), end, _NEVER))
@@ -259,7 +261,7 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _common(k_dim: int, v_dim: int, tile: Config) -> dict[str, int]:
+def _common(k_dim: int, v_dim: int, tile: TileConfig) -> dict[str, int]:
     return {
         "K_PAD": max(16, triton.next_power_of_2(k_dim)),
         "V_PAD": max(16, triton.next_power_of_2(v_dim)),
@@ -272,27 +274,27 @@ def _common(k_dim: int, v_dim: int, tile: Config) -> dict[str, int]:
     }
 
 
-def _tile(table: dict[int, Config], q: Tensor, v: Tensor) -> Config:
+def _tile(table: dict[int, TileConfig], q: Tensor, v: Tensor) -> TileConfig:
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else ROOMY[0]
-    return config(table, max(q.shape[3], v.shape[3]), q.dtype, capability)
+    return tile_config(table, max(q.shape[3], v.shape[3]), q.dtype, capability)
 
 
-def _bounds_of(mask: Mask | Positions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int, int]:
+def _bounds_of(mask: PlainMask | Positions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int, int]:
     begin, end = (x.contiguous() for x in key_bounds(mask, q.shape[1], k.shape[1], q.device))
     return begin, end, *_by_head(begin)
 
 
 def _by_head(bounds: Tensor) -> tuple[int, int]:
-    """The steps from sequence to sequence and from head to head: none where all have the same bounds."""
+    """Return the strides of sequences and of heads: 0 where all have the same bounds."""
     return (bounds.stride(0), bounds.stride(1)) if bounds.dim() == 3 else (0, 0)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Positions, scale: float, tile: Config | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: PlainMask | Positions, scale: float, tile: TileConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out `[B, Tq, H, V]` in q's dtype and lse `[B, H, Tq]` float32. Shapes as in longctx.kernels.attention.
+    """Return out `[B, Tq, H, V]` in q's dtype and lse `[B, H, Tq]` float32. Shapes as in longctx.kernels.attention.
 
-    bf16, fp16 or float32, head dims up to 256. `tile` is for tests and measurements; without it the table decides.
+    bf16, fp16 or float32, head dims up to 256. `tile` is for tests and measurements; None looks it up in FORWARD.
     """
     tile = tile or _tile(FORWARD, q, v)
     q, k, v = map(dense_rows, (q, k, v))
@@ -317,11 +319,11 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Mask | Positions,
+    mask: PlainMask | Positions,
     scale: float,
-    tile: Config | None = None,
+    tile: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This block's share of dq, dk, dv in the dtypes of q, k, v, from the global out and lse of its queries."""
+    """Return the block's contributions to dq, dk, dv in the dtypes of q, k, v, from the global out and lse."""
     tile = tile or _tile(BACKWARD, q, v)
     do, q, k, v, out = map(dense_rows, (do, q, k, v, out))
     lse = lse.contiguous()

@@ -1,4 +1,7 @@
-"""Block attention by what torch and other packages bring, each with its true lse and the global one in the backward."""
+"""Vendor kernels for block attention: torch's flash and cuDNN operators and the package flash_attn, all below autograd.
+
+Each returns the block's own lse and takes the global out and lse in the backward pass.
+"""
 
 import math
 from abc import abstractmethod
@@ -13,7 +16,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from longctx.kernels.attention.masks import CAUSAL, Mask
+from longctx.kernels.attention.masks import CAUSAL, PlainMask, TileMask
 from longctx.kernels.attention.tiled import Gradients, HeadwiseBackend, dense_rows, finite
 from longctx.kernels.dtypes import accumulation_dtype
 
@@ -29,16 +32,16 @@ def _flops_backward(do: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) 
     return sdpa_backward_flop_count(do, q, k, v)
 
 
-# torch counts its other attention operators, in the same way: without regard to the mask.
+# torch counts its other attention operators in the same way, ignoring the mask.
 for _operator, _formula in ((_CPU_FLASH, _flops), (_CPU_FLASH_BACKWARD, _flops_backward)):
     if _operator not in flop_registry:
         register_flop_formula(_operator)(_formula)
 
 
 def padded(multiple: int, *tensors: Tensor) -> list[Tensor]:
-    """The tensors with one last dim, dense, the largest rounded up to a multiple, filled with zeros.
+    """Pad the last dims with zeros to one size, the largest rounded up to a multiple; dense.
 
-    Zeros at the end of q and k leave scores as they are, those at the end of v and do give columns to cut off.
+    Zeros at the end of q and k do not change scores; those at the end of v and do add columns to cut off.
     """
     size = math.ceil(max(x.shape[-1] for x in tensors) / multiple) * multiple
     return [
@@ -47,30 +50,28 @@ def padded(multiple: int, *tensors: Tensor) -> list[Tensor]:
 
 
 class PaddedOperator(HeadwiseBackend):
-    """An operator that wants one head dim for q, k and v."""
+    """An operator that needs one head dim for q, k and v."""
 
     multiple = 8
 
     @abstractmethod
-    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """out and lse."""
+    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> tuple[Tensor, Tensor]:
+        """Return out and lse."""
 
     @abstractmethod
     def operator_backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask | Tensor, scale: float
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: TileMask, scale: float
     ) -> Gradients:
-        """dq, dk, dv."""
+        """Return dq, dk, dv."""
 
-    def block_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> tuple[Tensor, Tensor]:
         """See HeadwiseBackend."""
         q, k, value = padded(self.multiple, q, k, v)
         out, lse = self.operator(q, k, value, mask, scale)
         return out[..., : v.shape[3]], lse
 
     def block_backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask | Tensor, scale: float
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: TileMask, scale: float
     ) -> Gradients:
         """See HeadwiseBackend."""
         do_, q_, k_, v_, out_ = padded(self.multiple, do, q, k, v, out)
@@ -80,10 +81,10 @@ class PaddedOperator(HeadwiseBackend):
 
 
 class CpuFlash(PaddedOperator):
-    """`aten::_scaled_dot_product_flash_attention_for_cpu`, which gives its lse and takes the global one back.
+    """`aten::_scaled_dot_product_flash_attention_for_cpu`, which returns its lse and takes the global one.
 
     Always in float32 or float64: in bf16 it compiles and keeps a kernel for each new shape (packed documents of 700
-    different lengths took 1.2 GB that never came back).
+    different lengths took 1.2 GB that were never freed).
     """
 
     multiple = 1
@@ -93,22 +94,22 @@ class CpuFlash(PaddedOperator):
         return [x.to(accumulation_dtype(x.dtype)) for x in tensors]
 
     @staticmethod
-    def _bias(mask: Mask | Tensor, dtype: torch.dtype) -> Tensor | None:
-        if isinstance(mask, Mask):
+    def _bias(mask: TileMask, dtype: torch.dtype) -> Tensor | None:
+        if isinstance(mask, PlainMask):
             return None
         bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
         return bias if mask.dim() == 2 else bias[None]
 
-    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> tuple[Tensor, Tensor]:
         """See PaddedOperator."""
         out, lse = _CPU_FLASH(q, k, v, 0.0, mask is CAUSAL, attn_mask=self._bias(mask, q.dtype), scale=scale)
         if isinstance(mask, Tensor):
-            # The operator gives 0 for a query that sees nothing.
+            # The operator returns an lse of 0 for a query that sees nothing.
             lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
         return out, lse
 
     def operator_backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask | Tensor, scale: float
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: TileMask, scale: float
     ) -> Gradients:
         """See PaddedOperator."""
         return _CPU_FLASH_BACKWARD(
@@ -119,13 +120,13 @@ class CpuFlash(PaddedOperator):
 class CudaFlash(PaddedOperator):
     """`aten::_scaled_dot_product_flash_attention`: bf16 and fp16, no mask tensor."""
 
-    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> tuple[Tensor, Tensor]:
         """See PaddedOperator."""
         result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, mask is CAUSAL, False, scale=scale)
         return result[0], result[1]
 
     def operator_backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask | Tensor, scale: float
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: TileMask, scale: float
     ) -> Gradients:
         """See PaddedOperator."""
         unused_seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -136,9 +137,9 @@ class CudaFlash(PaddedOperator):
 
 
 class CudaCudnn(PaddedOperator):
-    """`aten::_scaled_dot_product_cudnn_attention`: bf16 and fp16, no mask tensor. Builds a plan for each new shape."""
+    """`aten::_scaled_dot_product_cudnn_attention`: bf16 and fp16, no mask tensor. Builds a plan per new shape."""
 
-    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def operator(self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> tuple[Tensor, Tensor]:
         """See PaddedOperator."""
         result = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, mask is CAUSAL, False, scale=scale
@@ -146,7 +147,7 @@ class CudaCudnn(PaddedOperator):
         return result[0], result[1].reshape(q.shape[:3])
 
     def operator_backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask | Tensor, scale: float
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: TileMask, scale: float
     ) -> Gradients:
         """See PaddedOperator."""
         unused_seed = torch.zeros((), dtype=torch.int64, device=q.device)
@@ -157,10 +158,10 @@ class CudaCudnn(PaddedOperator):
 
 
 class FlashAttn:
-    """The package flash_attn (Dao 2023), 2.7 or later: bf16 and fp16, no mask tensor; grouped heads as they are."""
+    """The package flash_attn (Dao 2023), 2.7 or a later 2.x: bf16 and fp16, no mask tensor; grouped heads natively."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
-        """out and lse, shapes as in longctx.kernels.attention."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: PlainMask, scale: float) -> tuple[Tensor, Tensor]:
+        """Return out and lse, shapes as in longctx.kernels.attention."""
         from flash_attn import flash_attn_func
 
         q, k, value = padded(8, q, k, v)
@@ -170,9 +171,9 @@ class FlashAttn:
         return out[..., : v.shape[3]], lse
 
     def backward(
-        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: PlainMask, scale: float
     ) -> Gradients:
-        """dq, dk, dv. Below the package's autograd function, which knows its own out and lse alone."""
+        """Return dq, dk, dv. Below the package's autograd function, which takes no global out and lse."""
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
         do_, q_, k_, v_, out_ = padded(8, do, q, k, v, out)

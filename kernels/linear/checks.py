@@ -1,4 +1,4 @@
-"""Checks of the arguments of linear attention, each error naming the argument, what it is and what was expected."""
+"""Argument checks of linear attention: each error names the argument, its value and what was expected."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.linear.recurrence import Gates, state_heads
+from longctx.kernels.linear.recurrence import Inputs, state_heads
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,9 +52,9 @@ def _check_gate(name: str, gate: Tensor, k: Tensor, dims: str) -> None:
 
 
 def check_decay(log_decay: Tensor, k: Tensor, *, constant: bool) -> None:
-    """Raise ValueError where log_decay is not `[H]` (if `constant` ones are taken), `[B, T, H]` or `[B, T, H, K]`.
+    """Raise ValueError where log_decay is not `[H]` (only if `constant`), `[B, T, H]` or `[B, T, H, K]`.
 
-    Nor may it be positive or NaN: it is a logarithm. On a GPU that is asserted on the device, without waiting for it.
+    Nor may it be positive or NaN. On a GPU that is asserted on the device, without a synchronization.
     """
     dims = "[H], [B, T, H] or [B, T, H, K]" if constant else "[B, T, H] or [B, T, H, K]"
     if log_decay.dim() not in ((1, 3, 4) if constant else (3, 4)):
@@ -98,32 +98,32 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor]) -> No
         )
 
 
-def check_state(name: str, state: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> None:
+def check_state(name: str, state: Tensor, inputs: Inputs) -> None:
     """Raise ValueError where a state is not `[B, H, K, V]` in the accumulation dtype."""
-    shape = [q.shape[0], state_heads(k, v, gates), q.shape[3], v.shape[3]]
+    shape, k = list(inputs.state_shape), inputs.k
     if list(state.shape) != shape:
         raise ValueError(f"{name} has shape {_shape(state)}: expected [batch, heads, K, V] = {shape}")
-    if state.dtype != accumulation_dtype(q.dtype):
-        raise ValueError(f"{name} is {state.dtype}: expected {accumulation_dtype(q.dtype)} for {q.dtype} tokens")
-    if state.device != q.device:
-        raise ValueError(f"{name} is on {state.device}, but q is on {q.device}: expected the same device")
+    if state.dtype != accumulation_dtype(k.dtype):
+        raise ValueError(f"{name} is {state.dtype}: expected {accumulation_dtype(k.dtype)} for {k.dtype} tokens")
+    if state.device != k.device:
+        raise ValueError(f"{name} is on {state.device}, but k is on {k.device}: expected the same device")
 
 
 def checked_cu_seqlens(cu_seqlens: Sequence[int] | Tensor, length: int | None = None) -> tuple[int, ...]:
-    """cu_seqlens as integers. Raises ValueError where it is not `0 = c_0 < c_1 < ... < c_N`, N at least 1.
+    """Return cu_seqlens as integers. Raises ValueError where they are not `0 = c_0 < c_1 < ... < c_N`, N at least 1.
 
-    `length`: what c_N has to be, any where None.
+    c_N has to be `length`, unless that is None.
     """
-    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    values = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     try:
-        bounds = tuple(index(c) for c in given)
+        bounds = tuple(index(c) for c in values)
     except TypeError:
-        raise ValueError(f"cu_seqlens begins {list(given)[:4]}: expected integers") from None
+        raise ValueError(f"cu_seqlens begins {list(values)[:4]}: expected integers") from None
     if len(bounds) < 2 or bounds[0] != 0:
         raise ValueError(f"cu_seqlens begins {list(bounds[:4])}: expected 0 and the end of at least one document")
-    for left, right in pairwise(bounds):
-        if left >= right:
-            raise ValueError(f"cu_seqlens has {right} after {left}: expected strictly increasing values")
+    for begin, end in pairwise(bounds):
+        if begin >= end:
+            raise ValueError(f"cu_seqlens has {end} after {begin}: expected strictly increasing values")
     if length is not None and bounds[-1] != length:
         raise ValueError(f"cu_seqlens ends with {bounds[-1]}: expected the number of tokens, {length}")
     return bounds

@@ -1,8 +1,8 @@
-"""How the torch kernels walk a sequence: some heads at a time, chunk by chunk, in buffers that stay in cache.
+"""Chunk loops of the torch implementations: groups of heads, chunks of tokens, scratch buffers that stay in cache.
 
-Speed on a CPU is a matter of cache: all operands of the few matrix products of a chunk have to fit into it, and no
-large tensor is made anew for a chunk. A `Walk` gives the pieces `[G, C, ...]` of the tensors of a recurrence, G the
-(batch, head) pairs that are taken together, C the tokens of a chunk.
+CPU speed depends on the cache: the operands of a chunk's few matrix products have to fit in it, and no chunk allocates
+a large tensor. A `ChunkLoop` loads and stores tiles `[G, C, D]` of a recurrence's tensors: the G (batch, head) pairs of
+a `HeadGroup`, the C tokens of a `Chunk`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.linear.recurrence import Segment, state_heads
+from longctx.kernels.linear.recurrence import Inputs, Segment
 
 
 class Scratch:
-    """Buffers by name, made once at their largest size and handed out as contiguous views, their content undefined."""
+    """Scratch buffers by name, allocated once at their largest size and returned as uninitialized contiguous views."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -24,7 +24,7 @@ class Scratch:
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The buffer of this name in a shape; what it held under another one is lost."""
+        """Return the buffer of this name in a shape; views of it in other shapes share the memory."""
         view = self._views.get((name, shape))
         if view is None:
             size = torch.Size(shape).numel()
@@ -37,29 +37,29 @@ class Scratch:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """State heads `first` to `last` of the batch rows `row` to `end_row`: G = rows x heads pairs."""
+    """State heads `[first_head, end_head)` of batch rows `[first_row, end_row)`, multiplied in one batched product."""
 
-    row: int
+    first_row: int
     end_row: int
-    first: int
-    last: int
+    first_head: int
+    end_head: int
 
     @property
     def rows(self) -> slice:
         """The batch rows."""
-        return slice(self.row, self.end_row)
+        return slice(self.first_row, self.end_row)
 
     @property
-    def count(self) -> int:
-        """G."""
-        return (self.end_row - self.row) * (self.last - self.first)
+    def size(self) -> int:
+        """G, the number of (batch, head) pairs."""
+        return (self.end_row - self.first_row) * (self.end_head - self.first_head)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `begin` to `end` of the tensors at hand, with the starts of documents counted from `begin`.
+    """Tokens `[begin, end)` of a device's tensors; `starts` are the offsets in the chunk at which documents start.
 
-    `size` is the number of rows that its pieces have: at least its tokens, the rows behind them zero.
+    `size` is C, the rows of its tiles: at least its number of tokens; the rows after them are zero.
     """
 
     begin: int
@@ -69,158 +69,166 @@ class Chunk:
 
     @property
     def tokens(self) -> int:
-        """Its tokens."""
+        """Number of tokens."""
         return self.end - self.begin
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
-def chunks(segment: Segment, size: int, *, halving: bool) -> list[Chunk]:
-    """A segment in chunks of `size` tokens, the last one as long as what is left.
+def split_chunks(segment: Segment, size: int, *, pad_to_power_of_two: bool) -> list[Chunk]:
+    """Split a segment into chunks of `size` tokens; the last one may be shorter.
 
-    `halving`: their rows are a power of two, for what splits a chunk into halves again and again.
+    `pad_to_power_of_two` pads their rows, for vector decays, which halve a chunk down to single tokens.
     """
     parts = segment.cut(size) if segment.size else []
-    return [Chunk(p.begin, p.end, p.starts, power_of_two(p.size) if halving else p.size) for p in parts]
+    return [Chunk(p.begin, p.end, p.starts, power_of_two(p.size) if pad_to_power_of_two else p.size) for p in parts]
 
 
-class Walk:
-    """A pass over the tensors `[B, T, heads, D]` of a recurrence, as pieces `[G, C, D]` in the accumulation dtype."""
+class ChunkLoop:
+    """One pass over the tensors `[B, T, heads, D]` of a recurrence, in tiles `[G, C, D]` of the accumulation dtype."""
 
-    def __init__(self, k: Tensor, v: Tensor, gates: Sequence[Tensor], together: int) -> None:
-        self.batch, self.length, self.heads = k.shape[0], k.shape[1], state_heads(k, v, gates)
-        self.key_dim, self.value_dim = k.shape[3], v.shape[3]
-        self.together = together
+    def __init__(self, inputs: Inputs, group_size: int) -> None:
+        k = inputs.k
+        self.length = k.shape[1]
+        self.batch, self.heads, self.key_dim, self.value_dim = inputs.state_shape
+        self.group_size = group_size
         self._views: dict[tuple[int, HeadGroup, int], tuple[Tensor, Tensor]] = {}
         self.scratch = Scratch(accumulation_dtype(k.dtype), k.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the pieces."""
+        """The dtype of the tiles."""
         return self.scratch.dtype
 
-    def groups(self) -> Iterator[HeadGroup]:
-        """All (batch, head) pairs, at most `together` at a time."""
-        if self.heads >= self.together:
+    def head_groups(self) -> Iterator[HeadGroup]:
+        """Yield all (batch, head) pairs in groups of at most `group_size`."""
+        if self.heads >= self.group_size:
             for row in range(self.batch):
-                for first in range(0, self.heads, self.together):
-                    yield HeadGroup(row, row + 1, first, min(first + self.together, self.heads))
+                for first in range(0, self.heads, self.group_size):
+                    yield HeadGroup(row, row + 1, first, min(first + self.group_size, self.heads))
         else:
-            step = max(1, self.together // self.heads)
+            step = max(1, self.group_size // self.heads)
             for row in range(0, self.batch, step):
                 yield HeadGroup(row, min(row + step, self.batch), 0, self.heads)
 
-    def repeats(self, x: Tensor) -> int:
-        """How many heads of `x` read one state: 1 where it has as many heads as there are states, or fewer."""
+    def readers(self, x: Tensor) -> int:
+        """Return the heads of `x` per state, at least 1: query heads that read the same state."""
         return max(1, x.shape[2] // self.heads)
 
-    def outputs(self, q: Tensor, v: Tensor) -> Tensor:
-        """Where the outputs go: `[B, T, Ho, V]` in v's dtype."""
+    def empty_outputs(self, q: Tensor, v: Tensor) -> Tensor:
+        """Allocate the outputs, `[B, T, Ho, V]` in v's dtype."""
         return v.new_empty((*q.shape[:2], max(q.shape[2], self.heads), self.value_dim))
 
-    def _view(self, x: Tensor, heads: HeadGroup, nth: int) -> Tensor:
-        """`[rows, heads, T, D]`: of several heads that read one state, the `nth`. Only where no states share heads."""
-        key = (id(x), heads, nth)
+    def _view(self, x: Tensor, group: HeadGroup, reader: int) -> Tensor:
+        """View one head of `x` per state, `[rows, heads, T, D]`: the one at index `reader` where several read a state.
+
+        Not for heads that several states share.
+        """
+        key = (id(x), group, reader)
         if key not in self._views:
-            repeats = self.repeats(x)
-            view = x[heads.rows, :, heads.first * repeats + nth : heads.last * repeats : repeats].transpose(1, 2)
-            # With the tensor itself, so that its id stays its own.
+            readers = self.readers(x)
+            heads = slice(group.first_head * readers + reader, group.end_head * readers, readers)
+            view = x[group.rows, :, heads].transpose(1, 2)
+            # Kept with the tensor itself, so that its id is not reused.
             self._views[key] = (x, view)
         return self._views[key][1]
 
-    def _shared_heads(self, x: Tensor, heads: HeadGroup) -> Tensor:
-        """The head of x that each state takes, where states share heads of it."""
-        return torch.arange(heads.first, heads.last, device=x.device) // (self.heads // x.shape[2])
+    def _shared_heads(self, x: Tensor, group: HeadGroup) -> Tensor:
+        """Return the head of `x` that each state reads, where several states share a head."""
+        return torch.arange(group.first_head, group.end_head, device=x.device) // (self.heads // x.shape[2])
 
-    def load(self, name: str, x: Tensor, heads: HeadGroup, chunk: Chunk, nth: int = 0) -> Tensor:
-        """A piece of `x`, to be read; a view where that is one, else a copy in the buffer `name`."""
+    def load(self, name: str, x: Tensor, group: HeadGroup, chunk: Chunk, reader: int = 0) -> Tensor:
+        """Load a tile of `x`, read-only: a view where its layout and dtype allow one, else a copy in buffer `name`."""
         if x.shape[2] < self.heads:
-            part = x[heads.rows, chunk.begin : chunk.end]
-            view = part.index_select(2, self._shared_heads(x, heads)).transpose(1, 2)
+            part = x[group.rows, chunk.begin : chunk.end]
+            view = part.index_select(2, self._shared_heads(x, group)).transpose(1, 2)
         else:
-            view = self._view(x, heads, nth)[:, :, chunk.begin : chunk.end]
+            view = self._view(x, group, reader)[:, :, chunk.begin : chunk.end]
         if view.shape[0] == 1 and view.dtype == self.dtype and chunk.size == chunk.tokens:
             return view[0]
-        piece = self.scratch(name, *view.shape[:2], chunk.size, view.shape[3])
-        piece[:, :, : chunk.tokens].copy_(view)
+        tile = self.scratch(name, *view.shape[:2], chunk.size, view.shape[3])
+        tile[:, :, : chunk.tokens].copy_(view)
         if chunk.size > chunk.tokens:
-            piece[:, :, chunk.tokens :] = 0
-        return piece.view(-1, *piece.shape[2:])
+            tile[:, :, chunk.tokens :] = 0
+        return tile.view(-1, *tile.shape[2:])
 
-    def gradient(self, x: Tensor) -> Tensor:
-        """What the gradient of `x` is gathered in: zeros in the accumulation dtype where states share its heads."""
+    def grad_buffer(self, x: Tensor) -> Tensor:
+        """Allocate the gradient of `x`: zeros in the accumulation dtype where states share heads of `x`, for sums."""
         if x.shape[2] < self.heads:
             return torch.zeros(x.shape, dtype=self.dtype, device=x.device)
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    def store(self, x: Tensor, heads: HeadGroup, chunk: Chunk, value: Tensor, nth: int = 0) -> None:
-        """Write a piece into a result, or add it where states share a head of it."""
-        value = value.view(heads.end_row - heads.row, -1, *value.shape[1:])[:, :, : chunk.tokens]
+    def store(self, x: Tensor, group: HeadGroup, chunk: Chunk, tile: Tensor, reader: int = 0) -> None:
+        """Write a tile to a result `x`, or add it where states share heads of `x`."""
+        tile = tile.view(group.end_row - group.first_row, -1, *tile.shape[1:])[:, :, : chunk.tokens]
         if x.shape[2] < self.heads:
-            part = x[heads.rows, chunk.begin : chunk.end]
-            part.index_add_(2, self._shared_heads(x, heads), value.transpose(1, 2))
+            part = x[group.rows, chunk.begin : chunk.end]
+            part.index_add_(2, self._shared_heads(x, group), tile.transpose(1, 2))
         else:
-            self._view(x, heads, nth)[:, :, chunk.begin : chunk.end] = value
+            self._view(x, group, reader)[:, :, chunk.begin : chunk.end] = tile
 
     def scaled(self, name: str, x: Tensor, factor: Tensor) -> Tensor:
-        """`x * factor`, in a buffer."""
+        """Compute `x * factor` in buffer `name`."""
         return torch.mul(x, factor, out=self.scratch(name, *x.shape))
 
     def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """`x @ y`, in a buffer."""
+        """Compute `x @ y` in buffer `name`."""
         return torch.bmm(x, y, out=self.scratch(name, x.shape[0], x.shape[1], y.shape[2]))
 
-    def states(self, segments: Sequence[Segment], value_dim: int) -> Tensor:
-        """Zeros for one state of each segment, `[N, B, H, K, value_dim]`."""
+    def zero_states(self, segments: Sequence[Segment], value_dim: int) -> Tensor:
+        """Return a zero state per segment, `[N, B, H, K, value_dim]`."""
         shape = (len(segments), self.batch, self.heads, self.key_dim, value_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.scratch.device)
 
-    def state(self, states: Tensor, heads: HeadGroup) -> Tensor:
-        """A contiguous copy of states `[B, H, ...]`, as `[G, ...]`, to be changed in place."""
-        part = states[heads.rows, heads.first : heads.last].to(self.dtype)
+    def load_state(self, states: Tensor, group: HeadGroup) -> Tensor:
+        """Copy a group's states from `[B, H, ...]`, contiguous `[G, ...]`, to be updated in place."""
+        part = states[group.rows, group.first_head : group.end_head].to(self.dtype)
         return part.reshape(-1, *part.shape[2:]).clone(memory_format=torch.contiguous_format)
 
-    def put_state(self, states: Tensor, heads: HeadGroup, value: Tensor) -> None:
-        """Write `[G, ...]` into `[B, H, ...]`."""
-        part = states[heads.rows, heads.first : heads.last]
+    def store_state(self, states: Tensor, group: HeadGroup, value: Tensor) -> None:
+        """Write a group's states `[G, ...]` to `[B, H, ...]`."""
+        part = states[group.rows, group.first_head : group.end_head]
         part.copy_(value.view(part.shape))
 
 
-def walk_back(
-    walk: Walk,
-    parts: Sequence[Sequence[Chunk]],
+def backward_chunks(
+    loop: ChunkLoop,
+    chunks: Sequence[Sequence[Chunk]],
     states: Tensor,
     dends: Tensor,
     advance: Callable[[HeadGroup, Chunk, Tensor], None],
     chunk_grad: Callable[[HeadGroup, Chunk, Tensor, Tensor], None],
-    block: int,
+    chunks_per_checkpoint: int,
 ) -> Tensor:
-    """The backward pass over segments, given as their chunks: the gradient of `states`, both `[N, B, H, K, V]`.
+    """Run the backward chunk loop over segments, from last chunk to first, and return the gradient of `states`.
 
-    `advance(heads, chunk, state)` turns the state before a chunk into that behind it, in place;
-    `chunk_grad(heads, chunk, state, dstate)` takes the state before a chunk and turns the gradient of the one behind it
-    into that of the one before, in place. The states are made on the way forward: those at the starts of blocks of
-    `block` chunks are kept, those in between made again when the block has its turn, so that few are held at a time.
+    `chunks` are each segment's chunks; `states`, `dends` and the result are `[N, B, H, K, V]`. `advance(group, chunk,
+    state)` updates the state from before a chunk to after it, in place; `chunk_grad(group, chunk, state, dstate)` takes
+    the state before a chunk and updates the gradient of the state after it to that of the state before it, in place.
+
+    Checkpointing: a first forward loop keeps the state of every `chunks_per_checkpoint` chunks; those in between are
+    recomputed checkpoint by checkpoint, so that few are in memory at a time.
     """
-    dstates = torch.zeros_like(states, dtype=walk.dtype)
-    for number, chunks_of_segment in enumerate(parts):
-        blocks = [chunks_of_segment[i : i + block] for i in range(0, len(chunks_of_segment), block)]
-        for heads in walk.groups():
-            state, dstate = walk.state(states[number], heads), walk.state(dends[number], heads)
-            begins = []
-            for some in blocks:
-                begins.append(state.clone())
-                for chunk in some if some is not blocks[-1] else ():
-                    advance(heads, chunk, state)
-            for some, begin in zip(reversed(blocks), reversed(begins), strict=True):
-                before = [begin]
-                for nth, chunk in enumerate(some[:-1]):
-                    before.append(walk.scratch(f"state{nth}", *begin.shape).copy_(before[-1]))
-                    advance(heads, chunk, before[-1])
-                for chunk, state in zip(reversed(some), reversed(before), strict=True):
-                    chunk_grad(heads, chunk, state, dstate)
-            walk.put_state(dstates[number], heads, dstate)
+    dstates = torch.zeros_like(states, dtype=loop.dtype)
+    for number, segment_chunks in enumerate(chunks):
+        step = chunks_per_checkpoint
+        blocks = [segment_chunks[i : i + step] for i in range(0, len(segment_chunks), step)]
+        for group in loop.head_groups():
+            state, dstate = loop.load_state(states[number], group), loop.load_state(dends[number], group)
+            checkpoints = []
+            for block in blocks:
+                checkpoints.append(state.clone())
+                for chunk in block if block is not blocks[-1] else ():
+                    advance(group, chunk, state)
+            for block, checkpoint in zip(reversed(blocks), reversed(checkpoints), strict=True):
+                before = [checkpoint]
+                for index, chunk in enumerate(block[:-1]):
+                    before.append(loop.scratch(f"state{index}", *checkpoint.shape).copy_(before[-1]))
+                    advance(group, chunk, before[-1])
+                for chunk, state in zip(reversed(block), reversed(before), strict=True):
+                    chunk_grad(group, chunk, state, dstate)
+            loop.store_state(dstates[number], group, dstate)
     return dstates

@@ -1,6 +1,6 @@
-"""Feature maps: what takes the place of the exponential of softmax attention in linear attention.
+"""Feature maps of linear attention, in place of the exponential of softmax attention.
 
-They act on queries and keys, before any of the recurrences: `linear_attention(phi(q), phi(k), v, ...)`.
+They are applied to queries and keys before any recurrence: `linear_attention(phi(q), phi(k), v, ...)`.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,22 @@ from longctx.kernels.dtypes import accumulation_dtype
 
 
 def hedgehog(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`softmax([x W + b, -(x W + b)])` per head, `[B, T, H, K]` to `[B, T, H, 2 K]` (Zhang et al. 2024, section 4).
+    """Compute `softmax([x W + b, -(x W + b)])` per head (Zhang et al. 2024, section 4).
 
-    Shapes: weight `[H, K, K]`, bias `[H, K]`, learned; the paper begins with the identity and zero.
+    Shapes: x `[B, T, H, K]`, result `[B, T, H, 2 K]`; weight `[H, K, K]`, bias `[H, K]`, learned; the paper initializes
+    them to the identity and zero.
     """
     y = (torch.einsum("bthk,hkj->bthj", x, weight) + bias).to(accumulation_dtype(x.dtype))
     return torch.cat([y, -y], dim=-1).softmax(dim=-1).to(x.dtype)
 
 
 def identity(x: Tensor) -> Tensor:
-    """x itself."""
+    """Return x."""
     return x
 
 
 def elu1(x: Tensor) -> Tensor:
-    """`ELU(x) + 1` (Katharopoulos et al. 2020, eq. 7)."""
+    """Compute `ELU(x) + 1` (Katharopoulos et al. 2020, eq. 7)."""
     return F.elu(x) + 1
 
 
@@ -37,6 +38,6 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "elu1": elu1,
 }
-"""Those without parameters, which act on each channel by itself."""
-NOT_NEGATIVE = ("relu", "elu1", "hedgehog")
-"""Those with which a denominator makes sense (`linear_attention(..., normalize=True)`)."""
+"""Feature maps without parameters, which act on each channel separately."""
+NON_NEGATIVE = ("relu", "elu1", "hedgehog")
+"""Feature maps with non-negative outputs, as a normalizer needs (`linear_attention(..., normalize=True)`)."""

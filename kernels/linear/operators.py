@@ -1,39 +1,40 @@
-"""The linear recurrences as operators of torch.library, `torch.ops.longctx.*`.
+"""torch.library operators of a linear recurrence, `torch.ops.longctx.<name>_<function>`.
 
-Registered, torch.compile takes them whole, FlopCounterMode counts them, and the device picks the implementation: torch
-operators everywhere, Triton for CUDA where it is installed and the dtype is not float64. Segments pass as integers.
+torch.compile does not trace into an operator, FlopCounterMode counts it, and the device picks its implementation: torch
+operators everywhere, Triton on CUDA where it is installed and the dtype is not float64.
 """
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.linear.additive import chunked as additive
-from longctx.kernels.linear.checks import check_beta, check_decay, check_heads, check_operands
-from longctx.kernels.linear.delta import chunked as delta
-from longctx.kernels.linear.recurrence import Carry, Gates, Segment, state_heads
+from longctx.kernels.linear.checks import check_heads, check_operands
+from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
 
+_INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor[] gates, int[] segments"
 _SIGNATURES = {
-    "summarize": "(Tensor k, Tensor v, Tensor[] gates, int[] segments) -> (Tensor, Tensor)",
-    "apply": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor states) -> (Tensor, Tensor)",
-    "summarize_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do) -> (Tensor, Tensor)",
-    "apply_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do, Tensor states, "
-    "Tensor dends, bool gate_grads) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
-    "query_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do, Tensor states) -> Tensor",
-    "key_value_grad": "(Tensor q, Tensor k, Tensor v, Tensor[] gates, int[] segments, Tensor do, Tensor dends)"
-    " -> (Tensor, Tensor, Tensor)",
+    "summarize": f"({_INPUTS}) -> (Tensor, Tensor)",
+    "apply": f"({_INPUTS}, Tensor states) -> (Tensor, Tensor)",
+    "summarize_grad": f"({_INPUTS}, Tensor do) -> (Tensor, Tensor)",
+    "apply_grad": f"({_INPUTS}, Tensor do, Tensor states, Tensor dends, bool gate_grads)"
+    " -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
+    "query_grad": f"({_INPUTS}, Tensor do, Tensor states) -> Tensor",
+    "key_value_grad": f"({_INPUTS}, Tensor do, Tensor dends) -> (Tensor, Tensor, Tensor)",
 }
+Shape = Sequence[int]
 
 
 def _encode(segments: Sequence[Segment]) -> list[int]:
+    """Encode segments as integers, which an operator can take."""
     return [n for s in segments for n in (s.begin, s.end, len(s.starts), *s.starts)]
 
 
@@ -47,255 +48,211 @@ def _decode(numbers: Sequence[int]) -> list[Segment]:
 
 
 @cache
-def _triton(module: str | None) -> ModuleType | None:
-    """The Triton implementation, None where there is none or Triton is not installed."""
-    if module is None or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(module)
+def _triton(module: str) -> ModuleType | None:
+    """Import the Triton implementation; None where Triton is not installed."""
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module(module)
 
 
-class Registered:
-    """A recurrence whose functions are operators `longctx::<name>_<function>`. See `LinearRecurrence`."""
+class RegisteredRecurrence(ABC):
+    """A `LinearRecurrence` whose functions are operators. A subclass owns its gates, its FLOPs and its decoding step.
 
-    def __init__(self, name: str, implementation: ModuleType, triton: str | None) -> None:
-        self.name = name
+    Implementations are modules with the functions of `LinearRecurrence`; `query_grad` and `key_value_grad` are
+    optional.
+    """
+
+    name: ClassVar[str]
+    gate_names: ClassVar[tuple[str, ...]]
+    """Names of the gates, in order; a call may omit the last ones, down to `required_gates`."""
+    required_gates: ClassVar[int] = 0
+    """Number of gates, the first ones, that a call may not omit."""
+
+    def __init__(self, implementation: ModuleType, triton: str) -> None:
+        """Register the operators. `triton` is the name of the Triton implementation's module, imported on first use."""
         self._torch, self._triton_module = implementation, triton
         self._ops: dict[str, Callable[..., Any]] = {}
         for function, signature in _SIGNATURES.items():
             if not hasattr(implementation, function):
                 continue
-            op = f"longctx::{name}_{function}"
+            op = f"longctx::{self.name}_{function}"
             torch.library.define(op, signature)
-            torch.library.impl(op, "CompositeExplicitAutograd")(getattr(self, f"_{function}"))
+            torch.library.impl(op, "CompositeExplicitAutograd")(self._implementation(function))
             torch.library.register_fake(op)(getattr(self, f"_fake_{function}"))
-            packet = getattr(torch.ops.longctx, f"{name}_{function}")
+            packet = getattr(torch.ops.longctx, f"{self.name}_{function}")
             register_flop_formula(packet)(getattr(self, f"_{function}_flops"))
             self._ops[function] = packet.default
 
-    def _on(self, x: Tensor) -> Any:
-        """The implementation for the device and dtype of a tensor."""
-        triton = _triton(self._triton_module) if x.is_cuda and x.dtype != torch.float64 else None
-        return triton or self._torch
+    def _implementation(self, function: str) -> Callable[..., Any]:
+        """Return the body of an operator, which picks the module by the device and dtype of k."""
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> None:
-        """Raise ValueError, naming the argument, where the tensors do not fit the recurrence."""
-        check_operands(q, k, v)
-        names = ["beta", "log_decay"] if self.name == "delta" else ["log_decay"]
-        if len(gates) > len(names) or (self.name == "delta" and not gates):
+        def run(q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any) -> Any:
+            triton = _triton(self._triton_module) if k.is_cuda and k.dtype != torch.float64 else None
+            inputs = Inputs(q, k, v, tuple(gates))
+            result = getattr(triton or self._torch, function)(inputs, _decode(segments), *rest)
+            if isinstance(result, Carry):
+                return result.transition, result.state
+            if function == "apply_grad":
+                dq, dk, dv, dgates, dstates = result
+                return dq, dk, dv, [x for x in dgates if x is not None], dstates
+            return result
+
+        return run
+
+    def _call(self, function: str, inputs: Inputs, segments: Sequence[Segment], *rest: Any) -> Any:
+        return self._ops[function](inputs.q, inputs.k, inputs.v, list(inputs.gates), _encode(segments), *rest)
+
+    def named_gates(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Return the gates by name. Raises ValueError where there are too many or too few."""
+        gates, names = inputs.gates, self.gate_names
+        if not self.required_gates <= len(gates) <= len(names):
             raise ValueError(f"the {self.name} recurrence has {len(gates)} gates: expected {' and '.join(names)}")
-        named = dict(zip(names, gates, strict=False))
-        if "beta" in named:
-            check_beta(named["beta"], k)
-        if "log_decay" in named:
-            check_decay(named["log_decay"], k, constant=self.name == "additive")
+        return dict(zip(names, gates, strict=False))
+
+    def check(self, inputs: Inputs) -> None:
+        """See `LinearRecurrence`."""
+        k, v = inputs.k, inputs.v
+        q = k if inputs.q is None else inputs.q
+        check_operands(q, k, v)
+        named = self.named_gates(inputs)
+        self.check_gates(named, k)
         check_heads(q, k, v, named)
+
+    @abstractmethod
+    def check_gates(self, gates: dict[str, Tensor], k: Tensor) -> None:
+        """Raise ValueError where a gate's shape, dtype, device or value does not fit k `[B, T, Hk, K]`."""
+
+    @abstractmethod
+    def transition_dims(self, inputs: Inputs) -> tuple[int, ...]:
+        """Return the dims of a segment's transition after `N, B, H`: `()`, `(K,)` or `(K, K)`."""
 
     def segment_length(self, heads: int, length: int, device: torch.device) -> int:
         """See `LinearRecurrence`."""
         triton = _triton(self._triton_module) if device.type == "cuda" else None
         return (triton or self._torch).segment_length(heads, length, device)
 
-    def summarize(self, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment]) -> Carry:
+    def summarize(self, inputs: Inputs, segments: Sequence[Segment]) -> Carry:
         """See `LinearRecurrence`."""
-        return Carry(*self._ops["summarize"](k, v, list(gates), _encode(segments)))
+        return Carry(*self._call("summarize", inputs, segments))
 
-    def apply(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], states: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def apply(self, inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """See `LinearRecurrence`."""
-        return self._ops["apply"](q, k, v, list(gates), _encode(segments), states)
+        return self._call("apply", inputs, segments, states)
 
-    def summarize_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor
-    ) -> Carry:
+    def summarize_grad(self, inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> Carry:
         """See `LinearRecurrence`."""
-        return Carry(*self._ops["summarize_grad"](q, k, v, list(gates), _encode(segments), do))
+        return Carry(*self._call("summarize_grad", inputs, segments, do))
 
     def apply_grad(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates,
+        inputs: Inputs,
         segments: Sequence[Segment],
         do: Tensor,
         states: Tensor,
         dends: Tensor,
         gate_grads: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, GateGrads, Tensor]:
         """See `LinearRecurrence`."""
-        dq, dk, dv, dgates, dstates = self._ops["apply_grad"](
-            q, k, v, list(gates), _encode(segments), do, states, dends, gate_grads
-        )
-        return dq, dk, dv, tuple(dgates) or (None,) * len(gates), dstates
+        dq, dk, dv, dgates, dstates = self._call("apply_grad", inputs, segments, do, states, dends, gate_grads)
+        return dq, dk, dv, tuple(dgates) or (None,) * len(inputs.gates), dstates
 
-    def query_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, states: Tensor
-    ) -> Tensor | None:
+    def query_grad(self, inputs: Inputs, segments: Sequence[Segment], do: Tensor, states: Tensor) -> Tensor | None:
         """See `LinearRecurrence`."""
-        if "query_grad" not in self._ops:
-            return None
-        return self._ops["query_grad"](q, k, v, list(gates), _encode(segments), do, states)
+        return self._call("query_grad", inputs, segments, do, states) if "query_grad" in self._ops else None
 
     def key_value_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, dends: Tensor
+        self, inputs: Inputs, segments: Sequence[Segment], do: Tensor, dends: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearRecurrence`."""
-        return self._ops["key_value_grad"](q, k, v, list(gates), _encode(segments), do, dends)
+        return self._call("key_value_grad", inputs, segments, do, dends)
 
-    def _summarize(
-        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        carry = self._on(k).summarize(k, v, tuple(gates), _decode(segments))
-        return carry.transition, carry.state
+    def step(self, inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LinearRecurrence`."""
+        heads = state.shape[1]
 
-    def _apply(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int], states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self._on(q).apply(q, k, v, tuple(gates), _decode(segments), states)
+        def grouped(x: Tensor) -> Tensor:
+            """Return the token's `[B, heads, ...]` in the state's dtype, one head per state."""
+            return x.to(state.dtype).repeat_interleave(heads // x.shape[1], dim=1)
 
-    def _summarize_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int], do: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        carry = self._on(q).summarize_grad(q, k, v, tuple(gates), _decode(segments), do)
-        return carry.transition, carry.state
+        gates = {
+            name: grouped(gate[None] if gate.dim() == 1 else gate[:, 0])
+            for name, gate in self.named_gates(inputs).items()
+        }
+        state = self.update_state(state, grouped(inputs.k[:, 0]), grouped(inputs.v[:, 0]), **gates)
+        q = inputs.queries[:, 0]
+        queries = grouped(q) if q.shape[1] < heads else q.to(state.dtype)
+        out = torch.einsum("bhrk,bhkv->bhrv", queries.unflatten(1, (heads, -1)), state).flatten(1, 2)
+        return out.to(inputs.v.dtype)[:, None], state
 
-    def _apply_grad(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        segments: Sequence[int],
-        do: Tensor,
-        states: Tensor,
-        dends: Tensor,
-        gate_grads: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-        dq, dk, dv, dgates, dstates = self._on(q).apply_grad(
-            q, k, v, tuple(gates), _decode(segments), do, states, dends, gate_grads
-        )
-        return dq, dk, dv, [x for x in dgates if x is not None], dstates
+    @abstractmethod
+    def update_state(self, state: Tensor, k: Tensor, v: Tensor, **gates: Tensor) -> Tensor:
+        """Return `S_t` from `S_{t-1}` `[B, H, K, V]`, k `[B, H, K]`, v `[B, H, V]` and the gates `[B, H, ...]`."""
 
-    def _query_grad(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        segments: Sequence[int],
-        do: Tensor,
-        states: Tensor,
-    ) -> Tensor:
-        return self._on(q).query_grad(q, k, v, tuple(gates), _decode(segments), do, states)
-
-    def _key_value_grad(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        segments: Sequence[int],
-        do: Tensor,
-        dends: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._on(q).key_value_grad(q, k, v, tuple(gates), _decode(segments), do, dends)
+    # Fake implementations: shapes and dtypes of the results, for torch.compile.
 
     def _fake_summarize(
-        self, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int]
+        self, q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        heads, dtype = state_heads(k, v, gates), accumulation_dtype(k.dtype)
-        lead = (len(_decode(segments)), k.shape[0], heads)
-        inner: tuple[int, ...] = ()
-        if self.name == "delta":
-            inner = (k.shape[3], k.shape[3])
-        elif gates and gates[0].dim() == 4:
-            inner = (k.shape[3],)
-        return k.new_empty((*lead, *inner), dtype=dtype), k.new_empty((*lead, k.shape[3], v.shape[3]), dtype=dtype)
+        inputs, dtype = Inputs(q, k, v, tuple(gates)), accumulation_dtype(k.dtype)
+        state = (len(_decode(segments)), *inputs.state_shape)
+        return k.new_empty((*state[:3], *self.transition_dims(inputs)), dtype=dtype), k.new_empty(state, dtype=dtype)
+
+    _fake_summarize_grad = _fake_summarize
 
     def _fake_apply(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int], states: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], states: Tensor
     ) -> tuple[Tensor, Tensor]:
         return v.new_empty((*q.shape[:2], max(q.shape[2], states.shape[2]), v.shape[3])), torch.empty_like(states)
 
-    def _fake_summarize_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Sequence[Tensor], segments: Sequence[int], do: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return self._fake_summarize(k, v, gates, segments)
-
     def _fake_apply_grad(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        segments: Sequence[int],
-        do: Tensor,
-        states: Tensor,
-        dends: Tensor,
-        gate_grads: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+        _, states, _, gate_grads = rest
         dq, dk, dv, *dgates = (x.new_empty(x.shape) for x in (q, k, v, *(gates if gate_grads else ())))
         return dq, dk, dv, dgates, torch.empty_like(states)
 
-    def _fake_query_grad(self, q: Tensor, *args: Any) -> Tensor:
+    def _fake_query_grad(self, q: Tensor, *rest: Any) -> Tensor:
         return q.new_empty(q.shape)
 
     def _fake_key_value_grad(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Sequence[Tensor],
-        segments: Sequence[int],
-        do: Tensor,
-        dends: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], do: Tensor, dends: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(dends)
 
-    # FLOPs are those of the recurrence itself, a token at a time: chunks do more, and recomputing is not counted. A
-    # token writes into a state 2 K V (with the delta rule twice that: it first asks), and each query reads 2 K V.
+    # FLOPs are those of the recurrence, token by token: the chunkwise form does more, and recomputation is not counted.
+    # FlopCounterMode passes shapes in place of tensors. A query reads a state with 2 K V FLOPs; the cost of a write
+    # depends on the recurrence.
 
-    @property
-    def _writes(self) -> int:
-        return 2 if self.name == "delta" else 1
+    state_writes: ClassVar[int]
+    """Products over a state, of 2 K V FLOPs each, per token that writes."""
 
-    def _summarize_flops(self, k: Any, v: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        _, (_, batch, heads, key_dim, value_dim) = out_shape
-        channels = value_dim + (key_dim if self.name == "delta" else 0)
-        return 2 * batch * k[1] * heads * key_dim * channels * self._writes
+    @abstractmethod
+    def _summarize_flops(self, q: Any, k: Shape, *args: Any, out_shape: Any, **kwargs: Any) -> int: ...
 
-    def _apply_flops(self, q: Any, k: Any, v: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        _, (_, batch, heads, key_dim, value_dim) = out_shape
-        return 2 * batch * k[1] * key_dim * value_dim * (self._writes * heads + max(heads, q[2]))
+    @abstractmethod
+    def _summarize_grad_flops(self, q: Shape, k: Shape, *args: Any, out_shape: Any, **kwargs: Any) -> int: ...
 
-    def _summarize_grad_flops(self, q: Any, k: Any, v: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        _, (_, batch, heads, key_dim, value_dim) = out_shape
-        reads = 2 * batch * k[1] * key_dim * value_dim * max(heads, q[2])
-        asks = 4 * batch * k[1] * heads * key_dim * (value_dim + key_dim) if self.name == "delta" else 0
-        return reads + asks
-
-    def _apply_grad_flops(self, q: Any, k: Any, v: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        _, batch, heads, key_dim, value_dim = out_shape[4]
-        return 4 * batch * k[1] * key_dim * value_dim * (self._writes * heads + max(heads, q[2]))
-
-    # A gradient of a query reads a state, and those of a key and a value read that of a state, which a query writes.
-
-    def _query_grad_flops(
-        self, q: Any, k: Any, v: Any, gates: Any, segments: Any, do: Any, states: Any, **_: Any
-    ) -> int:
+    @staticmethod
+    def _read_flops(q: Shape, k: Shape, states: Shape) -> int:
+        """Return the FLOPs of all queries, which read states of shape `[N, B, H, K, V]`."""
         _, batch, heads, key_dim, value_dim = states
         return 2 * batch * k[1] * key_dim * value_dim * max(heads, q[2])
 
+    @staticmethod
+    def _state_flops(k: Shape, states: Shape) -> int:
+        """Return the FLOPs of one product over a state per token and state head."""
+        _, batch, heads, key_dim, value_dim = states
+        return 2 * batch * k[1] * heads * key_dim * value_dim
+
+    def _apply_flops(self, q: Shape, k: Shape, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return self._read_flops(q, k, out_shape[1]) + self.state_writes * self._state_flops(k, out_shape[1])
+
+    def _apply_grad_flops(self, q: Shape, k: Shape, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return 2 * (self._read_flops(q, k, out_shape[4]) + self.state_writes * self._state_flops(k, out_shape[4]))
+
+    def _query_grad_flops(self, q: Shape, k: Shape, v: Shape, gates: Any, segments: Any, *rest: Any, **_: Any) -> int:
+        return self._read_flops(q, k, rest[1])  # a query's gradient reads a state
+
     def _key_value_grad_flops(
-        self, q: Any, k: Any, v: Any, gates: Any, segments: Any, do: Any, dends: Any, **_: Any
+        self, q: Shape, k: Shape, v: Shape, gates: Any, segments: Any, *rest: Any, **_: Any
     ) -> int:
-        _, batch, heads, key_dim, value_dim = dends
-        return 2 * batch * k[1] * key_dim * value_dim * (2 * heads + max(heads, q[2]))
-
-
-ADDITIVE = Registered("additive", additive, "longctx.kernels.linear.additive.triton")
-"""`longctx.kernels.linear.additive.chunked`: linear attention, lightning, retention, simple GLA, Mamba-2, GLA,
-HGRN-2."""
-DELTA = Registered("delta", delta, "longctx.kernels.linear.delta.triton")
-"""`longctx.kernels.linear.delta.chunked`: DeltaNet, Gated DeltaNet, KDA."""
+        # The gradients of a key and of a value each read the gradient of a state, which a query writes.
+        return self._read_flops(q, k, rest[1]) + 2 * self._state_flops(k, rest[1])

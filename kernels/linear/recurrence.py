@@ -1,12 +1,12 @@
-"""The contract of a linear recurrence, and the algebra of its carries.
+"""Linear recurrence: the contract of every linear mixer's kernels, and the algebra of carries.
 
-Every linear mixer is `S_t = A_t S_{t-1} + k_t w_t^T`, `o_t = S_t^T q_t`, and they differ in the transition `A_t`: a
+Every linear mixer is `S_t = A_t S_{t-1} + k_t w_t^T`, `o_t = S_t^T q_t`; mixers differ in the transition `A_t`: a
 scalar per head, a diagonal over K, or a matrix (the delta rule). A segment of a sequence is therefore an affine map of
-the state that it receives, `S_out = A S_in + S`, and affine maps compose associatively. A recurrence gives a few
-functions over segments (`LinearRecurrence`); what scans the segments, in whatever order they lie over programs of a
-device and over ranks (`longctx.parallel.linear.state_scan`), needs nothing else of it.
+its start state, `S_out = A S_in + S`, and affine maps compose associatively. A recurrence implements a few functions
+over segments (`LinearRecurrence`); the inter-segment scan, over programs of a device and over ranks
+(`longctx.parallel.linear.state_scan`), needs nothing else.
 
-A document that begins drops the state before its first token is read. A segment in which a document begins has A = 0.
+A new document resets the recurrent state before its first token. A segment in which a document begins has A = 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,14 +16,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longctx.kernels.dtypes import accumulation_dtype
+
 Gates = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `begin` to `end` of the tensors at hand, which follow each other in the sequence.
+    """Tokens `[begin, end)` of a device's tensors, consecutive in the sequence.
 
-    `starts` are the places at which documents begin, ascending, counted from `begin`.
+    `starts` are the offsets in the segment at which documents start, ascending.
     """
 
     begin: int
@@ -37,11 +39,11 @@ class Segment:
 
     @property
     def at(self) -> slice:
-        """Where it lies in the dimension of tokens."""
+        """The segment's slice of the token dimension."""
         return slice(self.begin, self.end)
 
     def cut(self, size: int) -> "list[Segment]":
-        """The segment in parts of at most `size` tokens, in order; without a token, itself."""
+        """Cut into segments of at most `size` tokens, in order; an empty segment stays one segment."""
         if self.size == 0:
             return [self]
         parts = []
@@ -53,12 +55,12 @@ class Segment:
 
 
 def state_heads(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> int:
-    """H: the heads that have a state, of k `[B, T, Hk, K]`, v `[B, T, Hv, V]` and gates `[H]` or `[B, T, H, ...]`."""
+    """Return H, the largest head count of k `[B, T, Hk, K]`, v `[B, T, Hv, V]` and gates `[H]` or `[B, T, H, ...]`."""
     return max([k.shape[2], v.shape[2], *(g.shape[0] if g.dim() == 1 else g.shape[2] for g in gates)])
 
 
 def document_ids(length: int, starts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Number the documents of a segment: `[length]` int64, 0 for what comes before the first start."""
+    """Number a segment's tokens by document: `[length]` int64, 0 before the first document start."""
     ids = torch.zeros(length, dtype=torch.int64, device=device)
     if starts:
         ids.index_add_(0, torch.tensor(starts, device=device), torch.ones(len(starts), dtype=ids.dtype, device=device))
@@ -69,8 +71,8 @@ def document_ids(length: int, starts: tuple[int, ...], device: torch.device) -> 
 class Carry:
     """The affine map of a segment, `S -> A S + state`, in the accumulation dtype.
 
-    state `[..., H, K, V]` is what the segment itself adds. transition is A: logarithms `[..., H]` (a scalar per head)
-    or `[..., H, K]` (a diagonal), -inf where nothing survives, or the matrix itself `[..., H, K, K]`. The leading
+    state `[..., H, K, V]` is what the segment adds. transition is A: cumulative log-decays `[..., H]` (a scalar per
+    head) or `[..., H, K]` (a diagonal), -inf where nothing survives, or the matrix `[..., H, K, K]`. The leading
     dimensions are `B`, or `N, B` for N segments at once.
     """
 
@@ -78,32 +80,32 @@ class Carry:
     state: Tensor
 
     def carry_over(self, state: Tensor) -> Tensor:
-        """The state after the segment, `[..., H, K, V]`, for the state before it."""
-        return self._transported(state) + self.state
+        """Return the state after the segment, `[..., H, K, V]`, for the state before it."""
+        return self._apply_transition(state) + self.state
 
-    def _transported(self, x: Tensor) -> Tensor:
-        """A times a state, or times another transition matrix."""
+    def _apply_transition(self, x: Tensor) -> Tensor:
+        """Compute A times a state."""
         missing = self.state.dim() - self.transition.dim()
         if missing == 0:
             return self.transition @ x
         return x * self.transition.exp().view(*self.transition.shape, *[1] * missing)
 
     def __getitem__(self, number: int) -> "Carry":
-        """The carry of one of N segments."""
+        """Return the carry of one of N segments."""
         return Carry(self.transition[number], self.state[number])
 
 
 def compose(left: Carry, right: Carry) -> Carry:
-    """The map of two neighbouring segments, `left` first. Associative."""
+    """Compose the carries of two consecutive segments, `left` first. Associative."""
     logarithms = right.transition.dim() < right.state.dim()
     transition = left.transition + right.transition if logarithms else right.transition @ left.transition
     return Carry(transition, right.carry_over(left.state))
 
 
 def exclusive_scan(carries: Iterable[Carry], state: Tensor) -> list[Tensor]:
-    """The state that each segment receives, and last the state after all of them.
+    """Return the start state of each segment, and last the state after all of them.
 
-    `carries` in the order in which the segments follow each other, `state` what the first one receives.
+    `carries` are in sequence order; `state` is the start state of the first segment.
     """
     states = [state]
     for carry in carries:
@@ -111,66 +113,111 @@ def exclusive_scan(carries: Iterable[Carry], state: Tensor) -> list[Tensor]:
     return states
 
 
-class LinearRecurrence(Protocol):
-    """Functions over N segments, forward and backward in two steps each, with a scan between the steps.
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a linear recurrence: the tokens of one device, in any number of segments.
 
-    Shapes: q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]`, o and do `[B, T, Ho, V]`. `gates` is what the
-    recurrence defines; a gate of one dimension `[H]` is constant over the sequence, any other runs along it,
-    `[B, T, H, ...]`. A state belongs to one of H heads, H the most heads that k, v and the gates have; each of them may
-    have fewer, a divisor of H (state h takes head `h // (H / Hk)` of k); q may have fewer as well, or a multiple of H
-    (query head i reads state `i // (Hq / H)`). Ho is the larger of Hq and H. states, ends and their gradients are
-    `[N, B, H, K, V]` in the accumulation dtype. Segments do not overlap and come in any order; what a result has of
-    tokens that lie in no segment is undefined.
+    Shapes: q `[B, T, Hq, K]`, None where only states are computed; k `[B, T, Hk, K]`; v `[B, T, Hv, V]`. `gates` are
+    the recurrence's (`LinearRecurrence.gate_names`): a gate of one dimension `[H]` is constant over the sequence, any
+    other runs along it, `[B, T, H, ...]`.
+
+    Heads group without repeating anything in memory. A state belongs to one of H heads, H the largest head count of k,
+    v and the gates; each of these may have a divisor of H (state h reads head `h // (H / Hk)` of k). q has a divisor or
+    a multiple of H (query head i reads state `i // (Hq / H)`).
     """
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> None:
-        """Raise ValueError, naming the argument, where the tensors do not fit the recurrence."""
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    gates: Gates
+
+    @property
+    def queries(self) -> Tensor:
+        """q of a pass that reads states."""
+        assert self.q is not None
+        return self.q
+
+    @property
+    def heads(self) -> int:
+        """H, the number of states per batch row."""
+        return state_heads(self.k, self.v, self.gates)
+
+    @property
+    def output_heads(self) -> int:
+        """Ho, the larger of Hq and H."""
+        return max(self.queries.shape[2], self.heads)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """`B, H, K, V`."""
+        return self.k.shape[0], self.heads, self.k.shape[3], self.v.shape[3]
+
+    def empty_state(self) -> Tensor:
+        """Return the state before the first token: zeros `[B, H, K, V]` in the accumulation dtype."""
+        return torch.zeros(self.state_shape, dtype=accumulation_dtype(self.k.dtype), device=self.k.device)
+
+
+GateGrads = tuple[Tensor | None, ...]
+
+
+class LinearRecurrence(Protocol):
+    """A linear recurrence over N segments: forward and backward in two passes each, with a scan between the passes.
+
+    Shapes as in `Inputs`; o and do `[B, T, Ho, V]`; states, end states and their gradients `[N, B, H, K, V]` in the
+    accumulation dtype. Segments do not overlap and come in any order; outputs of tokens in no segment are undefined.
+    """
+
+    @property
+    def name(self) -> str:
+        """Prefix of its operators, `torch.ops.longctx.<name>_apply`."""
+
+    @property
+    def gate_names(self) -> tuple[str, ...]:
+        """Names of the gates, in their order in `Inputs.gates`."""
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise ValueError, naming the argument, where the inputs do not fit the recurrence."""
 
     def segment_length(self, heads: int, length: int, device: torch.device) -> int:
-        """The most tokens that a segment should have on this device, where `heads` (B x H) run side by side."""
+        """Return the most tokens a segment should have on this device, where `heads` (B x H) run side by side."""
 
-    def summarize(self, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment]) -> Carry:
-        """Pass 1: the map of each segment, from its start state to its end state; leading dimensions `N, B`."""
+    def summarize(self, inputs: Inputs, segments: Sequence[Segment]) -> Carry:
+        """Pass 1: each segment's map from its start state to its end state; leading dimensions `N, B`. Ignores q."""
 
-    def apply(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], states: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Pass 2: o, in v's dtype, of segments that receive `states`, and the states after them."""
+    def apply(self, inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass 2: o in v's dtype, and the end states, for segments that start from `states`."""
 
-    def summarize_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor
-    ) -> Carry:
-        """Pass 1 backward: the maps from the gradients of the end states to those of the start states."""
+    def summarize_grad(self, inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> Carry:
+        """Pass 1 backward: the maps from the gradients of end states to those of start states."""
 
     def apply_grad(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Gates,
+        inputs: Inputs,
         segments: Sequence[Segment],
         do: Tensor,
         states: Tensor,
         dends: Tensor,
         gate_grads: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor]:
-        """Pass 2 backward: dq, dk, dv, dgates and the gradient of `states`.
+    ) -> tuple[Tensor, Tensor, Tensor, GateGrads, Tensor]:
+        """Pass 2 backward: dq, dk, dv, the gates' gradients and that of `states`.
 
-        For segments that received `states` and whose end states have the gradients `dends`. dgates are None where
-        `gate_grads` is False, which some recurrences can save.
+        The segments started from `states`, and their end states have the gradients `dends`. Without `gate_grads` the
+        gates' gradients are None, which saves some recurrences work.
         """
 
-    def query_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, states: Tensor
-    ) -> Tensor | None:
-        """Of pass 2 backward dq alone, which needs no gradient of a state: to be made while those are under way.
+    def query_grad(self, inputs: Inputs, segments: Sequence[Segment], do: Tensor, states: Tensor) -> Tensor | None:
+        """Only dq of pass 2 backward, which needs no gradient of a state and overlaps with their exchange.
 
-        None where the recurrence would compute something twice for it.
+        None where the recurrence would then compute something twice.
         """
 
     def key_value_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor, dends: Tensor
+        self, inputs: Inputs, segments: Sequence[Segment], do: Tensor, dends: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `query_grad` leaves, where it gave dq and no gate has a gradient: dk, dv and the gradient of the states
-        that the segments received.
+        """The rest after `query_grad`, where no gate needs a gradient: dk, dv and the gradient of the start states."""
+
+    def step(self, inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode one token (T = 1): o `[B, 1, Ho, V]` and the new state, from the state `[B, H, K, V]` before it.
+
+        Computed in the state's dtype; differentiable by autograd.
         """

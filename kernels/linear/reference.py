@@ -1,7 +1,7 @@
-"""Reference of every linear recurrence: the equation itself, token by token.
+"""Reference linear recurrence: the equation, token by token.
 
-Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` means something. Only tests call it: fast
-paths are compared with it.
+Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` is meaningful. Only tests call it, and
+compare the fast implementations with it.
 """
 
 import torch
@@ -17,17 +17,17 @@ def linear_recurrence(
     starts: tuple[int, ...] = (),
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Every linear mixer with a matrix state, as the recurrence itself, token by token.
+    """Compute any linear mixer's recurrence with a matrix state, token by token.
 
     `S_t = A_t S_{t-1} + k_t w_t^T`, `o_t = S_t^T q_t`. With `D_t = diag(exp(log_decay_t))`, 1 where it is absent:
     additive (beta absent): `A_t = D_t`, `w_t = v_t`: linear attention, lightning, retention, Mamba-2, GLA;
-    delta rule: `A_t = (I - beta_t k_t k_t^T) D_t`, `w_t = beta_t v_t`: what the decayed state answers to k_t is moved
-    towards v_t by the share beta_t (DeltaNet, Yang et al. 2024, eq. 5; Gated DeltaNet, 2025, eq. 10; Kimi Linear,
-    2025, eq. 1). Where a document starts, S is zero before the token is read.
+    delta rule: `A_t = (I - beta_t k_t k_t^T) D_t`, `w_t = beta_t v_t`: the value that the decayed state stores for k_t
+    moves towards v_t by the fraction beta_t (DeltaNet, Yang et al. 2024, eq. 5; Gated DeltaNet, 2025, eq. 10; Kimi
+    Linear, 2025, eq. 1). Where a document starts, S is zero before the token writes to it.
 
     Shapes: q `[B, T, Hq, K]`, k `[B, T, Hk, K]`, v `[B, T, Hv, V]`, log_decay `[H]`, `[B, T, H]` or `[B, T, H, K]`,
-    beta `[B, T, H]`, initial_state `[B, H, K, V]`. Heads may be fewer where they divide the
-    states' H, those of q also a multiple.
+    beta `[B, T, H]`, initial_state `[B, H, K, V]`. Head counts of k, v and the gates divide H, the largest of them;
+    Hq is a divisor or a multiple of H.
     Returns o `[B, T, max(Hq, H), V]` and the state after the last token `[B, H, K, V]`.
     """
     batch, length, _, key_dim = q.shape
@@ -37,17 +37,17 @@ def linear_recurrence(
     q = q.repeat_interleave(max(1, heads // q.shape[2]), dim=2)
     decay = q.new_ones(batch, length, heads, 1)
     if log_decay is not None:
-        along = log_decay.expand(batch, length, -1) if log_decay.dim() == 1 else log_decay
-        along = along[..., None] if along.dim() == 3 else along
-        decay = along.to(q.dtype).exp().repeat_interleave(heads // along.shape[2], dim=2)
-    share = None if beta is None else beta.to(q.dtype).repeat_interleave(heads // beta.shape[2], dim=2)
+        per_token = log_decay.expand(batch, length, -1) if log_decay.dim() == 1 else log_decay
+        per_token = per_token[..., None] if per_token.dim() == 3 else per_token
+        decay = per_token.to(q.dtype).exp().repeat_interleave(heads // per_token.shape[2], dim=2)
+    strength = None if beta is None else beta.to(q.dtype).repeat_interleave(heads // beta.shape[2], dim=2)
     state = q.new_zeros(batch, heads, key_dim, v.shape[-1]) if initial_state is None else initial_state
     out = []
     for t in range(length):
         state = torch.zeros_like(state) if t in starts else state * decay[:, t, :, :, None]
         write = v[:, t]
-        if share is not None:
-            write = share[:, t, :, None] * (v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
+        if strength is not None:
+            write = strength[:, t, :, None] * (v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
         state = state + k[:, t, :, :, None] * write[:, :, None, :]
         read = state.repeat_interleave(q.shape[2] // heads, dim=1)
         out.append(torch.einsum("bhk,bhkv->bhv", q[:, t], read))

@@ -1,7 +1,7 @@
-"""The exclusive scan over the segments of a piece, and the map of the piece as a whole.
+"""Exclusive scan over the segments of a piece, and the composed carry of the piece.
 
-A device with many programs cuts a long sequence into hundreds of segments. On CUDA the scan over them is one kernel;
-elsewhere there are few, and a loop does.
+A GPU runs a long sequence as hundreds of segments, and the scan over them is one Triton kernel. Other devices have few
+segments and scan them in a loop, as do transition matrices.
 """
 
 import importlib.util
@@ -13,11 +13,10 @@ from longctx.kernels.linear.recurrence import Carry
 
 
 def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The state that each of N segments receives, `[N, B, H, K, V]`, and the state after all of them, `[B, H, K, V]`.
+    """Return the start state of each of N segments, `[N, B, H, K, V]`, and the end state of the scan, `[B, H, K, V]`.
 
-    carries has the leading dimensions `N, B`, in the order in which the segments follow each other; `reverse`: they
-    follow each other from the last to the first, and the results are in the order of the carries all the same. state
-    `[B, H, K, V]` is what the first one in that order receives.
+    `carries` have the leading dimensions `N, B`, in sequence order; `state` `[B, H, K, V]` is the start state of the
+    first segment. `reverse` scans from the last segment to the first; results stay in the order of the carries.
     """
     logarithms = carries.transition.dim() < carries.state.dim()
     if logarithms and carries.state.is_cuda and importlib.util.find_spec("triton") is not None:
@@ -32,15 +31,15 @@ def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tu
     return states, state
 
 
-def combined(carries: Carry, *, reverse: bool = False) -> Carry:
-    """The map of all segments together, `[B, ...]`."""
+def compose_segments(carries: Carry, *, reverse: bool = False) -> Carry:
+    """Return the carry of all segments in sequence, leading dimension `B`; `reverse` as in `scan_segments`."""
     if len(carries.state) == 1:
         return carries[0]
     _, state = scan_segments(carries, torch.zeros_like(carries.state[0]), reverse=reverse)
     if carries.transition.dim() < carries.state.dim():
         return Carry(carries.transition.sum(dim=0), state)
-    numbers = range(len(carries.state))
-    first, *others = reversed(numbers) if reverse else numbers
+    order = range(len(carries.state))
+    first, *others = reversed(order) if reverse else order
     transition = carries.transition[first]
     for number in others:
         transition = carries.transition[number] @ transition

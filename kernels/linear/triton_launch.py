@@ -1,4 +1,4 @@
-"""What the Triton recurrences do on the host: sizes of one call, launches, memory as the kernels read it, documents."""
+"""Host side of the Triton recurrences: launch plan, strides, gradient buffers, segment bounds and document ids."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,30 +11,30 @@ import triton.language as tl
 from torch import Tensor
 
 from longctx.kernels.linear import tuning
-from longctx.kernels.linear.recurrence import Gates, Segment, state_heads
+from longctx.kernels.linear.recurrence import Inputs, Segment
 
-SHORTEST_SEGMENT, LONGEST_SEGMENT = 1024, 2048
-PROGRAMS_PER_PROCESSOR = 4
-_FARTHEST = 2**24
-"""Elements between tokens, so that a place within a chunk of 128 is an int32."""
+MIN_SEGMENT, MAX_SEGMENT = 1024, 2048
+PROGRAMS_PER_SM = 4
+_MAX_TOKEN_STRIDE = 2**24
+"""Elements between tokens below which offsets within a chunk of 128 fit an int32."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Strides = tuple[int, int, int]
 
 
 def segment_length(heads: int, length: int, device: torch.device) -> int:
-    """The most tokens of a segment: short enough for about 4 programs on each of the device's processors.
+    """Return the most tokens per segment, for an occupancy of about 4 programs per multiprocessor.
 
-    At least 1024: below it the states would be more than a quarter of the forward traffic. At most 2048, since the
-    rounding errors of the decays' gradients add up along a segment.
+    At least 1024: with shorter segments, states would be more than a quarter of the forward HBM traffic. At most 2048,
+    since the rounding errors of the decays' gradients add up along a segment.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = heads * length // (PROGRAMS_PER_PROCESSOR * processors)
-    return min(max(SHORTEST_SEGMENT, 1 << max(wanted - 1, 0).bit_length()), LONGEST_SEGMENT)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tokens = heads * length // (PROGRAMS_PER_SM * multiprocessors)
+    return min(max(MIN_SEGMENT, 1 << max(tokens - 1, 0).bit_length()), MAX_SEGMENT)
 
 
 @dataclass(frozen=True)
-class LaunchShape:
-    """What the launches of one call share: sizes, the decay as the kernels take it, and where the segments lie."""
+class LaunchPlan:
+    """Launch plan of one pass: what its kernel launches share, namely sizes, dtype, decay and segments."""
 
     length: int
     batch: int
@@ -47,39 +47,39 @@ class LaunchShape:
     log_decay: Tensor | None
     segments: tuple[Segment, ...]
     prefix: str
-    """Of the names of the recurrence's kernels in `longctx.kernels.linear.tuning`."""
+    """Prefix of the recurrence's kernel names in `longctx.kernels.linear.tuning`."""
 
     @property
     def decay_kind(self) -> str:
-        """One of tuning.DECAYS."""
+        """One of tuning.DECAY_KINDS."""
         if self.log_decay is None or self.log_decay.dim() == 1:
             return "constant"
         return "scalar" if self.log_decay.dim() == 3 else "vector"
 
     @property
     def gate(self) -> tuple[Tensor, Strides]:
-        """The decay, one of 0 where there is none, and its strides of B, T and H."""
+        """The log-decay, zeros where there is none, and its strides of B, T and H."""
         if self.log_decay is None:
             return torch.zeros(self.heads, device=self.device), (0, 0, 1)
         if self.log_decay.dim() == 1:
             return self.log_decay, (0, 0, self.log_decay.stride(0))
-        return with_strides(self.log_decay) if self.log_decay.dim() == 4 else number_strides(self.log_decay)
+        return with_strides(self.log_decay) if self.log_decay.dim() == 4 else gate_with_strides(self.log_decay)
 
     @property
-    def gate_share(self) -> int:
-        """How many states share a head of the decay."""
+    def gate_group(self) -> int:
+        """States per head of the decay."""
         if self.log_decay is None:
             return 1
         return self.heads // self.log_decay.shape[0 if self.log_decay.dim() == 1 else 2]
 
     @property
-    def whole(self) -> tuple[tuple[int, int], ...]:
-        """Where the segments begin and end."""
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """Begin and end token of each segment."""
         return tuple((segment.begin, segment.end) for segment in self.segments)
 
     @property
     def readers(self) -> int:
-        """Outputs of a state: its query heads, or one where states share a query head."""
+        """Query heads per state, 1 where states share a query head."""
         return max(1, self.query_heads // self.heads)
 
     @property
@@ -89,44 +89,44 @@ class LaunchShape:
 
     @property
     def dot_dtype(self) -> torch.dtype:
-        """The dtype in which factors are multiplied."""
+        """The dtype of a product's factors."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
 
     @property
     def precision(self) -> dict[str, Any]:
-        """The dtype of products, and how float32 ones are made."""
+        """Constants of a kernel's products: the factors' dtype, and the precision of float32 products."""
         if self.dtype == torch.bfloat16:
             return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
         exact = self.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
         return {"DOT": tl.float32, "PRECISION": "ieee" if exact else "tf32"}
 
-    def blocks(self, name: str) -> tuning.Blocks:
-        """Tile sizes of one of the recurrence's kernels in tuning.KERNELS."""
+    def tile_sizes(self, name: str) -> tuning.TileSizes:
+        """Return the tile sizes of one of the recurrence's kernels, by its name without the prefix."""
         kernel = f"{self.prefix}{name}/{self.decay_kind}"
         return tuning.choose_tiles(kernel, self.key_dim, self.value_dim, self.dtype, self.device)
 
-    def tiles(self, blocks: tuning.Blocks) -> int:
-        """How many blocks of K and V a state is cut into."""
-        return -(-self.key_dim // blocks["block_k"]) * -(-self.value_dim // blocks["block_v"])
+    def state_tiles(self, sizes: tuning.TileSizes) -> int:
+        """Return the number of tiles of K x V per state."""
+        return -(-self.key_dim // sizes["block_k"]) * -(-self.value_dim // sizes["block_v"])
 
-    def shares(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
-        """How many outputs share a head of q, how many states one of k, v and the decay, and the outputs of a state."""
+    def group_sizes(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+        """Return the kernels' grouping constants: outputs per head of q, states per head of k, v and the decay."""
         return {
-            "Q_SHARE": self.heads * self.readers // q.shape[2],
-            "K_SHARE": self.heads // k.shape[2],
-            "V_SHARE": self.heads // v.shape[2],
-            "GATE_SHARE": self.gate_share,
+            "Q_GROUP": self.heads * self.readers // q.shape[2],
+            "K_GROUP": self.heads // k.shape[2],
+            "V_GROUP": self.heads // v.shape[2],
+            "GATE_GROUP": self.gate_group,
             "READERS": self.readers,
         }
 
-    def launch(self, kernel: Any, blocks: tuning.Blocks, programs: int, *arguments: Any, **constants: Any) -> None:
-        """Run so many programs; with none, nothing."""
+    def launch(self, kernel: Any, sizes: tuning.TileSizes, programs: int, *arguments: Any, **constants: Any) -> None:
+        """Launch `programs` instances of a kernel; no launch for 0."""
         if not programs:
             return
-        on: AbstractContextManager[Any] = (
+        context: AbstractContextManager[Any] = (
             torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         )
-        with on:
+        with context:
             kernel[(programs,)](
                 *arguments,
                 self.heads,
@@ -134,45 +134,40 @@ class LaunchShape:
                 K=self.key_dim,
                 V=self.value_dim,
                 KIND=self.decay_kind,
-                C=blocks["chunk"],
-                BK=blocks["block_k"],
-                BV=blocks["block_v"],
-                num_warps=blocks["warps"],
-                num_stages=blocks["stages"],
+                C=sizes["chunk"],
+                BK=sizes["block_k"],
+                BV=sizes["block_v"],
+                num_warps=sizes["warps"],
+                num_stages=sizes["stages"],
                 **self.precision,
                 **constants,
             )
 
 
-def pose(
-    recurrence: str,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    log_decay: Tensor | None,
-    segments: Sequence[Segment],
-    query_heads: int | None = None,
-) -> LaunchShape:
-    """The problem that the tensors pose to `recurrence`, "additive" or "delta", where its kernels take it.
+def plan_launch(
+    recurrence: str, inputs: Inputs, log_decay: Tensor | None, segments: Sequence[Segment], queries: bool
+) -> LaunchPlan:
+    """Return the launch plan of one pass of `recurrence`, "additive" or "delta"; `queries`: its kernels read q.
 
-    `LinearRecurrence.check` has seen the shapes. Errors: ValueError for other dtypes and larger head dims.
+    `LinearRecurrence.check` has checked the shapes. Raises ValueError for dtypes and head dims that the kernels do not
+    support.
     """
+    k, v, heads = inputs.k, inputs.v, inputs.heads
     if k.dtype not in _DTYPES:
         raise ValueError(
-            f"the Triton recurrence takes float32, bfloat16 and float16, not {k.dtype}: "
-            f"longctx.kernels.linear.{recurrence}.chunked takes it, in torch operators"
+            f"the Triton recurrence supports float32, bfloat16 and float16, not {k.dtype}: "
+            f"use longctx.kernels.linear.{recurrence}.chunked (torch operators)"
         )
-    if max(k.shape[3], v.shape[3]) > tuning.LARGEST_DIM:
+    if max(k.shape[3], v.shape[3]) > tuning.MAX_HEAD_DIM:
         raise ValueError(
-            f"the Triton recurrence takes head dims up to {tuning.LARGEST_DIM}, not K {k.shape[3]} and V {v.shape[3]}: "
-            f"use more heads of fewer channels, or longctx.kernels.linear.{recurrence}.chunked"
+            f"the Triton recurrence supports head dims up to {tuning.MAX_HEAD_DIM}, not K {k.shape[3]} and "
+            f"V {v.shape[3]}: use more heads of fewer channels, or longctx.kernels.linear.{recurrence}.chunked"
         )
-    heads = state_heads(k, v, gates)
-    return LaunchShape(
+    return LaunchPlan(
         batch=k.shape[0],
         length=k.shape[1],
         heads=heads,
-        query_heads=query_heads or heads,
+        query_heads=inputs.queries.shape[2] if queries else heads,
         key_dim=k.shape[3],
         value_dim=v.shape[3],
         dtype=k.dtype,
@@ -184,53 +179,55 @@ def pose(
 
 
 def with_strides(x: Tensor) -> tuple[Tensor, Strides]:
-    """x with neighbouring channels, as the kernels read them, and its strides of B, T and H."""
-    if x.stride(-1) != 1 or x.stride(1) >= _FARTHEST:
+    """Return x with contiguous channels, copied if need be, and its strides of B, T and H."""
+    if x.stride(-1) != 1 or x.stride(1) >= _MAX_TOKEN_STRIDE:
         x = x.contiguous()
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 
-def number_strides(x: Tensor) -> tuple[Tensor, Strides]:
-    """A gate `[B, T, H]` and its strides."""
-    if x.stride(1) >= _FARTHEST:
+def gate_with_strides(x: Tensor) -> tuple[Tensor, Strides]:
+    """Return a gate `[B, T, H]`, copied if its token stride is too large, and its strides."""
+    if x.stride(1) >= _MAX_TOKEN_STRIDE:
         x = x.contiguous()
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 
 def maybe_with_strides(x: Tensor | None) -> tuple[Tensor | None, Strides]:
-    """`with_strides`, or what the kernels take for a tensor that is not there."""
+    """As `with_strides`; for None, the arguments of an absent tensor."""
     return (None, (0, 0, 0)) if x is None else with_strides(x)
 
 
-def per_head(x: Tensor, heads: int) -> Tensor:
-    """What the gradient of x `[B, T, H, D]` is written to: like x, or float32 with `heads` heads where these share
-    those of x."""
+def allocate_grad(x: Tensor, heads: int) -> Tensor:
+    """Allocate the gradient of x `[B, T, Hx, D]` that a kernel writes per state or output.
+
+    Like x, or float32 `[B, T, heads, D]` where several of these `heads` share a head of x.
+    """
     if x.shape[2] == heads:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return torch.empty(*x.shape[:2], heads, x.shape[3], dtype=torch.float32, device=x.device)
 
 
-def to_shared(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x `[B, T, H, ...]` from that of what shares its heads."""
+def reduce_to_heads(grad: Tensor, x: Tensor) -> Tensor:
+    """Sum a gradient of `allocate_grad` over the heads that share a head of x, and cast it to x's dtype."""
     if grad.shape == x.shape:
         return grad.to(x.dtype)
     return grad.unflatten(2, (x.shape[2], -1)).sum(dim=3).to(x.dtype)
 
 
 def _on_device(x: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor of the host without waiting for the device."""
+    """Copy a host tensor to the device without synchronizing."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 @lru_cache(maxsize=16)
-def bounds_on(bounds: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Begins and ends, `[N, 2]` int32. All layers of a model have the same."""
+def bounds_tensor(bounds: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Return begin and end tokens on the device, `[N, 2]` int32; cached, since all layers of a model use the same."""
     return _on_device(torch.tensor(bounds, dtype=torch.int32).view(-1, 2), device)
 
 
 @lru_cache(maxsize=4)
-def documents(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
-    """`[T]` int32: how many documents have begun in a token's segment up to it. None where none begins anywhere."""
+def segment_document_ids(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
+    """Return each token's document number in its segment, `[T]` int32; None where no document starts in a segment."""
     if not any(segment.starts for segment in segments):
         return None
     ids = torch.zeros(max(segment.end for segment in segments), dtype=torch.int32)
@@ -242,17 +239,17 @@ def documents(segments: tuple[Segment, ...], device: torch.device) -> Tensor | N
 
 
 @lru_cache(maxsize=4)
-def cut_off(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
-    """`[N]` bool: in which segments documents begin. None where in none."""
-    cut = [bool(segment.starts) for segment in segments]
-    return _on_device(torch.tensor(cut), device) if any(cut) else None
+def document_start_mask(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
+    """Return `[N]` bool, true for segments in which a document starts; None where there are none."""
+    has_start = [bool(segment.starts) for segment in segments]
+    return _on_device(torch.tensor(has_start), device) if any(has_start) else None
 
 
 def after_last_start(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
-    """Where the segments begin and end for the state that leaves them: a start drops what came before it."""
+    """Return the tokens `[begin, end)` of each segment that reach its end state: those from its last document on."""
     return tuple((s.begin + (s.starts[-1] if s.starts else 0), s.end) for s in segments)
 
 
 def before_first_start(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:
-    """Where the segments begin and end for the gradient of the state that enters them."""
+    """Return the tokens `[begin, end)` of each segment that read its start state: those before its first start."""
     return tuple((s.begin, s.begin + s.starts[0] if s.starts else s.end) for s in segments)

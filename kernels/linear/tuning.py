@@ -1,21 +1,22 @@
-"""Tile sizes of the Triton kernels: a table, and what was measured on a device in its place.
+"""Tile sizes of the Triton kernels: defaults, and autotuned sizes for a device in their place.
 
-`choose_tiles` answers from, in this order: what `forced` sets, the file that LONGCTX_TUNING names (read at first use),
-what `tune` measured in this process, the table.
+`choose_tiles` takes, in this order: `override_tiles`, the file that LONGCTX_TUNING names (read at first use), the sizes
+that `tune` found in this process, the defaults.
 
-The table is a first guess: not measured on a GPU. What is known of it comes from compiling for sm_90 with triton 3.7.1
-(tests/kernels/linear/test_triton_compile.py): registers, spills and shared memory. Its rules:
+The defaults are not measured on a GPU. They rest on registers, spills and shared memory, compiled for sm_90 with triton
+3.7.1 (tests/kernels/linear/test_triton_compile.py):
 
-- A program keeps at most 128 x 128 of a state (float32: 64 registers a thread at 8 warps), half of that for vector
-  decays, which have more beside it.
-- 32 tokens a chunk: at 64 the tensor cores' larger instruction (wgmma) would be used, but at head dim 128 registers
-  spill, by 80 to 1500 bytes a thread. Summaries, which hold little else, take 64. Vector decays take 16, since every
-  doubling adds a product per score; float32 too.
-- The delta rule takes 64 tokens a chunk, where wgmma is used throughout and the states that the backward pass keeps are
-  half as many as at 32; 32 where a decay is a vector or products are not in 16 bits. Below 64 tokens more than
-  C / 16 warps multiply the same again, so vectors take few warps and small blocks where no state is carried. Exact
-  products hold their factors in registers: small blocks and 8 warps.
-- Loads are two stages deep, one where a program makes both dk and dv, and before sm_90, which has less shared memory.
+- A program keeps a state tile of at most 128 x 128 (float32: 64 registers per thread at 8 warps), half of that for
+  vector decays, which need more registers beside it.
+- 32 tokens per chunk: 64 would use the tensor cores' larger instruction (wgmma), but registers spill at head dim 128,
+  80 to 1500 bytes per thread. Summaries, which hold little else, take 64. Vector decays take 16, since every doubling
+  adds a product per score; float32 takes 16 too.
+- The delta rule takes 64 tokens per chunk, where wgmma is used throughout and the backward pass keeps half as many
+  states as at 32; it takes 32 where a decay is a vector or products are not in 16 bits. Below 64 tokens, warps beyond
+  C / 16 repeat the same products, so kernels of vector decays take few warps, and small tiles where no state is
+  carried. Exact products hold their factors in registers: small tiles and 8 warps.
+- Loads are two pipeline stages deep; one stage where a program computes both dk and dv, and before sm_90, which has
+  less shared memory.
 """
 
 import json
@@ -29,17 +30,17 @@ from typing import TypedDict
 
 import torch
 
-LARGEST_DIM = 512
-"""Of K and V. Made for 16 to 256; beyond it (a V of 256 with a channel that normalises) they work, slowly."""
-STATE_TILE = {"constant": 128 * 128, "scalar": 128 * 128, "vector": 128 * 64}
-KERNELS = ("summary", "apply", "dq", "dk_dv", "dk", "dv")
+MAX_HEAD_DIM = 512
+"""Largest K and V. The kernels are meant for 16 to 256; above (V = 256 and a normalizer channel) they are slow."""
+MAX_STATE_TILE = {"constant": 128 * 128, "scalar": 128 * 128, "vector": 128 * 64}
+ADDITIVE_KERNELS = ("summary", "apply", "dq", "dk_dv", "dk", "dv")
 DELTA_KERNELS = ("delta_prepare", "delta_forward", "delta_backward", "delta_grads")
-"""Of the delta rule, whose chunks are all as long as delta_prepare says."""
-DECAYS = ("constant", "scalar", "vector")
+"""Kernels of the delta rule; delta_prepare's chunk size holds for all of them."""
+DECAY_KINDS = ("constant", "scalar", "vector")
 
 
-class Blocks(TypedDict):
-    """Tokens of a chunk, a program's part of K and of V (powers of two from 16 on), warps, loads in flight."""
+class TileSizes(TypedDict):
+    """Tokens per chunk, a program's tile of K and of V (powers of two, at least 16), warps, pipeline stages."""
 
     chunk: int
     block_k: int
@@ -48,88 +49,92 @@ class Blocks(TypedDict):
     stages: int
 
 
-_measured: dict[str, Blocks] = {}
-_forced: dict[str, Blocks] = {}
+_tuned: dict[str, TileSizes] = {}
+_overrides: dict[str, TileSizes] = {}
 
 
-def padded(dim: int) -> int:
-    """The power of two, 16 at least, that holds a head dim."""
+def padded_dim(dim: int) -> int:
+    """Return the smallest power of two that is at least 16 and a head dim."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def choose_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """The tile sizes of a kernel, "name/decay" of KERNELS and DECAYS, for head dims up to 512."""
-    if kernel in _forced:
-        return _forced[kernel]
+def choose_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> TileSizes:
+    """Return the tile sizes of a kernel "name/decay" (ADDITIVE_KERNELS, DELTA_KERNELS; DECAY_KINDS)."""
+    if kernel in _overrides:
+        return _overrides[kernel]
     key = _key(kernel, key_dim, value_dim, dtype, device)
-    found = _from_file(os.environ.get("LONGCTX_TUNING", "")).get(key) or _measured.get(key)
-    return found or table(kernel, key_dim, value_dim, dtype, _architecture(device))
+    measured = _load_table(os.environ.get("LONGCTX_TUNING", "")).get(key) or _tuned.get(key)
+    return measured or default_tiles(kernel, key_dim, value_dim, dtype, _compute_capability(device))
 
 
-def table(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, architecture: int) -> Blocks:
-    """The guess for a device of compute capability `architecture` (90 for sm_90)."""
+def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, capability: int) -> TileSizes:
+    """Return the default tile sizes for a compute capability (90 for sm_90). Raises ValueError for unknown kernels."""
     name, decay = kernel.split("/")
-    names = KERNELS + DELTA_KERNELS
-    if name not in names or decay not in DECAYS:
-        raise ValueError(f"tuning: no kernel {kernel!r}; names are {', '.join(names)}, decays {', '.join(DECAYS)}")
-    k, v = padded(key_dim), padded(value_dim)
-    if max(k, v) > LARGEST_DIM:
-        raise ValueError(f"tuning: head dims go to {LARGEST_DIM}, not {key_dim} and {value_dim}")
+    names = ADDITIVE_KERNELS + DELTA_KERNELS
+    if name not in names or decay not in DECAY_KINDS:
+        raise ValueError(
+            f"unknown kernel {kernel!r}: expected name/decay, a name of {', '.join(names)}, a decay of "
+            f"{', '.join(DECAY_KINDS)}"
+        )
+    k, v = padded_dim(key_dim), padded_dim(value_dim)
+    max_dim = max(k, v)
+    if max_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head dims are K {key_dim} and V {value_dim}: expected at most {MAX_HEAD_DIM}")
     if name in DELTA_KERNELS:
-        return _delta(name, decay, k, v, dtype)
-    largest = STATE_TILE[decay]
+        return _delta_tiles(name, decay, k, v, dtype)
+    largest = MAX_STATE_TILE[decay]
     if name in ("apply", "dv"):
         v = min(v, largest // k)
     elif name in ("dq", "dk"):
         k = min(k, largest // v)
     elif name == "summary" or k * v > largest:
-        # Only summaries work with any block of both. For dk_dv this says that the sweep has to be made in two.
+        # Only summaries take any tile of K and V. For dk_dv this means a sweep each for dk and dv.
         k, v = min(k, 128), min(v, largest // min(k, 128))
-    low = dtype in (torch.bfloat16, torch.float16)
-    chunk = 32 if low and decay != "vector" and max(padded(key_dim), padded(value_dim)) < LARGEST_DIM else 16
-    if name == "summary" and low and decay != "vector":
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    chunk = 32 if is_half and decay != "vector" and max_dim < MAX_HEAD_DIM else 16
+    if name == "summary" and is_half and decay != "vector":
         chunk = 64
     warps = 8 if k * v > 64 * 64 or (decay == "vector" and k * v == 64 * 64) else 4
-    stages = 2 if architecture >= 90 and low and name != "dk_dv" else 1
+    stages = 2 if capability >= 90 and is_half and name != "dk_dv" else 1
     return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
 
 
-def _delta(name: str, decay: str, k: int, v: int, dtype: torch.dtype) -> Blocks:
-    """The guess for the delta rule, head dims padded."""
-    low = dtype in (torch.bfloat16, torch.float16)
+def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype) -> TileSizes:
+    """Return the defaults of the delta rule, for padded head dims."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
     vector = decay == "vector"
-    chunk = 64 if low and not vector else 32
+    chunk = 64 if is_half and not vector else 32
     if name == "delta_prepare":
-        k, v, warps = min(k, 32 if vector or not low else 128), 16, 2 if vector else 4
+        k, v, warps = min(k, 32 if vector or not is_half else 128), 16, 2 if vector else 4
     elif name == "delta_grads":
-        small = 32 if max(k, v) <= 64 or not low else 64
-        k, v, warps = min(k, 32 if vector or not low else 64), min(v, small), 2 if vector else 8
+        small = 32 if max(k, v) <= 64 or not is_half else 64
+        k, v, warps = min(k, 32 if vector or not is_half else 64), min(v, small), 2 if vector else 8
     else:
-        v = min(v, max(16, (64 if low else 16) * 128 // k))
+        v = min(v, max(16, (64 if is_half else 16) * 128 // k))
         warps = 8 if chunk == 64 or k * v > 64 * 64 else 4
-    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps if low else 8, "stages": 1}
+    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps if is_half else 8, "stages": 1}
 
 
-def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[Blocks]:
-    """What `tune` tries: the table's entry, and its neighbours in each size that is free."""
-    guess = table(kernel, key_dim, value_dim, dtype, _architecture(device))
+def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[TileSizes]:
+    """Return the sizes that `tune` tries: the default first, then its neighbours in each size that may vary."""
+    default = default_tiles(kernel, key_dim, value_dim, dtype, _compute_capability(device))
     name, decay = kernel.split("/")
-    found = []
+    result = []
     chunks: tuple[int, ...] = (16, 32) if decay == "vector" else (32, 64, 128)
     if name in DELTA_KERNELS:
-        chunks = (32, 64) if name == "delta_prepare" else (guess["chunk"],)
+        chunks = (32, 64) if name == "delta_prepare" else (default["chunk"],)
     for chunk in chunks:
         for warps in (2, 4, 8) if name in DELTA_KERNELS else (4, 8):
             for stages in (1, 2, 3):
-                sized: Blocks = {**guess, "chunk": chunk, "warps": warps, "stages": stages}
-                found.append(sized)
+                sized: TileSizes = {**default, "chunk": chunk, "warps": warps, "stages": stages}
+                result.append(sized)
                 halves_v = name in ("summary", "apply", "dv", "delta_forward", "delta_backward", "delta_grads")
-                if halves_v and guess["block_v"] > 32:
-                    found.append({**sized, "block_v": guess["block_v"] // 2})
-                if name in ("dq", "dk", "delta_prepare", "delta_grads") and guess["block_k"] > 16:
-                    found.append({**sized, "block_k": guess["block_k"] // 2})
-    found.sort(key=lambda blocks: sum(blocks[size] != guess[size] for size in guess))  # type: ignore[literal-required]
-    return found
+                if halves_v and default["block_v"] > 32:
+                    result.append({**sized, "block_v": default["block_v"] // 2})
+                if name in ("dq", "dk", "delta_prepare", "delta_grads") and default["block_k"] > 16:
+                    result.append({**sized, "block_k": default["block_k"] // 2})
+    result.sort(key=lambda sizes: sum(sizes[name] != default[name] for name in default))  # type: ignore[literal-required]
+    return result
 
 
 def tune(
@@ -139,30 +144,30 @@ def tune(
     dtype: torch.dtype,
     device: torch.device,
     run: Callable[[], object],
-    attempts: Iterable[Blocks] | None = None,
-) -> Blocks | None:
-    """Measure what `run` takes on a CUDA device with each of `attempts` (default: `candidates`), and keep the best.
+    attempts: Iterable[TileSizes] | None = None,
+) -> TileSizes | None:
+    """Time `run` on a CUDA device with each of `attempts` (default: `candidates`), and keep and return the fastest.
 
-    A candidate that does not fit the device is passed over. Returns None, and changes nothing, where none fits.
+    Skips candidates that do not fit the device. Returns None, and keeps nothing, where none fits.
     """
     import triton
 
-    best, least = None, float("inf")
-    for blocks in attempts or candidates(kernel, key_dim, value_dim, dtype, device):
+    best, best_seconds = None, float("inf")
+    for sizes in attempts or candidates(kernel, key_dim, value_dim, dtype, device):
         try:
-            with forced(kernel, blocks):
-                took = _seconds(run, least)
+            with override_tiles(kernel, sizes):
+                seconds = _seconds(run, best_seconds)
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             continue
-        if took < least:
-            best, least = blocks, took
+        if seconds < best_seconds:
+            best, best_seconds = sizes, seconds
     if best is not None:
-        _measured[_key(kernel, key_dim, value_dim, dtype, device)] = best
+        _tuned[_key(kernel, key_dim, value_dim, dtype, device)] = best
     return best
 
 
-def _seconds(run: Callable[[], object], least: float) -> float:
-    """Median time of a call; one that warms up, and fewer repeats where the first is twice the best so far."""
+def _seconds(run: Callable[[], object], best_seconds: float) -> float:
+    """Return the median time of a call, after one to warm up; stops after the first if it takes twice the best."""
     run()
     times = []
     for _ in range(5):
@@ -172,44 +177,44 @@ def _seconds(run: Callable[[], object], least: float) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
-        if times[0] > 2 * least:
+        if times[0] > 2 * best_seconds:
             break
     return statistics.median(times)
 
 
 def save(path: Path) -> None:
-    """Write what was measured to a JSON file, for LONGCTX_TUNING."""
-    path.write_text(json.dumps(_measured, indent=1, sort_keys=True) + "\n")
+    """Write the autotuned sizes to a JSON file, for LONGCTX_TUNING."""
+    path.write_text(json.dumps(_tuned, indent=1, sort_keys=True) + "\n")
 
 
 @contextmanager
-def forced(kernel: str, blocks: Blocks) -> Iterator[None]:
-    """Within it, `choose_tiles` gives these sizes for a kernel, whatever the shape."""
-    _forced[kernel] = blocks
+def override_tiles(kernel: str, sizes: TileSizes) -> Iterator[None]:
+    """Make `choose_tiles` return these sizes for a kernel inside the context, whatever the shape."""
+    _overrides[kernel] = sizes
     try:
         yield
     finally:
-        del _forced[kernel]
+        del _overrides[kernel]
 
 
 @cache
-def _from_file(path: str) -> dict[str, Blocks]:
-    """What an earlier process measured; nothing without a path."""
+def _load_table(path: str) -> dict[str, TileSizes]:
+    """Read the autotuned sizes of an earlier process; none without a path."""
     if not path:
         return {}
     try:
-        found = json.loads(Path(path).read_text())
+        table = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"LONGCTX_TUNING names {path}, which cannot be read: {error}") from error
-    sizes = set(Blocks.__annotations__)
-    if not isinstance(found, dict) or any(not isinstance(x, dict) or set(x) != sizes for x in found.values()):
+    sizes = set(TileSizes.__annotations__)
+    if not isinstance(table, dict) or any(not isinstance(x, dict) or set(x) != sizes for x in table.values()):
         raise ValueError(f"LONGCTX_TUNING names {path}, which is not a table of {', '.join(sorted(sizes))}: tune again")
-    return found
+    return table
 
 
 @cache
-def _architecture(device: torch.device) -> int:
-    """Compute capability as one number. The interpreter, on CPU tensors, takes what sm_90 would."""
+def _compute_capability(device: torch.device) -> int:
+    """Return the compute capability as one number; sm_90's for the interpreter, which runs on CPU tensors."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -218,4 +223,4 @@ def _architecture(device: torch.device) -> int:
 
 def _key(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name} | {kernel} | {padded(key_dim)}x{padded(value_dim)} | {str(dtype).removeprefix('torch.')}"
+    return f"{name} | {kernel} | {padded_dim(key_dim)}x{padded_dim(value_dim)} | {str(dtype).removeprefix('torch.')}"

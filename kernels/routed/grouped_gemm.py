@@ -1,8 +1,11 @@
-"""Products of groups of rows with a matrix each: what experts compute of the tokens that came to them.
+"""Grouped GEMM: one matrix product per expert over rows that are sorted by expert.
 
-Rows are sorted by group, `ends[e]` is the row after the last one of group e. `torch.nn.functional.grouped_mm` takes
-float32 and halves whose rows are multiples of 16 bytes; a loop of products takes the rest (float64, odd widths).
+Rows are sorted by group; `ends[e]` is the row after the last one of group e. `torch.nn.functional.grouped_mm` supports
+float32, bfloat16 and float16 with rows of a multiple of 16 bytes; a loop of products computes the rest (float64, other
+widths).
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -18,8 +21,8 @@ def _aligned(*widths: int, dtype: torch.dtype) -> bool:
     return dtype in _GROUPED and all(width > 0 and width * dtype.itemsize % _BYTES == 0 for width in widths)
 
 
-def rows_times(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`x_e W_e` for the rows x_e of each group: x `[N, D]`, weights `[E, D, F]`, ends `[E]` int32: `[N, F]`."""
+def grouped_matmul(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Return `x_e W_e` for the rows x_e of each group, `[N, F]`: x `[N, D]`, weights `[E, D, F]`, ends `[E]` int32."""
     if len(weights) == 1:
         return x @ weights[0]
     if len(x) and _aligned(*weights.shape[1:], dtype=x.dtype):
@@ -30,10 +33,10 @@ def rows_times(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def outer_products(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """`x_e^T y_e` of the rows of each group, 0 where it has none: x `[N, D]`, y `[N, F]`: `[E, D, F]`.
+def grouped_outer_product(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """Return `x_e^T y_e` for the rows of each group, `[E, D, F]`: x `[N, D]`, y `[N, F]`; 0 for empty groups.
 
-    In the accumulation dtype, rounded to the inputs' on the way where a grouped product makes it.
+    In the accumulation dtype; results of `grouped_mm` are rounded to the inputs' dtype first.
     """
     dtype = accumulation_dtype(x.dtype)
     if len(ends) == 1:
@@ -47,6 +50,6 @@ def outer_products(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _split(ends: Tensor) -> list[slice]:
-    """The rows of each group."""
-    stops = ends.tolist()
-    return [slice(begin, end) for begin, end in zip([0, *stops], stops, strict=False)]
+    """Return the rows of each group."""
+    bounds = [0, *ends.tolist()]
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]

@@ -1,6 +1,6 @@
-"""Rows that go to several places and come back: tokens sorted by their experts, and the weighted sum of what these say.
+"""MoE token permutation: gather rows by expert, combine the experts' outputs with routing weights.
 
-Both directions gather, and neither adds into rows that it shares: the same sums in the same order at every call.
+Both directions gather, with no atomic additions: the sums have the same order in every call.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.dtypes import accumulation_dtype
 
 BLOCK_ELEMENTS = 2**18
-"""Elements of a block of tokens on a CPU, whose sum stays in cache."""
+"""Elements per block of tokens on a CPU, so that its sum stays in cache."""
 
 
 def _blocks(tokens: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -21,78 +21,79 @@ def _blocks(tokens: int, width: int, device: torch.device) -> Iterator[slice]:
     return (slice(begin, begin + step) for begin in range(0, tokens, step))
 
 
-def _sum(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
-    """`sum_j weights[t, j] rows[places[t, j]]`, `[T, D]`, in the accumulation dtype and cast once."""
-    tokens, width = len(places), rows.shape[1]
+def _weighted_sum(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
+    """Return `sum_j weights[t, j] rows[slots[t, j]]`, `[T, D]`: summed in the accumulation dtype and cast once."""
+    tokens, width = len(slots), rows.shape[1]
     if not len(rows):
         return rows.new_zeros(tokens, width)
     dtype = accumulation_dtype(rows.dtype)
     out = rows.new_empty(tokens, width)
-    counts = places >= 0
-    factors = counts.to(dtype) if weights is None else torch.where(counts, weights, 0).to(dtype)
-    at = places.clamp_min(0)
+    valid = slots >= 0
+    factors = valid.to(dtype) if weights is None else torch.where(valid, weights, 0).to(dtype)
+    index = slots.clamp_min(0)
     for block in _blocks(tokens, width, rows.device):
         total = torch.zeros(len(out[block]), width, dtype=dtype, device=rows.device)
-        for column in range(places.shape[1]):
-            total.addcmul_(rows.index_select(0, at[block, column]).to(dtype), factors[block, column, None])
+        for column in range(slots.shape[1]):
+            total.addcmul_(rows.index_select(0, index[block, column]).to(dtype), factors[block, column, None])
         out[block] = total
     return out
 
 
-class _Spread(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     @exact_forward
-    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
         return x.index_select(0, tokens)
 
     @staticmethod
     @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _sum(grads[0], ctx.saved_tensors[0], None), None, None
+        return _weighted_sum(grads[0], ctx.saved_tensors[0], None), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     @exact_forward
-    def forward(ctx: Any, rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, places, weights)
-        return _sum(rows, places, weights)
+    def forward(ctx: Any, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, slots, weights)
+        return _weighted_sum(rows, slots, weights)
 
     @staticmethod
     @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, places, weights = ctx.saved_tensors
+        rows, slots, weights = ctx.saved_tensors
         dweights = torch.zeros_like(weights)
         if not len(rows):
             return torch.zeros_like(rows), None, dweights
         dtype = accumulation_dtype(rows.dtype)
-        counts = places >= 0
-        # What has no place goes into a row of its own, which is cut off.
+        valid = slots >= 0
+        # Gradients of slots of -1 go to one extra row, which is dropped.
         drows = rows.new_zeros(len(rows) + 1, rows.shape[1])
-        at = torch.where(counts, places, len(rows))
-        for block in _blocks(len(places), rows.shape[1], rows.device):
+        index = torch.where(valid, slots, len(rows))
+        for block in _blocks(len(slots), rows.shape[1], rows.device):
             grad = grads[0][block].to(dtype)
-            for column in range(places.shape[1]):
-                weight, into = weights[block, column, None].to(dtype), at[block, column]
-                drows.index_copy_(0, into, (grad * weight).to(rows.dtype))
-                read = rows.index_select(0, into.clamp_max(len(rows) - 1)).to(dtype)
-                dweights[block, column] = torch.linalg.vecdot(grad, read).to(weights.dtype)
-        return drows[:-1], None, torch.where(counts, dweights, 0)
+            for column in range(slots.shape[1]):
+                weight, block_index = weights[block, column, None].to(dtype), index[block, column]
+                drows.index_copy_(0, block_index, (grad * weight).to(rows.dtype))
+                selected = rows.index_select(0, block_index.clamp_max(len(rows) - 1)).to(dtype)
+                dweights[block, column] = torch.linalg.vecdot(grad, selected).to(weights.dtype)
+        return drows[:-1], None, torch.where(valid, dweights, 0)
 
 
-def spread(x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-    """`[N, D]`: the row of x `[T, D]` that each of `tokens [N]` names. Differentiable in x.
+def permute(x: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+    """Gather the rows `tokens [N]` of x `[T, D]`: `[N, D]`. Differentiable in x.
 
-    places `[T, k]`, int64: the rows of the result that each row of x went to, -1 for none; the inverse of `tokens`.
+    slots `[T, k]` (int64) is the inverse of `tokens`: the rows of the result that are copies of each row of x, -1 for
+    none. The backward pass gathers by it.
     """
-    return _Spread.apply(x, tokens, places)  # type: ignore[no-untyped-call]
+    return _Permute.apply(x, tokens, slots)  # type: ignore[no-untyped-call]
 
 
-def combine(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """`[T, D]`: `sum_j weights[t, j] rows[places[t, j]]`, of rows `[N, D]`, each of which has one place at most.
+def combine(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """Return `sum_j weights[t, j] rows[slots[t, j]]`, `[T, D]`, in the dtype of `rows`.
 
-    places and weights `[T, k]`; a place of -1 counts nothing. Summed in the accumulation dtype, in rows' dtype.
-    Differentiable in rows and weights.
+    Shapes: rows `[N, D]`, slots (int64) and weights `[T, k]`. At most one slot refers to a row; a slot of -1 adds
+    nothing. Summed in the accumulation dtype. Differentiable in rows and weights.
     """
-    return _Combine.apply(rows, places, weights)  # type: ignore[no-untyped-call]
+    return _Combine.apply(rows, slots, weights)  # type: ignore[no-untyped-call]

@@ -1,1 +1,1 @@
-"""The layers inside other frameworks, on their own terms; each adapter imports its framework, and nothing else does."""
+"""Adapters for Megatron-Core, DeepSpeed and Hugging Face; each imports its framework, and nothing else does."""

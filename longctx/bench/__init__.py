@@ -1,1 +1,1 @@
-"""Measurement: the kernels' speed and memory beside their peers' and beside what the machine can do, in one run."""
+"""Benchmarks: speed and memory of the kernels against peer libraries and machine limits, and of layers over ranks."""

@@ -1,7 +1,7 @@
-"""What is measured: the kernels, the inputs that they and their peers are given, and the work that each needs.
+"""Benchmarked kernels: their inputs, which are also their peers', and their FLOPs.
 
-Everything has one sequence (batch 1), `heads` heads with K = V = `head_dim`. The pointwise kernels act on rows as wide
-as all heads together.
+Inputs are one sequence (batch 1) with `heads` heads and K = V = `head_dim`. The pointwise kernels act on rows of
+`heads * head_dim` channels.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and dtype ("float32", "bfloat16") of the inputs of a kernel."""
+    """Sizes and dtype ("float32", "bfloat16") of a kernel's inputs."""
 
     tokens: int
     heads: int
@@ -37,37 +37,37 @@ class Shape:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
+        """The torch dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A computation with what it reads: `run(leaves)` is measured, with gradients of all leaves but the `constants`."""
+class Workload:
+    """A computation with its inputs: `run(leaves)` is timed, with gradients of all leaves except the `constants`."""
 
     leaves: Inputs
     run: Callable[[Inputs], Tensor]
     constants: frozenset[str] = frozenset()
     gradients: Callable[[Mapping[str, Tensor]], Inputs] = dict
-    """From the gradients of the leaves to those of the kernel's inputs, as many of them as it has."""
+    """Converts gradients of the leaves to gradients of the kernel's inputs, where a peer's leaves differ from those."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of this library: how its inputs are drawn, how it runs, and the operations of its forward pass."""
+    """A kernel of this library: its random inputs, its call and the FLOPs of its forward pass."""
 
     name: str
     draw: Callable[[Shape, torch.Generator], Inputs]
     run: Callable[[Inputs], Tensor]
     flops: Callable[[Shape], int] | None
-    """None where it does nothing but read, write and a few operations for each number."""
+    """None for memory-bound kernels with a few operations per element."""
     constants: frozenset[str] = frozenset()
     recurrent: bool = True
 
-    def subject(self, inputs: Inputs) -> Subject:
-        """The kernel on these inputs."""
-        return Subject(inputs, self.run, self.constants)
+    def workload(self, inputs: Inputs) -> Workload:
+        """Return the kernel's workload on `inputs`."""
+        return Workload(inputs, self.run, self.constants)
 
 
 def _tokens(shape: Shape, generator: torch.Generator, *inner: int) -> Tensor:
@@ -80,7 +80,7 @@ def _qkv(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def slopes(heads: int, device: torch.device) -> Tensor:
-    """`2^(-8 (h + 1) / H)`, `[H]` float32: the decays of lightning attention, as negative logarithms."""
+    """Compute the decay slopes of lightning attention, `2^(-8 (h + 1) / H)`, `[H]` float32 (negative log decays)."""
     return 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1, device=device, dtype=torch.float32))
 
 
@@ -93,7 +93,7 @@ def _recurrence_inputs(
     elif decay != "none":
         channels = (shape.head_dim,) if decay == "channel" else ()
         size = (1, shape.tokens, shape.heads, *channels)
-        # Logarithms stay in float32, away from 0 by which the inputs of a peer are divided.
+        # Log decays are float32, and bounded away from 0 because a peer divides its inputs by them.
         decays = torch.rand(size, generator=generator, device=generator.device)
         inputs["log_decay"] = decays.mul_(-0.099).sub_(0.001)
     if beta:
@@ -108,7 +108,7 @@ def _additive(inputs: Inputs) -> Tensor:
 
 
 def delta_scale(q: Tensor) -> float:
-    """The scale of the delta rule's outputs, as its models have it."""
+    """Return the output scale of the delta rule, as its models use it."""
     return float(q.shape[-1] ** -0.5)
 
 
@@ -118,7 +118,7 @@ def _delta(inputs: Inputs) -> Tensor:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """One block of all tokens."""
+    """Causal attention as a single block of all tokens."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -190,4 +190,4 @@ _ALL = (
     Kernel("gated-unit", _unit_inputs, _gated_unit, None, recurrent=False),
 )
 KERNELS = {kernel.name: kernel for kernel in _ALL}
-"""By name, in the order of the tables."""
+"""Kernels by name, in the order of the tables."""

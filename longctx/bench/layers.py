@@ -1,7 +1,8 @@
-"""One layer over several ranks, on the CPU or a GPU each: what is measured, in the rank that measures it.
+"""Sequence-parallel layer benchmark: one layer over several CPU or GPU ranks, as each rank runs it.
 
-A layer with its projections, forward and backward, in float32: lightning by the schedules of states, softmax attention
-by those of keys. Every rank has the same inputs and parameters, and holds its part of one sequence without packing.
+A layer with its projections, forward and backward, in float32: lightning attention with each schedule for recurrent
+states, softmax attention with each schedule for keys and values. All ranks have the same parameters and shard one
+unpacked sequence.
 """
 
 import statistics
@@ -13,22 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longctx.kernels.attention.block import CAUSAL_MASK
 from longctx.mixers.base import Mixer
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
 from longctx.parallel.attention.cost_model import AttentionShape, estimates
-from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout, Order
 from longctx.parallel.mesh import Mesh
-from longctx.parallel.traffic import counted
+from longctx.parallel.traffic import count_traffic
 
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Method:
-    """A layer, by name, with the layout and the schedule that it runs on."""
+    """A kind of layer with its layout order and schedule."""
 
     title: str
     softmax: bool
@@ -44,12 +45,12 @@ METHODS = {
     "all-gather": Method("all-gather of keys, zigzag", True, "zigzag", "all-gather"),
     "ulysses": Method("Ulysses", True, "contiguous", "ulysses"),
 }
-"""By name, in the order of the table."""
+"""Methods by name, in the order of the table."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """A method at one length; heads of `head_dim`, `kv_heads` of them for softmax, in a layer as wide as all heads."""
+class LayerTask:
+    """A method at one sequence length, in a layer `heads * head_dim` wide; `kv_heads` applies to softmax layers."""
 
     method: str
     tokens: int
@@ -60,26 +61,26 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a method took, forward and backward."""
+class LayerResult:
+    """Measurements of a method, forward and backward."""
 
-    task: Task
+    task: LayerTask
     seconds: float
-    """The median over repeats of the slowest rank."""
+    """Time of the slowest rank, median over repeats."""
     times: list[float]
     waited: float | None
-    """Seconds in which a rank stood still for others, of the rank that did longest: the median over repeats. None on
-    GPUs, whose streams wait by themselves."""
+    """Seconds that the longest-waiting rank was blocked on other ranks, median over repeats. None on GPUs, where
+    streams wait asynchronously."""
     received: int
-    """Bytes that came to the rank that received most."""
+    """Bytes received, maximum over ranks."""
     least: int
-    """What the schedule's formula says of these."""
+    """The same by the schedule's formula."""
     calls: dict[str, int]
-    """Collectives of rank 0."""
+    """Collective calls of rank 0, by name."""
 
 
-def build(task: Task) -> Mixer:
-    """The layer, initialised alike on every rank."""
+def build(task: LayerTask) -> Mixer:
+    """Build the layer, with the same initial parameters on every rank."""
     dim = task.heads * task.head_dim
     if METHODS[task.method].softmax:
         softmax = SoftmaxConfig(heads=task.heads, kv_heads=task.kv_heads, head_dim=task.head_dim)
@@ -90,8 +91,8 @@ def build(task: Task) -> Mixer:
     return mixer
 
 
-def layout_of(task: Task, mesh: Mesh) -> Layout:
-    """One document over all ranks."""
+def layout_of(task: LayerTask, mesh: Mesh) -> Layout:
+    """Lay out one document over all ranks."""
     method = METHODS[task.method]
     layout = Layout.on(mesh, (0, task.tokens), method.order)
     if method.softmax:
@@ -99,23 +100,23 @@ def layout_of(task: Task, mesh: Mesh) -> Layout:
     return replace(layout, states=method.schedule)
 
 
-def least_bytes(task: Task, layout: Layout) -> int:
-    """The bytes that a rank has to receive, of the one that receives most, by the schedule's formula."""
+def least_bytes(task: LayerTask, layout: Layout) -> int:
+    """Compute the bytes that the busiest rank receives, by the schedule's formula."""
     method = METHODS[task.method]
     if method.softmax:
-        shape = AttentionShape(task.heads, task.kv_heads, task.head_dim, task.head_dim, 4, Reach())
-        return next(each.received for each in estimates(layout, shape) if each.schedule == method.schedule)
-    state, own = task.heads * task.head_dim**2, layout.pieces // layout.size
+        shape = AttentionShape(task.heads, task.kv_heads, task.head_dim, task.head_dim, 4, CAUSAL_MASK)
+        return next(x.received for x in estimates(layout, shape) if x.schedule == method.schedule)
+    state, pieces = task.heads * task.head_dim**2, layout.pieces // layout.size
     if method.schedule == "ring":
-        # Both ways, but for the ranks at the ends.
-        return 4 * state * own * (2 if layout.size > 2 else 1)
-    return 4 * 2 * (layout.size - 1) * own * (state + task.heads)
+        # Both directions, except for the ranks at the ends.
+        return 4 * state * pieces * (2 if layout.size > 2 else 1)
+    return 4 * 2 * (layout.size - 1) * pieces * (state + task.heads)
 
 
-class _Bench:
+class _LayerBench:
     """A task on this rank."""
 
-    def __init__(self, task: Task, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, task: LayerTask, mesh: Mesh, device: torch.device) -> None:
         self.task, self.device = task, device
         self.layout, self.mixer = layout_of(task, mesh), build(task).to(device)
         generator = torch.Generator().manual_seed(1 + dist.get_rank())
@@ -126,26 +127,26 @@ class _Bench:
         self.received, self.calls = 0, {"": 0}
 
     def run(self) -> None:
-        """Once, forward and backward, with the other ranks."""
+        """Run and time one forward and backward pass, with the other ranks."""
         self.mixer.zero_grad()
         leaf = self.x.detach().requires_grad_()
         _synchronize(self.device)
         dist.barrier()
         began = time.perf_counter()
-        with counted() as traffic:
+        with count_traffic() as traffic:
             out: Tensor = self.mixer(leaf, self.layout)
             out.backward(self.grad)
         _synchronize(self.device)
         spent = time.perf_counter() - began
         ranks: list[tuple[float, float, int]] = [(0.0, 0.0, 0)] * dist.get_world_size()
         dist.all_gather_object(ranks, (spent, traffic.waited, traffic.received))
-        self.times.append(max(each[0] for each in ranks))
-        self.waits.append(max(each[1] for each in ranks))
-        self.received, self.calls = max(each[2] for each in ranks), dict(traffic.calls)
+        self.times.append(max(seconds for seconds, _, _ in ranks))
+        self.waits.append(max(waited for _, waited, _ in ranks))
+        self.received, self.calls = max(received for _, _, received in ranks), dict(traffic.calls)
 
-    def result(self) -> Result:
-        """Of all runs but the first, which warms up."""
-        return Result(
+    def result(self) -> LayerResult:
+        """Summarise all runs except the first, which is a warm-up."""
+        return LayerResult(
             task=self.task,
             seconds=statistics.median(self.times[1:]),
             times=self.times[1:],
@@ -161,12 +162,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(tasks: Sequence[Task], mesh: Mesh) -> list[Result]:
-    """Measure tasks that have equally many repeats; every rank has to call it, and gets the same.
+def measure(tasks: Sequence[LayerTask], mesh: Mesh) -> list[LayerResult]:
+    """Measure tasks with the same number of repeats. Collective: every rank gets the same results.
 
-    They take turns, so that what else the machine does meets all of them.
+    The tasks take turns, so that other load on the machine affects all of them.
     """
-    benches = [_Bench(task, mesh, torch.device(mesh.device_type)) for task in tasks]
+    benches = [_LayerBench(task, mesh, torch.device(mesh.device_type)) for task in tasks]
     for _ in range(tasks[0].repeats + 1):
         for bench in benches:
             bench.run()

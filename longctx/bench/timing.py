@@ -1,4 +1,4 @@
-"""How long a call takes, and how much memory it takes beside what is there."""
+"""Timing and memory measurement of a call."""
 
 import ctypes
 import gc
@@ -16,13 +16,13 @@ _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 class Clock:
-    """Seconds of a call on a device: by CUDA's events, or by the processor's clock."""
+    """Times calls on a device: with CUDA events, or with the host clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Call it and wait until it is done."""
+        """Time one call, including the wait for the device."""
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(self.device)
@@ -37,10 +37,10 @@ class Clock:
 
 
 def repeat(sample: Callable[[], float], first: float, *, repeats: int, seconds: float) -> list[float]:
-    """Up to `repeats` samples, after one that warmed up and took `first`; all in seconds.
+    """Take up to `repeats` samples after a warm-up sample `first`; all in seconds.
 
-    As many as end within about `seconds`, the first one included. Where there is time for no other, the first one is
-    all that there is, and counts.
+    Takes as many as fit into about `seconds`, including the first. If there is no time for a second one, the first
+    counts.
     """
     times: list[float] = []
     spent = longest = first
@@ -51,7 +51,7 @@ def repeat(sample: Callable[[], float], first: float, *, repeats: int, seconds: 
 
 
 def median_seconds(call: Callable[[], object], clock: Clock, *, repeats: int, seconds: float) -> float:
-    """The median time of a call, with `repeat`."""
+    """Measure the median time of a call with `repeat`, after a warm-up call."""
 
     def sample() -> float:
         return clock.seconds(call)
@@ -60,10 +60,10 @@ def median_seconds(call: Callable[[], object], clock: Clock, *, repeats: int, se
 
 
 def memory_taken(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that this process held during the call, beyond those that it held before.
+    """Measure the peak memory of a call in bytes, beyond what the process holds before it.
 
-    On a CPU resident memory: glibc gives back what was freed, the system is asked to forget the peak, and the new peak
-    is read afterwards. None where the system does not let itself be asked. On CUDA what torch has allocated.
+    On a CPU, resident memory: glibc returns freed memory, the kernel's peak counter is reset, and the new peak is read
+    after the call. None if the counter cannot be reset. On CUDA, memory allocated by torch.
     """
     gc.collect()
     if device.type == "cuda":
@@ -71,12 +71,12 @@ def memory_taken(call: Callable[[], object], device: torch.device) -> int | None
         torch.cuda.reset_peak_memory_stats(device)
         held: int = torch.cuda.memory_allocated(device)
     else:
-        # What was freed and is kept would be used again unseen.
+        # Freed memory that glibc keeps would be reused without showing in the peak.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
         try:
-            _RESET_PEAK.write_text("5", encoding="ascii")  # 5: the peak of resident memory (proc(5))
+            _RESET_PEAK.write_text("5", encoding="ascii")  # 5: reset the peak resident set size (proc(5))
         except OSError:
             call()
             return None

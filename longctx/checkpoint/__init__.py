@@ -1,1 +1,1 @@
-"""Checkpoints: saving, resuming, storage with checksums, weights to begin another run with."""
+"""Checkpoints: saving, resuming, sharded storage, and initial weights for other runs."""

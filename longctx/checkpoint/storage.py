@@ -1,7 +1,7 @@
-"""Folders of tensors in the format of torch.distributed.checkpoint, each with a listing of its files as JSON.
+"""Sharded checkpoint storage: torch.distributed.checkpoint folders, each with a JSON listing of its files.
 
-The listing is written last and holds every other file's size, so that what was cut short or lost is told before a
-tensor is read. A folder is written aside and renamed when it is whole, by whoever writes it.
+The listing is written last and has the size of every other file, so that truncated or missing files are reported before
+a tensor is read. Callers write a folder under a temporary name and rename it when it is complete.
 """
 
 import json
@@ -26,14 +26,14 @@ from torch.futures import Future as TorchFuture
 from longctx.errors import UserError
 from longctx.files import sync
 
-ALONE = "torch.distributed is disabled, unavailable or uninitialized"
-"""How torch's warning begins where one process reads or writes, which is what is meant there."""
+SINGLE_PROCESS_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
+"""Start of torch's warning when one process reads or writes, which is intended here."""
 
 _METADATA = ".metadata"
 
 
 class Writer(dcp.FileSystemWriter):
-    """Says why a file could not be written: torch's word for a full disk is `unexpected pos 704 vs 598`."""
+    """Raises the OSError behind torch's RuntimeError: for a full disk, torch reports `unexpected pos 704 vs 598`."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         try:
@@ -44,36 +44,36 @@ class Writer(dcp.FileSystemWriter):
             raise
 
 
-def causes(error: CheckpointException) -> str:
-    """What went wrong, and on which ranks."""
+def describe_failures(error: CheckpointException) -> str:
+    """Return the errors of all failed ranks as text."""
     return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
 
 
 def write_listing(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Write `content` and the sizes of all other files into `name`; on the disk when this returns."""
-    # The only hidden one that is of the content: another is the lock of whoever writes.
+    """Write `content` and the sizes of all other files into `name`, synced to disk."""
+    # `.metadata` is the only hidden file that belongs to the content; another one is the writer's lock.
     files = [*sorted(folder.glob("[!.]*")), folder / _METADATA]
     sizes = {file.name: file.stat().st_size for file in files if file.name != name}
     for file in files:
-        if file.suffix != ".distcp":  # which every rank has synced that wrote one
+        if file.suffix != ".distcp":  # these are synced by the ranks that write them
             sync(file)
     (folder / name).write_text(json.dumps({**content, "files": sizes}, indent=1), encoding="utf-8")
     sync(folder / name)
     sync(folder)
 
 
-def damage(folder: Path, files: Mapping[str, int]) -> str | None:
-    """What the first file that is missing, or not of the size in the listing, looks like; None where all are there."""
+def find_damage(folder: Path, files: Mapping[str, int]) -> str | None:
+    """Describe the first file that is missing or differs in size from the listing; None if all are intact."""
     for name, size in files.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != size:
-            told = "is missing" if found is None else f"has {found} bytes"
-            return f"{name} {told}, and was written with {size}"
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes"
+            return f"{name} {state}, expected {size} bytes"
     return None
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a folder's metadata once, for as many reads of tensors as there are."""
+    """A FileSystemReader that caches the folder's metadata across reads."""
 
     @cached_property
     def _metadata(self) -> Metadata:
@@ -85,7 +85,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class RegionPlanner(DefaultLoadPlanner):
-    """Reads tensors that are parts of larger ones: those that begin at `begin`, and at 0 in the dims that follow."""
+    """Load planner for regions of stored tensors, with offsets `begin` in the first dims and 0 in the others."""
 
     def __init__(self, *begin: int) -> None:
         super().__init__()
@@ -97,9 +97,9 @@ class RegionPlanner(DefaultLoadPlanner):
         for name, tensor in self.state_dict.items():
             offsets = torch.Size([*self._begin, *[0] * (tensor.dim() - len(self._begin))])
             chunk = ChunkStorageMetadata(offsets=offsets, sizes=tensor.shape)
-            there = self.metadata.state_dict_metadata[name]
-            assert isinstance(there, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, there, [chunk])
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, stored, [chunk])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -112,19 +112,19 @@ def read_tensors(
     reader: StorageReader | None = None,
     planner: LoadPlanner | None = None,
     *,
-    alone: bool = False,
+    no_dist: bool = False,
 ) -> None:
-    """Read `path` into `tensors`, in place, whatever the number of ranks that wrote it; what is not asked for stays.
+    """Read tensors of `path` into `tensors`, in place, from any number of ranks to any other.
 
-    On every rank together, or in one process: where there is no process group, or a rank reads `alone`. Raises
-    UserError, saying why, where they cannot be read.
+    A collective call, or a call of one process if there is no process group or `no_dist` is set. Raises UserError with
+    the reason if the tensors cannot be read.
     """
-    alone = alone or not dist.is_initialized()
+    no_dist = no_dist or not dist.is_initialized()
     try:
         with warnings.catch_warnings():
-            if alone:
-                warnings.filterwarnings("ignore", message=ALONE)
+            if no_dist:
+                warnings.filterwarnings("ignore", message=SINGLE_PROCESS_WARNING)
             source = reader or dcp.FileSystemReader(path)
-            dcp.load(tensors, storage_reader=source, planner=planner, no_dist=alone)
+            dcp.load(tensors, storage_reader=source, planner=planner, no_dist=no_dist)
     except CheckpointException as error:
-        raise UserError(f"{path} cannot be read: {causes(error)}") from error
+        raise UserError(f"{path} cannot be read: {describe_failures(error)}") from error

@@ -1,7 +1,7 @@
-"""Weights to begin with: a checkpoint's, or those of a folder that `longctx convert` has written.
+"""Initial weights: read from a checkpoint or from a folder written by `longctx convert`.
 
-Such a folder holds the model's tensors in the format of checkpoints, and `weights.json`: the model's configuration,
-where they came from, and the size of every other file.
+Such a folder has the model's tensors in the checkpoint format and `weights.json`: the model's configuration, the origin
+of the weights, and the size of every other file.
 """
 
 import hashlib
@@ -20,8 +20,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
-from longctx.checkpoint.save import TRAINER, check_format, differences, list_checkpoints, others, read_state
-from longctx.checkpoint.storage import Reader, RegionPlanner, damage, read_tensors, write_listing
+from longctx.checkpoint.save import (
+    TRAINER,
+    check_format,
+    differences,
+    list_checkpoints,
+    read_state,
+    suggest_alternative,
+)
+from longctx.checkpoint.storage import Reader, RegionPlanner, find_damage, read_tensors, write_listing
 from longctx.errors import UserError
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
@@ -33,17 +40,17 @@ _PARTIAL = re.compile(r".*\.partial(-[0-9a-f]+)?")
 
 @dataclass(frozen=True)
 class Weights:
-    """Whole weights on the disk, as their listing says."""
+    """A complete set of weights on disk."""
 
     path: Path
     how: str
-    """The way to give other ones, in words."""
+    """How weights are named on the command line ("with train.init=DIR"), for error messages."""
     model: dict[str, Any]
-    """The model's configuration, with the rows of its vocabulary as `vocab_size`."""
+    """The model's configuration, with `vocab_size` set to the rows of the embedding."""
     digest: str
-    """Of the listing: the same on two machines where they see the same weights."""
+    """SHA-256 of the listing: equal on machines that see the same weights."""
     step: int | None
-    """Of a checkpoint."""
+    """Step of a checkpoint; None for converted weights."""
 
     @cached_property
     def _reader(self) -> Reader:
@@ -51,11 +58,13 @@ class Weights:
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
-        """The model's tensors, by name. Raises UserError where they cannot be read."""
+        """Shapes of the model's tensors, by name. Raises UserError if the metadata cannot be read."""
         try:
             entries = self._reader.read_metadata().state_dict_metadata
-        except Exception as error:  # what pickle makes of damaged bytes is any of them
-            raise UserError(f"{self.path} cannot be read: .metadata: {error}. {others(self.path, self.how)}") from error
+        except Exception as error:  # unpickling damaged bytes can raise anything
+            raise UserError(
+                f"{self.path} cannot be read: .metadata: {error}. {suggest_alternative(self.path, self.how)}"
+            ) from error
         return {
             name.removeprefix(_PREFIX): entry.size
             for name, entry in entries.items()
@@ -63,70 +72,73 @@ class Weights:
         }
 
     def read(self, name: str) -> Tensor:
-        """One of them, whole, float32 on the CPU, by this process alone. Raises UserError where it cannot be read."""
+        """Read a full tensor, float32 on the CPU; not a collective call. Raises UserError if it cannot be read."""
         tensor = torch.empty(self.shapes[name])
-        self._read({f"{_PREFIX}{name}": tensor}, alone=True)
+        self._read({f"{_PREFIX}{name}": tensor}, no_dist=True)
         return tensor
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows of one of them, from the first number up to the second; the rest as in `read`."""
+        """Read rows [begin, end) of a tensor; otherwise as `read`."""
         rows = torch.empty(end - begin, *self.shapes[name][1:])
-        self._read({f"{_PREFIX}{name}": rows}, RegionPlanner(begin), alone=True)
+        self._read({f"{_PREFIX}{name}": rows}, RegionPlanner(begin), no_dist=True)
         return rows
 
-    def whole_model(self) -> tuple[ModelConfig, int]:
-        """The model that they say they are of, and the rows of its vocabulary. Raises UserError where this version does
-        not know it, or they are of another."""
-        config = known(self.path, self.model)
+    def checked_model(self) -> tuple[ModelConfig, int]:
+        """Return the model's configuration and vocabulary size. Raises UserError if this version does not support the
+        model, or if the tensors do not match it."""
+        config = parse_model(self.path, self.model)
         assert config.vocab_size is not None
         self.check(config, config.vocab_size)
         return config, config.vocab_size
 
-    def check(self, config: ModelConfig, rows: int) -> None:
-        """Raise UserError, naming every difference, unless they are of this model, with `rows` in its vocabulary."""
-        found = differences(self.model, described(config, rows))
+    def check(self, config: ModelConfig, vocab_size: int) -> None:
+        """Raise UserError, naming every difference, unless the weights are of this model."""
+        found = differences(self.model, stored_config(config, vocab_size))
         if not found:
-            found = shape_differences(self.shapes, shapes_of(config, rows))
+            found = shape_differences(self.shapes, shapes_of(config, vocab_size))
         if found:
-            raise UserError(f"{self.path} has the weights of another model: {'; '.join(found)}. Give others {self.how}")
+            raise UserError(
+                f"{self.path} has the weights of another model: {'; '.join(found)}. Use other weights {self.how}"
+            )
 
     def load_into(self, model: nn.Module) -> None:
-        """Read them into a model that may be sharded; every rank calls it. Raises UserError where they cannot be."""
+        """Load the weights into a model, which may be sharded; a collective call. Raises UserError if that fails."""
         self.fill(get_model_state_dict(model))
 
     def fill(self, tensors: dict[str, Any]) -> None:
-        """Read them into tensors by name, which may be sharded; as `load_into`."""
+        """Load the weights into named tensors, which may be sharded; otherwise as `load_into`."""
         self._read({_PREFIX.removesuffix("."): tensors})
 
-    def _read(self, tensors: dict[str, Any], planner: RegionPlanner | None = None, *, alone: bool = False) -> None:
+    def _read(self, tensors: dict[str, Any], planner: RegionPlanner | None = None, *, no_dist: bool = False) -> None:
         try:
-            read_tensors(self.path, tensors, self._reader, planner, alone=alone)
+            read_tensors(self.path, tensors, self._reader, planner, no_dist=no_dist)
         except UserError as error:
-            raise UserError(f"{error}. {others(self.path, self.how)}") from error
+            raise UserError(f"{error}. {suggest_alternative(self.path, self.how)}") from error
 
 
 def find_weights(path: Path, how: str) -> Weights:
-    """The weights in `path`: a checkpoint, the newest one of a run's directory, or what `longctx convert` wrote.
+    """Find the weights in `path`: a checkpoint, the latest one of a run, or the output of `longctx convert`.
 
-    `how` says the way to give other ones. Raises UserError where there are none, or a file is missing or cut short.
+    `how` is how weights are named on the command line, for error messages. Raises UserError if there are none, or a
+    file is missing or truncated.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such directory. Give weights {how}: {_KINDS}")
+        raise UserError(f"{path}: no such directory. Use weights {how}: {_KINDS}")
     if _PARTIAL.fullmatch(path.name):
-        raise UserError(f"{path} was being written when its writer ended: it is not whole. {others(path, how)}")
+        raise UserError(f"{path} is incomplete: its writer was stopped. {suggest_alternative(path, how)}")
     if (path / _WEIGHTS).is_file():
         return _converted(path, how)
     if not (path / TRAINER).is_file():
-        there = list_checkpoints(path / "checkpoints")
-        if not there:
-            raise UserError(f"{path} holds no weights. Give others {how}: {_KINDS}")
-        path = there[-1]
+        checkpoints = list_checkpoints(path / "checkpoints")
+        if not checkpoints:
+            raise UserError(f"{path} has no weights. Use weights {how}: {_KINDS}")
+        path = checkpoints[-1]
     state = read_state(path, how)
-    check_format(path, state, "torch", f"Make weights of it: longctx convert from-megatron {path} --out DIR")
+    check_format(path, state, "torch", f"Convert it first: longctx convert from-megatron {path} --out DIR")
     return Weights(path, how, with_defaults(state.model), _digest(path / TRAINER), state.step)
 
 
-_KINDS = "a checkpoint, a run's directory that has one, or what longctx convert wrote"
+_KINDS = "a checkpoint, the directory of a run with a checkpoint, or the output of longctx convert"
 
 
 def _converted(path: Path, how: str) -> Weights:
@@ -135,9 +147,9 @@ def _converted(path: Path, how: str) -> Weights:
         model, files = dict(content["model"]), dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {_WEIGHTS} cannot be read ({error}). Convert again") from error
-    damaged = damage(path, files)
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: {damaged}. Convert again")
+    damage = find_damage(path, files)
+    if damage is not None:
+        raise UserError(f"{path} is damaged: {damage}. Convert again")
     return Weights(path, how, with_defaults(model), _digest(path / _WEIGHTS), None)
 
 
@@ -145,54 +157,55 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def described(config: ModelConfig, rows: int) -> dict[str, Any]:
-    """A model's configuration as it stands beside its weights."""
-    return {**config.model_dump(mode="json"), "vocab_size": rows}
+def stored_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """Return a model's configuration in the form that is stored beside its weights."""
+    return {**config.model_dump(mode="json"), "vocab_size": vocab_size}
 
 
-def known(path: Path, model: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that stands beside weights in `path`. Raises UserError where this version does not know it."""
+def parse_model(path: Path, model: Mapping[str, Any]) -> ModelConfig:
+    """Parse the configuration stored beside the weights in `path`. Raises UserError if this version does not support
+    it."""
     try:
         return ModelConfig.model_validate_json(json.dumps(model))
     except ValidationError as error:
-        raise UserError(f"{path} is of a model that this version does not know: {error}") from error
+        raise UserError(f"{path} has a model that this version does not support: {error}") from error
 
 
 def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's words for its model, with the keys that models have been given since."""
+    """Add the defaults of keys that are newer than a checkpoint to the model configuration stored in it."""
     try:
         return ModelConfig.model_validate_json(json.dumps(model)).model_dump(mode="json")
     except ValidationError:
-        return model  # which has differences to name
+        return model  # the comparison that follows names the differences
 
 
-def shapes_of(config: ModelConfig, rows: int) -> dict[str, torch.Size]:
-    """The tensors of a model, by name, without making them."""
+def shapes_of(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors, by name, without allocating them."""
     with torch.device("meta"):
-        decoder = Decoder(config, rows)
+        decoder = Decoder(config, vocab_size)
     return {name: tensor.shape for name, tensor in decoder.state_dict().items()}
 
 
-def shape_differences(there: Mapping[str, torch.Size], here: Mapping[str, torch.Size]) -> list[str]:
-    """In which tensors two models differ, in words."""
+def shape_differences(actual: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Describe each tensor in which two models differ."""
 
-    def told(shapes: Mapping[str, torch.Size], name: str) -> str:
+    def displayed(shapes: Mapping[str, torch.Size], name: str) -> str:
         return str(list(shapes[name])) if name in shapes else "none"
 
     return [
-        f"{name}: {told(there, name)} there, {told(here, name)} here"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        f"{name}: {displayed(actual, name)}, expected {displayed(expected, name)}"
+        for name in sorted({*actual, *expected})
+        if actual.get(name) != expected.get(name)
     ]
 
 
 def write_weights(
     folder: Path, tensors: Mapping[str, LazyTensor], model: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> None:
-    """Write a model's tensors and `weights.json` into an empty folder, in one process; on the disk when this returns.
+    """Write a model's tensors and `weights.json` into an empty folder, from one process, synced to disk.
 
-    The tensors are made and written one after the other. `model` is what `described` gives, `origin` says where they
-    came from. What goes wrong in making or writing one is raised as it is.
+    Tensors are materialised and written one after the other. `model` is the result of `stored_config`, `origin`
+    describes the source of the weights. An error in materialising or writing a tensor is raised unchanged.
     """
     write_lazy(folder, {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     write_listing(folder, _WEIGHTS, {"model": dict(model), "origin": dict(origin)})

@@ -1,1 +1,1 @@
-"""Weights of one model from those of others."""
+"""Weight conversion: Hugging Face transformers, Megatron-Core, and upcycling of dense models to routed ones."""

@@ -1,8 +1,8 @@
-"""Models of transformers, as safetensors, to weights of the built-in one and back.
+"""Hugging Face conversion: transformers models, as safetensors, to weights of the built-in model and back.
 
-Which built-in model a `config.json` is, and which row of which tensor lies where, is said once for each family
-(`longctx.convert.families`). Tensors are read and written piece by piece: besides a piece of `PIECE` bytes and the one
-written before, an import holds what it reads of a source's tensor, an export the file that it writes.
+Each family (`longctx.convert.families`) defines the built-in configuration of a `config.json` and the row table of its
+tensors, for both directions. Tensors are read and written in buffers of at most `BUFFER_BYTES`: in memory are one such
+buffer, the one written before, and the rows being read (import) or the file being written (export).
 """
 
 import json
@@ -16,18 +16,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from longctx.checkpoint.weights import described, find_weights, shapes_of, write_weights
+from longctx.checkpoint.weights import find_weights, shapes_of, stored_config, write_weights
 from longctx.config import Config
 from longctx.convert.families import FAMILIES, Family
 from longctx.convert.families.base import Keys
-from longctx.convert.row_table import Blocks, RowTable, Whole, at_once, gather, made
+from longctx.convert.row_table import CachedRows, MappedTensor, RowTable, gather_rows, lazy_tensor, rows_per_buffer
 from longctx.convert.tensor_files import (
     CONFIG,
     DTYPES,
     TensorFolder,
     file_names,
+    group_by_size,
     read_json,
-    shards,
     write_file,
     write_index,
     write_json,
@@ -38,25 +38,25 @@ from longctx.files import sync
 from longctx.mixers.lightning import LightningConfig
 from longctx.model.config import ModelConfig
 from longctx.recipe.emit import dump
-from longctx.recipe.explain import explain
+from longctx.recipe.explain import explain_validation_error
 from longctx.recipe.loading import load_as
 from longctx.recipe.sources import dotted
 
 RECIPE = "model.toml"
-"""The `[model]` table of what was imported, for a recipe to extend."""
+"""File with the `[model]` table of an imported model, for a recipe to extend."""
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_OF_TRAINING = {"moe.balance", "moe.z", "moe.jitter", "moe.capacity"}
-"""Keys of `[model]` that say how a model is trained, and not what it computes."""
+_TRAINING_KEYS = {"moe.balance", "moe.z", "moe.jitter", "moe.capacity"}
+"""Keys of `[model]` that affect only training, not the model's output."""
 
 
-class _Table(Config):
+class _ModelTable(Config):
     model: ModelConfig
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What was written."""
+class HuggingFaceSummary:
+    """Summary of a conversion."""
 
     parameters: int
     model_type: str
@@ -64,22 +64,22 @@ class Converted:
     files: int
 
 
-def from_huggingface(source: Path, out: Path, overrides: Sequence[str] = ()) -> Converted:
-    """Write the weights of the model in the folder `source` into the new directory `out`, float32, and beside them the
-    `[model]` table that they are of. `overrides`, as for training, may change how it is trained (`moe.balance`).
+def from_huggingface(source: Path, out: Path, overrides: Sequence[str] = ()) -> HuggingFaceSummary:
+    """Import the model in the folder `source` into the new directory `out`: its weights, float32, and its `[model]`
+    table. `overrides` (`key=value`, as for training) may change keys that affect only training, such as `moe.balance`.
 
-    Raises UserError, before anything is written, where the built-in model cannot be that model, where the files are not
-    whole, or where their tensors are not those of the configuration; and where `out` exists.
+    Raises UserError, before anything is written, if the built-in model does not support the model, if files are missing
+    or damaged, if their tensors do not match the configuration, or if `out` exists.
     """
     if out.exists():
-        raise UserError(f"{out} exists already: choose another --out")
+        raise UserError(f"{out} already exists: choose another --out")
     values = _read_config(source)
-    family, model, rows = _model_of(source, values)
-    model = _overridden(model, overrides)
-    table = family.table(model, shapes_of(model, rows))
+    family, model, vocab_size = _read_model(source, values)
+    model = _apply_overrides(model, overrides)
+    table = family.table(model, shapes_of(model, vocab_size))
     files = TensorFolder(source)
     _check_tensors(files, family, model, values, table)
-    tensors = {name: made(whole, files.rows) for name, whole in table.ours.items()}
+    tensors = {name: lazy_tensor(mapped, files.read_rows) for name, mapped in table.ours.items()}
     origin = {
         "command": "longctx convert from-huggingface",
         "source": str(source.resolve()),
@@ -87,62 +87,64 @@ def from_huggingface(source: Path, out: Path, overrides: Sequence[str] = ()) -> 
     }
     path = out.expanduser().resolve()
     with staging(path) as folder, naming_disk_errors(path):
-        write_weights(folder, tensors, described(model, rows), origin)
-        (folder / RECIPE).write_text(dump(_Table(model=model)), encoding="utf-8")
+        write_weights(folder, tensors, stored_config(model, vocab_size), origin)
+        (folder / RECIPE).write_text(dump(_ModelTable(model=model)), encoding="utf-8")
         sync(folder / RECIPE)
-    count = sum(whole.shape.numel() for whole in table.ours.values())
-    return Converted(count, family.model_type, source, len({stored.file for stored in files.tensors.values()}))
+    count = sum(mapped.shape.numel() for mapped in table.ours.values())
+    return HuggingFaceSummary(count, family.model_type, source, len({stored.file for stored in files.tensors.values()}))
 
 
 def _read_config(source: Path) -> dict[str, Any]:
     if not (source / CONFIG).is_file():
-        raise UserError(f"{source} has no {CONFIG}: give the folder of a model that transformers wrote")
+        raise UserError(f"{source} has no {CONFIG}: use the folder of a model saved by transformers")
     return read_json(source / CONFIG)
 
 
-def _model_of(source: Path, values: Mapping[str, Any]) -> tuple[Family, ModelConfig, int]:
+def _read_model(source: Path, values: Mapping[str, Any]) -> tuple[Family, ModelConfig, int]:
+    """Return the family, the built-in configuration and the vocabulary size of a `config.json`."""
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{source / CONFIG}: model_type: {values.get('model_type')!r} is not known; there are {known}")
-    model, problems = built_in(family, values)
+        raise UserError(
+            f"{source / CONFIG}: model_type: {values.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}"
+        )
+    model, problems = built_in_config(family, values)
     if model is None or problems:
-        raise UserError("\n".join([f"{source / CONFIG} is of no model that can be converted:", *problems]))
+        raise UserError("\n".join([f"{source / CONFIG} cannot be converted:", *problems]))
     assert model.vocab_size is not None
     return family, model, model.vocab_size
 
 
-def _overridden(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
-    """Raises UserError where what is computed would be another thing."""
+def _apply_overrides(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
+    """Apply `key=value` overrides. Raises UserError if they change the model's output."""
     if not overrides:
         return model
     with TemporaryDirectory() as folder:
         file = Path(folder) / RECIPE
-        file.write_text(dump(_Table(model=model)), encoding="utf-8")
-        other = load_as(_Table, file, overrides).model
-    found = sorted(_in_the_way(other, model))
-    if found:
-        allowed = ", ".join(f"model.{key}" for key in sorted(_OF_TRAINING))
-        raise UserError(f"only {allowed} may be given, the rest is the source's: {'; '.join(found)}")
-    return other
+        file.write_text(dump(_ModelTable(model=model)), encoding="utf-8")
+        result = load_as(_ModelTable, file, overrides).model
+    changed = sorted(_model_differences(result, model))
+    if changed:
+        allowed = ", ".join(f"model.{key}" for key in sorted(_TRAINING_KEYS))
+        raise UserError(f"only {allowed} can be overridden, the rest is fixed by the source: {'; '.join(changed)}")
+    return result
 
 
-def built_in(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
-    """The built-in configuration that a `config.json` is of, None where there is none, and what is wrong, in words."""
+def built_in_config(family: Family, values: Mapping[str, Any]) -> tuple[ModelConfig | None, list[str]]:
+    """Return the built-in configuration of a `config.json`, None if there is none, and its mistakes."""
     keys = Keys(values)
     names = keys.raw("architectures")
     if names is not None and (not isinstance(names, list) or family.architecture not in names):
-        keys.problems.append(f"architectures: {names!r}, where ['{family.architecture}'] can be converted")
-    keys.only("is_causal", True, why="every layer here sees earlier tokens alone")
+        keys.problems.append(f"architectures: {names!r} is not supported, only ['{family.architecture}']")
+    keys.only("is_causal", True, why="all layers are causal")
     fields = family.read(keys)
-    keys.refuse_the_rest()
+    keys.refuse_unread()
     if keys.problems:
         return None, keys.problems
     try:
         return ModelConfig.model_validate_json(json.dumps(fields)), []
     except ValidationError as error:
-        found = explain(error, ModelConfig, fields)
-        return None, [f"as the built-in model: {dotted(mistake.key)}: {mistake.text}" for mistake in found]
+        mistakes = explain_validation_error(error, ModelConfig, fields)
+        return None, [f"as the built-in model: {dotted(mistake.key)}: {mistake.text}" for mistake in mistakes]
 
 
 def _check_tensors(
@@ -153,133 +155,135 @@ def _check_tensors(
     table: RowTable,
 ) -> None:
     """Raise UserError, naming every mistake, unless the files have the tensors of the model."""
-    there, wanted, derived, mistakes = files.tensors, table.theirs, family.derived(model, values), []
-    embedding = table.ours["embedding.weight"].runs[0].name
-    for name, whole in wanted.items():
-        if name not in there:
-            mistakes.append(f"{name} {list(whole.shape)} is missing")
-        elif there[name].shape != whole.shape:
-            mistakes.append(f"{name} is {list(there[name].shape)}: expected {list(whole.shape)}")
-        elif there[name].dtype not in DTYPES:
-            mistakes.append(f"{name} is stored as {there[name].dtype}: expected {', '.join(DTYPES)}")
-    for name in there.keys() - wanted.keys():
+    stored, expected, derived, mistakes = files.tensors, table.theirs, family.derived(model, values), []
+    embedding = table.ours["embedding.weight"].ranges[0].name
+    for name, mapped in expected.items():
+        if name not in stored:
+            mistakes.append(f"{name} {list(mapped.shape)} is missing")
+        elif stored[name].shape != mapped.shape:
+            mistakes.append(f"{name} is {list(stored[name].shape)}, expected {list(mapped.shape)}")
+        elif stored[name].dtype not in DTYPES:
+            mistakes.append(f"{name} is stored as {stored[name].dtype}, expected {', '.join(DTYPES)}")
+    for name in stored.keys() - expected.keys():
         if name == "lm_head.weight" and model.tie_embeddings:
-            if embedding in there and not _equal(files, name, embedding):
-                mistakes.append(f"{name} is not the embedding, and {CONFIG} has tie_word_embeddings")
+            if embedding in stored and not _equal(files, name, embedding):
+                mistakes.append(f"{name} differs from the embedding, but {CONFIG} has tie_word_embeddings")
         elif name in derived:
-            mistakes += _differs(files, name, derived[name]())
-        elif not family.passed_over(name):
-            mistakes.append(f"{name} {list(there[name].shape)} is not known")
+            mistakes += _check_derived(files, name, derived[name]())
+        elif not family.ignores(name):
+            mistakes.append(f"{name} {list(stored[name].shape)} is unknown")
     if mistakes:
-        raise UserError("\n".join([f"{files.folder} does not have the tensors of its {CONFIG}:", *sorted(mistakes)]))
+        raise UserError("\n".join([f"the tensors of {files.folder} do not match its {CONFIG}:", *sorted(mistakes)]))
 
 
 def _equal(files: TensorFolder, name: str, other: str) -> bool:
-    """Whether two tensors of a folder are equal."""
+    """Return whether two tensors of a folder are equal."""
     shape = files.tensors[name].shape
-    step = at_once(shape)
+    step = rows_per_buffer(shape)
     return shape == files.tensors[other].shape and all(
-        torch.equal(files.rows(name, at, at + step), files.rows(other, at, at + step))
-        for at in range(0, shape[0], step)
+        torch.equal(files.read_rows(name, begin, begin + step), files.read_rows(other, begin, begin + step))
+        for begin in range(0, shape[0], step)
     )
 
 
-def _differs(files: TensorFolder, name: str, wanted: Tensor) -> list[str]:
-    """Words where a tensor that follows from the configuration is another one, beyond the roundings of its dtype."""
+def _check_derived(files: TensorFolder, name: str, expected: Tensor) -> list[str]:
+    """Return a mistake if a tensor differs from the value computed from the configuration, beyond rounding."""
     stored = files.tensors[name]
-    if stored.shape != wanted.shape or stored.dtype not in DTYPES:
-        return [f"{name} is {list(stored.shape)} {stored.dtype}: expected {list(wanted.shape)}"]
-    got = files.rows(name, 0, len(wanted)).view(wanted.shape)
-    # They are decays: of a power of one that is rounded the absolute error is no larger than the relative one.
+    if stored.shape != expected.shape or stored.dtype not in DTYPES:
+        return [f"{name} is {list(stored.shape)} {stored.dtype}, expected {list(expected.shape)}"]
+    actual = files.read_rows(name, 0, len(expected)).view(expected.shape)
+    # These are powers of decays below 1, whose absolute rounding error is at most the relative one.
     bound = 8 * torch.finfo(DTYPES[stored.dtype]).eps
-    return [] if torch.allclose(got, wanted, rtol=bound, atol=bound) else [f"{name} is not that of the configuration"]
+    equal = torch.allclose(actual, expected, rtol=bound, atol=bound)
+    return [] if equal else [f"{name} does not match the configuration"]
 
 
-def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: int = 5 * 10**9) -> Converted:
-    """Write a model that transformers loads into the new directory `out`: `config.json`, and safetensors files of at
-    most `shard_size` bytes, or of one tensor that is larger.
+def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: int = 5 * 10**9) -> HuggingFaceSummary:
+    """Export a model for transformers into the new directory `out`: `config.json`, and safetensors files of at most
+    `shard_size` bytes or one larger tensor.
 
-    `source` is a checkpoint, a run's directory (its newest one is taken), or what `longctx convert` wrote. Raises
-    UserError, before anything is written, where no class of transformers has its model, naming the keys that are in
-    the way, where it is damaged, and where `out` exists.
+    `source` is a checkpoint, a run's directory (its latest checkpoint), or the output of `longctx convert`. Raises
+    UserError, before anything is written, if transformers does not support the model, naming the unsupported keys, if
+    the source is damaged, or if `out` exists.
     """
     if out.exists():
-        raise UserError(f"{out} exists already: choose another --out")
+        raise UserError(f"{out} already exists: choose another --out")
     weights = find_weights(source, "as SOURCE")
-    model, rows = weights.whole_model()
-    family, config = _family_of(weights.path, model)
-    wholes = family.table(model, shapes_of(model, rows)).theirs
+    model, vocab_size = weights.checked_model()
+    family, config = _find_family(weights.path, model)
+    mapped = family.table(model, shapes_of(model, vocab_size)).theirs
     derived = family.derived(model, config)
-    shapes = {name: whole.shape for name, whole in wholes.items()}
+    shapes = {name: tensor.shape for name, tensor in mapped.items()}
     shapes |= {name: make().shape for name, make in derived.items()}
-    size = {name: shape.numel() * _DTYPES[dtype].itemsize for name, shape in shapes.items()}
-    groups = shards(size, shard_size)
+    sizes = {name: shape.numel() * _DTYPES[dtype].itemsize for name, shape in shapes.items()}
+    groups = group_by_size(sizes, shard_size)
     names = file_names(len(groups))
-    blocks = Blocks(weights)
+    rows = CachedRows(weights)
     path = out.expanduser().resolve()
     with staging(path) as folder, naming_disk_errors(path):
         for file, group in zip(names, groups, strict=True):
             tensors = {
-                name: derived[name]().to(_DTYPES[dtype]) if name in derived else _made(wholes[name], dtype, blocks)
+                name: derived[name]().to(_DTYPES[dtype]) if name in derived else _gather(mapped[name], dtype, rows)
                 for name in group
             }
             write_file(folder / file, tensors)
             del tensors
         count = sum(shape.numel() for shape in shapes.values())
         if len(groups) > 1:
-            write_index(folder, zip(names, groups, strict=True), count, sum(size.values()))
-        words = {"architectures": [family.architecture], "model_type": family.model_type}
+            write_index(folder, zip(names, groups, strict=True), count, sum(sizes.values()))
+        header = {"architectures": [family.architecture], "model_type": family.model_type}
         stored = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-        write_json(folder / CONFIG, {**config, **words, "dtype": stored})
-    return Converted(count, family.model_type, weights.path, len(groups))
+        write_json(folder / CONFIG, {**config, **header, "dtype": stored})
+    return HuggingFaceSummary(count, family.model_type, weights.path, len(groups))
 
 
-def _made(whole: Whole, dtype: Dtype, blocks: Blocks) -> Tensor:
-    """One of their tensors."""
-    rows = sum(run.rows for run in whole.runs)
-    columns = whole.shape[-1:] if len(whole.shape) > 1 else whole.shape[1:]
+def _gather(mapped: MappedTensor, dtype: Dtype, source: CachedRows) -> Tensor:
+    """Return a tensor of the exported model."""
+    rows = sum(item.rows for item in mapped.ranges)
+    columns = mapped.shape[-1:] if len(mapped.shape) > 1 else mapped.shape[1:]
     out = torch.empty(rows, *columns, dtype=_DTYPES[dtype])
-    return gather(whole.runs, 0, rows, out, blocks.rows).view(whole.shape)
+    return gather_rows(mapped.ranges, 0, rows, out, source.read_rows).view(mapped.shape)
 
 
-def _family_of(path: Path, model: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The family that a model is of, and its `config.json`. Raises UserError that names what is in the way of it."""
+def _find_family(path: Path, model: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """Return the family that supports a model, and its `config.json`. Raises UserError that names the unsupported keys
+    if there is none."""
     letters, ffns = set(model.pattern), set(model.feed_forwards)
-    able = [f for f in FAMILIES.values() if letters <= set(f.letters) and ffns <= set(f.ffns)]
-    nearest: tuple[Family, list[str]] | None = None
-    for family in able:
+    candidates = [f for f in FAMILIES.values() if letters <= set(f.letters) and ffns <= set(f.ffns)]
+    closest: tuple[Family, list[str]] | None = None
+    for family in candidates:
         config = family.write(model)
-        found, problems = built_in(family, config)
-        inexact = problems or sorted(_in_the_way(model, found))
+        read_back, problems = built_in_config(family, config)
+        inexact = problems or sorted(_model_differences(model, read_back))
         if not inexact:
             return family, config
-        if nearest is None or len(inexact) < len(nearest[1]):
-            nearest = family, inexact
-    if nearest is None:
-        there = "; ".join(
+        if closest is None or len(inexact) < len(closest[1]):
+            closest = family, inexact
+    if closest is None:
+        supported = "; ".join(
             f"{family.model_type}: {family.letters} with {' or '.join(family.ffns)}" for family in FAMILIES.values()
         )
         raise UserError(
-            f"{path}: no class of transformers has layers {''.join(sorted(letters))} (model.layers) with "
-            f"{', '.join(sorted(ffns))} (model.ffn); there are {there}"
+            f"{path}: no model of transformers has layers {''.join(sorted(letters))} (model.layers) with "
+            f"{', '.join(sorted(ffns))} (model.ffn); supported are {supported}"
         )
     raise UserError(
-        f"{path}: no class of transformers has this model; in the way of {nearest[0].architecture} are "
-        f"{'; '.join(nearest[1])}"
+        f"{path}: no model of transformers is equal; the closest, {closest[0].architecture}, differs in "
+        f"{'; '.join(closest[1])}"
     )
 
 
-def _in_the_way(model: ModelConfig, other: ModelConfig | None) -> Iterable[str]:
-    """What a model has that another, which should be the same, has not."""
-    assert other is not None
-    ours, theirs = resolved(model), resolved(other)
-    for key in ours.keys() | theirs.keys():
-        if key not in _OF_TRAINING and ours.get(key) != theirs.get(key):
-            yield f"model.{key}: {ours.get(key)!r} here, {theirs.get(key)!r} there"
+def _model_differences(model: ModelConfig, expected: ModelConfig | None) -> Iterable[str]:
+    """Describe each key, except those of training, in which two models differ."""
+    assert expected is not None
+    values, expected_values = resolved(model), resolved(expected)
+    for key in values.keys() | expected_values.keys():
+        if key not in _TRAINING_KEYS and values.get(key) != expected_values.get(key):
+            yield f"model.{key}: {values.get(key)!r}, expected {expected_values.get(key)!r}"
 
 
 def resolved(model: ModelConfig) -> dict[str, Any]:
-    """A configuration by dotted keys, with what it leaves to be derived: two of one model are equal."""
+    """Return a configuration as dotted keys with all defaults resolved, so that equal models have equal results."""
     tables: dict[str, Config] = {}
     for layer in range(model.depth):
         mixer, ffn = model.mixer(layer), model.feed_forward(layer)
@@ -288,10 +292,10 @@ def resolved(model: ModelConfig) -> dict[str, Any]:
             tables[mixer.name] = mixer.resolved(model.dim).model_copy(update={"norm_eps": model.norm_eps})
         if ffn is not None:
             tables[ffn.name] = ffn.resolved(model.dim)
-    said = model.model_dump(mode="json") | {name: table.model_dump(mode="json") for name, table in tables.items()}
-    said |= {"layers": model.pattern, "ffn": list(model.feed_forwards)}
-    said["residual"] = {name: factors for name, factors in (model.residual or {}).items() if factors != (1, 1)}
-    return dict(_flattened(said))
+    values = model.model_dump(mode="json") | {name: table.model_dump(mode="json") for name, table in tables.items()}
+    values |= {"layers": model.pattern, "ffn": list(model.feed_forwards)}
+    values["residual"] = {name: factors for name, factors in (model.residual or {}).items() if factors != (1, 1)}
+    return dict(_flattened(values))
 
 
 def _flattened(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -1,8 +1,8 @@
-"""Where the rows of one model's tensors lie in another's: one table, read in both directions.
+"""Row tables: which rows of one model's tensors are which rows of another's, usable in both directions.
 
-Between two layouts of the same model no number changes: rows of matrices are put elsewhere. A tensor of experts
-`[E, rows, columns]` counts as the rows of all of them, a vector as rows of one number. So what is written from a table
-and read by it again is the same to the bit.
+Converting between two layouts of the same model changes no number: rows of matrices only move. An expert tensor
+`[E, rows, columns]` counts as the rows of all experts, a vector as rows of one number. So a tensor that is written by a
+table and read back by it is bit-identical.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from torch import Tensor
 from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import Weights
 
-PIECE = 2**30
-"""Bytes of a tensor that are in memory at one time, in float32."""
+BUFFER_BYTES = 2**30
+"""Bytes of a tensor, in float32, that are in memory at a time."""
 
 
-class Run(NamedTuple):
-    """Rows of a tensor, one after the other."""
+class RowRange(NamedTuple):
+    """Consecutive rows of a tensor."""
 
     name: str
     begin: int
@@ -29,138 +29,140 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A tensor as runs of another layout's rows."""
+class MappedTensor:
+    """A tensor as a concatenation of row ranges of another layout's tensors."""
 
     shape: torch.Size
-    runs: tuple[Run, ...]
+    ranges: tuple[RowRange, ...]
 
 
-Read = Callable[[str, int, int], Tensor]
-"""Rows of a tensor, by name, first and end: `[end - begin, columns]`, of a vector `[end - begin]`."""
+ReadRows = Callable[[str, int, int], Tensor]
+"""Reads rows [begin, end) of the tensor `name`: `[end - begin, columns]`, or `[end - begin]` for a vector."""
 
 
 class RowTable:
-    """Of each tensor of the built-in model the runs that it is made of, by name."""
+    """Maps each tensor of the built-in model ("ours") to row ranges of another layout ("theirs"), by name."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self._shapes = shapes
-        self._runs: dict[str, tuple[Run, ...]] = {}
-        self._theirs: dict[str, torch.Size] = {}
-        """Of each of their tensors the shape behind the rows."""
+        self._ranges: dict[str, tuple[RowRange, ...]] = {}
+        self._row_shapes: dict[str, torch.Size] = {}
+        """Shape of each of their tensors after the first dimension."""
 
     def shape(self, ours: str) -> torch.Size:
-        """Of a tensor of the built-in model."""
+        """Return the shape of a tensor of the built-in model."""
         return self._shapes[ours]
 
-    def put(self, ours: str, *runs: Run | str, middle: bool = False, alike: bool = False) -> None:
-        """Say what a tensor is made of: runs, or a name for a whole tensor of as many rows as are left.
+    def put(self, ours: str, *ranges: RowRange | str, conv: bool = False, same_shape: bool = False) -> None:
+        """Map a tensor to ranges; a name stands for a full tensor with the rows that the other ranges leave.
 
-        `middle`: theirs has a dimension of 1 behind the rows, as the weights of convolutions over channels do; `alike`:
-        those that ours has behind the first.
+        `conv`: their tensor has a dimension of 1 after the rows, as the weights of depthwise convolutions do.
+        `same_shape`: their tensor has the dimensions of ours after the first.
         """
-        rows, columns = flat(self._shapes[ours])
-        behind = self._shapes[ours][1:] if alike else torch.Size([1, *columns] if middle else columns)
-        left = rows - sum(run.rows for run in runs if isinstance(run, Run))
-        found = tuple(run if isinstance(run, Run) else Run(run, 0, left) for run in runs)
-        assert sum(run.rows for run in found) == rows, ours
-        self._runs[ours] = found
-        for run in found:
-            self._theirs[run.name] = behind
+        rows, columns = flat_shape(self._shapes[ours])
+        row_shape = self._shapes[ours][1:] if same_shape else torch.Size([1, *columns] if conv else columns)
+        rest = rows - sum(item.rows for item in ranges if isinstance(item, RowRange))
+        full = tuple(item if isinstance(item, RowRange) else RowRange(item, 0, rest) for item in ranges)
+        assert sum(item.rows for item in full) == rows, ours
+        self._ranges[ours] = full
+        for item in full:
+            self._row_shapes[item.name] = row_shape
 
     @property
-    def ours(self) -> dict[str, Whole]:
-        """The built-in model's tensors. They have to be all of them."""
-        assert self._runs.keys() == self._shapes.keys(), self._runs.keys() ^ self._shapes.keys()
-        return {name: Whole(self._shapes[name], runs) for name, runs in self._runs.items()}
+    def ours(self) -> dict[str, MappedTensor]:
+        """The built-in model's tensors; every one of them must have been put."""
+        assert self._ranges.keys() == self._shapes.keys(), self._ranges.keys() ^ self._shapes.keys()
+        return {name: MappedTensor(self._shapes[name], ranges) for name, ranges in self._ranges.items()}
 
     @property
-    def theirs(self) -> dict[str, Whole]:
-        """The other layout's tensors, in order of the built-in ones that they begin in."""
-        found: dict[str, list[tuple[int, Run]]] = {}
-        for ours, runs in self._runs.items():
+    def theirs(self) -> dict[str, MappedTensor]:
+        """The other layout's tensors, in the order of the built-in ones that they begin in."""
+        parts: dict[str, list[tuple[int, RowRange]]] = {}
+        for ours, ranges in self._ranges.items():
             row = 0
-            for run in runs:
-                found.setdefault(run.name, []).append((run.begin, Run(ours, row, run.rows)))
-                row += run.rows
-        return {name: Whole(*self._whole(name, pieces)) for name, pieces in found.items()}
+            for item in ranges:
+                parts.setdefault(item.name, []).append((item.begin, RowRange(ours, row, item.rows)))
+                row += item.rows
+        return {name: self._inverse(name, items) for name, items in parts.items()}
 
-    def _whole(self, name: str, pieces: list[tuple[int, Run]]) -> tuple[torch.Size, tuple[Run, ...]]:
-        pieces.sort()
+    def _inverse(self, name: str, parts: list[tuple[int, RowRange]]) -> MappedTensor:
+        parts.sort()
         row = 0
-        for begin, run in pieces:
+        for begin, item in parts:
             assert begin == row, name
-            row += run.rows
-        behind = self._theirs[name]
-        return torch.Size([row // torch.Size(behind[:-1]).numel(), *behind]), tuple(run for _, run in pieces)
+            row += item.rows
+        row_shape = self._row_shapes[name]
+        shape = torch.Size([row // torch.Size(row_shape[:-1]).numel(), *row_shape])
+        return MappedTensor(shape, tuple(item for _, item in parts))
 
 
-def flat(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """The rows of a tensor, and the shape of one."""
+def flat_shape(shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Return the number of rows of a tensor, and the shape of one row."""
     return (shape[0], ()) if len(shape) == 1 else (torch.Size(shape[:-1]).numel(), (shape[-1],))
 
 
-def at_once(shape: Sequence[int]) -> int:
-    """How many of the first dimension of a tensor in float32 are in memory at one time: `PIECE` bytes, at least one."""
-    return max(1, PIECE // (4 * torch.Size(shape[1:]).numel()))
+def rows_per_buffer(shape: Sequence[int]) -> int:
+    """Return how many entries of a float32 tensor's first dimension fit in `BUFFER_BYTES`, at least one."""
+    return max(1, BUFFER_BYTES // (4 * torch.Size(shape[1:]).numel()))
 
 
-def gather(runs: Iterable[Run], begin: int, end: int, out: Tensor, read: Read) -> Tensor:
-    """Fill `out` with the rows from `begin` up to `end` of a tensor that is made of runs; `out` again."""
+def gather_rows(ranges: Iterable[RowRange], begin: int, end: int, out: Tensor, read: ReadRows) -> Tensor:
+    """Fill `out` with rows [begin, end) of the tensor that `ranges` make up, and return it."""
     row = 0
-    for run in runs:
-        first, last = max(begin, row), min(end, row + run.rows)
+    for item in ranges:
+        first, last = max(begin, row), min(end, row + item.rows)
         if first < last:
-            offset = run.begin - row
-            # A run may be more than a piece of it may hold in memory.
-            for at, stop in _pieces(first, last, out):
-                out[at - begin : stop - begin] = read(run.name, at + offset, stop + offset)
-        row += run.rows
+            offset = item.begin - row
+            # A range may be larger than a buffer.
+            for start, stop in _buffers(first, last, out):
+                out[start - begin : stop - begin] = read(item.name, start + offset, stop + offset)
+        row += item.rows
     return out
 
 
-def _pieces(begin: int, end: int, out: Tensor) -> Iterator[tuple[int, int]]:
-    step = at_once(out.shape)
-    return ((at, min(at + step, end)) for at in range(begin, end, step))
+def _buffers(begin: int, end: int, out: Tensor) -> Iterator[tuple[int, int]]:
+    step = rows_per_buffer(out.shape)
+    return ((start, min(start + step, end)) for start in range(begin, end, step))
 
 
-def made(whole: Whole, read: Read) -> LazyTensor:
-    """A tensor that is made of what `read` gives when it is written, in pieces of at most `PIECE` bytes (at least a row
-    of its first dimension)."""
-    rows, columns = flat(whole.shape)
-    each = rows // whole.shape[0]
+def lazy_tensor(mapped: MappedTensor, read: ReadRows) -> LazyTensor:
+    """Return a tensor that is gathered with `read` when it is written, in buffers of at most `BUFFER_BYTES` (at least
+    one entry of its first dimension)."""
+    rows, columns = flat_shape(mapped.shape)
+    rows_per_entry = rows // mapped.shape[0]
 
     def make(begin: int, end: int) -> Tensor:
-        out = torch.empty((end - begin) * each, *columns)
-        gather(whole.runs, begin * each, end * each, out, read)
-        return out.view(end - begin, *whole.shape[1:])
+        out = torch.empty((end - begin) * rows_per_entry, *columns)
+        gather_rows(mapped.ranges, begin * rows_per_entry, end * rows_per_entry, out, read)
+        return out.view(end - begin, *mapped.shape[1:])
 
-    return LazyTensor(whole.shape, make, rows=at_once(whole.shape))
+    return LazyTensor(mapped.shape, make, rows=rows_per_buffer(mapped.shape))
 
 
-class Blocks:
-    """Rows of built-in tensors, of which the last blocks read are kept: theirs follow each other in ours."""
+class CachedRows:
+    """Reads rows of the built-in model's weights through a cache of the last two buffers: exports read rows of the same
+    tensor one after the other."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._block = lru_cache(maxsize=2)(self._read)
+        self._buffer = lru_cache(maxsize=2)(self._read_buffer)
 
-    def _read(self, name: str, number: int) -> Tensor:
-        step, shape = self._step(name), self._weights.shapes[name]
+    def _read_buffer(self, name: str, number: int) -> Tensor:
+        step, shape = self._entries(name), self._weights.shapes[name]
         return self._weights.read_rows(name, number * step, min((number + 1) * step, shape[0]))
 
-    def _step(self, name: str) -> int:
-        """Rows of the first dimension in a block."""
-        return at_once(self._weights.shapes[name])
+    def _entries(self, name: str) -> int:
+        """Return the entries of the first dimension in a buffer."""
+        return rows_per_buffer(self._weights.shapes[name])
 
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """As `Read` says."""
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Read rows [begin, end) of a tensor, as a `ReadRows`."""
         shape = self._weights.shapes[name]
-        rows, columns = flat(shape)
+        rows, columns = flat_shape(shape)
         out = torch.empty(end - begin, *columns)
-        block = self._step(name) * (rows // shape[0])
-        for number in range(begin // block, -(-end // block)):
-            first, last = max(begin, number * block), min(end, (number + 1) * block)
-            kept = self._block(name, number).view(-1, *columns)
-            out[first - begin : last - begin] = kept[first - number * block : last - number * block]
+        buffer_rows = self._entries(name) * (rows // shape[0])
+        for number in range(begin // buffer_rows, -(-end // buffer_rows)):
+            first, last = max(begin, number * buffer_rows), min(end, (number + 1) * buffer_rows)
+            buffer = self._buffer(name, number).view(-1, *columns)
+            out[first - begin : last - begin] = buffer[first - number * buffer_rows : last - number * buffer_rows]
         return out

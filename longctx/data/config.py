@@ -1,4 +1,4 @@
-"""`[data]`: the part of a recipe that says what is read, and in which order."""
+"""The `[data]` table of a recipe: the corpus, the sequence length and the shuffling."""
 
 from typing import Annotated, Literal
 
@@ -8,12 +8,12 @@ from longctx.config import Config, Integer
 
 
 class DataConfig(Config):
-    """`[data]`: a prepared corpus and how it is cut into sequences."""
+    """`[data]`: the prepared corpus and the sequences cut from it."""
 
     path: str = Field(min_length=1)
-    """Directory that `longctx data prepare` wrote; a relative one starts at the working directory."""
+    """Corpus directory written by `longctx data prepare`; relative to the working directory."""
     sequence_length: Integer = Field(gt=0)
-    """Tokens in a sequence, over all context-parallel ranks."""
+    """Tokens per sequence, over all context-parallel ranks."""
     shuffle_window: Annotated[Integer, Field(gt=0)] | Literal["none"] = 2**24
-    """Tokens within which documents are mixed, after the row groups themselves are; the loader keeps about twice as
-    many in memory (2 or 4 bytes each). `none`: documents in the order in which they were prepared."""
+    """Window, in tokens, within which documents are shuffled; row groups are shuffled first. The loader keeps about two
+    windows in memory, at 2 or 4 bytes per token. `none`: documents in their stored order."""

@@ -1,7 +1,7 @@
-"""Reading a prepared corpus: any part of any document, at bounded memory.
+"""Prepared corpus reader: any token range of any document, at bounded memory.
 
-Opening reads the small columns' metadata and `length` alone. Tokens are decoded a row group at a time and the most
-recently used row groups are kept, so that neighbouring documents cost one read.
+Opening a corpus reads only the Parquet metadata and the `length` column. Tokens are decoded one row group at a time and
+the most recently used row groups are cached, so that neighbouring documents cost one read.
 """
 
 import threading
@@ -21,20 +21,20 @@ Index = npt.NDArray[np.int64]
 
 
 class Corpus:
-    """The documents of one split, numbered from 0 in the order in which they were prepared. Safe to share by threads.
+    """The documents of one split, numbered from 0 in the order of preparation. Thread-safe.
 
-    manifest: what the directory holds.
-    lengths: int64 [documents], tokens of each, its end token included.
-    row_groups: int64 [groups + 1], the first document of each row group, and the number of documents.
+    manifest: the corpus manifest.
+    lengths: int64 [documents], tokens per document, including its end token.
+    row_groups: int64 [groups + 1], the first document of each row group, then the number of documents.
     """
 
     def __init__(self, directory: Path | str, split: SplitName = "train", *, cache_tokens: int = 2**25) -> None:
-        """Open `split` of a directory that `longctx data prepare` wrote.
+        """Open `split` of a directory written by `longctx data prepare`.
 
-        cache_tokens: decoded tokens kept (2 or 4 bytes each), and at least the row group in use: a document of more
-        than `longctx.data.shards.ROW_GROUP_TOKENS` is one, whole.
+        cache_tokens: decoded tokens to cache (2 or 4 bytes each). The row group in use is always cached; a document
+        longer than `longctx.data.shards.ROW_GROUP_TOKENS` is one row group.
 
-        Raises UserError where the directory is not whole, a shard is damaged, or the split is empty.
+        Raises UserError if the directory is incomplete, a shard is damaged, or the split is empty.
         """
         self.directory = Path(directory)
         self.split: SplitName = split
@@ -43,21 +43,21 @@ class Corpus:
         if entry is None or entry.documents == 0:
             others = {name: other.documents for name, other in self.manifest.splits.items() if name != split}
             raise UserError(
-                f"{self.directory}: the split {split!r} holds no document (others: {others}); "
-                f"prepare more documents, or keep a larger share of them with --heldout"
+                f"{self.directory}: the split {split!r} has no documents (documents in the other splits: {others}); "
+                f"prepare more documents, or hold out a larger fraction with --heldout"
             )
         self._shards = entry.shards
         lengths: list[Index] = []
         rows: list[int] = []
-        places: list[tuple[int, int]] = []
+        locations: list[tuple[int, int]] = []
         for number, shard in enumerate(self._shards):
-            for group, found in enumerate(self._read_lengths(shard)):
-                lengths.append(found)
-                rows.append(len(found))
-                places.append((number, group))
+            for group, group_lengths in enumerate(self._read_lengths(shard)):
+                lengths.append(group_lengths)
+                rows.append(len(group_lengths))
+                locations.append((number, group))
         self.lengths: Index = np.concatenate(lengths)
         self.row_groups: Index = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
-        self._places = places
+        self._locations = locations
         self._cache: OrderedDict[int, tuple[Tokens, Index]] = OrderedDict()
         self._cache_tokens = cache_tokens
         self._cached = 0
@@ -70,45 +70,45 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, end tokens included."""
+        """Number of tokens, including end tokens."""
         return int(self.lengths.sum())
 
     @property
     def vocab_size(self) -> int:
-        """Largest id plus one."""
+        """Largest token id plus one."""
         return self.manifest.tokenizer.vocab_size
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of tokenizer, documents and their order."""
+        """SHA-256, hexadecimal, of the tokenizer, the documents and their order."""
         return self.manifest.fingerprint(self.split)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> Tokens:
-        """Tokens [start, stop) of a document, read-only, uint16 or uint32 [stop - start]; `stop` None: to its end.
+        """Return tokens [start, stop) of a document, read-only, uint16 or uint32 [stop - start]; None: to its end.
 
-        Raises UserError naming the shard where it can no longer be read or its content is damaged.
+        Raises UserError, naming the shard, if it cannot be read or its content is damaged.
         """
         length = int(self.lengths[document])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
-            raise IndexError(f"tokens {start} to {stop} of document {document}, which has {length}")
+            raise IndexError(f"tokens {start} to {stop} of document {document}, which has {length} tokens")
         group = int(np.searchsorted(self.row_groups, document, side="right")) - 1
         values, offsets = self._group(group)
         first = int(offsets[document - int(self.row_groups[group])])
         return values[first + start : first + stop]
 
     def source(self, document: int) -> str:
-        """Where a document came from."""
+        """Return the name of the file, line or row that a document was prepared from."""
         group = int(np.searchsorted(self.row_groups, document, side="right")) - 1
         return str(self._read_group(group, "source")[document - int(self.row_groups[group])].as_py())
 
     def _group(self, group: int) -> tuple[Tokens, Index]:
-        """A row group's tokens, and where each of its documents begins in them."""
+        """Return a row group's tokens and the offset of each of its documents, decoded or from the cache."""
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
                 return self._cache[group]
-        # Outside the lock: decoding takes milliseconds, and at worst two threads decode the same row group.
+        # Decoding takes milliseconds, so it runs outside the lock; at worst two threads decode the same row group.
         decoded = self._decode(group)
         with self._lock:
             if group not in self._cache:
@@ -124,11 +124,11 @@ class Corpus:
         offsets: Index = column.offsets.to_numpy().astype(np.int64)
         expected = self.lengths[self.row_groups[group] : self.row_groups[group + 1]]
         if not np.array_equal(np.diff(offsets), expected):
-            raise self._damaged(self._shards[self._places[group][0]], f"row group {group}: lengths differ")
+            raise self._damaged(self._shards[self._locations[group][0]], f"row group {group}: lengths differ")
         return column.values.to_numpy(), offsets
 
     def _read_group(self, group: int, column: str) -> pa.Array:
-        number, inside = self._places[group]
+        number, inside = self._locations[group]
         shard = self._shards[number]
         try:
             with self._open(shard) as parquet:
@@ -149,12 +149,12 @@ class Corpus:
         rows, tokens = sum(map(len, groups)), int(sum(group.sum() for group in groups))
         if (rows, tokens) != (shard.rows, shard.tokens):
             raise self._damaged(
-                shard, f"holds {rows} documents, {tokens} tokens; the manifest says {shard.rows}, {shard.tokens}"
+                shard, f"has {rows} documents and {tokens} tokens; the manifest has {shard.rows} and {shard.tokens}"
             )
         return groups
 
     def _open(self, shard: ShardEntry) -> pq.ParquetFile:
-        # Opened for each read: a footer is parsed in well under the time that a row group takes, and a corpus of
+        # Opened for each read: parsing a footer takes well under the time of decoding a row group, and a corpus of
         # thousands of shards would run out of file descriptors.
         return pq.ParquetFile(self.directory / shard.file, page_checksum_verification=True)
 

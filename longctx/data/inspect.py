@@ -1,4 +1,4 @@
-"""`longctx data inspect`: what a prepared corpus holds, for a person to look at."""
+"""`longctx data inspect`: a report on a prepared corpus."""
 
 import heapq
 import json
@@ -21,11 +21,11 @@ _SAMPLE_TOKENS = 400
 
 
 def inspect(directory: Path | str, *, verify: bool = False) -> Group:
-    """Tokenizer, splits, lengths, the longest documents, what was skipped and a sample, to be printed by rich.
+    """Return the report as a rich Group: tokenizer, splits, document lengths, longest documents, skipped input, sample.
 
     verify: read every shard and compare its SHA-256 with the manifest's.
 
-    Raises UserError where the directory is not a whole corpus.
+    Raises UserError if the directory is not a complete corpus.
     """
     directory = Path(directory)
     manifest = Manifest.load(directory)
@@ -38,7 +38,7 @@ def inspect(directory: Path | str, *, verify: bool = False) -> Group:
     corpus = Corpus(directory)
     parts += ["", Text("longest documents of train", style="bold"), _longest(corpus)]
     if manifest.errors:
-        parts += ["", Text("skipped when it was prepared", style="bold"), *_errors(directory, manifest)]
+        parts += ["", Text("input skipped during preparation", style="bold"), *_errors(directory, manifest)]
     parts += ["", Text(f"sample: {corpus.source(0)}", style="bold"), Text(_sample(corpus))]
     return Group(*parts)
 
@@ -56,7 +56,7 @@ def _head(directory: Path, manifest: Manifest, verified: bool) -> Iterator[Rende
             f"from {source.path}: {source.files:,} files, {source.documents:,} documents, {source.tokens:,} tokens"
         )
     for reason, count in manifest.passed_over.items():
-        yield Text(f"passed over: {count:,} {reason}")
+        yield Text(f"ignored: {count:,} {reason}")
     table = Table("split", box=None)
     for column in ("documents", "tokens", "mean length", "shards", "MB"):
         table.add_column(column, justify="right")
@@ -76,7 +76,7 @@ def _histogram(split: SplitEntry) -> Table:
     first = next(k for k, count in enumerate(split.lengths) if count)
     most = max(split.lengths)
     for k, count in islice(enumerate(split.lengths), first, None):
-        # At least one mark for one document: a few very long ones may be the point of the corpus.
+        # At least one mark: a few very long documents may be the point of the corpus.
         marks = -(-count * _BAR // most)
         table.add_row(f"{2**k:,} – {2 ** (k + 1) - 1:,}", Text("█" * marks), f"{count:,}")
     return table
@@ -97,12 +97,12 @@ def _errors(directory: Path, manifest: Manifest) -> Iterator[Text]:
     path = directory / ERRORS_FILE
     try:
         with open(path, encoding="utf-8") as stream:
-            named = [json.loads(line) for line in islice(stream, _ERRORS)]
+            entries = [json.loads(line) for line in islice(stream, _ERRORS)]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; copy it back, or prepare the corpus again") from None
-    for one in named:
-        yield Text(f"  {one['where']}: {one['kind']}: {one['detail']}")
-    if (more := sum(manifest.errors.values()) - len(named)) > 0:
+    for entry in entries:
+        yield Text(f"  {entry['where']}: {entry['kind']}: {entry['detail']}")
+    if (more := sum(manifest.errors.values()) - len(entries)) > 0:
         yield Text(f"  and {more:,} more, in {path}")
 
 

@@ -1,17 +1,16 @@
-"""Documents packed into sequences of exactly T tokens.
+"""Sequence packing: packed documents (`cu_seqlens`) in sequences of exactly T tokens, without padding.
 
-The documents of an epoch, in the epoch's order, are laid end to end; the epochs follow one another without a seam; and
-sequence i holds tokens [i·T, (i+1)·T) of that endless stream. So no token is ever skipped or read twice in an epoch,
-whatever T; a document is continued in the next sequence where this one ends; and the tail of an epoch shares its
-sequence with the head of the next.
+Documents of an epoch are concatenated in the epoch's order, epochs follow one another without a gap, and sequence i is
+tokens [i·T, (i+1)·T) of that endless stream. No token of an epoch is skipped or read twice, whatever T; a document
+that does not fit continues in the next sequence, and the end of an epoch shares its sequence with the next epoch.
 
-Sequence i is a function of (corpus, seed, shuffling, T, i): a checkpoint's cursor is the one integer i, on any number
-of ranks. Change the corpus, the seed, the shuffling or T, and i means other tokens: compare
-`SequenceStream.fingerprint` on resume.
+Sequence i is a function of (corpus, seed, shuffling, T, i): the data cursor of a checkpoint is the integer i, on any
+number of ranks. With another corpus, seed, shuffling or T, i means other tokens: compare `SequenceStream.fingerprint`
+on resume.
 
-The order of an epoch is random and yet nearly sequential on the disk: row groups are permuted, then documents are
-permuted within windows of `shuffle_window` tokens of those row groups. Its random numbers are PCG64's raw output,
-which numpy keeps the same across versions and machines (unlike `Generator.permutation`).
+The order of an epoch is random but nearly sequential on disk: row groups are permuted, then documents are permuted
+within windows of `shuffle_window` tokens of those row groups. The random numbers are PCG64's raw output, which numpy
+keeps the same across versions and machines (unlike `Generator.permutation`).
 """
 
 import collections.abc
@@ -40,24 +39,23 @@ class Sequence:
     tokens: torch.Tensor
     """int64 [T]."""
     labels: torch.Tensor
-    """int64 [T]: the token that follows in the same document, also where it lies in the next sequence; -100 after a
-    document's last one, its end token."""
+    """int64 [T]: the next token of the same document, even if it is in the next sequence; -100 at its end token."""
     cu_seqlens: torch.Tensor
-    """int64 [N+1]: 0 = c_0 < c_1 < … < c_N = T; a document that continues from the sequence before starts anew at 0."""
+    """int64 [N+1]: 0 = c_0 < c_1 < … < c_N = T; a document continued from the previous sequence starts anew at 0."""
     index: int
-    """Its number in the stream."""
+    """Index in the stream."""
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of one epoch: `documents` int64 [D], and where each begins and the last ends, `starts` int64 [D+1]."""
+    """One epoch: its document order, `documents` int64 [D], and their token offsets, `starts` int64 [D+1]."""
 
     documents: Index
     starts: Index
 
 
 class SequenceStream:
-    """The endless stream of a corpus's sequences, indexed from 0. Safe to share by threads."""
+    """The endless stream of packed sequences of a corpus, indexed from 0. Thread-safe."""
 
     def __init__(
         self,
@@ -68,12 +66,12 @@ class SequenceStream:
         shuffle: bool = True,
         shuffle_window: int = SHUFFLE_WINDOW,
     ) -> None:
-        """Cut `corpus` into sequences of `sequence_length` tokens.
+        """Pack `corpus` into sequences of `sequence_length` tokens.
 
-        seed: at least 0; without `shuffle`, documents keep their order and neither seed nor window matters.
-        shuffle_window: tokens within which documents are mixed.
+        seed: at least 0; without `shuffle`, documents keep their order, and seed and window have no effect.
+        shuffle_window: tokens within which documents are shuffled.
 
-        Raises UserError where the corpus holds less than one sequence.
+        Raises UserError if the corpus has fewer tokens than one sequence.
         """
         if sequence_length <= 0 or seed < 0 or shuffle_window <= 0:
             raise UserError(
@@ -86,26 +84,26 @@ class SequenceStream:
         self._tokens = corpus.tokens
         if self._tokens < sequence_length:
             raise UserError(
-                f"{corpus.directory}: the split {corpus.split!r} holds {self._tokens} tokens, less than one sequence "
-                f"of {sequence_length}; prepare more text or choose a shorter sequence_length"
+                f"{corpus.directory}: the split {corpus.split!r} has {self._tokens} tokens, less than one sequence "
+                f"of {sequence_length}; prepare more text or use a shorter sequence_length"
             )
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def sequences_per_epoch(self) -> float:
-        """Not a whole number in general: sequence i begins in epoch `int(i / sequences_per_epoch)`."""
+        """Sequences per epoch, usually a fraction: sequence i begins in epoch `int(i / sequences_per_epoch)`."""
         return self._tokens / self.sequence_length
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of all that decides what sequence i holds."""
+        """SHA-256, hexadecimal, of everything that determines the tokens of sequence i."""
         return _stream_fingerprint(self.corpus.fingerprint, self.sequence_length, self._order)
 
     def __getitem__(self, index: int) -> Sequence:
-        """Sequence number `index`, which may be any from 0 on.
+        """Return sequence `index`, any integer from 0.
 
-        Raises UserError naming the shard where the corpus cannot be read.
+        Raises UserError, naming the shard, if the corpus cannot be read.
         """
         if index < 0:
             raise IndexError(f"sequence {index}: a stream begins at 0 and has no end")
@@ -117,20 +115,20 @@ class SequenceStream:
         while filled < length:
             number, position = divmod(index * length + filled, self._tokens)
             epoch = self._epoch(number)
-            place = int(np.searchsorted(epoch.starts, position, side="right")) - 1
-            while filled < length and place < len(epoch.documents):
-                document = int(epoch.documents[place])
-                start = position - int(epoch.starts[place])
+            slot = int(np.searchsorted(epoch.starts, position, side="right")) - 1
+            while filled < length and slot < len(epoch.documents):
+                document = int(epoch.documents[slot])
+                start = position - int(epoch.starts[slot])
                 filled_to = min(length, filled + int(self.corpus.lengths[document]) - start)
                 self._copy(document, start, tokens[filled:filled_to], labels[filled:filled_to])
                 position += filled_to - filled
                 filled = filled_to
                 ends.append(filled)
-                place += 1
+                slot += 1
         return Sequence(tokens, labels, torch.tensor(ends, dtype=torch.int64), index)
 
     def _copy(self, document: int, start: int, tokens: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fill `tokens` [n] from a document's token `start` on, and `labels` [n] from the one after."""
+        """Fill `tokens` [n] with a document's tokens from `start`, and `labels` [n] with those from `start + 1`."""
         count = len(tokens)
         stop = min(start + count + 1, int(self.corpus.lengths[document]))
         values = self.corpus.read(document, start, stop)
@@ -145,13 +143,13 @@ class SequenceStream:
                 starts = np.zeros(len(documents) + 1, dtype=np.int64)
                 np.cumsum(self.corpus.lengths[documents], out=starts[1:])
                 self._epochs[number] = _Epoch(documents, starts)
-                if len(self._epochs) > 2:  # a sequence may lie across two
+                if len(self._epochs) > 2:  # a sequence may span two epochs
                     self._epochs.popitem(last=False)
             self._epochs.move_to_end(number)
             return self._epochs[number]
 
     def _permutation(self, epoch: int) -> Index:
-        """Documents in the order of an epoch, int64 [D]."""
+        """Return the documents in an epoch's order, int64 [D]."""
         groups = self.corpus.row_groups
         if self._order is None:
             return np.arange(self.corpus.documents, dtype=np.int64)
@@ -167,7 +165,7 @@ class SequenceStream:
 
 
 class _First(collections.abc.Sequence[Sequence]):
-    """The first `count` sequences of a stream, read when they are asked for."""
+    """The first `count` sequences of a stream, read on access."""
 
     def __init__(self, stream: SequenceStream, count: int) -> None:
         self._stream = stream
@@ -191,28 +189,28 @@ def _stream_fingerprint(corpus: str, sequence_length: int, order: tuple[int, int
 
 
 def train_fingerprint(manifest: Manifest, config: DataConfig, *, seed: int) -> str:
-    """`train_stream(config, seed=seed).fingerprint`, for the corpus of `manifest`, of which no shard is opened."""
+    """Return `train_stream(config, seed=seed).fingerprint` from the corpus's manifest, without opening a shard."""
     order = None if config.shuffle_window == "none" else (seed, config.shuffle_window)
     return _stream_fingerprint(manifest.fingerprint("train"), config.sequence_length, order)
 
 
 def train_stream(config: DataConfig, *, seed: int) -> SequenceStream:
-    """The stream that a recipe's `[data]` asks for.
+    """Open the training stream of a recipe's `[data]`.
 
-    Raises UserError where the directory is not a whole corpus or holds less than one sequence.
+    Raises UserError if the directory is not a complete corpus or has fewer tokens than one sequence.
     """
     if config.shuffle_window == "none":
         return SequenceStream(Corpus(config.path), config.sequence_length, seed=seed, shuffle=False)
-    # Two windows: the one that is read and, at a seam, the next.
+    # Two windows: the current one and, at its end, the next.
     corpus = Corpus(config.path, cache_tokens=2 * config.shuffle_window)
     return SequenceStream(corpus, config.sequence_length, seed=seed, shuffle_window=config.shuffle_window)
 
 
 def heldout_sequences(corpus: Corpus, sequence_length: int, count: int) -> collections.abc.Sequence[Sequence]:
-    """`count` sequences of `corpus`, the same ones each time; read when asked for.
+    """Return `count` evaluation sequences of `corpus`, the same ones each time, read on access.
 
-    Documents in an order of chance that is always the same: neighbours in the stored order are often alike. Where the
-    corpus holds fewer, all whole ones that it holds: see `len`. Raises UserError where it holds none.
+    Documents are in a fixed random order, because neighbours in the stored order are often similar. A corpus with fewer
+    than `count` full sequences returns all of them (see `len`). Raises UserError if it has none.
     """
     stream = SequenceStream(corpus, sequence_length, seed=0)
     return _First(stream, min(count, corpus.tokens // sequence_length))

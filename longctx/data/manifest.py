@@ -1,4 +1,4 @@
-"""`manifest.json`: what a prepared corpus holds, and the check that all of it is there."""
+"""`manifest.json`: the contents of a prepared corpus, and the check that it is complete."""
 
 import hashlib
 import json
@@ -22,24 +22,24 @@ ERRORS_FILE = "errors.jsonl"
 
 
 class TokenizerEntry(Config):
-    """The tokenizer that made the corpus."""
+    """The tokenizer of a corpus."""
 
     name: str
     fingerprint: str
-    """SHA-256 of what defines the ids; of a Hugging Face tokenizer, of its `tokenizer.json`."""
+    """SHA-256 of the definition of the ids: for a Hugging Face tokenizer, of its `tokenizer.json`."""
     vocab_size: int
     eos_id: int
     eos: str | None
-    """The end token as it is spelled; none for bytes."""
+    """Spelling of the end token; None for bytes."""
     file: str | None
-    """The copy of `tokenizer.json` beside the manifest; none for bytes."""
+    """Name of the copy of `tokenizer.json` beside the manifest; None for bytes."""
 
 
 class ShardEntry(Config):
-    """A Parquet file."""
+    """A Parquet shard."""
 
     file: str
-    """Relative to the manifest's directory."""
+    """Path relative to the manifest's directory."""
     rows: int
     tokens: int
     bytes: int
@@ -47,17 +47,17 @@ class ShardEntry(Config):
 
 
 class SplitEntry(Config):
-    """A split, in the order of its shards."""
+    """A split and its shards, in order."""
 
     documents: int
     tokens: int
     lengths: tuple[int, ...]
-    """Documents by length: entry k counts those of 2^k to 2^(k+1) - 1 tokens, end token included."""
+    """Histogram of document lengths: entry k counts those of 2^k to 2^(k+1) - 1 tokens, including the end token."""
     shards: tuple[ShardEntry, ...]
 
 
 class InputEntry(Config):
-    """What came of one input, both splits together."""
+    """Totals for one input, over both splits."""
 
     path: str
     name: str
@@ -67,7 +67,7 @@ class InputEntry(Config):
 
 
 class Options(Config):
-    """The options of `longctx data prepare` that decide what is in the corpus."""
+    """The options of `longctx data prepare` that determine the contents of the corpus."""
 
     join: Literal["none", "folder"]
     on_error: Literal["stop", "skip"]
@@ -82,7 +82,7 @@ def _again(directory: Path) -> str:
 
 
 class Manifest(Config):
-    """What `longctx data prepare` wrote."""
+    """The manifest of a corpus written by `longctx data prepare`."""
 
     format: Literal["longctx-data"] = FORMAT
     version: Literal[1] = VERSION
@@ -91,12 +91,12 @@ class Manifest(Config):
     splits: dict[SplitName, SplitEntry]
     inputs: tuple[InputEntry, ...]
     passed_over: dict[str, int] = Field(default_factory=dict)
-    """Files and folders that were not read, by reason."""
+    """Number of files and folders that were not read, by reason."""
     errors: dict[str, int] = Field(default_factory=dict)
-    """Skipped input by kind; `errors.jsonl` names each."""
+    """Number of skipped inputs by kind of error; `errors.jsonl` lists each."""
 
     def save(self, directory: Path) -> None:
-        """Write `manifest.json` to the disk."""
+        """Write `manifest.json` and sync it to disk."""
         with open(directory / MANIFEST_FILE, "w", encoding="utf-8") as stream:
             stream.write(self.model_dump_json(indent=2) + "\n")
             stream.flush()
@@ -104,9 +104,9 @@ class Manifest(Config):
 
     @classmethod
     def load(cls, directory: Path | str) -> "Manifest":
-        """Read `directory`'s manifest and check that its files are there in their sizes, without reading them.
+        """Read `directory`'s manifest and check that every shard exists with its recorded size, without reading it.
 
-        Raises UserError naming what is missing or cut short, and what to do.
+        Raises UserError naming the file that is missing or truncated, and what to do.
         """
         directory = Path(directory)
         manifest = cls.read(directory)
@@ -119,15 +119,15 @@ class Manifest(Config):
                 raise UserError(f"shard {file}: {error.strerror}; copy it back, or {again}") from None
             if size != shard.bytes:
                 raise UserError(
-                    f"shard {file}: has {size} bytes where the manifest says {shard.bytes}; copy it again, or {again}"
+                    f"shard {file}: has {size} bytes, but the manifest lists {shard.bytes}; copy it again, or {again}"
                 )
         return manifest
 
     @classmethod
     def read(cls, directory: Path | str) -> "Manifest":
-        """Read `directory`'s manifest alone: enough for the tokenizer, whether or not the shards are there.
+        """Read `directory`'s manifest without checking the shards: enough to open the tokenizer.
 
-        Raises UserError where there is none or it is damaged.
+        Raises UserError if there is no manifest or it is damaged.
         """
         directory = Path(directory)
         again = _again(directory)
@@ -146,7 +146,7 @@ class Manifest(Config):
             raise UserError(f"{path}: not the manifest of a prepared corpus (no format {FORMAT!r}); {again}")
         if content.get("version") != VERSION:
             raise UserError(
-                f"{path}: format version {content.get('version')!r}, where this longctx reads {VERSION}; {again}"
+                f"{path}: format version {content.get('version')!r}, but this longctx reads version {VERSION}; {again}"
             )
         try:
             return cls.model_validate_json(json.dumps(content))
@@ -155,9 +155,9 @@ class Manifest(Config):
             raise UserError(f"{path}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}; {again}") from None
 
     def open_tokenizer(self, directory: Path | str) -> ByteTokenizer | HuggingFaceTokenizer:
-        """The tokenizer that made the corpus in `directory`.
+        """Open the tokenizer of the corpus in `directory`.
 
-        Raises UserError where its file is missing or another one now lies in its place.
+        Raises UserError if its file is missing or was replaced by another one.
         """
         entry = self.tokenizer
         if entry.file is None:
@@ -165,24 +165,24 @@ class Manifest(Config):
         path = Path(directory) / entry.file
         tokenizer = HuggingFaceTokenizer(path, entry.eos)
         if tokenizer.fingerprint != entry.fingerprint:
-            raise UserError(f"{path}: is not the tokenizer that made this corpus; restore the file or prepare again")
+            raise UserError(f"{path}: is not the tokenizer of this corpus; restore the file or prepare again")
         return tokenizer
 
     def fingerprint(self, split: SplitName) -> str:
-        """SHA-256 of the split's tokenizer and shards: another one means other tokens or another order."""
+        """Return the SHA-256 of the split's tokenizer and shards; it changes with the tokens and their order."""
         digest = hashlib.sha256(f"{self.tokenizer.fingerprint} {self.tokenizer.eos_id}".encode())
         for shard in self.splits[split].shards:
             digest.update(shard.sha256.encode())
         return digest.hexdigest()
 
     def verify(self, directory: Path | str) -> None:
-        """Read every shard and compare its SHA-256; raises UserError naming the first that differs."""
+        """Read every shard and compare its SHA-256; raise UserError naming the first that differs."""
         for shard in (shard for split in self.splits.values() for shard in split.shards):
             file = Path(directory) / shard.file
             with open(file, "rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != shard.sha256:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != shard.sha256:
                 raise UserError(
-                    f"shard {file}: its content is damaged (SHA-256 {found}, manifest {shard.sha256}); "
+                    f"shard {file}: its content is damaged (SHA-256 {digest}, manifest {shard.sha256}); "
                     f"copy it again, or prepare the corpus again"
                 )

@@ -1,8 +1,8 @@
-"""`longctx data prepare`: text files, folders, JSON lines and Parquet into a corpus of tokens.
+"""`longctx data prepare`: tokenises text files, folders, JSON lines and Parquet into a corpus.
 
-Three stages, each at bounded memory: this process reads (`sources`), workers tokenise (`encode`), this process puts
-pieces together into documents and writes them (`shards`). The result depends on the input and the options alone, not
-on the number of workers.
+Three stages, each at bounded memory: this process reads (`sources`), workers tokenise (`encode`), this process
+assembles the pieces into documents and writes them (`shards`). The result depends only on the input and the options,
+not on the number of workers.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import IO, Literal
 
 import numpy as np
 
-from longctx.data.encode import PIECE_BYTES, Fault, Job, encode_in_order
+from longctx.data.encode import PIECE_BYTES, EncodeJob, Fault, encode_in_order
 from longctx.data.manifest import (
     ERRORS_FILE,
     TOKENIZER_FILE,
@@ -30,8 +30,8 @@ from longctx.data.manifest import (
 )
 from longctx.data.progress import PreparationProgress
 from longctx.data.shards import SplitWriter
-from longctx.data.sources import EndOfDocument, Event, Join, Piece, Problem, Source, discover, read
-from longctx.data.staging import naming_disk_errors, staging, target
+from longctx.data.sources import BadInput, EndOfDocument, Event, Join, Source, TextPiece, discover, read_events
+from longctx.data.staging import naming_disk_errors, resolve_target, staging
 from longctx.data.tokenizer import Tokenizer, Tokens, open_tokenizer, token_dtype
 from longctx.errors import UserError
 
@@ -57,31 +57,33 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Tokenise `inputs` into the new directory `out`; returns its manifest.
+    """Tokenise `inputs` into the new directory `out` and return its manifest.
 
-    inputs: files and folders, see `longctx.data.sources` for how each is read.
-    tokenizer: `bytes` or the path of a `tokenizer.json`; `eos` names its end token where that cannot be found.
-    join: `folder` makes one document of each input that is a folder, its files in order of their names.
-    on_error: `stop` at the first bad file, line or row, or `skip` it and name it in `errors.jsonl`.
-    column: the text's key in JSON lines, or column in Parquet.
-    suffixes, exclude: which files of a folder are taken, for instance `(".py",)` and `("site-packages",)`.
-    heldout: the share of documents kept for evaluation, chosen by a hash of their names, so that a document stays on
-    its side when others are added. Where that leaves nothing to train on, all documents go to `train`.
-    shard_tokens: a shard ends once it holds as many.
-    workers: tokenising processes; None: a core each, but none beside this one for bytes, which cost less to count
-    than to hand over.
-    overwrite: replace a corpus that is already at `out`.
+    inputs: files and folders; see `longctx.data.sources` for how each is read.
+    tokenizer: `bytes` or the path of a `tokenizer.json`; `eos` names its end token if it is not detected.
+    join: `folder` joins the files of each input folder, in order of their names, into one document.
+    on_error: `stop` at the first bad file, line or row, or `skip` it and list it in `errors.jsonl`.
+    column: key of the text in JSON lines, or column of the text in Parquet.
+    suffixes, exclude: select files within folders, for instance `(".py",)` and `("site-packages",)`.
+    heldout: fraction of documents held out for evaluation, chosen by a hash of their names, so that a document stays in
+    its split when others are added. If no document is left for training, all go to `train`.
+    shard_tokens: tokens after which a shard is closed.
+    workers: tokenising processes; None: one per core, or only this process for bytes, which are cheaper to encode than
+    to send to a worker.
+    overwrite: replace an existing corpus at `out`.
 
-    Raises UserError for every mistake above, for bad input with `stop`, where nothing is left to write, where the
-    disk is full, and where a worker dies; `out` is then as it was before.
+    Raises UserError for invalid arguments, for bad input with `stop`, if there is nothing to write, if the disk is
+    full, and if a worker dies; `out` is then unchanged.
     """
     _check(join, on_error, heldout, shard_tokens, workers)
-    path = target(os.fspath(out), overwrite=overwrite)
+    path = resolve_target(os.fspath(out), overwrite=overwrite)
     opened = open_tokenizer(tokenizer, eos)
-    sources = discover([os.fspath(one) for one in inputs], suffixes, exclude)
+    sources = discover([os.fspath(path) for path in inputs], suffixes, exclude)
     _check_apart(sources, path)
     if join == "folder" and not any(source.is_folder for source in sources):
-        raise UserError("--join folder: none of the inputs is a folder; name the folders that become one document each")
+        raise UserError(
+            "--join folder: none of the inputs is a folder; name the folders to join into one document each"
+        )
     if workers is None:
         workers = 1 if opened.file is None else _cores()
     options = Options(
@@ -93,7 +95,7 @@ def prepare(
         heldout=heldout,
     )
     with staging(path) as partial, ExitStack() as stack:
-        entry = _keep_tokenizer(opened, partial)
+        entry = _copy_tokenizer(opened, partial)
         spec = "bytes" if entry.file is None else str(partial / entry.file)
         assembly = _Assembly(partial, opened, options, shard_tokens)
         stack.callback(assembly.close)
@@ -101,7 +103,7 @@ def prepare(
         bar = stack.enter_context(PreparationProgress(total, shown=progress))
         batches = _batches(sources, join, column)
         for events, tokens, results in encode_in_order(batches, _jobs, tokenizer=spec, eos=entry.eos, workers=workers):
-            assembly.take(events, tokens, results)
+            assembly.add(events, tokens, results)
             size = sum(event.size for _, event in events if not isinstance(event, EndOfDocument))
             bar.update(size, assembly.documents, assembly.tokens)
         manifest = Manifest(
@@ -132,7 +134,7 @@ def _check(join: str, on_error: str, heldout: float, shard_tokens: int, workers:
     if on_error not in ("stop", "skip"):
         raise UserError(f"--on-error {on_error!r}: write 'stop' or 'skip'")
     if not 0 <= heldout < 1:
-        raise UserError(f"--heldout {heldout}: a share of the documents, at least 0 and below 1")
+        raise UserError(f"--heldout {heldout}: must be a fraction of the documents, at least 0 and below 1")
     if shard_tokens <= 0:
         raise UserError(f"--shard-tokens {shard_tokens}: must be above 0")
     if workers is not None and workers <= 0:
@@ -143,19 +145,17 @@ def _check_apart(sources: list[Source], out: Path) -> None:
     for source in sources:
         real = Path(source.path).resolve()
         if out == real or out in real.parents:
-            raise UserError(
-                f"input {source.path} lies inside --out {out}, which would be replaced; choose another --out"
-            )
+            raise UserError(f"input {source.path} is inside --out {out}, which would be replaced; choose another --out")
         if source.is_folder and real in out.parents:
-            raise UserError(f"--out {out} lies inside the input {source.path}; choose a directory outside it")
+            raise UserError(f"--out {out} is inside the input {source.path}; choose a directory outside it")
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, partial: Path) -> TokenizerEntry:
-    """Copy its file beside the manifest, from where the workers read it too."""
+def _copy_tokenizer(tokenizer: Tokenizer, partial: Path) -> TokenizerEntry:
+    """Copy `tokenizer.json` beside the manifest, where the workers read it, and return its entry."""
     if tokenizer.file is not None:
         with naming_disk_errors(partial):
             (partial / TOKENIZER_FILE).write_bytes(tokenizer.file.read_bytes())
@@ -170,17 +170,17 @@ def _keep_tokenizer(tokenizer: Tokenizer, partial: Path) -> TokenizerEntry:
 
 
 Batch = list[tuple[int, Event]]
-"""Events with the number of their input."""
+"""Events, each with the index of its input."""
 
 
 def _batches(sources: list[Source], join: Join, column: str) -> Iterator[Batch]:
-    """Events in order, about `PIECE_BYTES` of text at a time: enough work to be worth the way to a worker."""
+    """Yield events in order, about `PIECE_BYTES` of text per batch, so that work outweighs the transfer to a worker."""
     batch: Batch = []
     size = 0
     for index, source in enumerate(sources):
-        for event in read(source, join=join, column=column):
+        for event in read_events(source, join=join, column=column):
             batch.append((index, event))
-            size += len(event.job.data) if isinstance(event, Piece) else 0
+            size += len(event.job.data) if isinstance(event, TextPiece) else 0
             if size >= PIECE_BYTES or len(batch) >= _BATCH_EVENTS:
                 yield batch
                 batch, size = [], 0
@@ -188,12 +188,12 @@ def _batches(sources: list[Source], join: Join, column: str) -> Iterator[Batch]:
         yield batch
 
 
-def _jobs(batch: Batch) -> list[Job]:
-    return [event.job for _, event in batch if isinstance(event, Piece)]
+def _jobs(batch: Batch) -> list[EncodeJob]:
+    return [event.job for _, event in batch if isinstance(event, TextPiece)]
 
 
 class _Assembly:
-    """Puts pieces together into items, items into documents, and documents into splits."""
+    """Assembles pieces into items, items into documents, and documents into splits."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, options: Options, shard_tokens: int) -> None:
         self._directory = directory
@@ -205,7 +205,7 @@ class _Assembly:
         }
         self._document: list[Tokens] = []
         self._item: list[Tokens] = []
-        self._spoiled = False
+        self._item_failed = False
         self._errors_stream: IO[str] | None = None
         self.errors: Counter[str] = Counter()
         self.input_documents: Counter[int] = Counter()
@@ -219,29 +219,29 @@ class _Assembly:
     def tokens(self) -> int:
         return sum(writer.tokens for writer in self._writers.values())
 
-    def take(self, events: Batch, tokens: Tokens, results: list[int | Fault]) -> None:
-        """The batch's events, its tokens end to end, and a result for each of its pieces."""
+    def add(self, events: Batch, tokens: Tokens, results: list[int | Fault]) -> None:
+        """Add a batch: its events, the tokens of its pieces, concatenated, and one result per piece."""
         position = 0
         result = iter(results)
         for index, event in events:
             if isinstance(event, EndOfDocument):
                 self._end_document(index, event.source)
-            elif isinstance(event, Problem):
+            elif isinstance(event, BadInput):
                 self._report(event.where, event.kind, event.detail)
-                self._item, self._spoiled = [], False
+                self._item, self._item_failed = [], False
             else:
-                found = next(result)
-                if isinstance(found, Fault):
-                    if not self._spoiled:  # the first fault of an item names it
-                        self._report(event.where, found.kind, found.detail)
-                    self._spoiled = True
+                outcome = next(result)
+                if isinstance(outcome, Fault):
+                    if not self._item_failed:  # only the first fault of an item is reported
+                        self._report(event.where, outcome.kind, outcome.detail)
+                    self._item_failed = True
                 else:
-                    # A copy: a view would keep the whole batch alive for as long as its document.
-                    self._item.append(tokens[position : position + found].copy())
-                    position += found
+                    # A copy: a view would keep the whole batch in memory until the document is written.
+                    self._item.append(tokens[position : position + outcome].copy())
+                    position += outcome
                 if event.last:
-                    self._document += [] if self._spoiled else self._item
-                    self._item, self._spoiled = [], False
+                    self._document += [] if self._item_failed else self._item
+                    self._item, self._item_failed = [], False
 
     def _end_document(self, index: int, source: str) -> None:
         if not self._document:
@@ -259,8 +259,8 @@ class _Assembly:
     def _report(self, where: str, kind: str, detail: str) -> None:
         if self._options.on_error == "stop":
             raise UserError(
-                f"{where}: {kind}: {detail}; mend it, leave it out (--suffix, --exclude), "
-                f"or skip what is bad with --on-error skip"
+                f"{where}: {kind}: {detail}; fix it, leave it out (--suffix, --exclude), "
+                f"or skip bad input with --on-error skip"
             )
         self.errors[kind] += 1
         with naming_disk_errors(self._directory / ERRORS_FILE):
@@ -269,17 +269,17 @@ class _Assembly:
             self._errors_stream.write(json.dumps({"where": where, "kind": kind, "detail": detail}) + "\n")
 
     def close(self) -> None:
-        """Close `errors.jsonl`; nothing to do where there is none, or a second time."""
+        """Close `errors.jsonl` if it is open; may be called twice."""
         if self._errors_stream is not None:
             with naming_disk_errors(self._directory / ERRORS_FILE):
                 self._errors_stream.close()
 
     def finish(self) -> dict[SplitName, SplitEntry]:
-        """Write what is pending; both splits' entries. Raises UserError where there is no document at all."""
+        """Write pending documents and return the entries of both splits. Raises UserError if there is no document."""
         self.close()
         if not self.documents:
             reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(self.errors.items())) or "all are empty"
-            raise UserError(f"the inputs hold no document: {reasons}; name other inputs")
+            raise UserError(f"the inputs contain no document: {reasons}; name other inputs")
         train, heldout = (self._writers[split].finish() for split in ("train", "heldout"))
         if train.documents == 0:
             train, heldout = self._move_to_train(heldout), train

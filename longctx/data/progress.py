@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, plain lines elsewhere, on standard error."""
+"""Progress of a preparation on standard error: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -10,7 +10,7 @@ _LINE_EVERY = 10.0
 
 
 class PreparationProgress:
-    """Shows bytes read of `total`, documents, tokens and tokens per second; nothing at all when not `shown`."""
+    """Shows bytes read out of `total`, documents, tokens and tokens per second; shows nothing unless `shown`."""
 
     def __init__(self, total: int, *, shown: bool, console: Console | None = None) -> None:
         self._total = max(1, total)
@@ -42,7 +42,7 @@ class PreparationProgress:
             self._bar.stop()
 
     def update(self, read: float, documents: int, tokens: int) -> None:
-        """`read` more bytes of the input; documents and tokens so far."""
+        """Report `read` more bytes of input, and the documents and tokens so far."""
         self._read += read
         now = time.monotonic()
         rate = tokens / max(now - self._started, 1e-3)

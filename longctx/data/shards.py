@@ -1,9 +1,9 @@
-"""Documents into Parquet shards.
+"""Parquet shards: the writer of tokenised documents.
 
-A row is a document: `tokens` (list of uint16, or of uint32 where the vocabulary needs it), `length`, `source`. Tokens
-are stored as BYTE_STREAM_SPLIT under zstd: Parquet keeps a uint16 in four bytes, and split into byte planes the empty
-ones vanish. On source code this takes 0.23 bytes a byte-token where plain zstd takes 0.41 and no compression 4. Every
-page carries a checksum, which the reader verifies.
+A row is a document: `tokens` (list of uint16, or of uint32 if the vocabulary needs it), `length`, `source`. Tokens are
+encoded as BYTE_STREAM_SPLIT under zstd: Parquet stores a uint16 in four bytes, and the split into byte planes lets zstd
+remove the empty ones. On source code this takes 0.23 bytes per byte token; plain zstd takes 0.41 and no compression 4.
+Every page has a checksum, which the reader verifies.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from longctx.data.tokenizer import Tokens
 from longctx.errors import UserError
 
 ROW_GROUP_TOKENS = 2**20
-"""A reader decodes one row group at a time; a longer document has one of its own."""
+"""Tokens per row group, the unit that a reader decodes at a time; a longer document has a row group of its own."""
 
 LONGEST_DOCUMENT = 2**28
-"""Tokens. Parquet never cuts a row between pages, and a page ends below 2 GiB. Writing a document takes some 20 bytes
-a token of memory, reading it 7."""
+"""Limit in tokens: Parquet never splits a row between pages, and a page is below 2 GiB. Writing a document takes about
+20 bytes of memory per token, reading it 7."""
 
 
 def schema(dtype: npt.DTypeLike) -> pa.Schema:
-    """Columns of a shard whose tokens are of `dtype`."""
+    """Return the schema of a shard with tokens of `dtype`."""
     element = pa.field("element", pa.from_numpy_dtype(np.dtype(dtype)), nullable=False)
     return pa.schema(
         [
@@ -41,7 +41,7 @@ def schema(dtype: npt.DTypeLike) -> pa.Schema:
 
 
 class SplitWriter:
-    """Writes the documents of one split in the order in which they come."""
+    """Writes the documents of one split, in the order in which they are added."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SplitWriter:
         shard_tokens: int,
         row_group_tokens: int = ROW_GROUP_TOKENS,
     ) -> None:
-        """Write to `directory/split`; a shard ends with the row group that brings it to `shard_tokens`."""
+        """Write to `directory/split`; a shard ends with the row group that reaches `shard_tokens`."""
         self._directory = directory
         self._split = split
         self._schema = schema(dtype)
@@ -71,14 +71,14 @@ class SplitWriter:
         return self._directory / self._split / f"shard-{len(self._shards):05d}.parquet"
 
     def add(self, tokens: Tokens, source: str) -> None:
-        """Append a document: tokens [n] with n > 0, end token included.
+        """Append a document: tokens [n] with n > 0, including the end token.
 
-        Raises UserError where it is longer than `LONGEST_DOCUMENT` or the disk cannot take it.
+        Raises UserError if it is longer than `LONGEST_DOCUMENT` or cannot be written.
         """
         length = len(tokens)
         if length > LONGEST_DOCUMENT:
             raise UserError(
-                f"{source}: a document of {length} tokens, where {LONGEST_DOCUMENT} fit a row; split the input"
+                f"{source}: a document of {length} tokens; the limit is {LONGEST_DOCUMENT}; split the input"
             )
         if self._pending and self._pending_tokens + length > self._row_group_tokens:
             self._flush()
@@ -146,7 +146,7 @@ class SplitWriter:
         self._shard_rows = self._shard_filled = 0
 
     def finish(self) -> SplitEntry:
-        """Write what is pending; the split's entry of the manifest."""
+        """Write pending documents and return the split's manifest entry."""
         if self._pending:
             self._flush()
         if self._writer is not None:

@@ -1,8 +1,8 @@
-"""What is prepared: which files the inputs name, and their texts as a stream of events at bounded memory.
+"""Input files of `longctx data prepare`: finds them and reads their texts as a stream of events, at bounded memory.
 
-The suffix says how a file is read: `.jsonl` and `.ndjson` hold an object a line, `.parquet` a row a document, anything
-else is text. In a folder, hidden files and folders (a leading dot) are passed over, links to folders are not followed,
-and every other file is read unless `suffixes` or `exclude` says otherwise: nothing is guessed from a name.
+The suffix selects the reader: `.jsonl` and `.ndjson` files have one JSON object per line, `.parquet` files one document
+per row, all others are text. Within folders, hidden files and folders (a leading dot) are ignored, links to folders are
+not followed, and every other file is read unless `suffixes` or `exclude` leaves it out: nothing is guessed from a name.
 """
 
 import io
@@ -17,7 +17,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longctx.data.encode import Job, pieces
+from longctx.data.encode import EncodeJob, split_text
 from longctx.errors import UserError
 
 Join = Literal["none", "folder"]
@@ -27,19 +27,19 @@ _PARQUET_BATCH_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of an item: of a file, a line or a row. A document is one item, or all items of a joined folder."""
+class TextPiece:
+    """A piece of an item, which is a file, a line or a row. A document is one item, or all items of a joined folder."""
 
     where: str
-    job: Job
+    job: EncodeJob
     last: bool
     size: float
-    """Bytes of the input that this piece stands for: the measure of progress."""
+    """Bytes of input that this piece covers, for the progress display."""
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """Bad input, which also spoils the item that it interrupts."""
+class BadInput:
+    """An input that cannot be read; it also invalidates the item that it interrupts."""
 
     where: str
     kind: str
@@ -49,12 +49,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class EndOfDocument:
-    """All items of a document have been given."""
+    """The end of a document, after its last item."""
 
     source: str
 
 
-Event = Piece | Problem | EndOfDocument
+Event = TextPiece | BadInput | EndOfDocument
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +63,28 @@ class SourceFile:
 
     path: str
     name: str
-    """The input's own name and the path below it: the same on every machine."""
+    """Name of the input and the path below it: the same on every machine."""
     size: int
 
 
 @dataclass
 class Source:
-    """An input and what it holds."""
+    """An input and its files."""
 
     path: str
     name: str
     is_folder: bool
     files: list[SourceFile] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    bad_inputs: list[BadInput] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
-    """Files and folders left out, by reason."""
+    """Number of files and folders ignored, by reason."""
 
 
 def discover(inputs: Sequence[str], suffixes: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Source]:
-    """The files of each input in the order of their names. Within folders, `suffixes` (empty: all) and `exclude`
-    (patterns that match a path below the input or any one name in it) choose; a file that is named itself is taken.
+    """Return each input with its files, sorted by name. Within folders, `suffixes` (empty: all) and `exclude` (patterns
+    that match a path below the input or any name in it) select the files; an input that is a file is always read.
 
-    Raises UserError where an input is missing, comes twice, or holds nothing that is chosen.
+    Raises UserError if an input is missing, occurs twice, or has no selected file.
     """
     if not inputs:
         raise UserError("nothing to prepare: name at least one file or folder")
@@ -114,13 +114,13 @@ def _discover_one(path: str, suffixes: Sequence[str], exclude: Sequence[str]) ->
         return source
 
     def unreadable(error: OSError) -> None:
-        source.problems.append(Problem(_printable(str(error.filename)), "unreadable", error.strerror or str(error)))
+        source.bad_inputs.append(BadInput(_printable(str(error.filename)), "unreadable", error.strerror or str(error)))
 
     for folder, folders, files in os.walk(path, onerror=unreadable):
         below = os.path.relpath(folder, path)
 
         def keep(name: str, is_file: bool, below: str = below) -> bool:
-            reason = _passed_over(os.path.normpath(os.path.join(below, name)), is_file, suffixes, exclude)
+            reason = _ignored_because(os.path.normpath(os.path.join(below, name)), is_file, suffixes, exclude)
             if reason:
                 source.passed_over[reason] += 1
             return reason is None
@@ -133,14 +133,14 @@ def _discover_one(path: str, suffixes: Sequence[str], exclude: Sequence[str]) ->
                 _add(source, file, f"{source.name}/{_printable(os.path.relpath(file, path))}")
     source.passed_over = +source.passed_over  # without zeros
     source.files.sort(key=lambda file: file.name)
-    source.problems.sort(key=lambda problem: problem.where)
-    if not source.files and not source.problems:
-        reasons = ", ".join(f"{count} passed over: {reason}" for reason, count in source.passed_over.items())
-        raise UserError(f"input {path}: holds no file to prepare ({reasons or 'an empty folder'})")
+    source.bad_inputs.sort(key=lambda bad: bad.where)
+    if not source.files and not source.bad_inputs:
+        reasons = ", ".join(f"{count} ignored: {reason}" for reason, count in source.passed_over.items())
+        raise UserError(f"input {path}: has no file to prepare ({reasons or 'an empty folder'})")
     return source
 
 
-def _passed_over(relative: str, is_file: bool, suffixes: Sequence[str], exclude: Sequence[str]) -> str | None:
+def _ignored_because(relative: str, is_file: bool, suffixes: Sequence[str], exclude: Sequence[str]) -> str | None:
     name = os.path.basename(relative)
     if name.startswith("."):
         return "hidden"
@@ -155,26 +155,26 @@ def _add(source: Source, path: str, name: str) -> None:
     try:
         status = os.stat(path)
     except OSError as error:
-        source.problems.append(Problem(_printable(path), "unreadable", error.strerror or str(error)))
+        source.bad_inputs.append(BadInput(_printable(path), "unreadable", error.strerror or str(error)))
         return
     if stat.S_ISREG(status.st_mode):
         source.files.append(SourceFile(path, name, status.st_size))
-    else:  # opening a pipe or a device might wait for ever
-        source.problems.append(Problem(_printable(path), "unreadable", "not a regular file"))
+    else:  # opening a pipe or a device could block
+        source.bad_inputs.append(BadInput(_printable(path), "unreadable", "not a regular file"))
 
 
 def _printable(name: str) -> str:
-    """A file name that is no UTF-8, as text that can be stored."""
+    """Return a file name as text; bytes that are not UTF-8 become escapes."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def read(source: Source, *, join: Join, column: str) -> Iterator[Event]:
-    """The input's pieces, problems and ends of documents, in order.
+def read_events(source: Source, *, join: Join, column: str) -> Iterator[Event]:
+    """Yield the pieces, bad inputs and document ends of an input, in order.
 
-    With `join="folder"` a folder is one document: its items in order, each after a line `==> name <==` and before a
-    blank line, as `tail` shows several files.
+    With `join="folder"` a folder is one document: its items in order, each between a line `==> name <==` and a blank
+    line, in the format of `tail` for several files.
     """
-    yield from source.problems
+    yield from source.bad_inputs
     joined = source.is_folder and join == "folder"
     for file in source.files:
         suffix = os.path.splitext(file.path)[1].lower()
@@ -187,7 +187,7 @@ def read(source: Source, *, join: Join, column: str) -> Iterator[Event]:
 
 
 def _frame(name: str, joined: bool) -> tuple[bytes, bytes]:
-    """What stands before and after an item."""
+    """Return the header and footer of an item."""
     return (f"==> {name} <==\n".encode(), b"\n") if joined else (b"", b"")
 
 
@@ -196,16 +196,16 @@ def _text(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
     where = _printable(file.path)
     try:
         with open(file.path, "rb") as stream:
-            yield from _pieces_of(where, stream, header, footer)
+            yield from _text_pieces(where, stream, header, footer)
     except OSError as error:
-        yield Problem(where, "unreadable", error.strerror or str(error), file.size)
+        yield BadInput(where, "unreadable", error.strerror or str(error), file.size)
     yield EndOfDocument(file.name)
 
 
-def _pieces_of(
+def _text_pieces(
     where: str, stream: io.BufferedIOBase, header: bytes = b"", footer: bytes = b"", size: float | None = None
 ) -> Iterator[Event]:
-    """A text's pieces; `size` is what the whole stands for, by default its length."""
+    """Yield the pieces of one item; `size` is the bytes of input that the item covers, by default its length."""
     before, offset = b"", -len(header)
     framed = False
 
@@ -216,19 +216,19 @@ def _pieces_of(
         framed = True
         return header + stream.read(max(0, count - len(header)))
 
-    for data in pieces(read_framed):
+    for data in split_text(read_framed):
         if before:
-            yield Piece(where, Job(before, offset), False, len(before) if size is None else 0)
+            yield TextPiece(where, EncodeJob(before, offset), False, len(before) if size is None else 0)
             offset += len(before)
         before = data
     if offset + len(before) == 0:
-        yield Problem(where, "empty", "holds no text")
+        yield BadInput(where, "empty", "has no text")
     else:
-        yield Piece(where, Job(before + footer, offset), True, len(before) if size is None else size)
+        yield TextPiece(where, EncodeJob(before + footer, offset), True, len(before) if size is None else size)
 
 
 def _json_lines(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
-    """An object a line; blank lines are no documents."""
+    """Read one document per line, a JSON object; blank lines are skipped."""
     path = _printable(file.path)
     number = documents = 0
     try:
@@ -237,44 +237,49 @@ def _json_lines(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
                 number += 1
                 where = f"{path}, line {number}"
                 if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
-                    yield Problem(where, "line too long", f"over {_LONGEST_LINE} bytes; is it JSON lines?", len(line))
+                    yield BadInput(
+                        where, "line too long", f"over {_LONGEST_LINE} bytes; is it a JSON lines file?", len(line)
+                    )
                     while (rest := stream.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
                         pass
                 elif line.strip():
                     name = f"{file.name}:{number}"
-                    job = Job(line, 0, column, *_frame(name, joined))
-                    yield Piece(where, job, True, len(line))
+                    job = EncodeJob(line, 0, column, *_frame(name, joined))
+                    yield TextPiece(where, job, True, len(line))
                     yield EndOfDocument(name)
                 else:
                     continue
                 documents += 1
     except OSError as error:
-        yield Problem(path, "unreadable", error.strerror or str(error))
+        yield BadInput(path, "unreadable", error.strerror or str(error))
     else:
         if not documents:
-            yield Problem(path, "empty", "holds no line")
+            yield BadInput(path, "empty", "has no line")
 
 
 def _parquet(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
     path = _printable(file.path)
     row = 0
     try:
-        # A buffer, not whole column chunks: a row group of another writer may hold gigabytes.
+        # A buffer instead of whole column chunks: a row group of another writer may have gigabytes.
         with pq.ParquetFile(file.path, buffer_size=2**20, pre_buffer=False) as parquet:
             schema = parquet.schema_arrow
             index = schema.get_field_index(column)
             if index < 0:
                 names = ", ".join(map(repr, schema.names))
-                yield Problem(
-                    path, "missing column", f"no {column!r}; it has {names}; name one with --column", file.size
+                yield BadInput(
+                    path,
+                    "missing column",
+                    f"no {column!r}; the columns are {names}; choose one with --column",
+                    file.size,
                 )
                 return
             if not _is_text(schema.types[index]):
-                yield Problem(path, "not text", f"column {column!r} is {schema.types[index]}", file.size)
+                yield BadInput(path, "not text", f"column {column!r} is {schema.types[index]}", file.size)
                 return
             metadata = parquet.metadata
             if metadata.num_rows == 0:
-                yield Problem(path, "empty", "holds no row", file.size)
+                yield BadInput(path, "empty", "has no row", file.size)
                 return
             groups = range(metadata.num_row_groups)
             row_bytes = sum(metadata.row_group(group).total_byte_size for group in groups) // metadata.num_rows
@@ -284,19 +289,19 @@ def _parquet(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
                     row += 1
                     yield from _row(file, row, text, joined, column, file.size / metadata.num_rows)
     except (FileNotFoundError, PermissionError) as error:
-        yield Problem(path, "unreadable", os.strerror(error.errno) if error.errno else str(error))
+        yield BadInput(path, "unreadable", os.strerror(error.errno) if error.errno else str(error))
     except (OSError, pa.ArrowException) as error:
-        lost = f"cannot be read after row {row}: " if row else ""
-        yield Problem(path, "truncated or not Parquet", lost + str(error).strip().split("\n")[0])
+        position = f"cannot be read after row {row}: " if row else ""
+        yield BadInput(path, "truncated or not Parquet", position + str(error).strip().split("\n")[0])
 
 
 def _row(file: SourceFile, row: int, text: bytes | None, joined: bool, column: str, size: float) -> Iterator[Event]:
     where = f"{_printable(file.path)}, row {row}"
     name = f"{file.name}:{row}"
     if text is None:
-        yield Problem(where, "not text", f"{column!r} is null", size)
+        yield BadInput(where, "not text", f"{column!r} is null", size)
     else:
-        yield from _pieces_of(where, io.BytesIO(text), *_frame(name, joined), size=size)
+        yield from _text_pieces(where, io.BytesIO(text), *_frame(name, joined), size=size)
     yield EndOfDocument(name)
 
 

@@ -1,4 +1,4 @@
-"""A directory that is complete or absent: written aside, renamed at the end."""
+"""Atomic output directories: written under a temporary name and renamed when complete."""
 
 import errno
 import fcntl
@@ -18,14 +18,14 @@ _LOCK = ".lock"
 
 @contextmanager
 def naming_disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into a UserError that names it and the free space."""
+    """Turn an OSError while writing `path` into a UserError with the path and, on a full disk, the free space."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason += f" ({_free(path)} MB free); make room or choose another --out"
-        raise UserError(f"{path}: cannot be written: {reason}; nothing incomplete is left behind") from error
+            reason += f" ({_free(path)} MB free); free some space or choose another --out"
+        raise UserError(f"{path}: cannot be written: {reason}; incomplete output is removed") from error
 
 
 def _free(path: Path) -> int:
@@ -34,10 +34,10 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(path).free // 10**6
 
 
-def target(out: Path | str, *, overwrite: bool) -> Path:
-    """The absolute path of `out`, if something may be put there.
+def resolve_target(out: Path | str, *, overwrite: bool) -> Path:
+    """Return the absolute path of `out` after checking that a corpus may be written there.
 
-    Raises UserError where it exists and is not empty, unless `overwrite` and it is a prepared corpus.
+    Raises UserError if it exists and is not empty, unless `overwrite` is set and it is a prepared corpus.
     """
     path = Path(out).expanduser().resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -45,24 +45,24 @@ def target(out: Path | str, *, overwrite: bool) -> Path:
             raise UserError(f"{path} already exists; choose another --out, or replace it with --overwrite")
         if not (path / MANIFEST_FILE).is_file():
             raise UserError(
-                f"{path} is not a prepared corpus (no {MANIFEST_FILE}): it will not be replaced; move it away"
+                f"{path} is not a prepared corpus (no {MANIFEST_FILE}): it will not be replaced; choose another --out"
             )
     return path
 
 
 @contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """A new directory beside `path` that takes its place when the block ends well, and vanishes when it does not.
+    """Create a directory beside `path` that is renamed to `path` when the block succeeds, and removed when it fails.
 
-    What dead runs left beside `path` is removed first: a run holds a lock on its directory for as long as it lives.
-    The kernel renames one directory at a time, so a corpus that is replaced is first moved to `path.replaced-…`;
-    killed in between, it lies there whole.
+    Leftovers of killed runs beside `path` are removed first: a running process holds a lock on its directory. A corpus
+    that is replaced is first renamed to `path.replaced-…`, because the kernel renames one directory at a time; a run
+    killed between the two renames leaves it there, complete.
 
-    Raises UserError where another run is preparing `path`, or the disk cannot be written.
+    Raises UserError if another run is writing `path`, or the disk cannot be written.
     """
     with naming_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(path)
+        _remove_leftovers(path)
         partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
         partial.mkdir()
         lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
@@ -73,25 +73,25 @@ def staging(path: Path) -> Iterator[Path]:
             _sync_folders(partial)
             _replace(partial, path)
             sync(path.parent)
-            # Only now: without its lock, another run would take the directory for a dead one's.
+            # Unlock last: without the lock, another run would take the directory for a leftover.
             (path / _LOCK).unlink()
     finally:
         os.close(lock)
-        shutil.rmtree(partial, ignore_errors=True)  # gone already when it was renamed
+        shutil.rmtree(partial, ignore_errors=True)  # no longer there if it was renamed
 
 
-def _remove_dead(path: Path) -> None:
+def _remove_leftovers(path: Path) -> None:
     for partial in path.parent.glob(f"{_escape(path.name)}.partial-*"):
         try:
             lock = os.open(partial / _LOCK, os.O_RDWR)
         except FileNotFoundError:
             if not any(partial.iterdir()):
-                partial.rmdir()  # killed before its lock was there
+                partial.rmdir()  # killed before it created its lock
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is preparing {path} (in {partial.name}); wait for it or stop it") from None
+            raise UserError(f"another run is writing {path} (in {partial.name}); wait for it or stop it") from None
         finally:
             os.close(lock)
         shutil.rmtree(partial)

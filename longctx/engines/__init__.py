@@ -1,1 +1,1 @@
-"""Training engines: the protocol, the torch engine (FSDP2), router statistics, metrics."""
+"""Training engines: the protocol, the torch engine (FSDP2), gradient accumulation, router statistics, metrics."""

@@ -1,4 +1,4 @@
-"""The engine protocol: what the trainer asks of whatever holds the model and its optimizer on ranks."""
+"""Engine protocol: the interface through which the trainer steps, evaluates and checkpoints a distributed model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longctx.checkpoint.save import Checkpointer, TrainerState
 from longctx.checkpoint.weights import Weights
-from longctx.engines.router_stats import Routing
+from longctx.engines.router_stats import RouterStats
 from longctx.model.decoder import Losses
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
@@ -18,7 +18,7 @@ from longctx.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of one sequence: tokens and labels `[1, T_local]` int64 on the device."""
+    """This rank's tokens and labels of one sequence, `[1, T_local]` int64 on the device, and their layout."""
 
     tokens: Tensor
     labels: Tensor
@@ -27,51 +27,51 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, over all ranks."""
+    """Result of one optimizer step, over all ranks."""
 
     loss: float
-    """Mean over the labels, in nats, without the routers' losses."""
+    """Mean over the labels, in nats; auxiliary losses of routers are not included."""
     grad_norm: float
     """Before clipping."""
-    routing: Routing
+    router_stats: RouterStats
 
 
 class Engine(Protocol):
-    """A model and its optimizer on ranks, as the trainer sees them; every rank calls every method."""
+    """A distributed model and its optimizer. Every method is collective: all ranks call it."""
 
     mesh: Mesh
     device: torch.device
-    notes: Sequence[str]
-    """What to tell the user at the start, in sentences."""
+    startup_messages: Sequence[str]
+    """Sentences that the trainer logs before the first step."""
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, over all ranks, each counted once."""
+        """Number of trainable parameters over all ranks, each counted once."""
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over all ranks' `batches`, equally many on each, at the learning rate `lr`.
+        """Run one optimizer step on all ranks' `batches`, the same number on each, at learning rate `lr`.
 
-        Its loss is the mean over all labels, plus the routers' losses. Raises NotFiniteError, before anything is
-        changed, where a router's logits are not finite.
+        The loss is the mean over all labels plus the routers' auxiliary losses. Raises NonFiniteLogitsError, before
+        any parameter changes, if a router's logits are not finite.
         """
 
     def losses(self, batch: Batch) -> Losses:
-        """The losses of a batch that is not trained on, without noise; what routers say is of this rank's layers."""
+        """Compute the losses of a held-out batch, without router noise; router reports cover this rank's layers."""
 
     def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
-        """The schedules of attention that were chosen for a layout, in words, by layer."""
+        """Describe the attention schedule selected for a layout, by layer name."""
 
     def flops(self, layout: Layout) -> int:
-        """Multiplications and additions of one forward pass over this rank's tokens of one sequence."""
+        """Count the FLOPs of one forward pass over this rank's tokens of one sequence."""
 
     def load_weights(self, weights: Weights) -> None:
-        """Begin with these in the place of drawn ones. Raises UserError where they cannot be read."""
+        """Replace the random initialisation with `weights`. Raises UserError if they cannot be read."""
 
     def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
-        """Begin to write a checkpoint; the model may change when this returns."""
+        """Start writing a checkpoint; the model may change as soon as this returns."""
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of this engine's, written on any ranks. Raises UserError where it cannot be read."""
+        """Resume from a checkpoint of this engine, saved on any mesh. Raises UserError if it cannot be read."""
 
     def close(self) -> None:
-        """Let go of what it holds beyond itself, before the process group ends."""
+        """Release external resources before the process group is destroyed."""

@@ -1,8 +1,8 @@
-"""What a run measures, and where it is kept: `metrics.jsonl` and TensorBoard event files.
+"""Training metrics: what a run records, written to `metrics.jsonl` and TensorBoard event files.
 
-`metrics.jsonl` holds one JSON object a line, with `kind` first: `run` where training starts or resumes, `step`,
-`evaluation`. JSON has no NaN and no infinity, and a loss that became one must not read like the other, so they are
-written as the strings "NaN", "Infinity" and "-Infinity" (the mapping of protobuf). `read_metrics` turns them back.
+`metrics.jsonl` has one JSON object per line with `kind` as its first key: `run` (training starts or resumes), `step`,
+`evaluation`. JSON has no NaN or infinity, so they are written as the strings "NaN", "Infinity" and "-Infinity" (as in
+protobuf's JSON mapping), and `read_metrics` converts them back.
 """
 
 import json
@@ -20,97 +20,98 @@ FILE_NAME = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What does not change while a run goes on; written anew each time that it is resumed."""
+    """Constants of a run, recorded when it starts and each time it resumes."""
 
     parameters: int
-    """Trained numbers in the model, over all ranks, each counted once."""
+    """Number of trainable parameters over all ranks, each counted once."""
     ranks: int
     mesh: dict[str, int]
-    """Ranks along each axis: `{"dp_shard": 2, "cp": 4}`."""
+    """Size of each mesh axis: `{"dp_shard": 2, "cp": 4}`."""
     device: str
-    """The model of the processor, as people know it."""
+    """Model name of the processor."""
     precision: str
     flops_per_token: float
-    """Model FLOPs that training on one token needs, forward and backward, without recomputation."""
+    """Model FLOPs per training token, forward and backward, excluding recomputation."""
     matmul_rate: float
-    """FLOP/s that all ranks together reach in matrix products: what `utilisation` is a fraction of."""
+    """Measured matmul FLOP/s of all ranks together: the denominator of `utilisation`."""
     versions: dict[str, str]
-    """Versions of the packages that the numbers depend on."""
+    """Versions of the packages that affect the numbers."""
     step: int = 0
-    """The step after which this start of the run goes on; 0 where it starts afresh."""
+    """The step from which the run resumes; 0 for a fresh start."""
     attention: dict[str, str] = field(default_factory=dict)
-    """For layers whose schedule of attention was to be chosen: what was, and what the others were expected to take."""
+    """Attention schedules selected by the cost model, by layers, with the estimates for the alternatives."""
     unigram_loss: float | None = None
-    """Loss, in nats per token, of a model that knows the token frequencies of the corpus and nothing else."""
+    """Held-out loss, in nats per token, of a unigram model of the corpus."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterMetrics:
-    """A router of heads or of experts over the tokens of one step."""
+    """Load balance of one router (of heads or experts) over the tokens of a step."""
 
     imbalance: float
-    """Choices of the one that was chosen most, over the mean; 1 where the load is even."""
+    """Largest load of an expert or head divided by the mean load; 1 if perfectly balanced."""
     entropy: float
-    """Mean entropy of the tokens' distributions over heads or experts, in nats."""
+    """Mean entropy of the routing distributions of the tokens, in nats."""
     dropped: float
-    """Share, 0 to 1, of the choices that a capacity dropped."""
+    """Fraction, 0 to 1, of (token, expert) pairs dropped for capacity."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One optimizer step, over all ranks."""
+    """Metrics of one optimizer step, over all ranks."""
 
     step: int
-    """Counted from 1."""
+    """Numbered from 1."""
     steps: int
-    """Steps of the whole run."""
+    """Total steps of the run."""
     loss: float
-    """Mean over the valid tokens of the step, in nats per token."""
+    """Mean over the labelled tokens of the step, in nats per token."""
     lr: float
     grad_norm: float
     """Before clipping."""
     tokens: int
-    """Tokens trained on since step 0."""
+    """Tokens trained on so far."""
     tokens_per_second: float
     utilisation: float
     """Model FLOP/s as a fraction, 0 to 1, of `RunInfo.matmul_rate`."""
     memory_bytes: int
-    """Peak memory of the fullest rank: resident on a CPU, allocated on a GPU."""
+    """Peak memory, maximum over ranks: resident set size on a CPU, allocated on a GPU."""
     seconds: float
-    """Time of this step."""
+    """Duration of this step."""
     seconds_left: float
+    """Estimated time to the last step."""
     routers: dict[str, RouterMetrics] = field(default_factory=dict)
-    """By layer (`blocks.3.ffn`); empty where the model routes nothing."""
+    """By layer name (`blocks.3.ffn`); empty for a model without routers."""
 
 
 @dataclass(frozen=True, slots=True)
 class PositionLoss:
-    """Mean held-out loss of the tokens that stand at positions `lo` to `hi - 1` of their document's context."""
+    """Mean held-out loss of the tokens at positions `lo` to `hi - 1` of their document."""
 
     lo: int
     hi: int
     loss: float
-    """Nats per token; NaN where `tokens` is 0."""
+    """Nats per token; NaN if `tokens` is 0."""
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationMetrics:
-    """The loss on held-out documents after `step` steps."""
+    """Held-out metrics after `step` steps."""
 
     step: int
     loss: float
     """Mean over all held-out tokens, in nats per token."""
     positions: tuple[PositionLoss, ...]
-    """Buckets of position by powers of two, in order: [0, 1), [1, 2), [2, 4), [4, 8), …"""
+    """Power-of-two position buckets, in order: [0, 1), [1, 2), [2, 4), [4, 8), …"""
     fluctuation: dict[str, float] = field(default_factory=dict)
-    """For each router the share of held-out tokens whose heads or experts are others than at the evaluation before;
-    empty at the first evaluation after a start."""
+    """Routing fluctuation by router: the share of held-out tokens routed differently than at the previous evaluation;
+    empty at the first evaluation after a (re)start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The content of a `metrics.jsonl`: each step and each evaluation once, in order."""
+    """Contents of a `metrics.jsonl`: each step and each evaluation once, in order."""
 
     runs: list[RunInfo]
     steps: list[StepMetrics]
@@ -123,12 +124,12 @@ Record = RunInfo | StepMetrics | EvaluationMetrics
 class MetricsWriter:
     """Appends to `directory/metrics.jsonl` and, with `tensorboard`, to event files in `directory/tensorboard/`.
 
-    A line is handed to the operating system before the call returns, so that `kill -9` loses none. `after_step` is
-    the step after which the run goes on: what stands in the files for later steps belongs to an attempt that was
-    given up, and is dropped, so that a curve holds each step once. With 0 the run starts afresh and nothing is kept.
+    Each line reaches the operating system before the call returns, so `kill -9` loses none. `after_step` is the step
+    from which the run resumes: records of later steps belong to an abandoned attempt and are dropped, so a curve has
+    each step once. With 0 the run starts afresh and drops all records.
 
-    Raises UserError where a `metrics.jsonl` in the directory cannot be read, except for a last line cut short, which
-    is what a crash leaves and is dropped.
+    Raises UserError if a `metrics.jsonl` in the directory cannot be read. A truncated last line, as a crash leaves it,
+    is dropped.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, after_step: int = 0) -> None:
@@ -138,7 +139,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="ascii")
         self._board: Any = None
         if tensorboard:
-            # Takes seconds to import, which a run that does not ask for it need not pay.
+            # The import takes seconds: only runs that log to TensorBoard pay for it.
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(
@@ -146,14 +147,14 @@ class MetricsWriter:
             )
 
     def run(self, info: RunInfo) -> None:
-        """Record a start or a resumption of the run."""
+        """Record that the run starts or resumes."""
         self._write(info)
         if self._board is not None:
             rows = "".join(f"| {key} | {value} |\n" for key, value in asdict(info).items())
             self._board.add_text("run", f"| | |\n|---|---|\n{rows}", info.step)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Record a step."""
+        """Record a training step."""
         self._write(metrics)
         self._scalars(
             metrics.step,
@@ -175,15 +176,15 @@ class MetricsWriter:
         )
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Record an evaluation; buckets without tokens have no scalar."""
+        """Record an evaluation; empty position buckets get no TensorBoard scalar."""
         self._write(metrics)
-        # Zero-padded, because TensorBoard sorts its charts by name.
+        # Zero-padded: TensorBoard sorts charts by name.
         by_position = {f"heldout_by_position/{b.lo:08d}": b.loss for b in metrics.positions if b.tokens}
         fluctuation = {f"routing_fluctuation/{layer}": share for layer, share in metrics.fluctuation.items()}
         self._scalars(metrics.step, {"heldout/loss": metrics.loss, **by_position, **fluctuation})
 
     def close(self) -> None:
-        """Flush and close the files. May be called twice."""
+        """Flush and close the files. Idempotent."""
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -208,11 +209,11 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Read a `metrics.jsonl`, also while a run writes it or after one was killed.
+    """Read a `metrics.jsonl`, which a run may still be writing or may have been killed while writing.
 
-    Steps and evaluations come in order, each once: where a step stands twice, the later line holds.
+    Steps and evaluations are sorted and unique: of duplicates the later line counts.
 
-    Raises UserError where the file is missing or a line is no record; a last line cut short is left out.
+    Raises UserError if the file is missing or a line is not a record; a truncated last line is ignored.
     """
     if not path.is_file():
         raise UserError(f"no metrics at {path}; train a run first, or name the {FILE_NAME} in a run's directory")
@@ -236,12 +237,12 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
-    """Each whole line, with its newline, and the record in it."""
+    """Parse every complete line; return it, with its newline, and its record."""
     lines = path.read_bytes().splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
-            break  # only the last line can lack it: the writer was killed within it, or is within it now
+            break  # only the last line can lack it: the writer was killed in the middle of it, or is still writing it
         try:
             records.append((line, _parse(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -263,25 +264,25 @@ def _parse(line: bytes) -> Record:
 
 
 def _drop_later_lines(path: Path, after_step: int) -> None:
-    """Keep what the first `after_step` steps wrote. The file is the old one or the new one, whenever this stops."""
+    """Drop the records after step `after_step`, atomically: a crash leaves the old file or the new one."""
     if not path.exists():
         return
-    # At 0 not even the old file's content matters, so a damaged one does not stop a fresh run.
+    # At 0 nothing is kept, so a damaged file does not stop a fresh run.
     lines = _read_lines(path) if after_step else []
-    kept = b"".join(line for line, record in lines if _belongs(record, after_step))
+    kept = b"".join(line for line, record in lines if _is_kept(record, after_step))
     if kept == path.read_bytes():
         return
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("wb") as file:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
         file.write(kept)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    partial.replace(path)
 
 
-def _belongs(record: Record, after_step: int) -> bool:
+def _is_kept(record: Record, after_step: int) -> bool:
     if isinstance(record, RunInfo):
-        return record.step < after_step  # one that started at this very step was given up before its first checkpoint
+        return record.step < after_step  # a start at this very step was abandoned before its first checkpoint
     return record.step <= after_step
 
 

@@ -1,10 +1,7 @@
-"""What trains a model on ranks, and the torch engine: FSDP2 over the mesh, AdamW, and the loss of one step exactly as
-one rank would have it.
+"""Torch engine: FSDP2 over the mesh, AdamW, expert parallelism.
 
-A step's loss is the summed negative log likelihood of all its tokens on all ranks, divided by the number of labels
-among them, and each router's losses, divided by the number of sequences. Each rank divides its own sum by that global
-number, and gradients are *summed* over ranks (FSDP2 divides them by default), so that the result does not depend on how
-tokens lie over ranks.
+Gradients are *summed* over ranks (FSDP2 averages by default), because each rank divides its loss by the global number
+of labels (`longctx.engines.step`): the result does not depend on how tokens are sharded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +18,8 @@ from torch.nn.utils import clip_grads_with_norm_
 from longctx.checkpoint.save import Checkpointer, TrainerState, load_tensors
 from longctx.checkpoint.weights import Weights
 from longctx.engines.base import Batch, StepResult
-from longctx.engines.router_stats import Routing
-from longctx.engines.step import accumulate, balance, decayed, save_memory
+from longctx.engines.router_stats import RouterStats
+from longctx.engines.step import accumulate_gradients, configure_activations, update_router_biases, weight_decay_names
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import initialise
@@ -34,9 +31,9 @@ from longctx.recipe.tables import OptimizerConfig, TrainConfig
 
 
 class TorchEngine:
-    """The model and its optimizer on the ranks of a mesh."""
+    """The model sharded with FSDP2 and its AdamW optimizer on the ranks of a mesh."""
 
-    notes: Sequence[str] = ()
+    startup_messages: Sequence[str] = ()
 
     def __init__(
         self,
@@ -49,12 +46,12 @@ class TorchEngine:
         seed: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Build, shard and initialise. `dtype`: of the parameters, float32, or float64 to verify with."""
+        """Build, shard and initialise the model. `dtype` of the parameters: float32, or float64 for verification."""
         self.mesh, self.config, self.optimizer_config = mesh, train, optimizer
         self.device = mesh.device
         with torch.device("meta"):
             decoder = Decoder(model, vocab_size).to(dtype)
-        save_memory(decoder, train)
+        configure_activations(decoder, train)
         self._shard(decoder)
         decoder.to_empty(device=self.device)
         initialise(decoder, seed)
@@ -65,65 +62,65 @@ class TorchEngine:
         policy = MixedPrecisionPolicy()
         if self.config.precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # Decays are exponentials of parameters: rounded to bf16 a head would forget at another rate. A router's choice
-        # is as fine as its logits.
-        full = [m for m in decoder.modules() if getattr(m, "full_precision", False) and list(m.parameters())]
-        full = full if policy.param_dtype is not None else []
-        divided = [m for m in decoder.modules() if isinstance(m, Experts)] if self.mesh.ep.size > 1 else []
-        for experts in divided:
-            self._divide(experts)
-        for module in (*full, *divided, *decoder.blocks, decoder):
-            if module in divided:
-                # By rows of the matrices: the experts are divided over ep already.
+        fp32_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # Decays are exponentials of parameters: rounding those to bf16 would change a head's decay rate. Top-k routing
+        # needs the full precision of its logits.
+        fp32_modules = [m for m in decoder.modules() if getattr(m, "full_precision", False) and list(m.parameters())]
+        fp32_modules = fp32_modules if policy.param_dtype is not None else []
+        ep_modules = [m for m in decoder.modules() if isinstance(m, Experts)] if self.mesh.ep.size > 1 else []
+        for experts in ep_modules:
+            self._shard_experts(experts)
+        for module in (*fp32_modules, *ep_modules, *decoder.blocks, decoder):
+            if module in ep_modules:
+                # Along the rows of the matrices: dimension 0, the experts, is already sharded over ep.
                 fully_shard(
                     module, mesh=self.mesh.expert_shard, mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
                 )
             else:
-                fully_shard(module, mesh=self.mesh.shard, mp_policy=exact if module in full else policy)
+                fully_shard(module, mesh=self.mesh.shard, mp_policy=fp32_policy if module in fp32_modules else policy)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)
-            # gloo knows no scaled sums, and NCCL's would multiply by 1.
+            # gloo has no pre-multiplied sum, and NCCL's would multiply by 1.
             module.set_force_sum_reduction_for_comms(True)
 
-    def _divide(self, experts: Experts) -> None:
-        """Leave this rank of the ep axis its own experts."""
+    def _shard_experts(self, experts: Experts) -> None:
+        """Shard the experts over the ep axis: keep only this rank's."""
         assert self.mesh.expert_axis is not None
         experts.axis = self.mesh.ep
         for name, parameter in list(experts.named_parameters(recurse=False)):
-            part = distribute_tensor(parameter.detach(), self.mesh.expert_axis, [Shard(0)], src_data_rank=None)
-            setattr(experts, name, nn.Parameter(part))
+            shard = distribute_tensor(parameter.detach(), self.mesh.expert_axis, [Shard(0)], src_data_rank=None)
+            setattr(experts, name, nn.Parameter(shard))
 
     def _adamw(self) -> torch.optim.AdamW:
         config = self.optimizer_config
-        decays = {id(self.model.get_parameter(name)) for name in decayed(self.model)}
+        decays = {id(self.model.get_parameter(name)) for name in weight_decay_names(self.model)}
         groups = []
-        # Fused over the parameters of a group, which have to lie on one mesh.
+        # The fused kernel needs all parameters of a group on one mesh.
         for parameters in self._by_mesh(self.model.parameters()):
             matrices = [p for p in parameters if id(p) in decays]
             vectors = [p for p in parameters if id(p) not in decays]
             groups += [
-                {"params": some, "weight_decay": decay}
-                for some, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-                if some
+                {"params": group, "weight_decay": decay}
+                for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+                if group
             ]
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
     @staticmethod
     def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-        """Parameters in groups that lie on one mesh each."""
-        found: dict[object, list[Tensor]] = {}
+        """Group parameters by their device mesh."""
+        by_mesh: dict[object, list[Tensor]] = {}
         for parameter in parameters:
-            found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-        return list(found.values())
+            by_mesh.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        return list(by_mesh.values())
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, over all ranks, each counted once."""
+        """As in `Engine`."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def gradients(self, batches: Sequence[Batch]) -> tuple[float, Routing]:
-        """As `accumulate` does it."""
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, RouterStats]:
+        """Accumulate gradients as `accumulate_gradients` does."""
 
         def forward(batch: Batch, scale: float) -> Losses:
             losses: Losses = self.model(
@@ -131,12 +128,12 @@ class TorchEngine:
             )
             return losses
 
-        return accumulate(batches, self.mesh, self.device, forward, Tensor.backward)
+        return accumulate_gradients(batches, self.mesh, self.device, forward, Tensor.backward)
 
     def _norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The norm of all gradients together, float64, over whatever mesh each lies.
+        """Compute the global gradient norm, float64, over gradients on any mix of meshes.
 
-        In one collective: a number stands on as many ranks as there are copies of the model, and on no others.
+        One collective: every element is on exactly `dp_replicate` ranks, so the sum over all ranks is divided by that.
         """
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients if g is not None]
         squares = torch.stack([n.double() for n in torch._foreach_norm(local)]).square().sum()
@@ -144,19 +141,19 @@ class TorchEngine:
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """As in `Engine`."""
-        loss, routing = self.gradients(batches)
-        routing.check_finite()
+        loss, router_stats = self.gradients(batches)
+        router_stats.check_finite()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self._norm([p.grad for p in parameters])
         if self.config.clip != "none":
-            for some in self._by_mesh(parameters):
-                clip_grads_with_norm_(some, self.config.clip, norm)
+            for on_one_mesh in self._by_mesh(parameters):
+                clip_grads_with_norm_(on_one_mesh, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        balance(self.model, routing)
-        return StepResult(loss, norm.item(), routing)
+        update_router_biases(self.model, router_stats)
+        return StepResult(loss, norm.item(), router_stats)
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Losses:
@@ -183,7 +180,7 @@ class TorchEngine:
         return {"model": model, "optimizer": optimizer}
 
     def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
-        """As in `Engine`; written in the background, while training goes on."""
+        """As in `Engine`; written in the background while training continues."""
         checkpointer.save(self._tensors(), state)
 
     def load(self, path: Path) -> None:
@@ -195,10 +192,10 @@ class TorchEngine:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no external resources."""
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's whole gradient, gathered: every rank has to walk through all of them."""
+        """Iterate over every parameter's gathered gradient; collective, so every rank must exhaust the iterator."""
         for name, parameter in self.model.named_parameters():
             assert isinstance(parameter.grad, DTensor)
             yield name, parameter.grad.full_tensor()

@@ -1,4 +1,4 @@
-"""Generation: a trained model goes on from a prompt, token by token, on one device."""
+"""Text generation: sampling from a trained model, token by token, on one device."""
 
 from longctx.generate.sampling import Sampling
 from longctx.generate.stream import generate

@@ -1,4 +1,4 @@
-"""The model that a run has trained, on one device, with the tokenizer of its corpus."""
+"""Restoring a trained model for inference: the decoder on one device and the tokenizer of its corpus."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from longctx.checkpoint.save import (
     load_tensors,
     read_state,
 )
-from longctx.checkpoint.weights import described, with_defaults
+from longctx.checkpoint.weights import stored_config, with_defaults
 from longctx.data.loader import train_fingerprint
 from longctx.data.manifest import Manifest
 from longctx.data.tokenizer import Tokenizer
@@ -26,82 +26,82 @@ from longctx.train.process_group import device_type
 
 _OPTION = "--checkpoint"
 _HOW = f"with {_OPTION} PATH"
-_KEYS = ("data.path", "train.device", "train.precision")
-"""What of a run's recipe may be another here; all else was decided when it was trained, or has no part in it."""
+_OVERRIDABLE = ("data.path", "train.device", "train.precision")
+"""Recipe keys that may change for inference; all others were fixed by training, or do not apply."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A trained model, and how its tokens are read."""
+    """A trained model and its tokenizer."""
 
     decoder: Decoder
     tokenizer: Tokenizer
     checkpoint: Path
     state: TrainerState
     same_corpus: bool
-    """Whether the corpus that gave the tokenizer is the one that the model was trained on, as the recipe reads it."""
+    """Whether the tokenizer's corpus, as the recipe reads it, is the one that the model was trained on."""
 
 
 def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = None) -> Restored:
-    """The model in the directory `run`, of the newest of its checkpoints or of the one given.
+    """Restore the model of the directory `run` from its latest checkpoint, or from `checkpoint`.
 
-    In one process, without a process group. `overrides` change the run's recipe, as for training: `data.path`,
-    `train.device` and `train.precision`. In bf16 what training keeps in float32 stays so. Of the corpus only the
-    manifest and the tokenizer's file are read.
+    Runs in one process, without a process group. `overrides` change the run's recipe, as for training: `data.path`,
+    `train.device` and `train.precision`. In bf16, parameters that training keeps in float32 stay float32. Only the
+    manifest and the tokenizer file of the corpus are read.
 
-    Raises UserError where the run has no checkpoint, the checkpoint is of another model or damaged, the corpus's
-    tokenizer is not there, or another key is overridden.
+    Raises UserError if the run has no checkpoint, the checkpoint is damaged or of another model, the tokenizer is
+    missing, or another key is overridden.
     """
     recipe = _recipe(run, overrides)
-    path = checkpoint or _newest(run)
+    path = checkpoint or _latest_checkpoint(run)
     state = read_state(path, _HOW)
     check_format(
         path,
         state,
         "torch",
-        "Text is generated with those of the built-in model: longctx convert from-megatron makes weights of it, with "
-        "which a run of engine = 'torch' begins (train.init)",
+        "Generation needs a checkpoint of the built-in model: convert it with longctx convert from-megatron, and start "
+        "a run of engine = 'torch' from the result (train.init)",
     )
     try:
         manifest = Manifest.read(recipe.data.path)
         tokenizer = manifest.open_tokenizer(recipe.data.path)
     except UserError as error:
         raise UserError(
-            f"the tokenizer of {run} is with its corpus: {error}. Where the corpus is elsewhere now, add data.path=DIR"
+            f"the tokenizer of {run} is stored with its corpus: {error}. If the corpus has moved, add data.path=DIR"
         ) from None
     rows = recipe.model.vocabulary_rows(tokenizer.vocab_size)
-    model = described(recipe.model, rows)
-    advice = f"Give a checkpoint of this run with {_OPTION}, or the run that this one belongs to"
+    model = stored_config(recipe.model, rows)
+    advice = f"Give a checkpoint of this run with {_OPTION}, or the run that the checkpoint belongs to"
     check_same_model(path, replace(state, model=with_defaults(state.model)), model, advice)
-    decoder = _load(recipe, rows, path)
-    same = state.data == train_fingerprint(manifest, recipe.data, seed=recipe.seed)
-    return Restored(decoder, tokenizer, path, state, same)
+    decoder = _load_decoder(recipe, rows, path)
+    same_corpus = state.data == train_fingerprint(manifest, recipe.data, seed=recipe.seed)
+    return Restored(decoder, tokenizer, path, state, same_corpus)
 
 
 def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     file = run / "recipe.toml"
     if not file.is_file():
-        lacks = "it has no recipe.toml" if run.is_dir() else "there is no such directory"
-        runs = sorted(str(found.parent) for found in Path("runs").glob("*/recipe.toml"))
-        there = f" There: {', '.join(runs)}" if runs else ""
-        raise UserError(f"{run} is no run: {lacks}. Give the directory that longctx train wrote, runs/<name>.{there}")
+        reason = "it has no recipe.toml" if run.is_dir() else "there is no such directory"
+        runs = sorted(str(recipe.parent) for recipe in Path("runs").glob("*/recipe.toml"))
+        existing = f" Existing runs: {', '.join(runs)}" if runs else ""
+        raise UserError(f"{run} is not a run: {reason}. Give a directory of longctx train, runs/<name>.{existing}")
     for override in overrides:
-        if override.partition("=")[0].strip() not in _KEYS:
-            raise UserError(f"{override}: of a run's recipe only {', '.join(_KEYS)} may be another in generation")
+        if override.partition("=")[0].strip() not in _OVERRIDABLE:
+            raise UserError(f"{override}: generation can override only {', '.join(_OVERRIDABLE)} of a run's recipe")
     return load(file, overrides)
 
 
-def _newest(run: Path) -> Path:
-    there = list_checkpoints(run / "checkpoints")
-    if not there:
+def _latest_checkpoint(run: Path) -> Path:
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
         raise UserError(
-            f"{run} has no checkpoint yet: train until the first (checkpoint.every steps), or name one of another "
-            f"directory with {_OPTION} PATH"
+            f"{run} has no checkpoint yet: train until the first one (checkpoint.every steps), or give one from "
+            f"elsewhere with {_OPTION} PATH"
         )
-    return there[-1]
+    return checkpoints[-1]
 
 
-def _load(recipe: Recipe, rows: int, path: Path) -> Decoder:
+def _load_decoder(recipe: Recipe, rows: int, path: Path) -> Decoder:
     device = device_type(recipe.train)
     with torch.device("meta"):
         decoder = Decoder(recipe.model, rows)
@@ -112,15 +112,15 @@ def _load(recipe: Recipe, rows: int, path: Path) -> Decoder:
             reset()
     load_tensors(path, {"model": decoder.state_dict()}, _HOW)
     if recipe.train.precision == "bf16":
-        _round(decoder)
+        _cast_to_bf16(decoder)
     return decoder.requires_grad_(False).eval()
 
 
-def _round(module: nn.Module) -> None:
-    """Parameters to bf16, but for those whose layers need them exact, and for buffers: as in training."""
+def _cast_to_bf16(module: nn.Module) -> None:
+    """Cast parameters to bf16, except those of full-precision modules, and no buffers: as in training."""
     if getattr(module, "full_precision", False):
         return
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.bfloat16()
     for child in module.children():
-        _round(child)
+        _cast_to_bf16(child)

@@ -1,1 +1,1 @@
-"""Layers below the mixers: norms, rotary positions, routers, feature maps, the decoding cache."""
+"""Layers shared by mixers and feed-forwards: projections, norms, rotary embedding, routers, feature maps, the cache."""

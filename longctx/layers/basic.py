@@ -1,4 +1,4 @@
-"""The small layers that every model is made of."""
+"""Linear projections and RMSNorm, with the initialisation that each layer declares."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from longctx.kernels.pointwise import rms_norm
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, drawn at initialisation from N(0, `init_std`^2) (`longctx.model.initialise`)."""
+    """Linear layer without bias, initialised from N(0, `init_std`^2) by `longctx.model.initialise`."""
 
     def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -35,41 +35,41 @@ class RMSNorm(nn.Module):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """The same times `1 + weight`, as in Gemma and Qwen3-Next: the weight begins at 0."""
+    """RMSNorm with the factor `1 + weight` and the weight initialised to 0, as in Gemma and Qwen3-Next."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         nn.init.zeros_(self.weight)
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of the weight (`longctx.model.initialise`)."""
+        """Return the initial value of the weight (`longctx.model.initialise`)."""
         del name, generator
         return torch.zeros(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In bfloat16 the sum would lose what makes the weight small.
+        # In bfloat16 `1 + weight` would round small weights away.
         return rms_norm(x, 1 + self.weight.to(accumulation_dtype(x.dtype)), self.eps)
 
 
 Norm = Literal["rms", "zero_centered_rms"]
-"""The kinds of `norm_layer`."""
+"""Kinds of norm, for `norm_layer`."""
 
 
 def norm_layer(kind: Norm, dim: int, eps: float) -> RMSNorm:
-    """A norm over `dim` channels."""
+    """Build a norm over `dim` channels."""
     return RMSNorm(dim, eps) if kind == "rms" else ZeroCenteredRMSNorm(dim, eps)
 
 
 class SelfInitialised(nn.Module):
-    """A layer whose parameters say themselves what they begin as, to `longctx.model.initialise` too."""
+    """Base of layers that define the initial values of their parameters, for `longctx.model.initialise` as well."""
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of the parameter `name`, float32 on the CPU."""
+        """Return the initial value of the parameter `name`, float32 on the CPU."""
         raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill this layer's own parameters, with torch's global generator."""
+        """Initialise this layer's own parameters with torch's global generator."""
         for name, parameter in self.named_parameters(recurse=False):
             with torch.device("cpu"):
                 value = self.initial(name, parameter.shape, torch.default_generator)

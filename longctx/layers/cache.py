@@ -1,207 +1,220 @@
-"""What a layer remembers of the tokens that it has seen, so that generation goes on from there.
+"""KV cache and recurrent state for decoding, and the operations that run with or without them.
 
-A linear recurrence remembers its state, a short convolution its last W - 1 inputs, LightNet a number for each channel:
-the same size after any number of tokens. Softmax attention remembers keys and values, all of them or, with a window,
-the newest; a router that reads earlier tokens remembers their scores. Of training nothing passes through here but
-`attend_to_scores`, which is both.
+Linear layers decode from a fixed-size cache: the recurrent state, the last W - 1 inputs of a short convolution, and
+LightNet's running log-sum-exp per channel. Softmax attention keeps a KV cache of all tokens or, with a sliding window,
+of the last ones. A router that averages scores over earlier tokens caches these scores.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longctx.kernels import convolution
 from longctx.kernels.attention import block as attention
-from longctx.kernels.attention.block import CAUSAL, FULL, BlockMask, Positions
-from longctx.kernels.linear import api as kernel
-from longctx.kernels.linear.operators import DELTA
-from longctx.kernels.linear.recurrence import Gates, LinearRecurrence
+from longctx.kernels.attention.block import FULL, BlockMask, Mask, Positions
+from longctx.kernels.attention.masks import plain_mask
+from longctx.kernels.linear.checks import check_state
+from longctx.kernels.linear.recurrence import Gates, Inputs, LinearRecurrence
 from longctx.moe.token_graph import attention_aware
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.convolution import short_convolution
-from longctx.parallel.linear.state_scan import Begun, state_scan
+from longctx.parallel.linear.state_scan import StateScan, begin_state_scan
 
 
 class Cache:
-    """What one block remembers of one document, for each sequence of a batch; a new one is of no token.
+    """Decoding cache of one block, for a batch of sequences of one document each; a new one is empty.
 
-    A layer reads and replaces what is of its kind and leaves the rest empty; `routed` is the feed-forward's, the rest
-    the mixer's.
+    Each layer uses the fields of its kind and leaves the others empty; `router_kv` is the feed-forward's, the others
+    are the mixer's.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        """Tokens that the layer has seen."""
+        """Number of tokens consumed."""
         self.state: Tensor | None = None
-        """Of a linear recurrence: `[B, H, K, V]` in the accumulation dtype."""
-        self.window: Tensor | None = None
-        """Of a short convolution: its last W - 1 inputs, `[B, W - 1, D]`, zeros before the first."""
+        """Recurrent state of a linear layer, `[B, H, K, V]` in the accumulation dtype."""
+        self.conv_window: Tensor | None = None
+        """Last W - 1 inputs of a short convolution, `[B, W - 1, D]`, zeros before the first token."""
         self.log_sum: Tensor | None = None
-        """Of LightNet: the log-sum-exp of each channel's keys, `[B, 1, D]` in the accumulation dtype."""
-        self.keys = KVBuffer()
-        """Of softmax attention: keys and values."""
-        self.routed = KVBuffer()
-        """Of a router that reads earlier tokens: its keys, where these are not the mixer's, and the tokens' scores."""
+        """LightNet's running log-sum-exp of each channel's keys, `[B, 1, D]` in the accumulation dtype."""
+        self.kv = KVBuffer()
+        """KV cache of softmax attention."""
+        self.router_kv = KVBuffer()
+        """Scores of the tokens, for a router that averages them, and its keys if these are not the mixer's."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held, what buffers hold in advance included."""
-        held = (self.state, self.window, self.log_sum, *self.keys.buffers, *self.routed.buffers)
-        return sum(x.untyped_storage().nbytes() for x in held if x is not None)
+        """Allocated bytes, spare capacity included."""
+        tensors = (self.state, self.conv_window, self.log_sum, *self.kv.buffers, *self.router_kv.buffers)
+        return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
     def check(self, layout: Layout) -> None:
-        """Raise ValueError where a layer cannot go on from here over the tokens of `layout`."""
+        """Raise ValueError if the tokens of `layout` do not continue the cached ones."""
         if torch.is_grad_enabled():
-            raise ValueError(
-                "memory: gradients do not reach what a layer remembers; go on from it under torch.no_grad()"
-            )
+            raise ValueError("cache: gradients do not flow through cached tokens; decode under torch.no_grad()")
         if layout.size > 1 or len(layout.cu_seqlens) > 2:
             raise ValueError(
-                f"memory: the layout has {len(layout.cu_seqlens) - 1} documents on {layout.size} ranks; what a layer "
-                "remembers is of one document on one rank"
+                f"cache: the layout has {len(layout.cu_seqlens) - 1} documents on {layout.size} ranks; decoding "
+                "supports one document on one rank"
             )
         if layout.past_tokens != self.tokens:
             raise ValueError(
-                f"memory: the layout continues {layout.past_tokens} tokens, and the layer remembers {self.tokens}; "
-                f"give Layout((0, n), past_tokens={self.tokens})"
+                f"cache: the layout continues {layout.past_tokens} tokens, but the cache holds {self.tokens}; "
+                f"use Layout((0, n), past_tokens={self.tokens})"
             )
 
 
 class KVBuffer:
-    """Keys `[B, n, H, K]`, values `[B, n, H, V]`, or more or fewer such tensors, of the newest tokens, in order.
+    """Growing buffers of per-token tensors: usually keys `[B, n, H, K]` and values `[B, n, H, V]`, in token order.
 
-    Buffers that are full are replaced by ones half as large again as what they have to hold: over all tokens, a token
-    costs a copy of two or three, and not of all. Those of a head lie together, since every token reads all of them.
+    Full buffers are replaced by ones 1.5 times the required size, so that appending costs two or three copies per token
+    in total. The tokens of a head are contiguous, since attention reads all of them for each new token.
     """
 
     def __init__(self) -> None:
         self.buffers: tuple[Tensor, ...] = ()
-        """`[B, H, capacity, ...]` of each."""
+        """One buffer per tensor, `[B, H, capacity, ...]`."""
         self._begin = self._end = 0
 
     def __len__(self) -> int:
         return self._end - self._begin
 
-    def append(self, *added: Tensor) -> tuple[Tensor, ...]:
-        """What is held, that of the new tokens `[B, n, H, ...]` last; views of the buffers."""
-        more = added[0].shape[1]
-        end = self._end + more
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Append new tokens, `[B, n, H, ...]` per tensor; return views of all tokens held, the new ones last."""
+        end = self._end + new[0].shape[1]
         if not self.buffers or end > self.buffers[0].shape[2]:
-            held, room = len(self), len(self) + more
-            grown = tuple(x.new_empty(x.shape[0], x.shape[2], room + room // 2, x.shape[3]) for x in added)
-            for old, new in zip(self.buffers, grown, strict=bool(self.buffers)):
-                new[:, :, :held] = old[:, :, self._begin : self._end]
-            self.buffers, self._begin, self._end, end = grown, 0, held, room
-        for buffer, new in zip(self.buffers, added, strict=True):
-            buffer[:, :, self._end : end] = new.transpose(1, 2)
+            held = len(self)
+            required = held + new[0].shape[1]
+            grown = tuple(x.new_empty(x.shape[0], x.shape[2], required + required // 2, x.shape[3]) for x in new)
+            for old, buffer in zip(self.buffers, grown, strict=bool(self.buffers)):
+                buffer[:, :, :held] = old[:, :, self._begin : self._end]
+            self.buffers, self._begin, self._end, end = grown, 0, held, required
+        for buffer, tokens in zip(self.buffers, new, strict=True):
+            buffer[:, :, self._end : end] = tokens.transpose(1, 2)
         self._end = end
         return tuple(buffer[:, :, self._begin : end].transpose(1, 2) for buffer in self.buffers)
 
-    def forget(self, keep: int) -> None:
-        """Hold the newest `keep` alone."""
-        self._begin = max(self._begin, self._end - keep)
+    def keep_last(self, count: int) -> None:
+        """Drop all but the last `count` tokens."""
+        self._begin = max(self._begin, self._end - count)
 
 
-def scan(
-    recurrence: LinearRecurrence,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    layout: Layout,
-    cache: Cache | None,
-    begun: Begun | None = None,
-) -> Tensor:
-    """`longctx.parallel.linear.state_scan.state_scan`, o `[B, T_local, Ho, V]`; from the state that is remembered and
-    to the next.
+@dataclass(frozen=True)
+class CachedScan:
+    """A state scan that starts from the cached recurrent state and stores the final one in the cache."""
 
-    One token takes `longctx.kernels.linear.step`, the same equations without what cuts a sequence into pieces.
+    recurrence: LinearRecurrence
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    cache: Cache | None
+    scan: StateScan | None
+    """None for a single token, which runs the recurrence's decoding step."""
+
+    def finish(self, q: Tensor) -> Tensor:
+        """Return o `[B, T_local, Ho, V]` for q `[B, T_local, Hq, K]`."""
+        if self.scan is None:
+            return self._step(q)
+        out, final = self.scan.finish(q)
+        if self.cache is not None:
+            self.cache.state = final
+        return out
+
+    def _step(self, q: Tensor) -> Tensor:
+        assert self.cache is not None
+        inputs = Inputs(q, self.k, self.v, self.gates)
+        state = inputs.empty_state() if self.cache.state is None else self.cache.state
+        with torch.autocast(q.device.type, enabled=False):
+            self.recurrence.check(inputs)
+            check_state("state", state, inputs)
+            out, self.cache.state = self.recurrence.step(inputs, state)
+        return out
+
+
+def begin_cached_scan(
+    recurrence: LinearRecurrence, k: Tensor, v: Tensor, gates: Gates, layout: Layout, cache: Cache | None
+) -> CachedScan:
+    """Start `longctx.parallel.linear.state_scan`, from the cached recurrent state if there is a cache.
+
+    Shapes as there; `finish(q)` of the result returns o. Training (no cache) and chunked prefill run the chunkwise
+    form, a single token the decoding step: the same equations.
     """
     if cache is None:
-        return state_scan(recurrence, q, k, v, gates, layout, begun=begun)[0]
-    if layout.length > 1:
-        out, cache.state = state_scan(
-            recurrence, q, k, v, gates, layout, initial_state=cache.state, final_state=True, begun=begun
-        )
-        return out
-    state = kernel.empty_state(k, v, gates) if cache.state is None else cache.state
-    now: list[Any] = [g if g.dim() == 1 else g[:, 0] for g in gates]
-    beta = now.pop(0) if recurrence is DELTA else None
-    with torch.autocast(q.device.type, enabled=False):
-        out, cache.state = kernel.step(q[:, 0], k[:, 0], v[:, 0], state, now[0] if now else None, beta)
-    return out[:, None]
+        return CachedScan(recurrence, k, v, gates, None, begin_state_scan(recurrence, k, v, gates, layout))
+    if layout.length == 1:
+        return CachedScan(recurrence, k, v, gates, cache, None)
+    scan = begin_state_scan(recurrence, k, v, gates, layout, initial_state=cache.state, final_state=True)
+    return CachedScan(recurrence, k, v, gates, cache, scan)
 
 
-def convolve(
+def cached_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str | None, cache: Cache | None
 ) -> Tensor:
-    """`longctx.parallel.linear.convolution.short_convolution`, `[B, T_local, D]`; from the inputs that are remembered
-    on."""
+    """Run `longctx.parallel.linear.convolution.short_convolution`, continuing the cached inputs: `[B, T_local, D]`."""
     if cache is None:
         return short_convolution(x, weight, bias, layout, activation=activation)
-    before, count = cache.window, weight.shape[1] - 1
+    before, count = cache.conv_window, weight.shape[1] - 1
     if layout.length > 1:
         out = short_convolution(x, weight, bias, layout, activation=activation, initial=before)
-        cache.window = convolution.final_window(x, count, before=before)
+        cache.conv_window = convolution.final_window(x, count, before=before)
         return out
     if before is None:
         before = x.new_zeros(x.shape[0], count, x.shape[2])
     with torch.autocast(x.device.type, enabled=False):
-        now, cache.window = convolution.step(x[:, 0], before, weight, bias, activation)
-    return now[:, None]
+        out, cache.conv_window = convolution.step(x[:, 0], before, weight, bias, activation)
+    return out[:, None]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, held: KVBuffer
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, mask: Mask, kv: KVBuffer
 ) -> tuple[Tensor, Tensor]:
-    """Causal softmax attention of the new tokens to what is held and to themselves, `[B, n, H, V]`; and all keys that
-    they saw, `[B, held + n, H_kv, K]`, a view.
+    """Add new tokens to the KV cache and attend from them to all cached tokens that the causal mask shows them.
 
-    Shapes: q `[B, n, H, K]`, k and v `[B, n, H_kv, ...]`, turned to their positions; `window` as in
+    Return the output `[B, n, H, V]` and the cached keys `[B, cached + n, H_kv, K]`, a view. Shapes: q `[B, n, H, K]`,
+    k and v `[B, n, H_kv, ...]`, with rotary positions applied; `mask` as in
     `longctx.parallel.attention.softmax_attention`.
     """
-    keys, values = held.append(k, v)
-    out = _attend(q, keys, values, layout, scale, window)
-    if window is not None:
-        held.forget(window - 1)
+    keys, values = kv.append(k, v)
+    out = _attend_to_cache(q, keys, values, layout, scale, mask)
+    kv.keep_last(mask.cached_keys(len(kv)))
     return out, keys
 
 
-def attend_to_scores(
-    q: Tensor, k: Tensor, layout: Layout, scale: float, window: int | None, r: Tensor, cache: Cache | None
+def cached_score_attention(
+    q: Tensor, k: Tensor, layout: Layout, scale: float, mask: Mask, r: Tensor, cache: Cache | None
 ) -> Tensor:
-    """`longctx.moe.token_graph.attention_aware`, `[B, T_local, E]`; with a memory of the new tokens' scores r
-    `[B, n, E]` and of those remembered, k being all keys that `attend` gave.
+    """Run `longctx.moe.token_graph.attention_aware`, `[B, T_local, E]`, over cached scores as well.
+
+    With a cache, r `[B, n, E]` are the new tokens' scores and k all keys, as returned by `cached_attention`.
     """
     if cache is None:
-        return attention_aware(r, q, k, layout, scale, window)
-    (scores,) = cache.routed.append(r[:, :, None])
+        return attention_aware(r, q, k, layout, scale, mask)
+    (scores,) = cache.router_kv.append(r[:, :, None])
     values = scores.expand(-1, -1, k.shape[2], -1)
-    out = _attend(q.to(r.dtype), k.to(r.dtype), values, layout, scale, window)
-    if window is not None:
-        cache.routed.forget(window - 1)
+    out = _attend_to_cache(q.to(r.dtype), k.to(r.dtype), values, layout, scale, mask)
+    cache.router_kv.keep_last(mask.cached_keys(len(cache.router_kv)))
     return out.mean(dim=2)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
-    """Of the new tokens, the last of those that keys and values are of."""
+def _attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, layout: Layout, scale: float, mask: Mask) -> Tensor:
+    """Attend from the new tokens, the last ones of `keys` and `values`, to all of these."""
     new = layout.length
-    earlier = keys.shape[1] - new
-    mask: BlockMask
+    cached = keys.shape[1] - new
+    block_mask: BlockMask
     if new == 1:
-        # Every key is seen, and the query heads of a key head are as many queries of it: it is read once for them.
-        mask, q = FULL, q[:, 0].unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
-    elif earlier == 0 and (window is None or window >= new):
-        mask = CAUSAL
+        # The cache keeps only visible keys. Fold the query heads of each key head into queries, to read keys only once.
+        block_mask, q = FULL, q[:, 0].unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
     else:
-        mask = layout.cached(("memory", earlier, window, q.device), lambda: _mask(earlier, new, window, q.device))
+        key = ("cache", cached, mask, q.device)
+        block_mask = layout.cached(key, lambda: _block_mask(cached, new, mask, q.device))
     with torch.autocast(q.device.type, enabled=False):
-        out, _ = attention.forward(q, keys, values, mask, scale)
+        out, _ = attention.forward(q, keys, values, block_mask, scale)
     return out.transpose(1, 2).flatten(1, 2)[:, None] if new == 1 else out
 
 
-def _mask(earlier: int, new: int, window: int | None, device: torch.device) -> Positions:
-    """New tokens behind `earlier` ones; the same for every layer that remembers as many."""
-    places = torch.arange(earlier + new, device=device)
-    return Positions(places[earlier:], places, window=window)
+def _block_mask(cached: int, new: int, mask: Mask, device: torch.device) -> BlockMask:
+    """Apply the mask to `new` tokens after `cached` ones; layers with as many cached tokens share the result."""
+    places = torch.arange(cached + new, device=device)
+    positions = Positions(places[cached:], places, mask=mask)
+    return plain_mask(*positions.bounds, cached + new) or positions

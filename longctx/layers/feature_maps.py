@@ -1,4 +1,4 @@
-"""Feature maps as layers (`longctx.kernels.linear.feature_maps`)."""
+"""Feature maps of linear attention, as layers (`longctx.kernels.linear.feature_maps`)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from longctx.layers.basic import SelfInitialised
 
 
 class Hedgehog(SelfInitialised):
-    """The learned map, which doubles the keys' width; its matrix begins as the identity."""
+    """Learned feature map (Hedgehog; Zhang et al. 2024): doubles the key width; its matrix starts as the identity."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -17,31 +17,31 @@ class Hedgehog(SelfInitialised):
         self.reset_parameters()
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of a parameter (`longctx.model.initialise`)."""
+        """Return the initial value of a parameter (`longctx.model.initialise`)."""
         return torch.eye(shape[-1]).expand(shape) if name == "weight" else torch.zeros(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, H, K]` to `[B, T, H, 2 K]`."""
+        """Map `[B, T, H, K]` to `[B, T, H, 2 K]`."""
         return hedgehog(x, self.weight, self.bias)
 
     @property
     def flops_per_token(self) -> int:
-        """A matrix for each head."""
+        """Forward multiplications and additions for one token."""
         return 2 * self.weight.numel()
 
 
 class Elementwise(nn.Module):
-    """A map that acts on each channel by itself."""
+    """A feature map that acts on each channel separately."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.function = ELEMENTWISE[name]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same."""
+        """Apply the function; the shape stays."""
         return self.function(x)
 
 
 def feature_map(name: str, heads: int, head_dim: int) -> tuple[nn.Module, int]:
-    """The map of this name for heads of `head_dim`, and the key dim that it gives."""
+    """Build the feature map `name` for heads of `head_dim`; return it and the key dim of its output."""
     return (Hedgehog(heads, head_dim), 2 * head_dim) if name == "hedgehog" else (Elementwise(name), head_dim)

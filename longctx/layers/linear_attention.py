@@ -1,4 +1,4 @@
-"""What the linear mixers are put together from."""
+"""Building blocks of the linear mixers: short convolution, output norms, low-rank projections, decays."""
 
 import math
 
@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.pointwise import rms_norm
 from longctx.layers.basic import Linear, SelfInitialised
-from longctx.layers.cache import Cache, convolve
+from longctx.layers.cache import Cache, cached_convolution
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
-from longctx.parallel.norm import rms_norm_across
+from longctx.parallel.norm import tensor_parallel_rms_norm
 
 
 class ShortConvolution(SelfInitialised):
-    """A causal convolution of each channel over `width` tokens, and an activation; documents do not see each other."""
+    """Causal depthwise convolution over `width` tokens and an activation; it does not cross document boundaries."""
 
     def __init__(self, channels: int, width: int, *, bias: bool = False, activation: str | None = "silu") -> None:
         super().__init__()
@@ -26,22 +26,22 @@ class ShortConvolution(SelfInitialised):
         self.reset_parameters()
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of a parameter: uniform up to `width^-1/2`, as torch's convolutions."""
+        """Return the initial value of a parameter: uniform in +-`width^-1/2`, as in torch's convolutions."""
         bound = self.weight.shape[1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        """`[B, T_local, D]` to the same."""
-        return convolve(x, self.weight, self.bias, layout, self.activation, cache)
+        """Convolve x `[B, T_local, D]`; the shape stays."""
+        return cached_convolution(x, self.weight, self.bias, layout, self.activation, cache)
 
     @property
     def flops_per_token(self) -> int:
-        """A product and a sum for each tap."""
+        """Forward multiplications and additions for one token."""
         return 2 * self.weight.numel()
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of each head's output, times a weight per channel; where there is a gate, times its activation."""
+    """RMSNorm of each head's output, times a weight per channel and, optionally, the activation of an output gate."""
 
     def __init__(self, value_dim: int, eps: float, activation: str | None = None) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class HeadNorm(nn.Module):
         self.eps, self.activation = eps, activation
 
     def norm(self, o: Tensor) -> Tensor:
-        """Without the gate."""
+        """Normalise o without applying the gate."""
         return rms_norm(o, self.weight, self.eps)
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`[B, T, H, V]` to the same, the gate too."""
+        """Normalise o `[B, T, H, V]` and multiply it by the activated gate of the same shape, if there is one."""
         normed = self.norm(o)
         if gate is None:
             return normed
@@ -61,20 +61,20 @@ class HeadNorm(nn.Module):
         return normed * gate.view(normed.shape)
 
 
-class WholeNorm(HeadNorm):
-    """The same over the channels of all heads together, on whichever ranks they are."""
+class AllHeadsNorm(HeadNorm):
+    """RMSNorm over the channels of all heads together, across tensor-parallel ranks, with an optional output gate."""
 
     def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
         super().__init__(width, eps, activation)
         self.tp_axis = Axis()
 
     def norm(self, o: Tensor) -> Tensor:
-        """Without the gate; `[B, T, H V]`."""
-        return rms_norm_across(o, self.weight, self.eps, self.tp_axis)
+        """Normalise o `[B, T, H V]` without applying the gate."""
+        return tensor_parallel_rms_norm(o, self.weight, self.eps, self.tp_axis)
 
 
 class LowRank(SelfInitialised):
-    """A matrix as the product of two narrow ones, with a bias where asked for."""
+    """Low-rank linear layer: the product of two narrow matrices, with an optional bias."""
 
     def __init__(self, inputs: int, rank: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -83,38 +83,39 @@ class LowRank(SelfInitialised):
         self.reset_parameters()
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of the bias."""
+        """Return the initial value of the bias: 0."""
         return torch.zeros(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., outputs]`."""
+        """Project `[..., D]` to `[..., outputs]`."""
         y = self.up(self.down(x))
         return y if self.bias is None else y + self.bias
 
     @property
     def flops_per_token(self) -> int:
-        """Of both matrices."""
+        """Forward multiplications and additions for one token."""
         return self.down.flops_per_token + self.up.flops_per_token
 
 
 class StepDecay(SelfInitialised):
-    """`log_decay = -exp(A_log) dt`, `dt = softplus(x + dt_bias)` (Dao & Gu 2024, Mamba-2, section 7), dt within limits.
+    """Decay from a step size dt: `log_decay = -exp(A_log) dt`, `dt = softplus(x + dt_bias)` (Mamba-2; Dao & Gu 2024).
 
-    exp(A_log), one for each head, begins uniform in [1, 16]; dt_bias, for each channel of x, where dt is log-uniform in
-    [0.001, 0.1]. Computed in the accumulation dtype.
+    dt is clamped to [dt_min, dt_max]. exp(A_log), one per head, is initialised uniformly in [1, 16];
+    dt_bias, one per channel of x, such that dt is log-uniform in [0.001, 0.1] for x = 0. Computed in the accumulation
+    dtype.
     """
 
     full_precision = True
 
-    def __init__(self, heads: int, channels: int, least: float = 0.0, most: float | None = None) -> None:
+    def __init__(self, heads: int, channels: int, dt_min: float = 0.0, dt_max: float | None = None) -> None:
         super().__init__()
-        self.limits = (least, most) if least or most is not None else None
+        self.limits = (dt_min, dt_max) if dt_min or dt_max is not None else None
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of a parameter."""
+        """Return the initial value of a parameter."""
         uniform = torch.rand(shape, generator=generator)
         if name == "A_log":
             return (1 + 15 * uniform).log()
@@ -122,7 +123,7 @@ class StepDecay(SelfInitialised):
         return dt + torch.log(-torch.expm1(-dt))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x `[B, T, H]` or `[B, T, H, K]`: the logarithms of the decays, and dt, in the same shape."""
+        """Return the logarithms of the decays and dt, both of the shape of x: `[B, T, H]` or `[B, T, H, K]`."""
         dtype = accumulation_dtype(x.dtype)
         dt = F.softplus(x.to(dtype) + self.dt_bias.to(dtype).view(x.shape[2:]))
         if self.limits is not None:
@@ -132,11 +133,11 @@ class StepDecay(SelfInitialised):
 
 
 def log_sigmoid(x: Tensor, divisor: float) -> Tensor:
-    """`log(sigmoid(x)) / divisor` in the accumulation dtype: decays near 1 (Yang et al. 2024, GLA, section 4.3)."""
+    """Return `log(sigmoid(x)) / divisor` in the accumulation dtype: log decays near 0 (GLA; Yang et al. 2024, 4.3)."""
     return F.logsigmoid(x.to(accumulation_dtype(x.dtype))) / divisor
 
 
-def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the accumulation dtype and cast once."""
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """L2-normalise the last dimension, `x / sqrt(sum(x^2) + eps)`: in the accumulation dtype, cast once."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * (wide.square().sum(dim=-1, keepdim=True) + eps).rsqrt()).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Outputs of layers that route, or whose attention a router reads once more."""
+"""Output of layers with a router, or whose attention a router reuses."""
 
 from typing import NamedTuple, Protocol
 
@@ -9,26 +9,28 @@ from longctx.moe.report import RouterReport
 
 
 class Attend(Protocol):
-    """A layer's attention, the mean of its heads, of other values than its own."""
+    """Applies a layer's attention weights, averaged over its heads, to other values."""
 
     def __call__(self, r: Tensor, cache: Cache | None) -> Tensor:
-        """`[B, T_local, C]` to the same in r's dtype; differentiable, also in what the attention is made of.
+        """Average the values r `[B, T_local, C]` over earlier tokens; same shape and dtype.
 
-        With the memory that the layer was called with r is of the new tokens, and is remembered.
+        Differentiable in r and in the layer's queries and keys. When decoding, pass the cache of the layer's own call:
+        r is of the new tokens, and is added to the cache.
         """
 
 
 class Output(NamedTuple):
-    """What a layer that routes gives, or whose attention is read once more; any other gives its output alone."""
+    """Output of a layer with a router, or whose attention a router reuses; other layers return a tensor."""
 
     out: Tensor
     """`[B, T_local, D]`."""
     report: RouterReport | None = None
-    """What its router says."""
+    """Statistics of its router."""
     attend: Attend | None = None
-    """Its attention, where the block's router reads it: for use within the block, since it holds queries and keys."""
+    """The layer's attention, if the block's router uses it; not to be kept after the block, since it holds queries and
+    keys."""
 
     @classmethod
-    def of(cls, given: "Tensor | Output") -> "Output":
-        """The same for both kinds of layer."""
-        return cls(given) if isinstance(given, Tensor) else given
+    def of(cls, value: "Tensor | Output") -> "Output":
+        """Wrap a layer's output, unless it is an `Output` already."""
+        return cls(value) if isinstance(value, Tensor) else value

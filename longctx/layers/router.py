@@ -1,4 +1,4 @@
-"""What makes a router's logits."""
+"""Router logits: a projection in float32, under autocast as well."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,14 @@ from longctx.kernels.dtypes import accumulation_dtype
 
 
 def exact_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x `[B, T, D]` by weight `[E, D]`, `[B, T, E]` in float32 (higher where the input is), under autocast too."""
+    """Project x `[B, T, D]` by weight `[E, D]`: `[B, T, E]` in float32 (float64 if x is), under autocast as well."""
     dtype = accumulation_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
 class Router(nn.Module):
-    """Logits of each token for each expert, in float32 (higher where the input is)."""
+    """Linear router: logits of each token for each expert, in float32 (float64 if the input is)."""
 
     full_precision = True
 
@@ -25,7 +25,7 @@ class Router(nn.Module):
         self.init_std = dim**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, E]`."""
+        """Project `[B, T, D]` to logits `[B, T, E]`."""
         return exact_logits(x, self.weight)
 
     @property

@@ -1,4 +1,7 @@
-"""Token mixers, by their letters in `model.layers`. A new one is a file here and a name in `MIXERS`."""
+"""Token mixers: softmax attention, linear attention and state-space layers, registered by their letters.
+
+A new one is a file here and its configuration in `_CONFIGS`; recipes then use its letter in `model.layers`.
+"""
 
 from longctx.layers.cache import Cache
 from longctx.mixers.attention_experts import AttentionExpertsConfig

@@ -1,4 +1,4 @@
-"""Softmax attention by several experts, all of which each token takes, by soft weights (Zhang et al. 2024, BAM)."""
+"""Attention experts (mixture of attention, BAM; Zhang et al. 2024): soft-routed softmax attentions, all computed."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,36 +12,36 @@ from longctx.layers.output import Output
 from longctx.layers.router import Router
 from longctx.mixers.base import MixerConfig
 from longctx.mixers.softmax import Softmax, SoftmaxConfig
-from longctx.moe.attention_experts import KeysValues, side_by_side, soft_routing
+from longctx.moe.attention_experts import KeysValues, flatten_expert_heads, soft_routing
 from longctx.parallel.layout import Layout
 
 
 class AttentionExpertsConfig(MixerConfig):
-    """`[model.attention_experts]`: several softmax attentions, summed by soft weights of each token (letter A)."""
+    """`[model.attention_experts]`: several softmax attentions, summed with each token's soft weights (letter A)."""
 
     name: ClassVar[str] = "attention_experts"
     letter: ClassVar[str] = "A"
 
     experts: Integer = Field(gt=0)
-    """Experts, each a softmax attention with queries and an output matrix of its own. All are computed."""
+    """Number of experts, each a softmax attention with its own queries and output matrix; all are computed."""
     heads: Integer = Field(gt=0)
-    """Query heads of each expert."""
+    """Number of query heads per expert."""
     kv_heads: Integer | None = Field(default=None, gt=0)
-    """Key/value heads, a divisor of `heads`, of each expert, or with `kv = "shared"` of all together; `heads` where
-    absent."""
+    """Number of key/value heads, per expert or, with `kv = "shared"`, of all experts; a divisor of `heads`.
+    Default: `heads`."""
     head_dim: Integer | None = Field(default=None, gt=0)
-    """`dim / heads` where absent."""
+    """Width of a head. Default: `dim / heads`."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     window: Integer | None = Field(default=None, gt=0)
-    """A token sees the newest `window` tokens of its document, itself included; all earlier ones where absent."""
+    """Sliding window: the number of tokens visible to a token, itself included. Default: all earlier ones."""
     kv: KeysValues = "each"
-    """`each`: every expert has keys and values of its own; `shared`: all experts read the same ones, which is fewer
-    bytes to send and to remember by the number of experts."""
+    """`each`: every expert has its own keys and values. `shared`: all experts share one set, which divides
+    communication and KV cache by the number of experts."""
 
     @property
     def expert(self) -> SoftmaxConfig:
-        """One of them, as a layer by itself."""
+        """The configuration of one expert as a softmax layer."""
         return SoftmaxConfig(
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -50,8 +50,8 @@ class AttentionExpertsConfig(MixerConfig):
             window=self.window,
         )
 
-    def together(self, dim: int) -> SoftmaxConfig:
-        """The one attention that computes all of them, for a model of width `dim`."""
+    def fused(self, dim: int) -> SoftmaxConfig:
+        """Return the configuration of the one softmax attention that computes all experts, for width `dim`."""
         sets = self.experts if self.kv == "each" else 1
         changes = {
             "heads": self.experts * self.heads,
@@ -76,34 +76,35 @@ class AttentionExpertsConfig(MixerConfig):
 
 
 class AttentionExperts(Softmax):
-    """`sum_j softmax(W_r x)_j MHA_j(x)`, as one attention over the heads of all experts.
+    """`sum_j softmax(W_r x)_j MHA_j(x)`, computed as one attention over the heads of all experts.
 
-    The rows of `qkv` are the query heads of all experts, in the order of `longctx.moe.attention_experts.side_by_side`,
-    then the key heads, then the value heads, with `each` expert by expert; the columns of `out` are the query heads in
-    the same order. `longctx.moe.attention_upcycle` makes both of dense layers' weights.
+    The rows of `qkv` are the query heads of all experts in the order of
+    `longctx.moe.attention_experts.flatten_expert_heads`, then all key heads and all value heads (expert by expert with
+    kv = "each"); the columns of `out` are the query heads in the same order. `longctx.moe.attention_upcycle` builds
+    both from dense layers' weights.
     """
 
-    divisible = False
+    supports_tensor_parallel = False
 
     def __init__(self, config: AttentionExpertsConfig, dim: int, depth: int, eps: float) -> None:
-        super().__init__(config.together(dim), dim, depth, eps)
+        super().__init__(config.fused(dim), dim, depth, eps)
         self.kv: KeysValues = config.kv
         self.groups = config.kv_heads or config.heads
-        """Key/value heads that one expert reads."""
-        self.share = config.heads // self.groups
-        """Query heads of one expert that read one of them."""
-        # Each expert begins as it would alone: as many inputs as its own heads have.
+        """Key/value heads per expert."""
+        self.group_size = config.heads // self.groups
+        """Query heads per expert and key/value head."""
+        # Initialise each expert as a separate layer: fan-in is the width of its own heads.
         self.out.init_std *= config.experts**0.5
         self.router = Router(dim, config.experts)
 
     def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Output:
-        """`[B, T_local, D]` to the same, and how even the weights are."""
+        """Compute the layer for x `[B, T_local, D]`; return its output and the router's report."""
         weights, report = soft_routing(self.router(x), layout)
         out, _ = self.attention(x, layout, cache)
-        by_head = side_by_side(weights[..., None, None].expand(-1, -1, -1, self.groups, self.share), 2, self.kv)
-        out = out * by_head[..., None].to(out.dtype)
+        per_head = weights[..., None, None].expand(-1, -1, -1, self.groups, self.group_size)
+        out = out * flatten_expert_heads(per_head, 2, self.kv)[..., None].to(out.dtype)
         return Output(self.out(out.flatten(2)), report)
 
     def flops(self, layout: Layout) -> int:
-        """Of the attention over all heads, and of the router."""
+        """Multiplications and additions of the attention over all heads and of the router."""
         return super().flops(layout) + layout.local_length * self.router.flops_per_token

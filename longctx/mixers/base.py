@@ -1,8 +1,7 @@
-"""What a token mixer is to a model.
+"""Token mixer interface: `Mixer`, a layer, and `MixerConfig`, its table in a recipe, which builds it.
 
-A mixer maps `[B, T_local, D]` to `[B, T_local, D]` and lets tokens see earlier ones of the same document, wherever
-they lie: the layout says where, or they have been seen before and are remembered. Its configuration names it and builds
-it.
+A mixer maps `[B, T_local, D]` to `[B, T_local, D]`, where a token depends on the earlier tokens of its document: on
+other ranks, as the layout distributes them, or in the cache when decoding.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from longctx.config import Config
 from longctx.layers.cache import Cache
 from longctx.layers.output import Output
-from longctx.mixers.head_mixture import HeadRouter, HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig, HeadRouter
 from longctx.mixers.shares import Share
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
@@ -23,33 +22,34 @@ from longctx.parallel.mesh import Axis
 
 
 class Mixer(nn.Module, ABC):
-    """A token mixer."""
+    """Base class of token mixers."""
 
-    lent = 0
-    """Channels for which the block's router reads its attention once more; its output then brings the attention."""
-    divisible: ClassVar[bool] = True
-    """Whether ranks can divide the heads between them."""
-    counts: ClassVar[tuple[str, ...]] = ("heads",)
-    """The attributes that count heads, or channels of all heads together."""
+    attention_channels = 0
+    """Channels of the scores that the block's router averages with this layer's attention; if > 0, the `Output` has
+    `attend`."""
+    supports_tensor_parallel: ClassVar[bool] = True
+    """Whether the heads can be sharded over tensor-parallel ranks."""
+    head_counts: ClassVar[tuple[str, ...]] = ("heads",)
+    """Attributes that are numbers of heads, or of channels of all heads; sharding divides them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head_router: HeadRouter | None = None
-        """Which heads a token reads; all of them where None."""
+        """Router of a mixture of heads; None if all heads are active."""
         self.tp_axis = Axis()
-        """The ranks that divide the heads between them (`longctx.mixers.tensor_parallel`)."""
+        """The tensor-parallel ranks that share the heads (`longctx.mixers.tensor_parallel`)."""
 
-    def mix_heads(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
-        """Route the layer's `heads` heads from now on, for width `dim`."""
+    def add_head_router(self, config: HeadMixtureConfig, dim: int, heads: int) -> None:
+        """Make the layer, of `heads` heads and width `dim`, a mixture of heads."""
         self.head_router = HeadRouter(config, dim, heads)
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor | Output:
-        """Shapes: x and the result `[B, T_local, D]`, an Output where the mixer routes.
+        """Run the layer over x `[B, T_local, D]`; return `[B, T_local, D]`, as an `Output` if the layer has a router.
 
-        With a memory, one document goes on from the tokens that the layer has seen: x is the next n of them, n at least
-        1, and `layout` is `Layout((0, n), past_tokens=memory.tokens)`; after it they are remembered too. The outputs
-        are those that the whole document would have at these tokens. Raises ValueError where layout and memory do not
-        fit, and with gradients enabled, which do not reach what is remembered.
+        With a cache (prefill and decode), x holds the next n >= 1 tokens of one document, `layout` is
+        `Layout((0, n), past_tokens=cache.tokens)`, and the tokens are added to the cache. Chunked prefill and
+        token-by-token decoding match one full forward pass. Raises ValueError if the layout does not continue the
+        cache, or if gradients are enabled, since they do not flow through cached tokens.
         """
         if cache is None:
             return self.mix(x, layout, None)
@@ -60,82 +60,82 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
-        """The layer's own part of `forward`: what fits has been looked at."""
+        """Compute the layer; the body of `forward`, after the cache has been checked."""
 
     @abstractmethod
     def shares(self) -> dict[str, Share]:
-        """How heads divide the layer's parameters, and the buffers that have a number for each."""
+        """Return how the parameters, and the buffers with one value per head, are split by heads."""
 
     def route(self, x: Tensor, layout: Layout) -> HeadRouting | None:
-        """Which heads the tokens of the layer's input x `[B, T_local, D]` read; None for all of them."""
+        """Route the tokens of the layer's input x `[B, T_local, D]` to heads; None if all heads are active."""
         return None if self.head_router is None else self.head_router(x, layout)
 
     @property
-    def unread(self) -> int:
-        """Heads that a token does not read."""
-        return 0 if self.head_router is None else self.head_router.unread
+    def inactive_heads(self) -> int:
+        """Number of inactive heads per token."""
+        return 0 if self.head_router is None else self.head_router.inactive_heads
 
     def new_cache(self) -> Cache:
-        """What the layer remembers before the first token of a document, for a batch of any size."""
+        """Return an empty cache, for a batch of any size."""
         return Cache()
 
     def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """What was chosen to reach other ranks' tokens and why, in a line; None where there is nothing to choose."""
+        """Describe in one line which schedule was chosen and why; None if there was no choice."""
         del layout, dtype
         return None
 
     @abstractmethod
     def flops(self, layout: Layout) -> int:
-        """Multiplications and additions of one forward pass over this rank's tokens, only those that are needed."""
+        """Multiplications and additions of one forward pass over this rank's tokens, without inactive ones."""
 
 
 class MixerConfig(Config, ABC):
-    """A mixer's table in a recipe, `[model.<name>]`."""
+    """Configuration of a mixer, a recipe's table `[model.<name>]`."""
 
     name: ClassVar[str]
     letter: ClassVar[str]
     """Its letter in `model.layers`."""
-    lends: ClassVar[bool] = False
-    """Whether it is attention whose weights a router can read (`Mixer.lent`)."""
+    exposes_attention: ClassVar[bool] = False
+    """Whether a router can reuse its attention weights (`Mixer.attention_channels`)."""
     same_in_all_layers: ClassVar[bool] = True
-    """Whether a layer has the same parameters wherever it stands."""
+    """Whether the parameters are the same at every depth."""
 
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int, eps: float) -> Mixer:
-        """The mixer of layer `layer` (from 0) of `depth`, for width `dim`; `eps` is the norms'.
+        """Build the mixer of layer `layer` (from 0) of `depth`, for width `dim`; `eps` is the norms'.
 
-        Raises ValueError where the configuration does not fit the width.
+        Raises ValueError if the configuration does not fit the width.
         """
 
     @abstractmethod
     def shrunk(self) -> Self:
-        """The same kind of mixer, with few and narrow heads, to verify a model with at little cost."""
+        """Return a version with few, narrow heads, for cheap verification of a model."""
 
     def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]]:
-        """How the mixer can reach other ranks' tokens: the field of a layout that says so, and what it may say.
+        """Return the layout field that selects the mixer's schedule, and the schedules that the mixer supports.
 
-        `size` context-parallel ranks, which are ulysses x ring.
+        `size` is the number of context-parallel ranks, `ulysses` x ring.
         """
         del size, ulysses
         return "states", STATE_SCHEDULES
 
     def routable(self) -> tuple[int, int] | None:
-        """Query heads that `[model.heads]` can route, and how many neighbours of them read one key/value head; None
-        where they cannot be routed."""
+        """Return the numbers of query heads and of query heads per key/value head, for `[model.heads]`; None if the
+        mixer does not support a mixture of heads."""
         return None
 
     def resolved(self, dim: int) -> Self:
-        """The same layer with what is derived from others of its keys, and from the width `dim`, said."""
+        """Return the configuration with the keys filled in that derive from others or from the width `dim`."""
         del dim
         return self
 
     @abstractmethod
     def problems(self, dim: int) -> list[str]:
-        """What does not fit the width `dim`, in words, each beginning with the key it is about."""
+        """Return the problems for a model of width `dim`, each a message that begins with its key."""
 
 
 def head_dim_problems(dim: int, heads: int, head_dim: int | None) -> list[str]:
-    """The words for heads that do not divide the width where no head dim is given."""
+    """Return a problem if `head_dim` is not set and the heads do not divide the width."""
     if head_dim is None and dim % heads:
-        return [f"heads: {heads} heads do not divide dim {dim}; give head_dim, or another number of heads"]
+        return [f"heads: {heads} heads do not divide dim {dim}; set head_dim or change heads"]
     return []

@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al. 2024, sections 4.3 and 4.4): a data-dependent decay for each channel of K.
+"""Gated linear attention (GLA; Yang et al. 2024, sections 4.3 and 4.4): a data-dependent decay per channel of K.
 
 q, k, v = x W_q / sqrt(K), x W_k, x W_v
 log_decay = log(sigmoid(x W_1 W_2 + b)) / 16, one per head and channel of K
@@ -12,16 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Integer
-from longctx.kernels.linear.operators import ADDITIVE
+from longctx.kernels.linear.additive import ADDITIVE
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Cache, scan
+from longctx.layers.cache import Cache, begin_cached_scan
 from longctx.layers.linear_attention import HeadNorm, LowRank, log_sigmoid
 from longctx.layers.output import Output
-from longctx.mixers.head_mixture import emit
+from longctx.mixers.head_mixture import project_output
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
 from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
-from longctx.parallel.linear.state_scan import begin_state_scan
 
 
 class GlaConfig(HeadsConfig):
@@ -31,19 +30,19 @@ class GlaConfig(HeadsConfig):
     letter: ClassVar[str] = "G"
 
     head_dim: Integer | None = Field(default=None, gt=0)
-    """Width of keys per head; `dim / (2 heads)` where absent."""
+    """Key width per head. Default: `dim / (2 * heads)`."""
     value_dim: Integer | None = Field(default=None, gt=0)
-    """Width of values per head; twice that of keys where absent."""
+    """Value width per head. Default: `2 * head_dim`."""
     conv: Integer = Field(default=0, ge=0, le=8)
-    """Tokens of a short convolution on q, k and v, followed by SiLU; 0 for none."""
+    """Kernel size of a short convolution on q, k and v, followed by SiLU; 0 for none."""
     gate_rank: Integer = Field(default=16, gt=0)
-    """Rank of the matrix that makes the decays."""
+    """Rank of the decay projection."""
     gate_divisor: float = Field(default=16.0, gt=0)
-    """Divides the logarithm of the sigmoid: the larger, the slower the state fades at first."""
+    """Divisor of the log-sigmoid that makes the decay; larger values decay more slowly at initialisation."""
 
     def problems(self, dim: int) -> list[str]:
         if self.head_dim is None and dim % (2 * self.heads):
-            return [f"heads: {self.heads} heads do not divide dim / 2 = {dim / 2:g}; give head_dim, or another number"]
+            return [f"heads: {self.heads} heads do not divide dim / 2 = {dim / 2:g}; set head_dim or change heads"]
         return []
 
     def key_dim(self, dim: int) -> int:
@@ -57,7 +56,7 @@ class GlaConfig(HeadsConfig):
 
 
 class Gla(LinearMixer):
-    """The layer."""
+    """Gated linear attention layer."""
 
     def __init__(self, config: GlaConfig, dim: int, depth: int, eps: float) -> None:
         self.head_dim, self.gate_divisor = config.key_dim(dim), config.gate_divisor
@@ -69,15 +68,15 @@ class Gla(LinearMixer):
         self.norm = HeadNorm(value_dim, eps, "silu")
 
     def shares(self) -> dict[str, Share]:
-        """The gates beside the rest."""
+        """Return the shares of the base class, the decay and the output gate."""
         return super().shares() | row_shares(self, "decay.up.weight", "decay.bias", "gate.weight")
 
     def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
-        """See the module's docstring; `[B, T_local, D]` to the same."""
+        """Compute the layer for x `[B, T_local, D]`, as in the module's docstring; the shape stays."""
         routing = self.route(x, layout)
         q, k, v = self.project(x, layout, cache, routing)
         log_decay = log_sigmoid(self.decay(x), self.gate_divisor).view(k.shape)
-        begun = begin_state_scan(ADDITIVE, k, v, (log_decay,), layout)
-        q, gate = q * self.head_dim**-0.5, self.opened(self.gate, x, routing)  # while the states travel
-        out = scan(ADDITIVE, q, k, v, (log_decay,), layout, cache, begun)
-        return emit(self.norm(out, gate), self.out, routing)
+        scan = begin_cached_scan(ADDITIVE, k, v, (log_decay,), layout, cache)
+        q, gate = q * self.head_dim**-0.5, self.project_gate(self.gate, x, routing)  # overlaps with the state exchange
+        out = scan.finish(q)
+        return project_output(self.norm(out, gate), self.out, routing)

@@ -1,8 +1,8 @@
-"""A mixture of heads in any mixer: a token reads the heads that it is routed to, and every head remembers all tokens.
+"""Mixture of heads for any mixer: each token uses only the heads that it is routed to.
 
-Queries, output gates and the output projection are computed for the (token, head) pairs that are read; keys, values and
-states for all. What a head gives a token that does not read it is zero, also for norms that run over all heads; then
-heads are multiplied with the router's weights (`longctx.moe.head_router`), and projected.
+Queries, output gates and the output projection are computed for the active (token, head) pairs only; keys, values and
+recurrent states for all. Inactive heads output zero, for norms over all heads as well. Heads are then multiplied by the
+routing weights (`longctx.moe.head_router`) and projected.
 """
 
 from typing import ClassVar, Literal
@@ -26,56 +26,59 @@ from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 
 
-class HeadsMixConfig(Config):
-    """`[model.heads]`: a mixture of heads (MoH): each token reads some of the heads of a mixer."""
+class HeadMixtureConfig(Config):
+    """`[model.heads]`: a mixture of heads (MoH), in which each token uses some of a mixer's heads."""
 
     name: ClassVar[str] = "heads"
 
     mixers: tuple[str, ...] = Field(min_length=1)
-    """The names of the mixers whose heads are routed, `["softmax", "lightning"]`."""
+    """Names of the mixers whose heads are routed: `["softmax", "lightning"]`."""
     active: Integer = Field(gt=0)
-    """Routed heads that a token reads."""
+    """Active routed heads per token (top-k)."""
     shared: Integer = Field(default=0, ge=0)
-    """Heads that all tokens read, the first ones; in softmax layers whole groups that read one key/value head."""
+    """Number of shared heads, active for all tokens: the first ones. In softmax layers a multiple of the query heads
+    per key/value head."""
     router: Literal["learned", "norm"] = "learned"
-    """`learned`: from the layer's input. `norm`: the heads whose queries are largest, without parameters, to train a
-    dense model on; in softmax layers."""
+    """`learned`: a projection of the layer's input. `norm`: the heads with the largest query norms, without parameters,
+    for continued training of a dense model; softmax layers only."""
     balance: float = Field(default=BALANCE, ge=0)
-    """Coefficient of the loss that keeps the load even."""
+    """Coefficient of the load-balancing loss."""
 
     def problems(self, mixer: str, heads: int, group: int) -> list[str]:
-        """What does not fit a mixer with `heads` query heads, each `group` of which read one key/value head."""
-        found = []
+        """Return the problems with a mixer of `heads` query heads, `group` per key/value head, each with its key."""
+        problems = []
         if self.shared + self.active > heads:
-            found.append(f"active: {self.shared} shared and {self.active} active of {heads} heads of {mixer}")
+            problems.append(f"active: {self.shared} shared and {self.active} active of {heads} heads of {mixer}")
         if self.shared % group:
-            found.append(f"shared: {self.shared} heads are not whole groups of {group}, which {mixer} has")
+            problems.append(f"shared: {self.shared} heads are not a multiple of {group}, {mixer}'s heads per kv head")
         if self.router == "norm" and mixer != "softmax":
-            found.append(f"router: 'norm' is for softmax layers, and {mixer} is none; take 'learned'")
-        return found
+            problems.append(f"router: 'norm' supports only softmax layers, not {mixer}; use 'learned'")
+        return problems
 
-    def attended(self, heads: int, group: int) -> dict[str, int]:
-        """Heads that go through one softmax attention, which ranks may divide, of `heads` query heads, each `group` of
-        which read one key/value head: what they are, in words, and how many."""
-        found = {"shared heads": self.shared, "key/value heads of routed ones": (heads - self.shared) // group}
-        return {words: count for words, count in found.items() if count}
+    def attention_head_counts(self, heads: int, group: int) -> dict[str, int]:
+        """Return the head count of each softmax attention that ranks may split, by description.
 
-    def shrunk(self, heads: int, group: int) -> "HeadsMixConfig":
-        """The same for a mixer with fewer heads."""
+        The mixer has `heads` query heads, `group` per key/value head.
+        """
+        counts = {"shared heads": self.shared, "key/value heads of routed ones": (heads - self.shared) // group}
+        return {kind: count for kind, count in counts.items() if count}
+
+    def shrunk(self, heads: int, group: int) -> "HeadMixtureConfig":
+        """Return the configuration for a mixer with fewer heads."""
         shared = min(self.shared, (heads - 1) // group * group)
         return self.model_copy(update={"shared": shared, "active": min(self.active, max(1, (heads - shared) // 2))})
 
 
 class HeadRouter(nn.Module):
-    """Which heads a token reads; logits in float32 (higher where the input is).
+    """Router of a mixture of heads, with logits in float32 (float64 if the input is).
 
-    Where ranks divide the heads between them, each has some of the shared and some of the routed ones; every rank
-    routes all of them, alike, and reads its own.
+    Under tensor parallelism, each rank has some of the shared and some of the routed heads; every rank computes the
+    same routing of all heads and keeps its own part.
     """
 
     full_precision = True
 
-    def __init__(self, config: HeadsMixConfig, dim: int, heads: int) -> None:
+    def __init__(self, config: HeadMixtureConfig, dim: int, heads: int) -> None:
         super().__init__()
         self.shared, self.routed, self.active = config.shared, heads - config.shared, config.active
         self.balance, self.by_norm = config.balance, config.router == "norm"
@@ -86,20 +89,23 @@ class HeadRouter(nn.Module):
 
     @property
     def kinds(self) -> tuple[int, ...]:
-        """Heads of each kind, in the order in which they lie, of all ranks together."""
+        """Number of heads of each kind over all ranks, in their order: shared, routed."""
         return (self.shared, self.routed) if self.shared else (self.routed,)
 
     def forward(self, x: Tensor, layout: Layout) -> HeadRouting:
-        """The routing of this rank's heads, from x `[B, T_local, D]`, the layer's input, or from their queries
-        `[B, T_local, H, K]`. The report is of all heads, and its loss this rank's summand."""
-        whole = self._routing(x, layout)
+        """Route tokens to this rank's heads.
+
+        x is the layer's input `[B, T_local, D]` or, for the router `norm`, the queries `[B, T_local, H, K]` of this
+        rank's heads. The report covers all heads; its loss is this rank's part.
+        """
+        routing = self._routing(x, layout)
         if self.tp_axis.size == 1:
-            return whole
+            return routing
         rank, size = self.tp_axis.rank, self.tp_axis.size
         return HeadRouting(
-            Share(2, (self.routed,)).of(whole.chosen, rank, size),
-            Share(2, self.kinds).of(whole.weights, rank, size),
-            whole.report._replace(loss=whole.report.loss / size),
+            Share(2, (self.routed,)).shard(routing.chosen, rank, size),
+            Share(2, self.kinds).shard(routing.weights, rank, size),
+            routing.report._replace(loss=routing.report.loss / size),
         )
 
     def _routing(self, x: Tensor, layout: Layout) -> HeadRouting:
@@ -117,60 +123,60 @@ class HeadRouter(nn.Module):
         return 0 if self.weight is None else 2 * self.weight.numel()
 
     @property
-    def unread(self) -> int:
-        """Heads that a token does not read."""
+    def inactive_heads(self) -> int:
+        """Number of inactive heads per token."""
         return self.routed - self.active
 
 
-def read(x: Tensor, weight: Tensor, heads: int, routing: HeadRouting | None) -> Tensor:
-    """`[B, T, H, K]`: x `[B, T, D]` by the rows of weight `[H K, D]`, for the heads that a token reads, else zero."""
+def project_active(x: Tensor, weight: Tensor, heads: int, routing: HeadRouting | None) -> Tensor:
+    """Project x `[B, T, D]` by weight `[H K, D]` to the active heads: `[B, T, H, K]`, zero for inactive ones."""
     if routing is None:
         return F.linear(x, weight).unflatten(-1, (heads, -1))
-    of_shared, of_routed = split_routed(weight, heads, routing)
-    routed = project_to_heads(x, of_routed, routing.chosen)
-    if not len(of_shared):
+    w_shared, w_routed = split_routed(weight, heads, routing)
+    routed = project_to_heads(x, w_routed, routing.chosen)
+    if not len(w_shared):
         return routed
-    return torch.cat([F.linear(x, of_shared).unflatten(-1, (-1, routed.shape[3])), routed], dim=2)
+    return torch.cat([F.linear(x, w_shared).unflatten(-1, (-1, routed.shape[3])), routed], dim=2)
 
 
 def split_routed(weight: Tensor, heads: int, routing: HeadRouting) -> tuple[Tensor, Tensor]:
-    """weight `[H K, D]` as that of shared heads, `[S K, D]`, and of routed ones, `[E, K, D]`."""
+    """Split weight `[H K, D]` into that of the shared heads, `[S K, D]`, and of the routed heads, `[E, K, D]`."""
     width, routed = len(weight) // heads, routing.chosen.shape[-1]
-    of_shared, of_routed = weight.split([(heads - routed) * width, routed * width])
-    return of_shared, of_routed.unflatten(0, (routed, width))
+    w_shared, w_routed = weight.split([(heads - routed) * width, routed * width])
+    return w_shared, w_routed.unflatten(0, (routed, width))
 
 
-def emit(y: Tensor, out: Linear, routing: HeadRouting | None) -> Tensor | Output:
-    """`[B, T, D]`: the heads `[B, T, H, V]` times the router's weights, projected."""
+def project_output(y: Tensor, out: Linear, routing: HeadRouting | None) -> Tensor | Output:
+    """Apply the routing weights to the heads y `[B, T, H, V]` and the output projection: `[B, T, D]`."""
     if routing is None:
         return out(y.flatten(2))
     y = y * routing.weights[..., None].to(y.dtype)
     heads, routed = y.shape[2], routing.chosen.shape[-1]
-    of_shared, of_routed = split_routed(out.weight.T, heads, routing)
+    w_shared, w_routed = split_routed(out.weight.T, heads, routing)
     y_shared, y_routed = y.split([heads - routed, routed], dim=2)
-    projected = project_from_heads(y_routed, of_routed.transpose(1, 2), routing.chosen)
+    projected = project_from_heads(y_routed, w_routed.transpose(1, 2), routing.chosen)
     if heads > routed:
-        projected = projected + F.linear(y_shared.flatten(2), of_shared.T)
+        projected = projected + F.linear(y_shared.flatten(2), w_shared.T)
     return Output(projected, routing.report)
 
 
-def emit_pairs(shared: Tensor, routed: Tensor, out: Linear, routing: HeadRouting, pairs: Pairs) -> Output:
-    """The same of shared heads `[B, T, S, V]` and of pairs `[B, G, N, V]`."""
+def project_output_pairs(shared: Tensor, routed: Tensor, out: Linear, routing: HeadRouting, pairs: Pairs) -> Output:
+    """Compute `project_output` for shared heads `[B, T, S, V]` and the pairs of routed heads `[B, G, N, V]`."""
     routed_heads = routing.chosen.shape[-1]
-    of_shared, of_routed = split_routed(out.weight.T, shared.shape[2] + routed_heads, routing)
-    for_shared, for_routed = routing.weights.split([shared.shape[2], routed_heads], dim=-1)
-    rows = (routed * pairs.take(for_routed)[..., None].to(routed.dtype)).flatten(0, 2)
-    projected = project_from_pairs(rows, of_routed.transpose(1, 2), routing.chosen, pairs.places)
+    w_shared, w_routed = split_routed(out.weight.T, shared.shape[2] + routed_heads, routing)
+    shared_factors, routed_factors = routing.weights.split([shared.shape[2], routed_heads], dim=-1)
+    rows = (routed * pairs.take(routed_factors)[..., None].to(routed.dtype)).flatten(0, 2)
+    projected = project_from_pairs(rows, w_routed.transpose(1, 2), routing.chosen, pairs.slots)
     if shared.shape[2]:
-        y = shared * for_shared[..., None].to(shared.dtype)
-        projected = projected + F.linear(y.flatten(2), of_shared.T)
+        y = shared * shared_factors[..., None].to(shared.dtype)
+        projected = projected + F.linear(y.flatten(2), w_shared.T)
     return Output(projected, routing.report)
 
 
-def hidden(x: Tensor, routing: HeadRouting | None) -> Tensor:
-    """`[B, T, H, V]` with zeros for the heads that a token does not read."""
+def zero_inactive(x: Tensor, routing: HeadRouting | None) -> Tensor:
+    """Set the inactive heads of x `[B, T, H, V]` to zero."""
     if routing is None:
         return x
     shared = x.shape[2] - routing.chosen.shape[-1]
-    there = torch.cat([routing.chosen.new_ones(*x.shape[:2], shared), routing.chosen], dim=-1)
-    return torch.where(there[..., None], x, 0)
+    active = torch.cat([routing.chosen.new_ones(*x.shape[:2], shared), routing.chosen], dim=-1)
+    return torch.where(active[..., None], x, 0)

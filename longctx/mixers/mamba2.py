@@ -1,11 +1,11 @@
-"""Mamba-2 (Dao & Gu 2024, section 7): a state-space model with a scalar decay per head, by its dual form.
+"""Mamba-2 (Dao & Gu 2024, section 7): a state-space model with a scalar decay per head, in its dual (SSD) form.
 
-    z, u, dt = x W_z, SiLU(conv(x W_u)), x W_dt            u = (v, k, q): in the paper's names x, B, C
-    dt = softplus(dt + dt_bias), within limits if there are any      log_decay = -exp(A_log) dt
+    z, u, dt = x W_z, SiLU(conv(x W_u)), x W_dt            u = (v, k, q), the paper's x, B, C
+    dt = softplus(dt + dt_bias), clamped to [dt_min, dt_max]      log_decay = -exp(A_log) dt
     S_t = exp(log_decay_t) S_{t-1} + k_t (dt_t v_t)^T      o_t = S_t^T q_t + D v_t
     y = RMSNorm(o * SiLU(z)) W_o
 
-Heads of a group share q and k, and the norm is over the heads of a group together.
+The heads of a group share q and k, and the norm is over all heads of a group.
 """
 
 from typing import ClassVar
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.config import Integer
-from longctx.kernels.linear.operators import ADDITIVE
+from longctx.kernels.linear.additive import ADDITIVE
 from longctx.kernels.pointwise import rms_norm
 from longctx.layers.basic import Linear, RMSNorm
-from longctx.layers.cache import Cache, scan
+from longctx.layers.cache import Cache, begin_cached_scan
 from longctx.layers.linear_attention import ShortConvolution, StepDecay
 from longctx.layers.output import Output
 from longctx.mixers.base import Mixer, MixerConfig
-from longctx.mixers.head_mixture import emit, hidden
+from longctx.mixers.head_mixture import project_output, zero_inactive
 from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
-from longctx.parallel.linear.state_scan import begin_state_scan
 
 
 class Mamba2Config(MixerConfig):
@@ -36,31 +35,31 @@ class Mamba2Config(MixerConfig):
     letter: ClassVar[str] = "M"
 
     heads: Integer = Field(gt=0)
-    """Heads, each with a decay and a state of its own."""
+    """Number of heads, each with its own decay and state."""
     head_dim: Integer | None = Field(default=None, gt=0)
-    """Width of values per head (the paper's P); `2 dim / heads` where absent."""
+    """Value width per head (the paper's P). Default: `2 * dim / heads`."""
     state_dim: Integer = Field(default=128, gt=0)
-    """Width of keys (the paper's N)."""
+    """Key width (the paper's N)."""
     groups: Integer = Field(default=1, gt=0)
-    """Groups of heads that share queries and keys; a divisor of `heads`."""
+    """Number of groups of heads that share queries and keys; a divisor of `heads`."""
     conv: Integer = Field(default=4, ge=1, le=8)
-    """Tokens of the short convolution."""
+    """Kernel size of the short convolution."""
     conv_bias: bool = True
-    """Whether the convolution adds a bias to each channel."""
+    """Whether the convolution has a bias."""
     dt_min: float = Field(default=0.0, ge=0)
-    """dt, how far a token moves the state, is at least this."""
+    """Lower limit of the step size dt."""
     dt_max: float | None = Field(default=None, gt=0)
-    """And at most this; without a limit where absent."""
+    """Upper limit of the step size dt. Default: none."""
 
     def problems(self, dim: int) -> list[str]:
-        found = []
+        problems = []
         if self.dt_max is not None and self.dt_min > self.dt_max:
-            found.append(f"dt_min: {self.dt_min} is above dt_max, {self.dt_max}")
+            problems.append(f"dt_min: {self.dt_min} is above dt_max, {self.dt_max}")
         if self.head_dim is None and 2 * dim % self.heads:
-            found.append(f"heads: {self.heads} heads do not divide 2 * dim {2 * dim}; give head_dim, or another number")
+            problems.append(f"heads: {self.heads} heads do not divide 2 * dim {2 * dim}; set head_dim or change heads")
         if self.heads % self.groups:
-            found.append(f"groups: {self.groups} groups do not divide {self.heads} heads")
-        return found
+            problems.append(f"groups: {self.groups} groups do not divide {self.heads} heads")
+        return problems
 
     def resolved(self, dim: int) -> "Mamba2Config":
         return self.model_copy(update={"head_dim": self.head_dim or 2 * dim // self.heads})
@@ -77,83 +76,83 @@ class Mamba2Config(MixerConfig):
 
 
 class Skip(nn.Module):
-    """`D v`, one D per head, at first 1."""
+    """Skip connection `D v`, with one D per head, initialised to 1."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(heads))
 
     def forward(self, v: Tensor) -> Tensor:
-        """`[B, T, H, V]` to the same."""
+        """Multiply v `[B, T, H, V]` by D; the shape stays."""
         return v * self.weight[:, None]
 
 
 class GroupedNorm(RMSNorm):
-    """RMSNorm of each group of channels by itself, with a weight for every channel."""
+    """RMSNorm over each group of channels separately, with a weight per channel."""
 
     def __init__(self, dim: int, groups: int, eps: float) -> None:
         super().__init__(dim, eps)
-        self.group = dim // groups
-        """Channels of a group."""
+        self.group_size = dim // groups
+        """Channels per group."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` to the same."""
-        if self.group == x.shape[-1]:
+        """Normalise x `[B, T, D]`; the shape stays."""
+        if self.group_size == x.shape[-1]:
             return super().forward(x)
-        parts = x.unflatten(-1, (-1, self.group))
-        return rms_norm(parts, parts.new_ones(self.group), self.eps).flatten(2) * self.weight
+        groups = x.unflatten(-1, (-1, self.group_size))
+        return rms_norm(groups, groups.new_ones(self.group_size), self.eps).flatten(2) * self.weight
 
 
 class Mamba2(Mixer):
-    """The layer; z, u and dt come from one projection."""
+    """Mamba-2 layer; z, u and dt come from one projection."""
 
-    counts = ("heads", "groups", "width")
+    head_counts = ("heads", "groups", "width")
 
     def __init__(self, config: Mamba2Config, dim: int, depth: int, eps: float) -> None:
         super().__init__()
         self.heads, self.groups, self.state_dim = config.heads, config.groups, config.state_dim
         self.head_dim = config.head_dim or 2 * dim // config.heads
         self.width = self.heads * self.head_dim
-        mixed = self.width + 2 * self.groups * self.state_dim
-        self.inner = Linear(dim, self.width + mixed + self.heads)
-        self.conv = ShortConvolution(mixed, config.conv, bias=config.conv_bias)
+        conv_width = self.width + 2 * self.groups * self.state_dim
+        self.inner = Linear(dim, self.width + conv_width + self.heads)
+        self.conv = ShortConvolution(conv_width, config.conv, bias=config.conv_bias)
         self.decay = StepDecay(self.heads, self.heads, config.dt_min, config.dt_max)
         self.skip = Skip(self.heads)
         self.norm = GroupedNorm(self.width, self.groups, eps)
         self.out = Linear(self.width, dim, scale=(2 * depth) ** -0.5)
 
     def shares(self) -> dict[str, Share]:
-        """Groups, and with them their heads."""
-        mixed = (self.width, *(self.groups * self.state_dim,) * 2)
+        """Return the shares of all parameters; ranks split groups, and with them their heads."""
+        conv_parts = (self.width, *(self.groups * self.state_dim,) * 2)
         shares = {
-            "inner.weight": Share(0, (self.width, *mixed, self.heads)),
-            "conv.weight": Share(0, mixed),
+            "inner.weight": Share(0, (self.width, *conv_parts, self.heads)),
+            "conv.weight": Share(0, conv_parts),
             "out.weight": Share(1, (self.width,)),
             **row_shares(self, "decay.A_log", "decay.dt_bias", "skip.weight", "norm.weight"),
         }
-        return shares if self.conv.bias is None else shares | {"conv.bias": Share(0, mixed)}
+        return shares if self.conv.bias is None else shares | {"conv.bias": Share(0, conv_parts)}
 
     def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
-        """See the module's docstring; `[B, T_local, D]` to the same."""
+        """Compute the layer for x `[B, T_local, D]`, as in the module's docstring; the shape stays."""
         routing = self.route(x, layout)
         keys = self.groups * self.state_dim
         z, u, dt = self.inner(x).split([self.width, self.width + 2 * keys, self.heads], dim=-1)
         v, k, q = self.conv(u, layout, cache).split([self.width, keys, keys], dim=-1)
         v, k, q = (y.unflatten(-1, (heads, -1)) for y, heads in ((v, self.heads), (k, self.groups), (q, self.groups)))
         log_decay, step = self.decay(dt)
-        written = (v * step[..., None]).to(v.dtype)
-        begun = begin_state_scan(ADDITIVE, k, written, (log_decay,), layout)
-        skipped, gate = self.skip(v), F.silu(z)  # while the states travel
-        out = scan(ADDITIVE, q, k, written, (log_decay,), layout, cache, begun)
-        read = hidden(out + skipped, routing)
-        return emit(self.norm(read.flatten(2) * gate).view(read.shape), self.out, routing)
+        scaled_v = (v * step[..., None]).to(v.dtype)
+        scan = begin_cached_scan(ADDITIVE, k, scaled_v, (log_decay,), layout, cache)
+        skip, gate = self.skip(v), F.silu(z)  # overlaps with the state exchange
+        out = scan.finish(q)
+        heads = zero_inactive(out + skip, routing)
+        return project_output(self.norm(heads.flatten(2) * gate).view(heads.shape), self.out, routing)
 
     def flops(self, layout: Layout) -> int:
-        """Projections and convolution, and per token and head a write and a read of the state."""
+        """Multiplications and additions of projections and convolution and, per head, of a state update and a read."""
         per_token = sum(module.flops_per_token for module in (self.inner, self.conv, self.out))
         per_token += 4 * self.heads * self.head_dim * self.state_dim
         if self.head_router is not None:
             per_token += self.head_router.flops_per_token
-        # Of a head that is not read: its rows of the output projection, and its read; queries are of whole groups.
+        # An inactive head saves its read of the state and its rows of the output projection; groups share queries.
         saved = 2 * self.head_dim * (self.out.out_features + self.state_dim)
-        return layout.local_length * (per_token - self.unread * saved)
+        return layout.local_length * (per_token - self.inactive_heads * saved)

@@ -1,4 +1,4 @@
-"""Tensor-parallel shares of a tensor: along which dim heads divide it, part by part. Pure data; no module, no group."""
+"""Tensor-parallel sharding of one tensor: the dimension along which heads split it. Data only; no modules or groups."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,25 +8,28 @@ from torch import Tensor, nn
 
 
 class Share(NamedTuple):
-    """How ranks divide a tensor: along a dim in which parts lie one after another, each in order of heads."""
+    """How a tensor is split over tensor-parallel ranks: each of its consecutive parts by heads, along `dim`.
+
+    A fused projection has several parts (q, k, v), of each of which a rank has its heads.
+    """
 
     dim: int
     parts: tuple[int, ...]
-    """The lengths of the parts, of all ranks together."""
+    """Lengths of the parts in the unsharded tensor."""
 
-    def of(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """What a rank has of the whole tensor."""
-        pieces = [part.chunk(size, self.dim)[rank] for part in whole.split(self.parts, self.dim)]
+    def shard(self, tensor: Tensor, rank: int, size: int) -> Tensor:
+        """Return a rank's shard of the full tensor."""
+        pieces = [part.chunk(size, self.dim)[rank] for part in tensor.split(self.parts, self.dim)]
         return torch.cat(pieces, self.dim)
 
-    def whole(self, each: Sequence[Tensor]) -> Tensor:
-        """The whole tensor, of what every rank has."""
-        lengths = [part // len(each) for part in self.parts]
-        pieces = zip(*(x.split(lengths, self.dim) for x in each), strict=True)
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """Return the full tensor from the shards of all ranks, in rank order."""
+        lengths = [part // len(shards) for part in self.parts]
+        pieces = zip(*(shard.split(lengths, self.dim) for shard in shards), strict=True)
         return torch.cat([piece for part in pieces for piece in part], self.dim)
 
 
 def row_shares(module: nn.Module, *names: str) -> dict[str, Share]:
-    """Shares of parameters or buffers of a module whose rows are heads, or channels of heads, and nothing else."""
+    """Return shares for the named parameters and buffers that exist and whose rows are heads or channels of heads."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     return {name: Share(0, (len(tensors[name]),)) for name in names if name in tensors}

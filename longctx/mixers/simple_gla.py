@@ -1,4 +1,4 @@
-"""Linear attention with a data-dependent decay per head (simple GLA; the gate of Gated RFA, Peng et al. 2021).
+"""Simple GLA: linear attention with a data-dependent decay per head (the gate of Gated RFA, Peng et al. 2021).
 
 q, k, v = SiLU(conv(x W_q)) / sqrt(K), SiLU(conv(x W_k)), SiLU(conv(x W_v))
 log_decay = log(sigmoid(x W_a)) / 16, one per head
@@ -12,30 +12,29 @@ from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Integer
-from longctx.kernels.linear.operators import ADDITIVE
+from longctx.kernels.linear.additive import ADDITIVE
 from longctx.layers.basic import Linear
-from longctx.layers.cache import Cache, scan
+from longctx.layers.cache import Cache, begin_cached_scan
 from longctx.layers.linear_attention import HeadNorm, log_sigmoid
 from longctx.layers.output import Output
-from longctx.mixers.head_mixture import emit
+from longctx.mixers.head_mixture import project_output
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
 from longctx.mixers.shares import Share, row_shares
 from longctx.parallel.layout import Layout
-from longctx.parallel.linear.state_scan import begin_state_scan
 
 
 class SimpleGlaConfig(HeadsConfig):
-    """`[model.simple_gla]`: linear attention with a data-dependent decay per head (letter I)."""
+    """`[model.simple_gla]`: simple GLA, linear attention with a data-dependent decay per head (letter I)."""
 
     name: ClassVar[str] = "simple_gla"
     letter: ClassVar[str] = "I"
 
     value_dim: Integer | None = Field(default=None, gt=0)
-    """Width of values per head; that of keys where absent."""
+    """Value width per head. Default: `head_dim`."""
     conv: Integer = Field(default=4, ge=0, le=8)
-    """Tokens of the short convolution on q, k and v; 0 for none."""
+    """Kernel size of the short convolution on q, k and v, followed by SiLU; 0 for none."""
     gate_divisor: float = Field(default=16.0, gt=0)
-    """Divides the logarithm of the sigmoid: the larger, the slower the state fades at first."""
+    """Divisor of the log-sigmoid that makes the decay; larger values decay more slowly at initialisation."""
 
     def shrunk(self) -> "SimpleGlaConfig":
         return self.model_copy(update={"heads": min(self.heads, 4), "head_dim": 8, "value_dim": 12})
@@ -45,7 +44,7 @@ class SimpleGlaConfig(HeadsConfig):
 
 
 class SimpleGla(LinearMixer):
-    """The layer."""
+    """Simple GLA layer."""
 
     def __init__(self, config: SimpleGlaConfig, dim: int, depth: int, eps: float) -> None:
         self.head_dim, self.gate_divisor = config.key_dim(dim), config.gate_divisor
@@ -57,15 +56,15 @@ class SimpleGla(LinearMixer):
         self.norm = HeadNorm(value_dim, eps, "silu")
 
     def shares(self) -> dict[str, Share]:
-        """The gates beside the rest."""
+        """Return the shares of the base class, the decay and the output gate."""
         return super().shares() | row_shares(self, "decay.weight", "gate.weight")
 
     def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
-        """See the module's docstring; `[B, T_local, D]` to the same."""
+        """Compute the layer for x `[B, T_local, D]`, as in the module's docstring; the shape stays."""
         routing = self.route(x, layout)
         q, k, v = self.project(x, layout, cache, routing)
         log_decay = log_sigmoid(self.decay(x), self.gate_divisor)
-        begun = begin_state_scan(ADDITIVE, k, v, (log_decay,), layout)
-        q, gate = q * self.head_dim**-0.5, self.opened(self.gate, x, routing)  # while the states travel
-        out = scan(ADDITIVE, q, k, v, (log_decay,), layout, cache, begun)
-        return emit(self.norm(out, gate), self.out, routing)
+        scan = begin_cached_scan(ADDITIVE, k, v, (log_decay,), layout, cache)
+        q, gate = q * self.head_dim**-0.5, self.project_gate(self.gate, x, routing)  # overlaps with the state exchange
+        out = scan.finish(q)
+        return project_output(self.norm(out, gate), self.out, routing)

@@ -1,7 +1,7 @@
-"""Causal softmax attention with grouped key/value heads and rotary positions, as in Llama.
+"""Softmax attention: causal, with grouped-query heads, rotary embedding and sliding windows, as in Llama.
 
-Queries and keys may be normed head by head before they are turned, and what a head gives may be multiplied with the
-sigmoid of a projection of the layer's input (Qiu et al. 2025, Gated Attention, the form after the values).
+Optionally with per-head norms of queries and keys (QK-norm) before the rotary embedding, and with an output gate, the
+sigmoid of a projection of the layer's input (Gated Attention; Qiu et al. 2025, after the values).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,63 +14,61 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
+from longctx.kernels.attention.block import IntervalMask
 from longctx.kernels.routed.head_projection import project_to_pairs
 from longctx.layers.basic import Linear, Norm, norm_layer
-from longctx.layers.cache import Cache, attend, attend_to_scores
+from longctx.layers.cache import Cache, cached_attention, cached_score_attention
 from longctx.layers.output import Attend, Output
 from longctx.layers.rotary import RopeScaling, rotary_table, rotate, rotate_rows
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
-from longctx.mixers.head_mixture import HeadRouter, emit, emit_pairs, split_routed
+from longctx.mixers.head_mixture import HeadRouter, project_output, project_output_pairs, split_routed
 from longctx.mixers.shares import Share, row_shares
-from longctx.moe.heads import Pairs, attend_pairs
+from longctx.moe.heads import Pairs, pair_attention
 from longctx.parallel.attention.api import rank_schedules, softmax_attention
 from longctx.parallel.attention.cost_model import AttentionShape, explained, fitting
-from longctx.parallel.attention.visibility import Reach, score_elements
+from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
 
 
 class SoftmaxConfig(MixerConfig):
-    """`[model.softmax]`: causal softmax attention with rotary positions (letter S)."""
+    """`[model.softmax]`: causal softmax attention with rotary embedding (letter S)."""
 
     name: ClassVar[str] = "softmax"
     letter: ClassVar[str] = "S"
-    lends: ClassVar[bool] = True
+    exposes_attention: ClassVar[bool] = True
 
     heads: Integer = Field(gt=0)
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: Integer | None = Field(default=None, gt=0)
-    """Key/value heads, a divisor of `heads` (grouped-query attention); `heads` where absent."""
+    """Number of key/value heads (grouped-query attention), a divisor of `heads`. Default: `heads`."""
     head_dim: Integer | None = Field(default=None, gt=0)
-    """`dim / heads` where absent."""
+    """Width of a head. Default: `dim / heads`."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary frequencies."""
     rotary_dim: Integer | None = Field(default=None, gt=0)
-    """Channels of a head that are turned, the first ones, an even number; all where absent."""
+    """Number of channels per head with rotary embedding, the first ones; even. Default: all."""
     rope_scaling: RopeScaling | None = None
-    """Without it no frequency is scaled."""
+    """Scaling of the rotary frequencies. Default: none."""
     qk_norm: Norm | None = None
-    """Norm of queries and keys, of each head by itself, with a weight per channel that heads share: `rms`, or
-    `zero_centered_rms`, which multiplies with 1 plus its weight; none where absent."""
+    """Norm of each head's queries and keys, with a weight per channel that heads share: `rms`, or `zero_centered_rms`,
+    which multiplies by 1 + weight. Default: none."""
     output_gate: bool = False
-    """Multiply what heads give with the sigmoid of a projection of the layer's input, channel by channel."""
+    """Multiply the heads' outputs by the sigmoid of a projection of the layer's input, per channel."""
     window: Integer | None = Field(default=None, gt=0)
-    """A token sees the newest `window` tokens of its document, itself included; all earlier ones where absent."""
+    """Sliding window: the number of tokens visible to a token, itself included. Default: all earlier ones."""
 
     def problems(self, dim: int) -> list[str]:
-        found = head_dim_problems(dim, self.heads, self.head_dim)
+        problems = head_dim_problems(dim, self.heads, self.head_dim)
         head_dim = self.head_dim or dim // self.heads
-        if not found and self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > head_dim):
-            found.append(
-                f"rotary_dim: rotary positions turn pairs of a head's {head_dim} channels: {self.rotary_dim} has to be "
-                "even, and no more than these"
-            )
-        elif not found and self.rotary_dim is None and head_dim % 2:
-            found.append(f"head_dim: rotary positions turn pairs, so {head_dim} has to be even")
+        if not problems and self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > head_dim):
+            problems.append(f"rotary_dim: {self.rotary_dim} has to be even and at most head_dim {head_dim}")
+        elif not problems and self.rotary_dim is None and head_dim % 2:
+            problems.append(f"head_dim: {head_dim} has to be even for rotary embedding")
         if self.rope_scaling is not None:
-            found += [f"rope_scaling.{problem}" for problem in self.rope_scaling.problems()]
+            problems += [f"rope_scaling.{problem}" for problem in self.rope_scaling.problems()]
         if self.kv_heads is not None and self.heads % self.kv_heads:
-            found.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
-        return found
+            problems.append(f"kv_heads: {self.heads} query heads are not a multiple of {self.kv_heads} key/value heads")
+        return problems
 
     def resolved(self, dim: int) -> "SoftmaxConfig":
         head_dim = self.head_dim or dim // self.heads
@@ -85,7 +83,7 @@ class SoftmaxConfig(MixerConfig):
 
     def shrunk(self) -> "SoftmaxConfig":
         kv_heads = self.kv_heads or self.heads
-        # As many query heads as a verification has ranks, where there are so many, so that all schedules fit.
+        # Four query heads if the layer has as many: the ranks of a verification, so that every schedule is available.
         group = min(self.heads // kv_heads, 4)
         few = min(kv_heads, 2 if group > 1 else 4)
         window = None if self.window is None else min(self.window, 16)
@@ -98,9 +96,9 @@ class SoftmaxConfig(MixerConfig):
 
 
 class Softmax(Mixer):
-    """The layer; q, k and v come from one projection."""
+    """Softmax attention layer, with a fused q, k, v projection."""
 
-    counts = ("heads", "kv_heads")
+    head_counts = ("heads", "kv_heads")
 
     def __init__(self, config: SoftmaxConfig, dim: int, depth: int, eps: float) -> None:
         super().__init__()
@@ -108,7 +106,7 @@ class Softmax(Mixer):
         self.head_dim = config.head_dim or dim // config.heads
         self.rope_theta, self.rope_scaling = config.rope_theta, config.rope_scaling
         self.rotary_dim = config.rotary_dim or self.head_dim
-        self.reach = Reach(window=config.window)
+        self.mask = IntervalMask(window=config.window)
         self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         kind = config.qk_norm
         self.q_norm = None if kind is None else norm_layer(kind, self.head_dim, eps)
@@ -117,109 +115,111 @@ class Softmax(Mixer):
         self.out = Linear(self.heads * self.head_dim, dim, scale=(2 * depth) ** -0.5)
 
     def shares(self) -> dict[str, Share]:
-        """Queries, keys and values; the gate; the output's columns."""
+        """Return the shares of the q, k, v projection, the output gate and the output projection."""
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        found = {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
-        return found | row_shares(self, "gate.weight")
+        shares = {"qkv.weight": Share(0, (width, kv_width, kv_width)), "out.weight": Share(1, (width,))}
+        return shares | row_shares(self, "gate.weight")
 
     def mix(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor | Output:
-        """`[B, T_local, D]` to the same; positions count from the start of each document."""
+        """Compute the layer for x `[B, T_local, D]`; rotary positions count from the start of each document."""
         if self.head_router is not None and cache is None:
             return self._mixture(self.head_router, x, layout)
         heads, attend = self.attention(x, layout, cache)
         if self.gate is not None:
             heads = heads * self.gate(x).sigmoid().view(heads.shape)
         if self.head_router is not None:
-            seen = x
+            router_input = x
             if self.head_router.by_norm:
-                seen = F.linear(x, self.qkv.weight[: self.heads * self.head_dim]).unflatten(-1, (self.heads, -1))
-            return emit(heads, self.out, self.head_router(seen, layout))
+                w_q = self.qkv.weight[: self.heads * self.head_dim]
+                router_input = F.linear(x, w_q).unflatten(-1, (self.heads, -1))
+            return project_output(heads, self.out, self.head_router(router_input, layout))
         out = self.out(heads.flatten(2))
-        return Output(out, attend=attend) if self.lent else out
+        return Output(out, attend=attend) if self.attention_channels else out
 
     def attention(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, Attend]:
-        """What the heads give, `[B, T_local, H, K]`, and their attention for other values."""
-        scale, window = self.head_dim**-0.5, self.reach.window
+        """Return the heads' outputs, `[B, T_local, H, K]`, and their attention for other values."""
+        scale = self.head_dim**-0.5
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = self._turned(q, k, self._table(layout, x))
+        q, k = self._norm_and_rotate(q, k, self._rotary_table(layout, x))
         if cache is None:
-            out = softmax_attention(q, k, v, layout, scale, window=window)
+            out = softmax_attention(q, k, v, layout, scale, mask=self.mask)
         else:
-            out, k = attend(q, k, v, layout, scale, window, cache.keys)
-        return out, partial(attend_to_scores, q, k, layout, scale, window)
+            out, k = cached_attention(q, k, v, layout, scale, self.mask, cache.kv)
+        return out, partial(cached_score_attention, q, k, layout, scale, self.mask)
 
-    def _table(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotary_table(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(layout.positions.to(x.device), self.rotary_dim, self.rope_theta, self.rope_scaling)
 
-    def _turned(self, q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """q and k `[B, T_local, ., K]`, normed where there are norms, turned to their positions."""
+    def _norm_and_rotate(self, q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Apply QK-norm, if there is one, and rotary embedding to q and k `[B, T_local, ., K]`."""
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         return rotate(q, table), rotate(k, table)
 
     def _mixture(self, router: HeadRouter, x: Tensor, layout: Layout) -> Output:
-        """The same of the (token, head) pairs that are read, gathered from the first projection to the last."""
-        rows, share = self.heads * self.head_dim, self.heads // self.kv_heads
-        for_q, for_kv = self.qkv.weight.split([rows, 2 * self.kv_heads * self.head_dim])
-        k, v = F.linear(x, for_kv).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        """Compute the layer for the active (token, head) pairs only, from the query to the output projection."""
+        rows, group_size = self.heads * self.head_dim, self.heads // self.kv_heads
+        w_q, w_kv = self.qkv.weight.split([rows, 2 * self.kv_heads * self.head_dim])
+        k, v = F.linear(x, w_kv).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
         if router.by_norm:
-            q = F.linear(x, for_q).unflatten(-1, (-1, self.head_dim))
+            q = F.linear(x, w_q).unflatten(-1, (-1, self.head_dim))
             routing = router(q, layout)
             routed = routing.chosen.shape[2]
-            pairs = Pairs.of(routing.chosen, routed // share)
-            shared, of_routed = q.split([self.heads - routed, routed], dim=2)
-            queries = pairs.gather(of_routed).transpose(1, 2)
+            pairs = Pairs.of(routing.chosen, routed // group_size)
+            q_shared, q_routed = q.split([self.heads - routed, routed], dim=2)
+            q_pairs = pairs.gather(q_routed).transpose(1, 2)
         else:
             routing = router(x, layout)
-            pairs = Pairs.of(routing.chosen, routing.chosen.shape[2] // share)
-            for_shared, for_routed = split_routed(for_q, self.heads, routing)
-            shared = F.linear(x, for_shared).unflatten(-1, (-1, self.head_dim))
-            queries = project_to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
-            queries = queries.view(*pairs.index.shape, self.head_dim)
-        table = self._table(layout, x)
-        shared, k = self._turned(shared, k, table)
-        queries = queries if self.q_norm is None else self.q_norm(queries)
-        queries = rotate_rows(queries, pairs.rows, table)
-        scale, window = self.head_dim**-0.5, self.reach.window
-        of_shared, of_pairs = attend_pairs(shared, queries, k, v, pairs, layout, scale, window=window)
+            pairs = Pairs.of(routing.chosen, routing.chosen.shape[2] // group_size)
+            w_shared, w_routed = split_routed(w_q, self.heads, routing)
+            q_shared = F.linear(x, w_shared).unflatten(-1, (-1, self.head_dim))
+            q_pairs = project_to_pairs(x, w_routed, routing.chosen, pairs.slots, pairs.index.numel())
+            q_pairs = q_pairs.view(*pairs.index.shape, self.head_dim)
+        table = self._rotary_table(layout, x)
+        q_shared, k = self._norm_and_rotate(q_shared, k, table)
+        q_pairs = q_pairs if self.q_norm is None else self.q_norm(q_pairs)
+        q_pairs = rotate_rows(q_pairs, pairs.tokens, table)
+        scale = self.head_dim**-0.5
+        shared, routed_pairs = pair_attention(q_shared, q_pairs, k, v, pairs, layout, scale, mask=self.mask)
         if self.gate is not None:
-            for_shared, for_routed = split_routed(self.gate.weight, self.heads, routing)
-            opened = project_to_pairs(x, for_routed, routing.chosen, pairs.places, pairs.index.numel())
-            of_shared = of_shared * F.linear(x, for_shared).sigmoid().view(of_shared.shape)
-            of_pairs = of_pairs * opened.sigmoid().view(of_pairs.shape)
-        return emit_pairs(of_shared, of_pairs, self.out, routing, pairs)
+            w_shared, w_routed = split_routed(self.gate.weight, self.heads, routing)
+            gate_pairs = project_to_pairs(x, w_routed, routing.chosen, pairs.slots, pairs.index.numel())
+            shared = shared * F.linear(x, w_shared).sigmoid().view(shared.shape)
+            routed_pairs = routed_pairs * gate_pairs.sigmoid().view(routed_pairs.shape)
+        return project_output_pairs(shared, routed_pairs, self.out, routing, pairs)
 
     def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """The schedule and its expected costs, where the layout leaves it to be chosen."""
+        """Describe the chosen schedule and its estimated costs, if the layout leaves the choice open ("auto")."""
         if layout.size == 1 or layout.attention != "auto":
             return None
-        found = []
-        for words, heads, kv_heads in self._attentions():
-            shape = AttentionShape(heads, kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.reach)
-            found.append(words + explained(rank_schedules(layout, shape)))
-        return "; ".join(found)
+        descriptions = []
+        for prefix, heads, kv_heads in self._attentions():
+            shape = AttentionShape(heads, kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.mask)
+            descriptions.append(prefix + explained(rank_schedules(layout, shape)))
+        return "; ".join(descriptions)
 
     def _attentions(self) -> Iterator[tuple[str, int, int]]:
-        """What is attended with at once: words for it, query heads, key/value heads."""
+        """Yield description, query heads and key/value heads of each attention that the layer runs."""
         if self.head_router is None:
             yield "", self.heads, self.kv_heads
             return
-        share, shared = self.heads // self.kv_heads, self.head_router.shared // self.tp_axis.size
+        group_size, shared = self.heads // self.kv_heads, self.head_router.shared // self.tp_axis.size
         if shared:
-            yield "shared heads: ", shared, shared // share
-        # The queries of all heads that read one of keys and values lie together.
-        routed = self.kv_heads - shared // share
+            yield "shared heads: ", shared, shared // group_size
+        # The routed query heads of one key/value head are merged into one list of queries.
+        routed = self.kv_heads - shared // group_size
         yield "routed heads: ", routed, routed
 
     def flops(self, layout: Layout) -> int:
-        """Projections, and for each visible pair of tokens a score and a weighted value; both again for a router."""
+        """Multiplications and additions of the projections and, per visible pair of tokens, a score and a weighted
+        value; both again for a router that reuses the attention."""
         router = 0 if self.head_router is None else self.head_router.flops_per_token
-        read = self.heads - self.unread
-        # Queries are looked at to be routed by their norms.
-        queries = 0 if self.head_router is not None and self.head_router.by_norm else self.unread
+        active = self.heads - self.inactive_heads
+        # Routing by query norms needs the queries of all heads.
+        saved_queries = 0 if self.head_router is not None and self.head_router.by_norm else self.inactive_heads
         dim, width = self.out.out_features, self.head_dim
-        gates = 0 if self.gate is None else read
-        projections = router + self.qkv.flops_per_token + 2 * dim * width * (read + gates - queries)
-        again = self.heads * (width + self.lent) if self.lent else 0
-        return layout.local_length * projections + 2 * (2 * read * width + again) * score_elements(layout, self.reach)
+        gates = 0 if self.gate is None else active
+        projections = router + self.qkv.flops_per_token + 2 * dim * width * (active + gates - saved_queries)
+        again = self.heads * (width + self.attention_channels) if self.attention_channels else 0
+        return layout.local_length * projections + 2 * (2 * active * width + again) * score_elements(layout, self.mask)

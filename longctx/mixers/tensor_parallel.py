@@ -1,9 +1,8 @@
-"""The heads of a mixer divided over ranks (tensor parallelism): each has some of the heads, and gives a summand.
+"""Tensor parallelism of mixers: each rank has a shard of the heads, and its output is a partial sum.
 
-A mixer says which of its parameters heads divide, and along which dim (`Mixer.shares`); the rest is whole on every
-rank, where its gradient is a summand too. A parameter that several projections lie in one after another is divided part
-by part, so that a rank has whole heads of each. Of a mixture of heads, whose shared heads lie before its routed ones,
-it has some of either kind (`divisions`).
+A mixer declares which parameters are split by heads, and along which dimension (`Mixer.shares`); the others are
+replicated, and their gradients are partial sums too. A fused projection is split part by part, so that a rank has the
+same heads of each. In a mixture of heads each rank has some of the shared and some of the routed heads (`head_shares`).
 """
 
 from collections.abc import Sequence
@@ -17,77 +16,80 @@ from longctx.parallel.mesh import Axis
 
 
 def _kinds(mixer: Mixer) -> tuple[int, ...]:
-    """In what proportion heads are of each kind: the shared and the routed ones of a mixture."""
+    """Return the number of heads of each kind: shared and routed in a mixture of heads, else one kind."""
     return (1,) if mixer.head_router is None else mixer.head_router.kinds
 
 
-def _by_kinds(length: int, kinds: tuple[int, ...]) -> tuple[int, ...]:
-    """A length of all heads as those of each kind; whole where one head of it belongs to two kinds (a group that
-    shared and routed heads read), which is then on one rank."""
+def _split_by_kinds(length: int, kinds: tuple[int, ...]) -> tuple[int, ...]:
+    """Split the length of all heads by kind.
+
+    It is not split if one of its heads would belong to two kinds (a key/value group used by shared and routed heads),
+    which is then on one rank.
+    """
     heads = sum(kinds)
     return (length,) if any(length * kind % heads for kind in kinds) else tuple(length * n // heads for n in kinds)
 
 
-def divisions(mixer: Mixer) -> dict[str, Share]:
-    """How ranks divide the parameters of a mixer, with heads of every kind by themselves."""
+def head_shares(mixer: Mixer) -> dict[str, Share]:
+    """Return the shares of a mixer's parameters, with each kind of head split separately."""
     kinds = _kinds(mixer)
     return {
-        name: Share(share.dim, tuple(length for part in share.parts for length in _by_kinds(part, kinds)))
+        name: Share(share.dim, tuple(length for part in share.parts for length in _split_by_kinds(part, kinds)))
         for name, share in mixer.shares().items()
     }
 
 
 def local_head_values(values: Sequence[float], mixer: Mixer) -> Tensor:
-    """Of a number for each head of all ranks those of this rank's heads, in float64."""
-    share = Share(0, _by_kinds(len(values), _kinds(mixer)))
-    return share.of(torch.tensor(values, dtype=torch.float64, device="cpu"), mixer.tp_axis.rank, mixer.tp_axis.size)
+    """Select the values of this rank's heads from one value per head of all ranks; float64."""
+    share = Share(0, _split_by_kinds(len(values), _kinds(mixer)))
+    return share.shard(torch.tensor(values, dtype=torch.float64, device="cpu"), mixer.tp_axis.rank, mixer.tp_axis.size)
 
 
-def obstacle(mixer: Mixer, size: int) -> str | None:
-    """What keeps the heads of a mixer from being divided over so many ranks, in words; None where nothing does."""
+def sharding_problem(mixer: Mixer, size: int) -> str | None:
+    """Return why the heads of a mixer cannot be sharded over `size` ranks; None if they can."""
     if size == 1:
         return None
-    if not mixer.divisible:
-        return f"the heads of {type(mixer).__name__} are not divided"
+    if not mixer.supports_tensor_parallel:
+        return f"{type(mixer).__name__} does not support tensor parallelism"
     router, kinds = mixer.head_router, _kinds(mixer)
     heads = sum(kinds)
-    for name in mixer.counts:
-        count = getattr(mixer, name)
-        for each in count if isinstance(count, tuple) else (count,):
-            if any(each * kind % (heads * size) for kind in kinds):
-                what = "" if router is None else f", of {router.shared} shared and {router.routed} routed heads,"
-                return f"{name} {each}{what} does not divide over {size} ranks"
+    for name in mixer.head_counts:
+        value = getattr(mixer, name)
+        for count in value if isinstance(value, tuple) else (value,):
+            if any(count * kind % (heads * size) for kind in kinds):
+                detail = "" if router is None else f" ({router.shared} shared and {router.routed} routed heads)"
+                return f"{name} {count}{detail} does not divide over {size} ranks"
     return None
 
 
 @torch.no_grad()
-def divide(mixer: Mixer, axis: Axis) -> None:
-    """Leave a mixer with all of its heads those of this rank; its output is from now on a summand of the layer's.
+def shard_heads(mixer: Mixer, axis: Axis) -> None:
+    """Shard a mixer in place: keep this rank's heads, so that its output is a partial sum of the layer's.
 
-    A norm over all heads then runs over the ranks of the axis. Nothing else communicates: adding up outputs, the
-    gradients of the input and those of parameters that every rank has whole, is the caller's. Work (`Mixer.flops`) is
-    to be counted before. Raises ValueError where heads do not divide.
+    Norms over all heads then communicate over the axis. All other reductions are the caller's: of outputs, of gradients
+    of the input and of those of replicated parameters. `Mixer.flops` has to be called before. Raises ValueError if the
+    heads do not divide.
     """
     if axis.size == 1:
         return
-    found = obstacle(mixer, axis.size)
-    if found is not None:
-        raise ValueError(f"tensor parallelism: {found}")
-    for name, share in divisions(mixer).items():
+    problem = sharding_problem(mixer, axis.size)
+    if problem is not None:
+        raise ValueError(f"tensor parallelism: {problem}")
+    for name, share in head_shares(mixer).items():
         owner, _, last = name.rpartition(".")
         module = mixer.get_submodule(owner)
         tensor = getattr(module, last)
-        part = share.of(tensor.detach(), axis.rank, axis.size).clone()
+        shard = share.shard(tensor.detach(), axis.rank, axis.size).clone()
         if isinstance(tensor, nn.Parameter):
-            setattr(module, last, nn.Parameter(part))
+            setattr(module, last, nn.Parameter(shard))
         else:
-            module.register_buffer(last, part, persistent=last not in module._non_persistent_buffers_set)
+            module.register_buffer(last, shard, persistent=last not in module._non_persistent_buffers_set)
         if isinstance(module, nn.Linear):
-            module.out_features, module.in_features = part.shape
-    for name in mixer.counts:
-        count = getattr(mixer, name)
-        parts = tuple(each // axis.size for each in count) if isinstance(count, tuple) else count // axis.size
-        setattr(mixer, name, parts)
+            module.out_features, module.in_features = shard.shape
+    for name in mixer.head_counts:
+        value = getattr(mixer, name)
+        local = tuple(count // axis.size for count in value) if isinstance(value, tuple) else value // axis.size
+        setattr(mixer, name, local)
     for module in mixer.modules():
         if hasattr(module, "tp_axis"):
             object.__setattr__(module, "tp_axis", axis)

@@ -1,1 +1,1 @@
-"""The model: a decoder whose layers are a pattern over mixers."""
+"""Decoder language model: a repeating pattern of mixers, each followed by a feed-forward."""

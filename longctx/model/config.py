@@ -1,4 +1,4 @@
-"""`[model]`: the decoder's shape. Each mixer and feed-forward that is registered adds its own table."""
+"""Model configuration, the recipe's `[model]`. Each registered mixer and feed-forward adds its own table."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,192 +8,196 @@ from pydantic import Field, create_model, model_validator
 from longctx.config import Config, Integer
 from longctx.layers.basic import Norm
 from longctx.mixers import MIXERS, Mixer, MixerConfig
-from longctx.mixers.head_mixture import HeadsMixConfig
-from longctx.model.feed_forwards import FFNS, NO_FFN
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.model.ffn import FeedForwardConfig
+from longctx.model.ffn_registry import FFNS, NO_FFN
 from longctx.model.moe import MoeConfig
 
 VOCABULARY_MULTIPLE = 64
-"""A vocabulary that the recipe does not size is rounded up to this, so that matrices are of a shape that is fast."""
+"""The tokenizer's vocabulary is padded to a multiple of this, for fast matrix products."""
 
 
 class _ModelConfig(Config):
-    """`[model]`: the decoder's shape. Each mixer that the pattern names has a table of its own."""
+    """`[model]`: the decoder. Each mixer in the pattern has its own table."""
 
     layers: str
-    """A pattern of mixers' letters, repeated over the depth: `LLLS` is three lightning layers and a softmax layer."""
+    """Pattern of mixer letters, repeated over the depth: `LLLS` is three lightning layers and one softmax layer."""
     depth: Integer = Field(gt=0)
-    """Layers; a mixer each, and a feed-forward unless `ffn` says `none`."""
+    """Number of layers, each a mixer and, unless `ffn` is `none`, a feed-forward."""
     dim: Integer = Field(gt=0)
-    """Width."""
+    """Model width (hidden size)."""
     ffn: str | tuple[str, ...] = "swiglu"
-    """The feed-forward's name, or a list of names, repeated over the depth: `["swiglu", "moe"]` is experts in every
-    second layer; `none` is a layer that is a mixer alone, as in Mamba."""
+    """Name of the feed-forward, or a list of names, repeated over the depth: `["swiglu", "moe"]` has experts in every
+    second layer; `none` is a layer without feed-forward, as in Mamba."""
     block: Literal["sequential", "parallel", "postnorm"] = "sequential"
-    """`sequential`: the feed-forward reads what the mixer has written, a norm before each; `parallel`: both read the
-    stream behind one norm, and their outputs are added to it together, as in PaLM, GPT-J and Cohere's models;
-    `postnorm`: as `sequential`, but what a norm gives is the stream from there on, as in MiniMax-01."""
+    """`sequential`: pre-norm, the mixer and then the feed-forward. `parallel`: mixer and feed-forward share one norm
+    and are added to the residual stream together, as in PaLM, GPT-J and Cohere's models. `postnorm`: as `sequential`,
+    but the output of each norm replaces the residual stream, as in MiniMax-01."""
     residual: dict[str, tuple[float, float]] | None = None
-    """By the name of a mixer or a feed-forward what the stream is multiplied with before its output is added, and what
-    the output is (`softmax = [3.55, 1.0]`, DeepNorm's alpha and beta); 1 and 1 where absent."""
+    """Residual scaling, by the name of a mixer or feed-forward: the factors of the residual stream and of the layer's
+    output when they are added (`softmax = [3.55, 1.0]`, DeepNorm's alpha and beta). Default: 1 and 1."""
     norm: Norm = "rms"
-    """The norms of the stream: `rms`, or `zero_centered_rms`, which multiplies with 1 plus its weight."""
+    """Norm of the residual stream: `rms`, or `zero_centered_rms`, which multiplies by 1 + weight."""
     norm_eps: float = Field(default=1e-5, gt=0)
-    """Added to the mean square before its root, in every norm."""
+    """Epsilon of all norms, added to the mean square."""
     tie_embeddings: bool = True
-    """One matrix for the input embedding and the output head."""
-    heads: HeadsMixConfig | None = None
-    """Without it every token reads every head."""
+    """Share one matrix between the input embedding and the output head."""
+    heads: HeadMixtureConfig | None = None
+    """Mixture of heads; without it all heads are active for every token."""
     vocab_size: Integer | None = Field(default=None, gt=0)
-    """Rows of the embedding; where absent the tokenizer's, rounded up to a multiple of 64."""
+    """Rows of the embedding. Default: the tokenizer's vocabulary, rounded up to a multiple of 64."""
 
     @model_validator(mode="after")
     def _tables_fit_the_pattern(self) -> "_ModelConfig":
         problems = []
+        mixers = ", ".join(f"{letter} ({kind.name})" for letter, kind in MIXERS.items())
         if not self.layers:
-            problems.append("layers: give a pattern of " + ", ".join(f"{c} ({k.name})" for c, k in MIXERS.items()))
-        for letter in sorted(set(self.layers) - set(MIXERS)):
-            known = ", ".join(f"{c} ({kind.name})" for c, kind in MIXERS.items())
-            problems.append(f"layers: {letter!r} in {self.layers!r} is no mixer; there are {known}")
+            problems.append(f"layers: the pattern is empty; expected letters of {mixers}")
+        problems += [
+            f"layers: {letter!r} in {self.layers!r} is not a mixer; expected letters of {mixers}"
+            for letter in sorted(set(self.layers) - set(MIXERS))
+        ]
         for letter, kind in MIXERS.items():
             table = getattr(self, kind.name)
             if letter in self.pattern and table is None:
                 problems.append(f"layers: {letter} needs the table [model.{kind.name}]")
             elif letter not in self.pattern and table is not None:
-                problems.append(f"{kind.name}: no layer of {self.layers!r} ({self.depth} deep) is {letter}; remove it")
+                pattern = f"the pattern {self.layers!r} over {self.depth} layers"
+                problems.append(f"{kind.name}: no {letter} in {pattern}; remove the table")
             elif table is not None:
                 problems += [f"{kind.name}.{problem}" for problem in table.problems(self.dim)]
         names = self.feed_forwards
-        there = ", ".join((*FFNS, NO_FFN))
+        known = ", ".join((*FFNS, NO_FFN))
         problems += [
-            f"ffn: there is no {n!r}; there are {there}" for n in dict.fromkeys(names) if n not in (*FFNS, NO_FFN)
+            f"ffn: unknown feed-forward {n!r}; expected one of {known}"
+            for n in dict.fromkeys(names)
+            if n not in (*FFNS, NO_FFN)
         ]
         if not names:
-            problems.append(f"ffn: give a name, or a list of names; there are {there}")
+            problems.append(f"ffn: the list is empty; expected one or more of {known}")
         for name in FFNS:
             table = getattr(self, name)
             if table is not None and name not in names:
-                problems.append(f"{name}: no layer's ffn is {name!r}; remove this table")
+                problems.append(f"{name}: no layer has ffn {name!r}; remove the table")
             elif table is None and name in names and FFNS[name].needs_table():
                 problems.append(f"ffn: {name} needs the table [model.{name}]")
             elif table is not None:
                 problems += [f"{name}.{problem}" for problem in table.problems()]
         problems += self._stream_problems()
         problems += self._heads_problems()
-        problems += self._attention_is_there()
+        problems += self._attention_router_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     def _stream_problems(self) -> Iterator[str]:
-        """What of `block` and `residual` is of no layer."""
+        """Yield the problems of `block` and `residual`."""
         if self.block == "parallel" and set(self.feed_forwards) == {NO_FFN}:
-            yield "block: 'parallel' is of a mixer and a feed-forward, and no layer has one (ffn)"
+            yield "block: 'parallel' needs layers with a feed-forward, and no layer has one (ffn)"
         if self.residual is None:
             return
         if self.block == "parallel":
-            yield "residual: with block 'parallel' the stream is added to once; take 'sequential' or 'postnorm'"
-        here = {MIXERS[letter].name for letter in self.pattern if letter in MIXERS} | set(self.feed_forwards) - {NO_FFN}
-        for name in sorted(self.residual.keys() - here):
-            yield f"residual.{name}: no layer is of this name; there are {', '.join(sorted(here))}"
+            yield "residual: block 'parallel' has one residual connection per layer; use 'sequential' or 'postnorm'"
+        names = {MIXERS[letter].name for letter in self.pattern if letter in MIXERS}
+        names |= set(self.feed_forwards) - {NO_FFN}
+        for name in sorted(self.residual.keys() - names):
+            yield f"residual.{name}: no such layer; expected one of {', '.join(sorted(names))}"
 
     def _heads_problems(self) -> Iterator[str]:
-        """What of `[model.heads]` does not fit the mixers that it names."""
+        """Yield the problems of `[model.heads]` with the mixers that it lists."""
         if self.heads is None:
             return
         tables = {kind.name: getattr(self, kind.name) for c, kind in MIXERS.items() if c in self.pattern}
         for name in self.heads.mixers:
             table: MixerConfig | None = tables.get(name)
             if table is None:
-                yield f"heads.mixers: no layer of {self.layers!r} is {name!r}; there are {', '.join(tables)}"
+                yield f"heads.mixers: the pattern {self.layers!r} has no {name!r}; expected one of {', '.join(tables)}"
             elif (routable := table.routable()) is None:
-                yield f"heads.mixers: the heads of {name} cannot be routed"
+                yield f"heads.mixers: {name} does not support a mixture of heads"
             else:
                 yield from (f"heads.{problem}" for problem in self.heads.problems(name, *routable))
                 if self.heads.router == "norm" and getattr(table, "qk_norm", None) is not None:
-                    yield f"heads.router: 'norm' reads how large queries are, and {name}.qk_norm makes them alike"
+                    yield f"heads.router: 'norm' compares the norms of queries, which {name}.qk_norm makes equal"
 
-    def _attention_is_there(self) -> list[str]:
-        """The words for layers whose router reads attention that their mixer does not have."""
-        found = []
+    def _attention_router_problems(self) -> list[str]:
+        """Return the problem of the first layer whose router needs attention that its mixer does not expose."""
         for layer, (letter, name) in enumerate(zip(self.pattern, self.feed_forwards, strict=False)):
             table: FeedForwardConfig | None = getattr(self, name) if name in FFNS else None
-            if table is not None and table.borrows and letter in MIXERS and not MIXERS[letter].lends:
-                able = ", ".join(f"{c} ({kind.name})" for c, kind in MIXERS.items() if kind.lends)
-                found.append(
-                    f"{name}.router: layer {layer} (counted from 0) is {letter} ({MIXERS[letter].name}), which has no "
-                    f"attention to route by; experts that are routed by it need a layer {able}"
-                )
-                break
-            routed = self.heads is not None and letter in MIXERS and MIXERS[letter].name in self.heads.mixers
-            if table is not None and table.borrows and routed:
-                found.append(
-                    f"{name}.router: layer {layer} (counted from 0) has routed heads ([model.heads]), and experts "
-                    "that are routed by attention need all of them"
-                )
-                break
-        return found
+            kind = MIXERS.get(letter)
+            if table is None or kind is None or not table.needs_attention:
+                continue
+            if not kind.exposes_attention:
+                suitable = ", ".join(f"{c} ({other.name})" for c, other in MIXERS.items() if other.exposes_attention)
+                return [
+                    f"{name}.router: layer {layer} (from 0) is {letter} ({kind.name}), which has no softmax attention; "
+                    f"the router 'attention' needs a layer {suitable}"
+                ]
+            if self.heads is not None and kind.name in self.heads.mixers:
+                return [
+                    f"{name}.router: layer {layer} (from 0) has a mixture of heads ([model.heads]), and the router "
+                    "'attention' needs all heads"
+                ]
+        return []
 
     @property
     def pattern(self) -> str:
-        """The letter of every layer."""
+        """The mixer letter of every layer."""
         return (self.layers * self.depth)[: self.depth]
 
     @property
     def feed_forwards(self) -> tuple[str, ...]:
-        """The name of every layer's feed-forward."""
+        """The feed-forward name of every layer."""
         names = (self.ffn,) if isinstance(self.ffn, str) else self.ffn
         return (names * self.depth)[: self.depth]
 
     @property
     def mixture(self) -> MoeConfig | None:
-        """The configuration of its experts, where it has some."""
+        """The configuration of the mixture of experts, if there is one."""
         table: MoeConfig | None = getattr(self, MoeConfig.name)
         return table
 
     def vocabulary_rows(self, tokens: int) -> int:
-        """Rows of the embedding for a tokenizer of `tokens` tokens."""
+        """Return the number of rows of the embedding for a tokenizer with `tokens` tokens."""
         if self.vocab_size is not None:
             return self.vocab_size
         return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     def mixer(self, layer: int) -> MixerConfig:
-        """The configuration of a layer's mixer."""
+        """Return the configuration of a layer's mixer."""
         table: MixerConfig = getattr(self, MIXERS[self.pattern[layer]].name)
         return table
 
     def routed_heads(self, layer: int) -> int | None:
-        """The number of heads of a layer's mixer, where a token reads some of them; else None."""
+        """Return the number of heads of a layer's mixer if it is a mixture of heads, else None."""
         table = self.mixer(layer)
         routable = table.routable()
         return routable[0] if self.heads is not None and table.name in self.heads.mixers and routable else None
 
-    def attended(self, layer: int, tp: int = 1) -> dict[str, int]:
-        """Heads that go through one attention of a layer, in words, and how many one of `tp` ranks has."""
+    def attention_head_counts(self, layer: int, tp: int = 1) -> dict[str, int]:
+        """Return the heads of each attention of a layer, by description, as one of `tp` ranks has them."""
         table = self.mixer(layer)
         routable = table.routable() if self.routed_heads(layer) else None
         if routable is None or self.heads is None:
             return {"heads": getattr(table, "heads", tp) // tp}
-        return {words: count // tp for words, count in self.heads.attended(*routable).items()}
+        return {kind: count // tp for kind, count in self.heads.attention_head_counts(*routable).items()}
 
     def available_schedules(self, layer: int, size: int, ulysses: int, tp: int = 1) -> tuple[str, list[str]]:
-        """As in `MixerConfig.available_schedules`, those that fit all heads of a layer, of which one of `tp` ranks has
-        some."""
-        table = self.mixer(layer)
-        tables = [table.model_copy(update={"heads": count}) for count in self.attended(layer, tp).values()]
-        (field, *_), names = zip(*(each.available_schedules(size, ulysses) for each in tables), strict=True)
+        """Return `MixerConfig.available_schedules` of a layer on one of `tp` ranks: those that fit all its heads."""
+        table, counts = self.mixer(layer), self.attention_head_counts(layer, tp).values()
+        tables = [table.model_copy(update={"heads": count}) for count in counts]
+        (field, *_), names = zip(*(table.available_schedules(size, ulysses) for table in tables), strict=True)
         return field, [name for name in names[0] if all(name in others for others in names)]
 
     def build_mixer(self, layer: int) -> Mixer:
-        """A layer's mixer, with its router where heads are routed."""
+        """Build a layer's mixer, with its head router if it is a mixture of heads."""
         mixer = self.mixer(layer).build(self.dim, layer, self.depth, self.norm_eps)
         heads = self.routed_heads(layer)
         if heads is not None and self.heads is not None:
-            mixer.mix_heads(self.heads, self.dim, heads)
+            mixer.add_head_router(self.heads, self.dim, heads)
         return mixer
 
     def shrunk(self) -> "ModelConfig":
-        """The same pattern once, narrow: for `longctx verify --shrink`."""
+        """Return one period of the pattern with narrow layers, for `longctx verify --shrink`."""
         tables = {kind.name: getattr(self, kind.name) for kind in MIXERS.values()}
         small: dict[str, Any] = {name: table.shrunk() for name, table in tables.items() if table is not None}
         depth = min(self.depth, max(len(self.layers), 1 if isinstance(self.ffn, str) else len(self.ffn)))
@@ -209,7 +213,7 @@ class _ModelConfig(Config):
         return self.model_copy(update={"dim": 32, "depth": depth, **unused, **small})
 
     def feed_forward(self, layer: int) -> FeedForwardConfig | None:
-        """The configuration of a layer's feed-forward; None where it has none."""
+        """Return the configuration of a layer's feed-forward; None if it has none."""
         name = self.feed_forwards[layer]
         if name == NO_FFN:
             return None

@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks of a mixer and a feed-forward before each of which the stream is normed, head.
+"""Decoder language model: embedding, blocks of a mixer and a feed-forward with a norm before each, output head.
 
     h_0 = E[token]
     h  <- h + mixer(norm(h)),  h <- h + ffn(norm(h))     block = "sequential"
@@ -6,8 +6,8 @@
     h  <- norm(h),  h <- a h + b mixer(h),  and so with ffn    block = "postnorm" (MiniMax-01 2025, section 2.2)
     logits = norm(h) H^T           (H = E where tied)
 
-Nothing of size tokens x vocabulary exists in training: `forward` with labels returns losses (longctx.kernels.loss);
-nor in generation: `next_logits` gives those of the last token alone.
+Logits of all tokens are never materialised: `forward` with labels returns losses (longctx.kernels.loss), and generation
+uses `next_logits`, the logits of the last token only.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from longctx.parallel.traffic import layer
 
 
 class Embedding(nn.Embedding):
-    """Rows drawn with standard deviation `1 / sqrt(D)`: logits of a normed stream start at unit scale where tied."""
+    """Token embedding, initialised with standard deviation `1 / sqrt(D)`, so that tied logits start at unit scale."""
 
     def __init__(self, rows: int, dim: int) -> None:
         super().__init__(rows, dim)
@@ -37,18 +37,18 @@ class Embedding(nn.Embedding):
 
 
 class Losses(NamedTuple):
-    """What a decoder says of a batch with labels, of this rank's tokens."""
+    """Losses of this rank's tokens, and the routers' statistics."""
 
     total: Tensor
-    """The negative log likelihoods (nats) times `scale`, summed, float32 or float64; differentiable."""
+    """Sum of the negative log likelihoods (nats) times `scale`, float32 or float64; differentiable."""
     nll: Tensor
-    """`[B, T_local]`: that of each token, 0 where there is no label; not differentiable."""
+    """Negative log likelihood of each token, `[B, T_local]`, 0 without a label; not differentiable."""
     reports: dict[str, RouterReport]
-    """What each router says, by the name of its layer (`blocks.3.ffn`)."""
+    """Router statistics by the name of the layer (`blocks.3.ffn`)."""
 
 
 class Block(nn.Module):
-    """One layer, in one of the forms of the module's docstring; without a feed-forward, `h + mixer(norm(h))`."""
+    """Decoder block, in one of the forms of the module's docstring; `h + mixer(norm(h))` without a feed-forward."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -59,19 +59,20 @@ class Block(nn.Module):
         if table is not None and config.block != "parallel":
             self.ffn_norm = norm_layer(config.norm, config.dim, config.norm_eps)
         self.ffn = None if table is None else table.build(config.dim, layer, config.depth)
-        self.mixer.lent = 0 if self.ffn is None else self.ffn.borrowed
+        self.mixer.attention_channels = 0 if self.ffn is None else self.ffn.attention_channels
         self.normed_stream = config.block == "postnorm"
-        """Whether what a norm gives is the stream from there on."""
+        """Whether the output of each norm replaces the residual stream."""
         factors = config.residual or {}
         self.factors = factors.get(config.mixer(layer).name), factors.get(config.feed_forwards[layer])
-        """Of the stream and of what the mixer, and the feed-forward, add to it; None: nothing is multiplied."""
+        """(stream, output) factors of the mixer's residual connection and of the feed-forward's; None for 1 and 1."""
         self.recompute = False
-        """Keep the block's input alone, and compute the block again in the backward pass."""
+        """Activation checkpointing: keep only the block's input and recompute the block in the backward pass."""
 
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> tuple[Tensor, dict[str, RouterReport]]:
-        """`[B, T_local, D]` to the same, and what the routers in it say, by the names of their layers.
+        """Compute the block for x `[B, T_local, D]`; return the output of the same shape and the routers' reports.
 
-        With a memory as in `longctx.mixers.Mixer.forward`.
+        Reports are by the name of the layer in the block (`mixer`, `ffn`). `cache` is as in
+        `longctx.mixers.Mixer.forward`.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
@@ -80,17 +81,17 @@ class Block(nn.Module):
     def _compute(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, dict[str, RouterReport]]:
         normed = self.mixer_norm(x)
         mixed = Output.of(self.mixer(normed, layout, cache))
-        x = _added(normed if self.normed_stream else x, mixed.out, self.factors[0])
-        said = {"mixer": mixed.report}
+        x = _add_residual(normed if self.normed_stream else x, mixed.out, self.factors[0])
+        reports = {"mixer": mixed.report}
         if self.ffn is not None:
             normed = normed if self.ffn_norm is None else self.ffn_norm(x)
             fed = Output.of(self.ffn(normed, layout, mixed.attend, cache))
-            x = _added(normed if self.normed_stream else x, fed.out, self.factors[1])
-            said["ffn"] = fed.report
-        return x, {name: report for name, report in said.items() if report is not None}
+            x = _add_residual(normed if self.normed_stream else x, fed.out, self.factors[1])
+            reports["ffn"] = fed.report
+        return x, {name: report for name, report in reports.items() if report is not None}
 
 
-def _added(stream: Tensor, out: Tensor, factors: tuple[float, float] | None) -> Tensor:
+def _add_residual(stream: Tensor, out: Tensor, factors: tuple[float, float] | None) -> Tensor:
     return stream + out if factors is None else factors[0] * stream + factors[1] * out
 
 
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """`[N, D]`: the matrix that makes logits."""
+        """The output head's matrix, `[N, D]`: the embedding if tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
@@ -118,17 +119,17 @@ class Decoder(nn.Module):
         loss_tile: int = 4096,
         scale: Tensor | float = 1.0,
     ) -> Tensor | Losses:
-        """Logits `[B, T_local, N]`, or with labels the losses of this rank's tokens.
+        """Compute the logits `[B, T_local, N]` or, with labels, the losses of this rank's tokens.
 
-        Shapes: tokens and labels `[B, T_local]` int64, labels already shifted, -100 where there is none. `scale` is
-        what the sum of the losses is multiplied with; `loss_tile` tokens have their logits in memory at one time.
+        Shapes: tokens and labels `[B, T_local]` int64, labels already shifted, -100 to ignore a token. The sum of the
+        losses is multiplied by `scale`. Logits exist for `loss_tile` tokens at a time.
         """
         x = self.embedding(tokens)
         reports: dict[str, RouterReport] = {}
         for number, block in enumerate(self.blocks):
             with layer(f"blocks.{number}"):
-                x, said = block(x, layout)
-            reports |= {f"blocks.{number}.{name}": report for name, report in said.items()}
+                x, block_reports = block(x, layout)
+            reports |= {f"blocks.{number}.{name}": report for name, report in block_reports.items()}
         x = self.norm(x)
         if labels is None:
             return F.linear(x, self.head_weight)
@@ -136,28 +137,28 @@ class Decoder(nn.Module):
         return Losses(total, nll.view(labels.shape), reports)
 
     def new_cache(self) -> list[Cache]:
-        """What each block remembers before the first token, for a batch of any size: `next_logits` goes on from it."""
+        """Return an empty cache per block, for `next_logits` with a batch of any size."""
         return [block.mixer.new_cache() for block in self.blocks if isinstance(block, Block)]
 
     @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: Sequence[Cache]) -> Tensor:
-        """Logits `[B, N]` of what follows `tokens [B, n]`, int64, n at least 1, which follow those in `cache`.
+        """Prefill or decode: return the logits `[B, N]` of the token after `tokens [B, n]` and update `cache`.
 
-        After it, these are in `cache` too; a document may come in pieces of any lengths, down to token by token. On
-        one rank. Raises ValueError where the memory is of another model or batch.
+        tokens (int64, n at least 1) continue the cached ones. Chunked prefill and token-by-token decoding match one
+        full forward pass. On one rank. Raises ValueError if the cache is of another model or batch.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens has shape {list(tokens.shape)}: expected [batch, tokens], at least one token")
         if len(cache) != len(self.blocks):
-            raise ValueError(f"memory is of {len(cache)} layers, and the decoder has {len(self.blocks)}")
+            raise ValueError(f"cache has {len(cache)} layers, and the decoder has {len(self.blocks)}")
         layout = Layout((0, tokens.shape[1]), past_tokens=cache[0].tokens)
         x = self.embedding(tokens)
-        for block, remembered in zip(self.blocks, cache, strict=True):
-            x, _ = block(x, layout, remembered)
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            x, _ = block(x, layout, block_cache)
         return F.linear(self.norm(x[:, -1]), self.head_weight)
 
     def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
-        """The schedules of attention that were chosen for a layout, in words, by the layer's number."""
+        """Describe the attention schedules chosen for a layout, by layer number."""
         chosen = {}
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)

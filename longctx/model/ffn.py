@@ -1,4 +1,4 @@
-"""What a feed-forward is to a model, and the dense one."""
+"""Feed-forward layers: the interface, and the dense SwiGLU."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,91 +18,91 @@ from longctx.parallel.layout import Layout
 
 
 class FeedForward(nn.Module, ABC):
-    """A map of each token by itself, or of each token and what its router chose for it."""
+    """A feed-forward layer: dense, or a mixture of experts."""
 
-    borrowed = 0
-    """Channels for which its router reads the attention of the block's mixer; 0: it does not."""
+    attention_channels = 0
+    """Channels of the scores that its router averages with the mixer's attention; 0 if it does not use it."""
 
     tile: int | None = None
-    """Tokens whose hidden activations exist at one time, made again in the backward pass; None: all, kept."""
+    """Tokens per tile of hidden activations, which the backward pass recomputes; None keeps those of all tokens."""
 
     @abstractmethod
     def forward(
         self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None
     ) -> Tensor | Output:
-        """`[B, T_local, D]` to the same.
+        """Compute the layer for x `[B, T_local, D]`; the shape stays.
 
-        `attend`: the attention of the block's mixer, where `borrowed` asks for it. `cache`: the block's, as in
-        `longctx.mixers.Mixer.forward`.
+        `attend` is the attention of the block's mixer, required if `attention_channels` > 0. `cache` is the block's, as
+        in `longctx.mixers.Mixer.forward`.
         """
 
     @property
     @abstractmethod
     def flops_per_token(self) -> int:
-        """Forward multiplications and additions for one token by itself."""
+        """Forward multiplications and additions for one token, without those that depend on other tokens."""
 
     def flops(self, layout: Layout) -> int:
-        """Those of one forward pass over this rank's tokens, what goes through the mixer's attention not counted."""
+        """Multiplications and additions of one forward pass over this rank's tokens, without the mixer's attention."""
         return layout.local_length * self.flops_per_token
 
     def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """As in `longctx.mixers.Mixer.describe_schedule`, of a router that reads other tokens by attention of its
-        own."""
+        """Describe the schedule of the router's own attention, as `longctx.mixers.Mixer.describe_schedule` does."""
         del layout, dtype
         return None
 
 
 class FeedForwardConfig(Config, ABC):
-    """A feed-forward's table in a recipe, `[model.<name>]`."""
+    """Configuration of a feed-forward, a recipe's table `[model.<name>]`."""
 
     name: ClassVar[str]
 
     @property
-    def borrows(self) -> bool:
-        """Whether its router reads the attention of the block's mixer."""
+    def needs_attention(self) -> bool:
+        """Whether its router uses the attention of the block's mixer."""
         return False
 
     @classmethod
     def needs_table(cls) -> bool:
-        """Whether some key has no default."""
+        """Whether the recipe has to have its table: some key has no default."""
         return any(field.is_required() for field in cls.model_fields.values())
 
     @abstractmethod
     def shrunk(self) -> Self:
-        """The same kind of layer, narrow, to verify a model with at little cost."""
+        """Return a narrow version of the layer, for cheap verification of a model."""
 
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int) -> FeedForward:
-        """The feed-forward of layer `layer` (from 0) of `depth`, for width `dim`."""
+        """Build the feed-forward of layer `layer` (from 0) of `depth`, for width `dim`."""
 
     def resolved(self, dim: int) -> Self:
-        """As in `longctx.mixers.MixerConfig.resolved`."""
+        """Return the configuration with derived keys filled in, as `longctx.mixers.MixerConfig.resolved` does."""
         del dim
         return self
 
     def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
-        """As in `longctx.mixers.MixerConfig.available_schedules`; None where it reads no other token by itself."""
+        """Return the schedules of the router's own attention, as `longctx.mixers.MixerConfig.available_schedules` does;
+        None if it has none."""
         del size, ulysses
         return None
 
     def problems(self) -> list[str]:
-        """What does not fit together, in words, each beginning with the key it is about."""
+        """Return the problems of the configuration, each a message that begins with its key."""
         return []
 
 
 class SwigluConfig(FeedForwardConfig):
-    """`[model.swiglu]`: the gated feed-forward; may be absent."""
+    """`[model.swiglu]`: the dense gated feed-forward. The table is optional."""
 
     name: ClassVar[str] = "swiglu"
 
     hidden: Integer | None = Field(default=None, gt=0)
-    """Hidden width; where absent `8/3 dim`, rounded up to a multiple of 64."""
+    """Hidden width. Default: `8/3 dim`, rounded up to a multiple of 64."""
 
     def shrunk(self) -> "SwigluConfig":
         return SwigluConfig(hidden=48)
 
     def width(self, dim: int) -> int:
-        """The hidden width, for width `dim`."""
+        """Return the hidden width for a model of width `dim`."""
         return self.hidden or -(-8 * dim // (3 * 64)) * 64
 
     def resolved(self, dim: int) -> "SwigluConfig":
@@ -113,7 +113,7 @@ class SwigluConfig(FeedForwardConfig):
 
 
 class Swiglu(FeedForward):
-    """`(SiLU(x W_gate) * (x W_up)) W_down` (Shazeer 2020), gate and up in one matrix."""
+    """SwiGLU, `(SiLU(x W_gate) * (x W_up)) W_down` (Shazeer 2020), with gate and up in one matrix."""
 
     def __init__(self, dim: int, hidden: int, depth: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Swiglu(FeedForward):
         self.down = Linear(hidden, dim, scale=(2 * depth) ** -0.5)
 
     def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None) -> Tensor:
-        """`[B, T_local, D]` to the same, each token by itself."""
+        """Compute the layer for x `[B, T_local, D]`, token by token; the shape stays."""
         del layout, attend, cache
         if self.tile is not None:
             return tiled_swiglu(x, self.gate_up.weight, self.down.weight, self.tile)

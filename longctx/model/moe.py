@@ -1,4 +1,4 @@
-"""Mixture of experts in the place of a feed-forward: a router in float32, SwiGLU experts, perhaps shared ones."""
+"""Mixture of experts (MoE): dropless token-choice routing in float32, SwiGLU experts, optional shared experts."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
+from longctx.kernels.attention.block import CAUSAL_MASK
 from longctx.kernels.routed.swiglu import grouped_swiglu
 from longctx.layers.basic import Linear, SelfInitialised
-from longctx.layers.cache import Cache, attend
+from longctx.layers.cache import Cache, cached_attention
 from longctx.layers.output import Attend, Output
 from longctx.layers.router import Router
 from longctx.model.ffn import FeedForward, FeedForwardConfig, Swiglu
 from longctx.moe.expert_router import Score, TokenChoice, balancing_step, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
-from longctx.moe.noise import around_one
+from longctx.moe.noise import jitter_factors
 from longctx.moe.token_graph import one_head_schedule, similarity_aware, similarity_estimates
 from longctx.parallel.attention.cost_model import explained, fitting
 from longctx.parallel.attention.visibility import score_elements
@@ -28,87 +29,85 @@ from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 
 SIMILARITY_DIM = 64
-"""Width of the keys of a similarity-aware router, where the model is as wide and the recipe says nothing."""
+"""Default width of a similarity-aware router's keys, at most the model's width."""
 
 
 class MoeConfig(FeedForwardConfig):
-    """`[model.moe]`: a mixture of SwiGLU experts, of which each token takes some, and none is dropped."""
+    """`[model.moe]`: a mixture of SwiGLU experts, dropless by default."""
 
     name: ClassVar[str] = "moe"
 
     experts: Integer = Field(gt=0)
-    """Routed experts."""
+    """Number of routed experts."""
     active: Integer = Field(gt=0)
-    """Experts that each token takes."""
+    """Active routed experts per token (top-k)."""
     hidden: Integer = Field(gt=0)
-    """Hidden width of an expert."""
+    """Hidden width of each expert."""
     shared: Integer = Field(default=0, ge=0)
-    """Experts that all tokens take beside those: one layer of width `shared * hidden`."""
+    """Number of shared experts, which all tokens use: computed as one layer of width `shared * hidden`."""
     shared_hidden: Integer | None = Field(default=None, gt=0)
-    """Width of that layer, where it is another."""
+    """Hidden width of the shared layer. Default: `shared * hidden`."""
     shared_gate: bool = False
-    """Multiply what that layer gives with a number for each token, the sigmoid of a projection of its input, as in
+    """Multiply the shared layer's output by the sigmoid of a projection of its input, one number per token, as in
     Qwen's models."""
     router: Literal["token", "similarity", "attention"] = "token"
-    """By what a token chooses: its own scores, or an average of those of its document up to it: weighted by how like
-    the tokens are (`similarity`, with matrices that are learned), or by the attention of the block's softmax layer
-    (`attention`, the mean of its heads; every layer with experts then needs one)."""
+    """Scores by which a token chooses: its own (`token`), or an average of those of its document up to it, weighted by
+    a learned similarity of tokens (`similarity`) or by the attention of the block's softmax layer, averaged over heads
+    (`attention`, which needs a softmax mixer in every layer with experts)."""
     similarity_dim: Integer | None = Field(default=None, gt=0)
-    """Width of the queries and keys by which tokens are compared, with the router `similarity`; where absent 64, or
-    `dim` where that is less."""
+    """Width of the queries and keys of the router `similarity`. Default: 64, at most `dim`."""
     temperature: float | None = Field(default=None, gt=0)
-    """Of that comparison: its weights are the softmax of `q k / (temperature * sqrt(similarity_dim))`; 1 where absent.
-    The lower, the more only what is most alike counts."""
+    """Temperature of the router `similarity`, whose weights are the softmax of
+    `q k / (temperature * sqrt(similarity_dim))`. Default: 1."""
     score: Score = "softmax"
-    """What makes scores of the router's logits."""
+    """Function that maps the router's logits to scores."""
     normalize: bool = True
-    """Divide a token's weights by their sum. With one active expert every weight is then 1, and the router learns from
-    the losses of `balance` and `z` alone."""
+    """Divide a token's weights by their sum. With one active expert every weight is then 1, and the router learns only
+    from the auxiliary losses (`balance`, `z`)."""
     scale: float = Field(default=1.0, gt=0)
-    """Factor of the routed experts' sum."""
+    """Factor of the sum of the routed experts."""
     groups: Integer = Field(default=1, gt=0)
-    """Groups of neighbouring experts, a divisor of `experts`."""
+    """Number of groups of consecutive experts, for group-limited routing; a divisor of `experts`."""
     active_groups: Integer = Field(default=1, gt=0)
-    """Groups that a token chooses its experts from."""
+    """Groups from which a token chooses its experts."""
     balance: float = Field(default=0.01, ge=0)
-    """Coefficient of the loss that keeps the load even."""
+    """Coefficient of the load-balancing loss."""
     z: float = Field(default=0.0, ge=0)
-    """Coefficient of the loss that keeps logits small; 1e-3 where it is used."""
+    """Coefficient of the router's z-loss, which keeps logits small; usually 1e-3 if used."""
     bias_rate: float = Field(default=0.0, ge=0)
-    """Change, after each step, of a bias that is added to scores for the choice alone, and keeps the load even without
-    a loss; 1e-3 where it is used."""
+    """Step size of the load-balancing bias, which is added to scores for the choice only and adjusted after each step
+    (auxiliary-loss-free balancing); usually 1e-3 if used."""
     jitter: float = Field(default=0.0, ge=0, lt=1)
-    """In training, the router's input is multiplied with numbers of chance between `1 - jitter` and `1 + jitter`."""
+    """Multiply the router's input in training by random factors between `1 - jitter` and `1 + jitter`."""
     capacity: float | None = Field(default=None, gt=0)
-    """Choices that an expert takes of a sequence at most in training, as a multiple of the mean; what comes later in
-    the sequence is dropped. Nothing is dropped where absent."""
+    """Capacity factor: the most choices per expert and sequence in training, as a multiple of the mean; later choices
+    are dropped. Default: dropless."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.active > self.experts:
-            found.append(f"active: {self.active} of {self.experts} experts")
+            problems.append(f"active: {self.active} of {self.experts} experts")
         if self.experts % self.groups:
-            found.append(f"groups: {self.groups} groups do not divide {self.experts} experts")
+            problems.append(f"groups: {self.groups} groups do not divide {self.experts} experts")
         elif self.active_groups > self.groups:
-            found.append(f"active_groups: {self.active_groups} of {self.groups} groups")
+            problems.append(f"active_groups: {self.active_groups} of {self.groups} groups")
         elif self.active > self.experts // self.groups * self.active_groups:
-            have = self.experts // self.groups * self.active_groups
-            found.append(
-                f"active_groups: {self.active_groups} groups have {have} experts, and a token takes {self.active}"
-            )
+            available = self.experts // self.groups * self.active_groups
+            have = f"{self.active_groups} groups have {available} experts"
+            problems.append(f"active_groups: {have}, fewer than active = {self.active}")
         if not self.shared:
-            given = {"shared_hidden": self.shared_hidden is not None, "shared_gate": self.shared_gate}
-            found += [f"{key}: no expert is shared (shared = 0); remove it" for key, said in given.items() if said]
+            is_set = {"shared_hidden": self.shared_hidden is not None, "shared_gate": self.shared_gate}
+            problems += [f"{key}: there are no shared experts (shared = 0); remove it" for key in is_set if is_set[key]]
         if self.router != "similarity":
-            found += [
-                f"{key}: only the router 'similarity' has it, and this one is {self.router!r}; remove it"
+            problems += [
+                f"{key}: only for the router 'similarity', and this is {self.router!r}; remove it"
                 for key in ("similarity_dim", "temperature")
                 if getattr(self, key) is not None
             ]
-        return found
+        return problems
 
     @property
-    def borrows(self) -> bool:
+    def needs_attention(self) -> bool:
         return self.router == "attention"
 
     def available_schedules(self, size: int, ulysses: int) -> tuple[str, Sequence[str]] | None:
@@ -116,7 +115,7 @@ class MoeConfig(FeedForwardConfig):
 
     @property
     def shared_width(self) -> int:
-        """That of the layer of shared experts; 0 where there is none."""
+        """Hidden width of the shared layer; 0 if there is none."""
         return self.shared and (self.shared_hidden or self.shared * self.hidden)
 
     def resolved(self, dim: int) -> "MoeConfig":
@@ -124,7 +123,7 @@ class MoeConfig(FeedForwardConfig):
 
     @property
     def rule(self) -> TokenChoice:
-        """How tokens choose."""
+        """The routing rule."""
         return TokenChoice(
             active=self.active,
             score=self.score,
@@ -158,10 +157,10 @@ class MoeConfig(FeedForwardConfig):
 
 
 class Similarity(SelfInitialised):
-    """How like tokens are: `u_i^T W_a^T W_b u_j / tau` (`longctx.moe.token_graph`), tau = temperature sqrt(K).
+    """Similarity of tokens, `u_i^T W_a^T W_b u_j / tau` (`longctx.moe.token_graph`), with tau = temperature sqrt(K).
 
-    W_a and W_b begin equal, so that a token is at first most like itself and its scores are near its own: with two
-    matrices of chance every token would begin with an average over all, and all with the same experts.
+    W_a and W_b are initialised equal, so that a token is most similar to itself at first and its averaged scores are
+    close to its own: with independent matrices all tokens would start with the same average and the same experts.
     """
 
     def __init__(self, dim: int, width: int, temperature: float) -> None:
@@ -174,56 +173,54 @@ class Similarity(SelfInitialised):
         self.reset_parameters()
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of a parameter: each of the two from N(0, 1 / dim), as projections are."""
+        """Return the initial value: one matrix from N(0, 1 / dim), twice."""
         return (torch.randn(self.width, shape[1], generator=generator) * shape[1] ** -0.5).repeat(2, 1)
 
     def forward(self, u: Tensor, r: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        """Scores r `[B, T_local, E]` averaged over the tokens of `u [B, T_local, D]` that are like each, in r's dtype.
-
-        With a memory over those that are remembered too.
-        """
+        """Average scores r `[B, T_local, E]` by the similarity of tokens u `[B, T_local, D]`, cached ones included."""
         q, k = F.linear(u, self.weight).chunk(2, dim=-1)
         if cache is None:
             return similarity_aware(r, q, k, layout, self.scale)
         q, k, values = (x.to(r.dtype)[:, :, None] for x in (q, k, r))
-        out, _ = attend(q, k, values, layout, self.scale, None, cache.routed)
+        out, _ = cached_attention(q, k, values, layout, self.scale, CAUSAL_MASK, cache.router_kv)
         return out[:, :, 0]
 
     def flops(self, layout: Layout, experts: int) -> int:
-        """Projections, and for each pair of tokens that see each other a score and a weighted sum."""
+        """Multiplications and additions of the projections and, per visible pair of tokens, a score and a weighted
+        sum."""
         return 2 * layout.local_length * self.weight.numel() + 2 * (self.width + experts) * score_elements(layout)
 
 
 class Experts(nn.Module):
-    """The weights of the experts, or under expert parallelism of those that this rank has."""
+    """Weights of the experts; under expert parallelism, of this rank's experts."""
 
     def __init__(self, count: int, dim: int, hidden: int, depth: int) -> None:
         super().__init__()
         self.count = count
-        """Over all ranks."""
+        """Number of experts over all ranks."""
         self.gate_up = nn.Parameter(torch.empty(count, 2 * hidden, dim))
         self.down = nn.Parameter(torch.empty(count, dim, hidden))
         self.stds = {"gate_up": dim**-0.5, "down": hidden**-0.5 * (2 * depth) ** -0.5}
-        """Of each expert's matrices at initialisation, which are drawn one by one."""
+        """Standard deviation of each matrix at initialisation; experts are drawn one by one."""
         self.axis = Axis()
-        """The ranks that divide the experts between them."""
+        """The expert-parallel ranks."""
         self.tile: int | None = None
-        """Rows whose hidden activations exist at one time."""
+        """Rows per tile of hidden activations, as `FeedForward.tile`."""
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """`[N, D]` to the same, for rows sorted by this rank's experts, each of which ends before `ends`."""
+        """Compute this rank's experts for rows `[N, D]` sorted by expert; `ends` is the row after each one's last."""
         gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (self.gate_up, self.down))
         with torch.autocast(rows.device.type, enabled=False):
             return grouped_swiglu(rows, ends, gate_up.to(rows.dtype), down.to(rows.dtype), self.tile)
 
     @property
     def flops_of_one(self) -> int:
-        """Forward multiplications and additions of one expert for one token."""
+        """Forward multiplications and additions for one token in one expert."""
         return 2 * (self.gate_up.numel() + self.down.numel()) // self.count
 
 
 class MixtureOfExperts(FeedForward):
-    """`sum_e w_e(x) FFN_e(x)` over each token's experts, and `FFN_shared(x)`, perhaps times `sigmoid(x W)`."""
+    """`sum_e w_e(x) FFN_e(x)` over each token's experts, plus `FFN_shared(x)`, optionally times `sigmoid(x W)`."""
 
     bias: Tensor | None
 
@@ -232,7 +229,7 @@ class MixtureOfExperts(FeedForward):
         self.rule, self.layer = config.rule, layer
         self.bias_rate, self.jitter = config.bias_rate, config.jitter
         self.router = Router(dim, config.experts)
-        self.borrowed = config.experts if config.borrows else 0
+        self.attention_channels = config.experts if config.needs_attention else 0
         self.similarity: Similarity | None = None
         if config.router == "similarity":
             width = config.similarity_dim or min(SIMILARITY_DIM, dim)
@@ -243,14 +240,14 @@ class MixtureOfExperts(FeedForward):
         self.register_buffer("bias", torch.zeros(config.experts) if config.bias_rate else None)
 
     def reset_buffers(self) -> None:
-        """Fill what is not a parameter."""
+        """Initialise the load-balancing bias."""
         if self.bias is not None:
             with torch.no_grad():
                 self.bias.zero_()
 
     @property
     def tile(self) -> int | None:
-        """As in every feed-forward."""
+        """Tokens per tile of hidden activations (`FeedForward.tile`)."""
         return self.experts.tile
 
     @tile.setter
@@ -260,17 +257,17 @@ class MixtureOfExperts(FeedForward):
             self.shared.tile = tile
 
     def forward(self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None) -> Output:
-        """`[B, T_local, D]` to the same; 0 for padding where no expert is shared."""
-        seen = x
+        """Compute the layer for x `[B, T_local, D]`; the shape stays. 0 for padding without shared experts."""
+        router_input = x
         if self.training and self.jitter:
-            seen = x * around_one(layout, self.jitter, x.shape, self.layer, x.device).to(x.dtype)
-        logits = self.router(seen)
+            router_input = x * jitter_factors(layout, self.jitter, x.shape, self.layer, x.device).to(x.dtype)
+        logits = self.router(router_input)
         p = scores(logits, self.rule.score)
         if self.similarity is not None:
-            p = self.similarity(seen, p, layout, cache)
-        elif self.borrowed:
+            p = self.similarity(router_input, p, layout, cache)
+        elif self.attention_channels:
             if attend is None:
-                raise ValueError(f"experts of layer {self.layer}: their router reads the mixer's attention; give it")
+                raise ValueError(f"experts of layer {self.layer}: the router 'attention' needs the argument `attend`")
             p = attend(p, cache)
         rule = self.rule if self.training else replace(self.rule, capacity=None)
         routing = choose_experts(logits, p, rule, layout, bias=self.bias)
@@ -282,7 +279,7 @@ class MixtureOfExperts(FeedForward):
 
     @torch.no_grad()
     def after_step(self, counts: Tensor) -> None:
-        """Move the bias, where there is one: counts `[E]` are the choices of a step's tokens, over all ranks."""
+        """Update the load-balancing bias, if there is one, from a step's choices `counts [E]` over all ranks."""
         if self.bias is not None:
             self.bias.copy_(balancing_step(self.bias, counts, self.bias_rate))
 
@@ -297,8 +294,8 @@ class MixtureOfExperts(FeedForward):
         return super().flops(layout) + graph
 
     def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """The schedule of a similarity-aware router, where the layout leaves it to be chosen."""
-        del dtype  # what is attended with is as wide as scores are
+        """Describe the schedule of a similarity-aware router, if the layout leaves the choice open ("auto")."""
+        del dtype  # queries and keys are cast to the scores' float32
         if self.similarity is None or layout.size == 1 or one_head_schedule(layout) != "auto":
             return None
         return explained(similarity_estimates(layout, self.similarity.width, self.experts.count, torch.float32))

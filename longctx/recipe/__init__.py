@@ -1,4 +1,4 @@
-"""Recipes: complete runs as TOML."""
+"""Recipes: complete training runs as TOML."""
 
 from longctx.recipe.emit import dump
 from longctx.recipe.schema import Recipe, check, load

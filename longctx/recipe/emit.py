@@ -1,4 +1,4 @@
-"""A configuration as TOML text."""
+"""TOML output: a configuration as text."""
 
 import json
 import re
@@ -11,10 +11,10 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def dump(config: Config) -> str:
-    """Every value of `config` as TOML that loads back to an equal configuration.
+    """Return `config` as TOML text that loads back to an equal configuration.
 
-    A value of None is left out, as TOML has none: it must be its key's default. Raises TypeError for a value that a
-    recipe cannot hold.
+    None values are omitted, because TOML has none: None must be the key's default. Raises TypeError for a value that
+    TOML cannot represent.
     """
     lines: list[str] = []
     _table((), config.model_dump(), lines)
@@ -22,7 +22,7 @@ def dump(config: Config) -> str:
 
 
 def value_text(value: object) -> str:
-    """One value as it is written in TOML; tables inline. Raises TypeError where TOML has no such value."""
+    """Return a value as TOML text, tables inline. Raises TypeError if TOML cannot represent it."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -37,11 +37,11 @@ def value_text(value: object) -> str:
         case Mapping():
             pairs = ", ".join(f"{_key(key)} = {value_text(item)}" for key, item in value.items() if item is not None)
             return f"{{ {pairs} }}" if pairs else "{}"
-    raise TypeError(f"a recipe cannot hold {value!r}, a {type(value).__name__}")
+    raise TypeError(f"a recipe cannot have the value {value!r}, of type {type(value).__name__}")
 
 
 def _table(path: tuple[str, ...], table: Mapping[str, Any], lines: list[str]) -> None:
-    """Append `[path]`, its values, then its sub-tables: in TOML values belong to the header above them."""
+    """Append `[path]`, its values, then its sub-tables: in TOML a value belongs to the header above it."""
     tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
     values = {key: value for key, value in table.items() if value is not None and key not in tables}
     if path and (values or not tables):
@@ -56,5 +56,5 @@ def _key(key: str) -> str:
 
 
 def _string(text: str) -> str:
-    # JSON escapes all that TOML wants escaped, but for DEL.
+    # JSON escapes all characters that TOML requires to be escaped, except DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

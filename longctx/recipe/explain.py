@@ -1,4 +1,4 @@
-"""pydantic's errors in a recipe's own words: which key, what is wrong with it, and the nearest right key."""
+"""Explanation of pydantic's validation errors: the key, what is wrong with it, and the closest valid key."""
 
 import difflib
 import re
@@ -26,15 +26,15 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, root: type[BaseModel], data: Mapping[str, Any]) -> list[Mistake]:
-    """One mistake for each key of `data` that `root` refuses, in the order of pydantic's errors."""
+def explain_validation_error(error: ValidationError, root: type[BaseModel], data: Mapping[str, Any]) -> list[Mistake]:
+    """Return one mistake per key of `data` that `root` refuses, in the order of pydantic's errors."""
     by_key: dict[Key, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_key.setdefault(_key(detail, data), []).append(detail)
     unknown = {
         key: _unknown(key, root, data) for key, details in by_key.items() if details[0]["type"] == "extra_forbidden"
     }
-    meant = {key for suggestions, _ in unknown.values() for key in suggestions}
+    suggested = {key for suggestions, _ in unknown.values() for key in suggestions}
     mistakes = []
     for key, details in by_key.items():
         if key in unknown:
@@ -43,13 +43,13 @@ def explain(error: ValidationError, root: type[BaseModel], data: Mapping[str, An
             mistake = Mistake(key, _wrong_value(details))
             is_table = isinstance(_value_at(data, key), Mapping)
             mistakes += _by_inner_key(mistake, _names_at(root, key, data)) if is_table else [mistake]
-        elif key not in meant:  # a required key under a wrong name is one mistake, not two
+        elif key not in suggested:  # a misspelled required key is one mistake, not two
             mistakes.append(Mistake(key, "missing"))
     return mistakes
 
 
 def _key(detail: ErrorDetails, data: Mapping[str, Any]) -> Key:
-    """The error's location without the parts that name a member of a union instead of a key."""
+    """Return the error's location without the parts that name a union member instead of a key."""
     value: Any = data
     key: Key = ()
     for depth, part in enumerate(detail["loc"], start=1):
@@ -63,14 +63,14 @@ def _key(detail: ErrorDetails, data: Mapping[str, Any]) -> Key:
 
 
 def _by_inner_key(mistake: Mistake, names: list[str]) -> list[Mistake]:
-    """What a table's own validator says as `key: text; other.key: text`, as a mistake at each of these keys."""
-    found = []
+    """Split the message of a table's own validator, `key: text; other.key: text`, into one mistake per key."""
+    mistakes = []
     for part in re.split(r"; (?=[A-Za-z0-9_.]+: )", mistake.text):
         path, colon, text = part.partition(": ")
         if not colon or path.split(".")[0] not in names:
             return [mistake]
-        found.append(Mistake((*mistake.key, *path.split(".")), text))
-    return found
+        mistakes.append(Mistake((*mistake.key, *path.split(".")), text))
+    return mistakes
 
 
 def _value_at(data: Mapping[str, Any], key: Key) -> Any:
@@ -81,7 +81,7 @@ def _value_at(data: Mapping[str, Any], key: Key) -> Any:
 
 
 def _wrong_value(details: list[ErrorDetails]) -> str:
-    """What a value should be; `details` has several entries where the key takes one of several types."""
+    """Return what a value should be; `details` has several entries if the key accepts several types."""
     expected: list[str] = []
     complaints: list[str] = []
     for detail in details:
@@ -93,24 +93,24 @@ def _wrong_value(details: list[ErrorDetails]) -> str:
             limit = context.get("max_length", context.get("min_length"))
             complaints.append(f"should have {at} {limit} items, not {context['actual_length']}")
         elif detail["type"] == "union_tag_not_found":
-            complaints.append(f"needs {context['discriminator']}, which says what kind it is")
+            complaints.append(f"needs {context['discriminator']}, which selects its kind")
         elif message.startswith("Input should be "):
             expected.append(message.removeprefix("Input should be "))
         else:
             complaints.append(message.removeprefix("Value error, "))
     value = details[0]["input"]
-    words = re.findall(r"'([^']*)'", " ".join(expected))
-    near = difflib.get_close_matches(value, words, 1) if isinstance(value, str) else []
+    choices = re.findall(r"'([^']*)'", " ".join(expected))
+    near = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
     parts = list(dict.fromkeys(complaints))
     alternatives = " or ".join(dict.fromkeys(expected))
     if expected and not parts:
-        parts.append(f"should be {alternatives}, not {_shown(value)}")
+        parts.append(f"should be {alternatives}, not {_displayed(value)}")
     elif expected and not near:
         parts.append(f"or should be {alternatives}")
     return "; ".join(parts) + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _shown(value: object) -> str:
+def _displayed(value: object) -> str:
     if isinstance(value, Mapping):
         return "a table"
     text = repr(value) if isinstance(value, str) else value_text(value)
@@ -118,7 +118,7 @@ def _shown(value: object) -> str:
 
 
 def _unknown(key: Key, root: type[BaseModel], data: Mapping[str, Any]) -> tuple[set[Key], str]:
-    """The keys that an unknown `key` may have meant, and the text that says so."""
+    """Return the valid keys that an unknown `key` may be a misspelling of, and the message."""
     table, name = key[:-1], str(key[-1])
     siblings = _names_at(root, table, data)
     near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
@@ -140,7 +140,7 @@ def _either(words: list[str]) -> str:
 
 
 def _names_at(root: type[BaseModel], path: Key, data: Mapping[str, Any]) -> list[str]:
-    """The keys that the table at `path` may have."""
+    """Return the keys that the table at `path` may have."""
     annotations: list[Any] = [root]
     for part in path:
         annotations = [inner for annotation in annotations for inner in _step(annotation, part)]
@@ -150,7 +150,7 @@ def _names_at(root: type[BaseModel], path: Key, data: Mapping[str, Any]) -> list
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation allows, without Annotated and Union around them."""
+    """Yield the types that an annotation allows, unwrapping Annotated and Union."""
     if get_origin(annotation) is Annotated:
         yield from _members(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, UnionType):
@@ -167,7 +167,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _step(annotation: Any, part: str | int) -> Iterator[Any]:
-    """The annotations of the value at `part` in a value of this annotation."""
+    """Yield the annotations of the item `part` of a value with this annotation."""
     for member in _members(annotation):
         arguments = get_args(member)
         if isinstance(member, type) and issubclass(member, BaseModel):
@@ -181,13 +181,13 @@ def _step(annotation: Any, part: str | int) -> Iterator[Any]:
 
 
 def _has_tags(model: type[BaseModel], table: Mapping[str, Any]) -> bool:
-    """Whether the words of `table` that tell one member of a union from another are those of `model`."""
+    """Return whether the literal tags in `table`, which tell union members apart, are those of `model`."""
     literals = {name: field for name, field in model.model_fields.items() if get_origin(field.annotation) is Literal}
     return all(table[name] in get_args(field.annotation) for name, field in literals.items() if name in table)
 
 
 def _all_keys(model: type[BaseModel], path: Key) -> Iterator[tuple[Key, str]]:
-    """Every key that can stand at a fixed path, with its last name."""
+    """Yield every key with a fixed path, with its last name."""
     for name, field in model.model_fields.items():
         yield (*path, name), name
         for inner in _models(field.annotation):

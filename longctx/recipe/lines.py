@@ -1,26 +1,28 @@
-"""Where each key of a TOML text stands, so that a mistake can be named by its line.
+"""Line numbers of TOML keys, for error messages.
 
-tomllib gives values without positions. This scanner gives positions without values; it reads text that tomllib has
-accepted already, so it recognises the shape of TOML (headers, dotted keys, strings, arrays, inline tables, comments)
-and judges nothing.
+tomllib returns values without positions; this scanner returns positions without values. It reads text that tomllib has
+already accepted, so it only recognises the structure of TOML (headers, dotted keys, strings, arrays, inline tables,
+comments) and validates nothing.
 """
 
 import tomllib
 from bisect import bisect_right
 
 Key = tuple[str | int, ...]
-"""The path of a value: names of tables and keys, and indices into arrays. The root is `()`."""
+"""The path of a value: names of tables and keys, and array indices. The root is `()`."""
 
 _BLANK = " \t"
 _SPACE = " \t\n"
 
 
 def key_lines(text: str) -> dict[Key, int]:
-    """The line (from 1) on which each table, key and array element of `text` begins. `text` must be valid TOML."""
-    return _Scanner(text.replace("\r\n", "\n")).scan()
+    """Return the line (from 1) on which each table, key and array element of `text`, valid TOML, begins."""
+    return _KeyLocator(text.replace("\r\n", "\n")).key_lines()
 
 
-class _Scanner:
+class _KeyLocator:
+    """A recursive-descent scanner that records the line of each key."""
+
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
@@ -28,7 +30,7 @@ class _Scanner:
         self._lines: dict[Key, int] = {}
         self._table_arrays: dict[Key, int] = {}
 
-    def scan(self) -> dict[Key, int]:
+    def key_lines(self) -> dict[Key, int]:
         table: Key = ()
         self._skip_space()
         while self._at < len(self._text):
@@ -40,7 +42,7 @@ class _Scanner:
         return self._lines
 
     def _header(self) -> Key:
-        """Read `[a.b]` or `[[a.b]]`; the path that the pairs below it belong to."""
+        """Read `[a.b]` or `[[a.b]]` and return the path of the table that it opens."""
         line = self._line()
         is_array = self._text.startswith("[[", self._at)
         self._at += 2 if is_array else 1
@@ -55,7 +57,7 @@ class _Scanner:
             if path in self._table_arrays:
                 path = (*path, self._table_arrays[path])
                 self._lines.setdefault(path, line)
-        # A table that dotted keys or sub-tables named earlier is best found where its own header stands.
+        # The line of its own header takes precedence over earlier dotted keys and sub-tables.
         self._lines[path] = line
         return path
 
@@ -69,7 +71,7 @@ class _Scanner:
         self._value(path)
 
     def _key(self) -> list[str]:
-        """Read a dotted key up to its `=` or `]`."""
+        """Read a dotted key up to its `=` or `]` and return its parts."""
         names = []
         while True:
             self._skip_blank()
@@ -127,7 +129,7 @@ class _Scanner:
             self._at += 2 if quote == '"' and self._peek() == "\\" else 1
         self._at += len(end)
         while long and self._at < len(self._text) and self._peek() == quote:
-            self._at += 1  # a long string may end in quotes of its own, before the three that close it
+            self._at += 1  # a multi-line string may end in quotes before the three that close it
 
     def _skip_blank(self) -> None:
         while self._at < len(self._text) and self._peek() in _BLANK:

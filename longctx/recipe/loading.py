@@ -1,4 +1,4 @@
-"""From the text of a recipe to its configuration, or to one error that names everything wrong with it."""
+"""Recipe loading: from TOML text to a validated configuration, or one error that lists every mistake."""
 
 import contextlib
 import json
@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from longctx.errors import UserError
-from longctx.recipe.checks import judge
-from longctx.recipe.explain import explain
+from longctx.recipe.checks import check_tables
+from longctx.recipe.explain import explain_validation_error
 from longctx.recipe.lines import Key
-from longctx.recipe.sources import COMMAND_LINE, Mistake, Source, read
+from longctx.recipe.sources import COMMAND_LINE, MergedRecipe, Mistake, read_merged
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -20,45 +20,45 @@ Root = TypeVar("Root", bound=BaseModel)
 def load_as(root: type[Root], source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Root:
     """Read `source` and the `key=value` overrides as a `root`; see `longctx.recipe.load`.
 
-    The values are validated as JSON, where an array may become a tuple and an integer a number, and nothing else is
-    converted: `"3"` is no number and `true` no integer.
+    Values are validated as JSON: an array may become a tuple and an integer a float, and nothing else is converted
+    (`"3"` is not a number and `true` is not an integer).
     """
-    merged = read(source, overrides)
+    merged = read_merged(source, overrides)
     mistakes = [
-        Mistake(key, "a recipe holds no dates or times; put it in quotes if it is text")
-        for key in _foreign(merged.data, ())
+        Mistake(key, "a recipe cannot have dates or times; use quotes if it is text")
+        for key in _non_json_keys(merged.data, ())
     ]
     result: Root | None = None
     try:
         result = root.model_validate_json(json.dumps(merged.data, default=str))
     except ValidationError as error:
-        mistakes += explain(error, root, merged.data)
-    mistakes += judge(_tables(root, merged.data), None)
+        mistakes += explain_validation_error(error, root, merged.data)
+    mistakes += check_tables(_valid_tables(root, merged.data), None)
     if result is None or mistakes or merged.mistakes:
         raise UserError(_report(merged, mistakes))
     return result
 
 
-def _foreign(value: Any, key: Key) -> Iterator[Key]:
-    """The keys whose values TOML has and JSON has not."""
+def _non_json_keys(value: Any, key: Key) -> Iterator[Key]:
+    """Yield the keys of values that TOML has and JSON does not (dates and times)."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _foreign(inner, (*key, name))
+            yield from _non_json_keys(inner, (*key, name))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _foreign(inner, (*key, index))
+            yield from _non_json_keys(inner, (*key, index))
     elif not isinstance(value, str | int | float):
         yield key
 
 
-def _tables(root: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
-    """Those fields of `root` that are right by themselves, whether or not the whole is."""
+def _valid_tables(root: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `root` that are valid on their own, even if others are not."""
     tables = {}
     for name, field in root.model_fields.items():
         if name in data:
             annotation: Any = field.annotation
             text = json.dumps(data[name], default=str)
-            # What is wrong in a table has been explained by then; the others are still worth judging.
+            # Mistakes within a table are already reported; the other tables are still checked.
             with contextlib.suppress(ValidationError):
                 tables[name] = TypeAdapter[Any](annotation).validate_json(text)
         elif not field.is_required():
@@ -66,7 +66,7 @@ def _tables(root: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def _report(source: Source, mistakes: list[Mistake]) -> str:
+def _report(source: MergedRecipe, mistakes: list[Mistake]) -> str:
     def place(mistake: Mistake) -> tuple[bool, str, int]:
         origin = source.origin(mistake.key)
         return origin == COMMAND_LINE, origin.place, origin.line or 0

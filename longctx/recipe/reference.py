@@ -1,4 +1,4 @@
-"""Every key of a recipe, as a page of documentation made from the classes themselves."""
+"""Recipe reference page: every key, generated from the configuration classes."""
 
 import inspect
 import types
@@ -14,15 +14,16 @@ from longctx.recipe.schema import Recipe
 _HEAD = """\
 # Recipes
 
-A recipe is a TOML file that holds all that decides what a run computes. `extends = "other.toml"` (or the name of a
-recipe that is shipped) takes another one as the start: tables are merged, and this file wins. On the command line
-`key.sub=value` overrides: `longctx train quickstart train.steps=50 data.sequence_length=16Ki`. An unknown key, a wrong
-type, or an option that a chosen part does not support is an error. The whole resolved recipe is written beside the
-checkpoints, as `recipe.toml`.
+A recipe is a TOML file with everything that determines the result of a run. `extends = "other.toml"` (or the name of
+a shipped recipe) inherits from another recipe: tables are merged, and the extending file wins. `key.sub=value` on the
+command line overrides a key: `longctx train quickstart train.steps=50 data.sequence_length=16Ki`. Unknown keys, wrong
+types, and options that the chosen engine or layer does not support are errors. The resolved recipe is written to the
+run's directory as `recipe.toml`.
 
-Integers may have units: `"4Ki"` is 4096, `"4k"` is 4000, `"1Mi"` is 1,048,576; durations too: `"90s"`, `"10m"`, `"1h"`.
+Integers may have units: `"4Ki"` is 4096, `"4k"` is 4000, `"1Mi"` is 1,048,576. So may durations: `"90s"`, `"10m"`,
+`"1h"`.
 
-This page is made from the code by `make docs`.
+This page is generated from the code by `make docs`.
 """
 
 
@@ -41,10 +42,11 @@ def _type(annotation: object) -> str:
     if origin is dict:
         return f"a table of {_type(arguments[1])}"
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list of {_type(arguments[0])}"
+        return f"a list of {_type(arguments[0])}s"
     if origin is tuple:
         return "[" + ", ".join(_type(a) for a in arguments) + "]"
-    return {int: "integer", float: "number", str: "text", bool: "true or false"}.get(typing.cast(type, annotation), "")
+    names: dict[type, str] = {int: "integer", float: "number", str: "string", bool: "true or false"}
+    return names.get(typing.cast(type, annotation), "")
 
 
 def _table_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -54,9 +56,9 @@ def _table_of(field: FieldInfo) -> type[BaseModel] | None:
 
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
-        return "**needed**"
+        return "**required**"
     if field.default is None:
-        return "absent"
+        return "unset"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
     if isinstance(field.default, tuple):
@@ -65,23 +67,23 @@ def _default(field: FieldInfo) -> str:
 
 
 def _sections(name: str, table: type[BaseModel]) -> list[str]:
-    words = " ".join((inspect.getdoc(table) or "").split())
-    title = f"## `[{name}]`" if name else "## Above the first table"
-    _, _, said = words.partition(": ") if words.startswith("`[") else ("", "", words)
-    lines = [title, "", *([said[0].upper() + said[1:], ""] if said else [])]
+    text = " ".join((inspect.getdoc(table) or "").split())
+    title = f"## `[{name}]`" if name else "## Top-level keys"
+    _, _, summary = text.partition(": ") if text.startswith("`[") else ("", "", text)
+    lines = [title, "", *([summary[0].upper() + summary[1:], ""] if summary else [])]
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    below: list[str] = []
+    sub_tables: list[str] = []
     for key, field in table.model_fields.items():
         inner = _table_of(field)
         if inner is not None:
-            below += _sections(f"{name}.{key}" if name else key, inner)
+            sub_tables += _sections(f"{name}.{key}" if name else key, inner)
             continue
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         kind = _type(field.annotation)
         lines.append(f"| `{key}` | {kind} | {_default(field)} | {meaning} |")
-    return [*lines, "", *below]
+    return [*lines, "", *sub_tables]
 
 
 def reference() -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     return "\n".join([_HEAD, *_sections("", Recipe)]).rstrip() + "\n"

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides what a run computes."""
+"""The recipe schema: everything that determines the result of a run."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from longctx.config import Config, Integer
 from longctx.data.config import DataConfig
 from longctx.errors import UserError
 from longctx.model.config import ModelConfig
-from longctx.recipe.checks import judge
+from longctx.recipe.checks import check_tables
 from longctx.recipe.loading import load_as
 from longctx.recipe.sources import dotted
 from longctx.recipe.tables import (
@@ -30,17 +30,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Recipe(Config):
-    """A complete run. Each table lives beside the code that it configures."""
+    """A complete training run."""
 
     name: str
-    """Names the run and, unless `--out` does, its directory: letters, digits, `.`, `_` and `-`."""
+    """Name of the run and, without `--out`, of its directory: letters, digits, `.`, `_` and `-`."""
     seed: Integer = Field(default=1, ge=0)
-    """Decides the initial parameters and the order of the data."""
+    """Seed of the initial parameters and of the data order."""
     engine: Literal["torch", "deepspeed", "megatron"] = "torch"
-    """What lays the model out over ranks and steps it. `torch`: FSDP2, built in. `deepspeed`: DeepSpeed's ZeRO, which
-    divides optimizer states, gradients and parameters over all ranks, or keeps them in the CPU's memory
-    (docs/deepspeed.md). `megatron`: Megatron-Core, with its linear layers, tensor and pipeline parallelism, optimizer
-    and checkpoints; on GPUs (docs/megatron.md)."""
+    """Training backend. `torch`: FSDP2, built in. `deepspeed`: DeepSpeed ZeRO, which shards optimizer state, gradients
+    and parameters over all ranks, or offloads them to CPU memory (docs/deepspeed.md). `megatron`: Megatron-Core's
+    linear layers, tensor and pipeline parallelism, optimizer and checkpoints; GPUs only (docs/megatron.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -48,11 +47,11 @@ class Recipe(Config):
     schedule: LRScheduleConfig = LRScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig | None = None
-    """For `engine = "deepspeed"`, which takes the defaults where it is absent."""
+    """Options of `engine = "deepspeed"`."""
     megatron: MegatronConfig | None = None
-    """For `engine = "megatron"`, which takes the defaults where it is absent."""
+    """Options of `engine = "megatron"`."""
     evaluation: EvaluationConfig | None = None
-    """Without it nothing is held out."""
+    """No evaluation without this table."""
     checkpoint: CheckpointConfig
     logging: LoggingConfig = LoggingConfig()
 
@@ -62,19 +61,19 @@ class Recipe(Config):
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} cannot name a directory; use at most 100 letters, digits, '.', '_' and '-', "
-                "a letter or a digit first"
+                "starting with a letter or a digit"
             )
         return name
 
 
 def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe.
+    """Read and validate a recipe.
 
-    `source` is the path of a TOML file (it ends in `.toml`) or the name of a recipe that comes with longctx. A recipe
-    may say `extends = "other.toml"` (relative to its own folder) or `extends = "name"`: tables are merged, the
+    `source` is the path of a TOML file (ending in `.toml`) or the name of a recipe that ships with longctx. A recipe
+    may set `extends = "other.toml"` (relative to its own folder) or `extends = "name"`: tables are merged, and the
     extending file wins. `overrides` are `key.sub=value` with a TOML value, or a word without quotes.
 
-    Raises UserError that lists every mistake with its file and line; what needs the number of ranks is left to
+    Raises UserError that lists every mistake with its file and line. Checks that depend on the number of ranks are in
     `check`.
     """
     return load_as(Recipe, source, overrides)
@@ -82,6 +81,6 @@ def load(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recip
 
 def check(recipe: Recipe, world_size: int) -> None:
     """Raise UserError, listing every mistake, unless `recipe` can run on `world_size` ranks."""
-    lines = [f"{dotted(mistake.key)}: {mistake.text}" for mistake in judge(dict(recipe), world_size)]
+    lines = [f"{dotted(mistake.key)}: {mistake.text}" for mistake in check_tables(dict(recipe), world_size)]
     if lines:
         raise UserError("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Where a recipe comes from: a file, the files that it extends, and the command line, merged; each key's origin."""
+"""Recipe sources: a file, the files that it extends and the command line, merged, with the origin of each key."""
 
 import difflib
 import importlib.resources
@@ -16,7 +16,7 @@ from longctx.recipe.lines import Key, key_lines
 
 @dataclass(frozen=True)
 class Origin:
-    """The place that a key was written: a file with a line, or `command line` without one."""
+    """Where a key was set: a file and line, or the command line."""
 
     place: str
     line: int | None = None
@@ -30,48 +30,48 @@ COMMAND_LINE = Origin("command line")
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing wrong with a recipe; `key` is the path of the value that it concerns."""
+    """One mistake in a recipe; `key` is the path of the wrong value."""
 
     key: Key
     text: str
 
 
 @dataclass
-class Source:
-    """A merged recipe before validation: plain TOML values, each key's origin, what is wrong already."""
+class MergedRecipe:
+    """A merged recipe before validation: plain TOML values, the origin of each key, and malformed overrides."""
 
     data: dict[str, Any]
     origins: dict[Key, Origin]
     mistakes: list[str] = field(default_factory=list)
 
     def origin(self, key: Key) -> Origin:
-        """Where `key` was written, or the nearest table around it."""
+        """Return where `key` was set, or the nearest table around it."""
         while key not in self.origins:
             key = key[:-1]
         return self.origins[key]
 
     def describe(self, mistake: Mistake) -> str:
-        """`file.toml:12: train.steps: what is wrong`."""
+        """Return the line `file.toml:12: train.steps: what is wrong`."""
         place = str(self.origin(mistake.key))
         return f"{place}: {dotted(mistake.key)}: {mistake.text}" if mistake.key else f"{place}: {mistake.text}"
 
 
 def dotted(key: Key) -> str:
-    """`('a', 'b', 0)` as `a.b[0]`."""
+    """Format a key: `('a', 'b', 0)` becomes `a.b[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
 def shipped_folder() -> Path:
-    """The folder of the recipes that come with longctx."""
+    """Return the folder of the recipes that ship with longctx."""
     return Path(str(importlib.resources.files("longctx.recipes")))
 
 
-def read(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Source:
-    """Read the recipe `source` (a path that ends in `.toml`, or the name of a shipped recipe), all that it extends,
-    and the `key=value` overrides; what comes later in that order wins, table by table.
+def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MergedRecipe:
+    """Read and merge the recipes that `source` extends, `source` itself (a path ending in `.toml`, or the name of a
+    shipped recipe) and the `key=value` overrides; later ones win, key by key.
 
-    Raises UserError where a file is missing, unreadable or no TOML, or where `extends` goes in a circle; a malformed
-    override is noted in `mistakes` instead, so that it is reported with the others.
+    Raises UserError if a file is missing, unreadable or not TOML, or if `extends` is circular. Malformed overrides are
+    added to `mistakes` instead, to be reported with the others.
     """
     merged = _read_chain(_locate(os.fspath(source), Path(), ""), ())
     for override in overrides:
@@ -79,33 +79,31 @@ def read(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sourc
     return merged
 
 
-def _locate(name: str, folder: Path, asker: str) -> Path:
-    """The file of recipe `name`; a relative path starts at `folder`. `asker` is the origin named in an error."""
+def _locate(name: str, folder: Path, origin: str) -> Path:
+    """Return the file of recipe `name`; paths are relative to `folder`. `origin` is the prefix of error messages."""
     if name.endswith(".toml"):
         path = folder / Path(name).expanduser()
         if path.is_file():
             return path
-        raise UserError(f"{asker}{_shown(path)}: there is no such file")
+        raise UserError(f"{origin}{_displayed(path)}: no such file")
     path = shipped_folder() / f"{name}.toml"
     shipped = sorted(file.stem for file in shipped_folder().glob("*.toml"))
     if name in shipped:
         return path
     near = difflib.get_close_matches(name, shipped, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(shipped) or 'none'})."
-    raise UserError(
-        f"{asker}no recipe {name!r} comes with longctx{hint} A recipe file is given by a path ending in .toml"
-    )
+    hint = f"; did you mean {near[0]!r}?" if near else f" (available: {', '.join(shipped) or 'none'})."
+    raise UserError(f"{origin}longctx ships no recipe {name!r}{hint} The path of a recipe file must end in .toml")
 
 
-def _shown(path: Path) -> str:
-    """`path` as a user would type it: relative where it lies below the working directory."""
+def _displayed(path: Path) -> str:
+    """Return `path` as a user would type it: relative if it is below the working directory."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _read_chain(path: Path, children: tuple[Path, ...]) -> Source:
-    """Read `path` over all that it extends; `children` are the files that led here."""
-    place = _shown(path)
+def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedRecipe:
+    """Read `path` and the recipes that it extends; `children` are the files that extend it."""
+    place = _displayed(path)
     try:
         text = path.read_bytes().decode()
     except OSError as error:
@@ -119,33 +117,33 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> Source:
     origins = {key: Origin(place, line) for key, line in key_lines(text).items()}
     origins[()] = Origin(place)
     if "extends" not in data:
-        return Source(data, origins)
+        return MergedRecipe(data, origins)
 
     name = data.pop("extends")
-    here = f"{origins.pop(('extends',))}: extends: "
+    origin = f"{origins.pop(('extends',))}: extends: "
     if not isinstance(name, str):
-        raise UserError(f"{here}should be the path of a recipe or the name of a shipped one, not {name!r}")
-    parent = _locate(name, path.parent, here)
+        raise UserError(f"{origin}should be the path of a recipe or the name of a shipped one, not {name!r}")
+    parent = _locate(name, path.parent, origin)
     chain = (*children, path)
     if any(parent.samefile(child) for child in chain):
-        circle = " → ".join(_shown(file) for file in (*chain, parent))
-        raise UserError(f"{here}recipes extend each other in a circle: {circle}")
+        circle = " → ".join(_displayed(file) for file in (*chain, parent))
+        raise UserError(f"{origin}recipes extend each other in a cycle: {circle}")
     base = _read_chain(parent, chain)
-    return Source(_merge(base.data, data), base.origins | origins)
+    return MergedRecipe(_merge(base.data, data), base.origins | origins)
 
 
 def _syntax(place: str, text: str, message: str) -> str:
-    """The parser's `what (at line 3, column 5)` as `file.toml:3: what (column 5)`."""
-    found = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", message, re.DOTALL)
-    if found:
-        what, line, column = found.groups()
+    """Reformat the parser's `what (at line 3, column 5)` as `file.toml:3: what (column 5)`."""
+    match = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", message, re.DOTALL)
+    if match:
+        what, line, column = match.groups()
         return f"{place}:{line}: not valid TOML: {what} ({column})"
     last = len(text.splitlines())
     return f"{place}:{max(last, 1)}: not valid TOML: {message}"
 
 
 def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Tables are merged key by key; anything else of `child` replaces what `base` has."""
+    """Merge tables key by key; other values of `child` replace those of `base`."""
     merged = dict(base)
     for key, value in child.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -153,8 +151,8 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(source: Source, override: str) -> None:
-    """Merge `key.sub=value` into `source`, or note what is wrong with it."""
+def _override(source: MergedRecipe, override: str) -> None:
+    """Merge `key.sub=value` into `source`, or add it to the mistakes if it is malformed."""
     name, equals, text = override.partition("=")
     try:
         path = _path_of(tomllib.loads(f"{name} = 0"))
@@ -167,7 +165,7 @@ def _override(source: Source, override: str) -> None:
     table: Any = source.data
     for depth, part in enumerate(path[:-1], start=1):
         table = table.get(part) if isinstance(table, dict) else None
-        if not isinstance(table, dict):  # this override makes it one
+        if not isinstance(table, dict):  # this override creates the table
             source.origins[path[:depth]] = COMMAND_LINE
     source.origins |= {path + key: COMMAND_LINE for key in inner_keys}
     for part in reversed(path):
@@ -176,7 +174,7 @@ def _override(source: Source, override: str) -> None:
 
 
 def _path_of(table: dict[str, Any]) -> tuple[str, ...]:
-    """The path of the single leaf of `table`; `()` where it has more than one."""
+    """Return the path of the single leaf of `table`; `()` if it has several."""
     path: tuple[str, ...] = ()
     inner: Any = table
     while isinstance(inner, dict):
@@ -188,8 +186,8 @@ def _path_of(table: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _override_value(text: str) -> tuple[Any, list[Key]]:
-    """`text` as a TOML value, and the paths of all that lies in it; where it is no TOML it is a string, so that words
-    need no quotes on the command line."""
+    """Parse `text` as a TOML value and return it with the paths of all values in it. Text that is not TOML is a string,
+    so that words need no quotes on the command line."""
     line = f"value = {text}"
     try:
         table = tomllib.loads(line)

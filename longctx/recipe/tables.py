@@ -1,4 +1,4 @@
-"""The parts of a recipe that the trainer owns."""
+"""Recipe tables of the trainer: optimization, parallelism, engines, evaluation, checkpoints and logging."""
 
 from typing import Annotated, Literal
 
@@ -8,166 +8,171 @@ from longctx.config import Config, Duration, Integer
 
 
 class TrainConfig(Config):
-    """`[train]`: how long, in which precision, at which memory."""
+    """`[train]`: steps, batch size, precision and memory."""
 
     steps: Integer = Field(gt=0)
     """Optimizer steps."""
     init: str | None = Field(default=None, min_length=1)
-    """Weights to begin with in the place of drawn ones, of the same model: a checkpoint, a run's directory (its newest
-    one), or what `longctx convert` wrote. Step, data and optimizer begin anew; a run that goes on from a checkpoint of
-    its own does not look at it."""
+    """Initial weights instead of random ones, of the same model: a checkpoint, a run's directory (its latest
+    checkpoint), or the output of `longctx convert`. Step, data and optimizer state start fresh. Ignored when a run
+    resumes from a checkpoint of its own."""
     sequences_per_step: Integer = Field(default=1, gt=0)
-    """Sequences in one optimizer step, over all ranks: a multiple of the data-parallel size, and where it is more
-    than that, gradients are accumulated."""
+    """Sequences per optimizer step over all ranks (global batch size); a multiple of the data-parallel size. Larger
+    values use gradient accumulation."""
     precision: Literal["bf16", "fp32"] = "fp32"
-    """`bf16`: parameters and activations in bfloat16, master weights, gradients' reduction and states in float32."""
+    """`bf16`: parameters and activations in bfloat16; master weights, gradient reduction and recurrent states in
+    float32. `fp32`: float32 throughout."""
     activation_checkpointing: Literal["none", "block"] = "none"
-    """`block`: keep each block's input alone and recompute the block in the backward pass."""
+    """Recomputation. `block`: save only each block's input and recompute the block in the backward pass."""
     ffn_tile: Annotated[Integer, Field(gt=0)] | Literal["none"] = "none"
-    """Tokens whose feed-forward activations exist at one time; the backward pass makes them again. `none`: all of a
-    rank's tokens, kept."""
+    """Tokens per tile of the feed-forward: activations exist for one tile at a time and are recomputed in the backward
+    pass. `none`: all of a rank's tokens at once, with activations saved."""
     loss_tile: Integer = Field(default=4096, gt=0)
-    """Tokens whose logits exist at one time: the loss needs `loss_tile * vocab_size` floats, whatever the sequence."""
+    """Tokens per tile of the output head and the loss: logits take `loss_tile * vocab_size` floats, whatever the
+    sequence length."""
     clip: Annotated[float, Field(gt=0)] | Literal["none"] = 1.0
-    """Largest norm of the gradient, over all parameters."""
+    """Maximum gradient norm, over all parameters. `none`: no clipping."""
     deterministic: bool = True
-    """Refuse operators that have no deterministic form, so that a resumed run repeats the uninterrupted one."""
+    """Refuse operators without a deterministic implementation, so that a resumed run repeats the uninterrupted one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where there is a GPU for every local rank, else the CPU."""
+    """`auto`: CUDA if every local rank has a GPU, else the CPU."""
 
 
 class OptimizerConfig(Config):
-    """`[optimizer]`: AdamW (Loshchilov & Hutter 2019, decoupled weight decay), torch's fused implementation."""
+    """`[optimizer]`: AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
 
     lr: float = Field(default=3e-4, gt=0)
-    """Learning rate where the schedule's factor is 1."""
+    """Peak learning rate, where the schedule's factor is 1."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the first and second moments."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the mean square."""
+    """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> "OptimizerConfig":
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
+            raise ValueError(f"betas must be in [0, 1), not {self.betas}")
         return self
 
 
 class LRScheduleConfig(Config):
-    """`[schedule]`: the learning rate over steps, as a factor of `optimizer.lr`."""
+    """`[schedule]`: the LR schedule, as a factor of `optimizer.lr`."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`cosine`: down to `final` at the last step. `wsd`: warm-up, stable, then linear over the last `decay` steps."""
+    """`cosine`: cosine decay to `final` at the last step. `wsd`: warmup, stable, then linear decay to `final` over the
+    last `decay` steps. `constant`: constant after warmup."""
     warmup: Integer = Field(default=0, ge=0)
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warmup from 0."""
     decay: Integer | None = Field(default=None, gt=0)
-    """Steps of the final decay; `wsd` needs it, the others refuse it."""
+    """Steps of the final decay; required for `wsd`, not allowed otherwise."""
     final: float | None = Field(default=None, ge=0, le=1)
-    """Factor at the last step: 0.1 where absent; `constant` refuses it."""
+    """Factor at the last step. Default: 0.1; not allowed for `constant`."""
 
     @model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> "LRScheduleConfig":
         if self.kind == "wsd" and self.decay is None:
-            raise ValueError("kind = 'wsd' needs decay, the number of steps at the end over which the rate falls")
+            raise ValueError("kind = 'wsd' needs decay, the number of steps of the final decay")
         if self.kind != "wsd" and self.decay is not None:
-            raise ValueError(f"decay belongs to kind = 'wsd', not to {self.kind!r}")
+            raise ValueError(f"decay is an option of kind = 'wsd', not of {self.kind!r}")
         if self.kind == "constant" and self.final is not None:
-            raise ValueError("final belongs to schedules that end lower than they began, not to 'constant'")
+            raise ValueError("final is an option of 'cosine' and 'wsd', not of 'constant'")
         return self
 
 
 class ParallelConfig(Config):
-    """`[parallel]`: how ranks divide the work. `dp_replicate * dp_shard * cp * tp * pp` is the number of ranks."""
+    """`[parallel]`: the device mesh, `dp_replicate * dp_shard * cp * tp * pp` ranks, and its schedules."""
 
     dp_replicate: Integer = Field(default=1, gt=0)
-    """Groups of ranks that each hold the whole model (hybrid sharding)."""
+    """Data-parallel replicas of the sharded model (hybrid sharding, HSDP)."""
     dp_shard: Integer | Literal["rest"] = "rest"
-    """Data-parallel ranks over which parameters are sharded; `rest`: what the other axes leave."""
+    """Data-parallel ranks over which parameters are sharded (FSDP); `rest`: all ranks that the other axes leave."""
     cp: Integer = Field(default=1, gt=0)
-    """Ranks that split each sequence. Parameters are sharded over these too."""
+    """Context-parallel ranks, which split each sequence. Parameters are sharded over them too."""
     ulysses: Integer = Field(default=1, gt=0)
-    """Neighbouring context-parallel ranks that form an Ulysses group, a divisor of `cp`: softmax layers change heads
-    for tokens inside a group, and the schedules `ulysses-ring` and `ulysses-all-gather` go on between groups."""
+    """Size of the Ulysses groups of neighbouring context-parallel ranks, a divisor of `cp`. Within a group softmax
+    layers exchange tokens for heads by all-to-all; between groups the schedule `ulysses-ring` uses a ring and
+    `ulysses-all-gather` an all-gather."""
     ep: Integer = Field(default=1, gt=0)
-    """Ranks that divide the experts between them and exchange tokens: neighbours among `dp_shard * cp`, which `ep`
-    divides, as it does the number of experts."""
+    """Expert-parallel ranks, which hold different experts and exchange tokens by all-to-all; neighbours among the
+    `dp_shard * cp` ranks. Must divide that number and the number of experts."""
     tp: Integer = Field(default=1, gt=0)
-    """Ranks that divide heads and channels of every layer (tensor parallelism); the engine `megatron` has it."""
+    """Tensor-parallel ranks, which split the heads and channels of every layer; only with `engine = "megatron"`."""
     pp: Integer = Field(default=1, gt=0)
-    """Ranks that each hold some of the layers (pipeline parallelism); the engine `megatron` has it."""
+    """Pipeline-parallel ranks, which hold different layers; only with `engine = "megatron"`."""
     layout: Literal["contiguous", "zigzag", "balanced"] = "zigzag"
-    """Which tokens a context-parallel rank holds. `zigzag` balances the causal work of softmax layers on one document;
-    `balanced` gives out smaller pieces, so that packed documents are balanced as well (linear layers send a state for
-    each piece)."""
+    """Tokens held by each context-parallel rank. `contiguous`: one piece per rank. `zigzag`: the r-th and the r-th last
+    of `2 cp` pieces, which balances causal attention within one document. `balanced`: several smaller pieces per rank,
+    which balances packed documents too; linear layers then send one state per piece."""
     attention: Literal["auto", "all-gather", "ring", "ulysses", "ulysses-ring", "ulysses-all-gather"] = "auto"
-    """How softmax layers reach other ranks' keys. `auto`: what a model of bytes, latency and arithmetic, with speeds
-    measured at the start, expects to be fastest; the run's log says what it chose and why."""
+    """Schedule by which softmax layers reach keys and values of other ranks. `auto`: the fastest by a cost model of
+    bytes, latency and FLOPs, with speeds measured at startup; the run's log shows the choice and its reason."""
     states: Literal["all-gather", "ring", "tree"] = "all-gather"
-    """How the states of linear layers travel. `all-gather`: all to all ranks at once (LASP-2). `ring`: from piece to
-    piece, one after the other (LASP-1). `tree`: in as many rounds as the number of pieces has doublings, for the delta
-    rule over many ranks."""
+    """Schedule by which linear layers exchange recurrent states. `all-gather`: all states to all ranks at once
+    (LASP-2). `ring`: from piece to piece, in sequence (LASP-1). `tree`: a tree scan in log2(pieces) rounds, for the
+    delta rule over many ranks."""
     timeout: Duration = Field(default=600.0, gt=0)
-    """Seconds that a rank waits for another one before it stops with an error."""
+    """Seconds that a rank waits for another rank before it stops with an error."""
 
     def shard(self, ranks: int) -> int | None:
-        """The size of dp_shard among so many ranks; None where the other axes do not divide them."""
-        others = self.dp_replicate * self.cp * self.tp * self.pp
+        """Return the size of dp_shard for a number of ranks; None if the other axes do not divide it."""
+        other_axes = self.dp_replicate * self.cp * self.tp * self.pp
         if isinstance(self.dp_shard, int):
             return self.dp_shard
-        return None if ranks % others else ranks // others
+        return None if ranks % other_axes else ranks // other_axes
 
 
 class MegatronConfig(Config):
-    """`[megatron]`: what `engine = "megatron"` alone has."""
+    """`[megatron]`: options of `engine = "megatron"`."""
 
     sequence_parallel: bool = True
-    """Where `tp` is more than 1, divide what lies between layers over these ranks too, along the sequence (Korthikanti
-    et al. 2022)."""
+    """With `tp` above 1, shard the activations between layers over the tensor-parallel ranks along the sequence
+    (Korthikanti et al. 2022)."""
     distributed_optimizer: bool = True
-    """Divide the optimizer's state over data- and context-parallel ranks."""
+    """Shard the optimizer state over data- and context-parallel ranks."""
 
 
 class DeepSpeedConfig(Config):
-    """`[deepspeed]`: what the engine `deepspeed` divides, over all ranks."""
+    """`[deepspeed]`: options of `engine = "deepspeed"`."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO: `1` divides the optimizer's states over the ranks, `2` gradients too, `3` parameters too; `0` nothing."""
+    """ZeRO stage: `1` shards the optimizer state over all ranks, `2` also gradients, `3` also parameters; `0`
+    nothing."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What lies in the CPU's memory and is stepped there: the optimizer's states (from stage 1 on), or parameters too
+    """State that is kept and updated in CPU memory: the optimizer state (stage 1 or higher), or also the parameters
     (stage 3)."""
 
     @model_validator(mode="after")
     def _offload_fits(self) -> "DeepSpeedConfig":
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:
-            raise ValueError(f"offload: {self.offload!r} needs zero_stage {least} or more, not {self.zero_stage}")
+            raise ValueError(f"offload: {self.offload!r} needs zero_stage {least} or higher, not {self.zero_stage}")
         return self
 
 
 class EvaluationConfig(Config):
-    """`[evaluation]`: the loss on held-out documents. Without this table nothing is evaluated."""
+    """`[evaluation]`: the loss on held-out documents. Without this table there is no evaluation."""
 
     every: Integer = Field(gt=0)
-    """Steps between two evaluations; there is always one after the last step."""
+    """Steps between evaluations; one always follows the last step."""
     sequences: Integer = Field(default=8, gt=0)
-    """Held-out sequences, the same ones each time."""
+    """Held-out sequences per evaluation, the same ones each time."""
 
 
 class CheckpointConfig(Config):
-    """`[checkpoint]`: what survives a crash."""
+    """`[checkpoint]`: checkpoints to resume from."""
 
     every: Integer = Field(gt=0)
-    """Steps between two checkpoints; there is always one after the last step, and one at SIGTERM."""
+    """Steps between checkpoints; one is always written after the last step and on SIGTERM."""
     keep: Integer = Field(default=2, gt=0)
-    """The newest ones that are kept."""
+    """Number of most recent checkpoints to keep."""
 
 
 class LoggingConfig(Config):
-    """`[logging]`: what is written while the run goes on."""
+    """`[logging]`: metrics written during training."""
 
     every: Integer = Field(default=1, gt=0)
-    """Steps between two lines of metrics."""
+    """Steps between lines of metrics."""
     tensorboard: bool = True
-    """Write TensorBoard event files beside the JSON lines."""
+    """Write TensorBoard event files in addition to the JSON lines."""

@@ -1,4 +1,4 @@
-"""From the stream of sequences to this rank's batches, the next step's read while this one is computed."""
+"""Batches of this rank from the stream of packed sequences, with the next step prefetched in a thread."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +24,7 @@ def to_batch(
     states: str = "all-gather",
     speeds: Speeds = ASSUMED,
 ) -> Batch:
-    """This rank's part of a sequence. Labels were shifted before: a slice's last label lies on another rank."""
+    """Shard a sequence to this rank. Labels are shifted beforehand: the last label of a slice is on another rank."""
     bounds = sequence.cu_seqlens.tolist()
     layout = Layout.on(mesh, bounds, order, attention=attention, states=states, speeds=speeds, sequence=sequence.index)
     tokens, labels = layout.shard(sequence.tokens[None]), layout.shard(sequence.labels[None], fill=IGNORE)
@@ -33,21 +33,21 @@ def to_batch(
 
 @dataclass(frozen=True)
 class Cursor:
-    """Sequences read so far, over all ranks: where a run stands in its data, on any number of ranks."""
+    """Data cursor: the number of sequences read over all ranks, valid on any number of ranks."""
 
     sequences: int
 
     def step(self, sequences_per_step: int, dp: int, dp_rank: int) -> range:
-        """The numbers of the sequences that a data-parallel rank reads in the next step."""
+        """Return the indices of the sequences that a data-parallel rank reads in the next step."""
         return range(self.sequences + dp_rank, self.sequences + sequences_per_step, dp)
 
     def after(self, sequences_per_step: int) -> "Cursor":
-        """The cursor after that step."""
+        """Return the cursor after that step."""
         return Cursor(self.sequences + sequences_per_step)
 
 
 class Prefetcher:
-    """Reads a step's sequences in a thread while the step before is computed."""
+    """Reads the sequences of the next step in a thread during the current step."""
 
     def __init__(self, stream: SequenceStream, make: Callable[[Sequence], Batch]) -> None:
         self._stream, self._make = stream, make
@@ -58,15 +58,15 @@ class Prefetcher:
         return [self._stream[number] for number in numbers]
 
     def request(self, numbers: range) -> None:
-        """Begin to read these."""
+        """Start reading these sequences."""
         self._pending[tuple(numbers)] = self._thread.submit(self._read, numbers)
 
     def take(self, numbers: range) -> list[Batch]:
-        """These sequences' batches. Raises UserError where the corpus cannot be read."""
+        """Return the batches of these sequences. Raises UserError if the corpus cannot be read."""
         if tuple(numbers) not in self._pending:
             self.request(numbers)
         return [self._make(sequence) for sequence in self._pending.pop(tuple(numbers)).result()]
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)

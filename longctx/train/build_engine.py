@@ -1,4 +1,4 @@
-"""The engine that a recipe names."""
+"""Engine construction: torch, deepspeed or megatron, as the recipe selects."""
 
 import os
 
@@ -13,14 +13,13 @@ from longctx.recipe import Recipe
 from longctx.recipe.tables import DeepSpeedConfig
 
 CHECKPOINT_FORMATS = {"torch": "torch", "deepspeed": "torch", "megatron": "megatron"}
-"""The format of the checkpoints that an engine writes and reads (`TrainerState.format`)."""
+"""Checkpoint format (`TrainerState.format`) by engine."""
 
 
 def build_engine(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
-    """Build, shard and initialise the model of a recipe on the ranks of the default process group; each calls it.
+    """Build, shard and initialise a recipe's model on all ranks of the default process group. Collective.
 
-    Raises UserError where the framework of the engine is missing, of another version than was tested, or cannot run
-    here.
+    Raises UserError if the engine's framework is missing, not of a tested version, or cannot run here.
     """
     try:
         match recipe.engine:
@@ -42,7 +41,7 @@ def build_engine(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
 def _mesh(recipe: Recipe, device_type: str) -> Mesh:
     parallel = recipe.parallel
     shard = parallel.shard(dist.get_world_size())
-    assert shard is not None, "judged before"
+    assert shard is not None, "recipe.check was not called"
     return Mesh.build(
         device_type,
         dp_replicate=parallel.dp_replicate,
@@ -54,7 +53,7 @@ def _mesh(recipe: Recipe, device_type: str) -> Mesh:
 
 
 def _deepspeed(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
-    # DeepSpeed asks once what it computes on, as it is imported, and would take a GPU that is there.
+    # DeepSpeed picks its accelerator once, at import, and would take an available GPU.
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     from longctx.adapters.deepspeed.engine import ZeroEngine
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: a live panel in a terminal, plain lines anywhere else."""
+"""Training display: a live panel in a terminal, plain log lines everywhere else."""
 
 import math
 import time
@@ -18,18 +18,18 @@ from rich.text import Text
 from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
 
 _BARS = "▁▂▃▄▅▆▇█"
-_WIDEST = 92  # columns of the panel: wider, the eye has to travel between a name and its number
+_MAX_WIDTH = 92  # columns of the panel: wider, labels and numbers are too far apart
 _CHART_ROWS = 3
-_SPARKS = 18  # bars in the sparkline
-_HISTORY = 4 * _SPARKS  # losses in the sparkline: neighbours are averaged, or it would show noise alone
+_SPARKS = 18  # bars of the sparkline
+_HISTORY = 4 * _SPARKS  # losses in the sparkline: each bar averages several, or it would show only noise
 _PLAIN_INTERVAL = 5.0  # seconds
 
 
 class Display(Protocol):
-    """Shows a run. The trainer calls `start` once, `close` at the end however it comes, the others in between."""
+    """Shows a run. The trainer calls `start` once, then the others, and `close` at the end, also after an error."""
 
     def start(self, info: RunInfo) -> None:
-        """Say what runs where; called before the first step."""
+        """Show the model and the machine, before the first step."""
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a step."""
@@ -38,23 +38,23 @@ class Display(Protocol):
         """Show an evaluation."""
 
     def message(self, text: str) -> None:
-        """Print a line that stays, such as the name of a checkpoint."""
+        """Print a persistent line, such as the path of a checkpoint."""
 
     def close(self) -> None:
-        """Leave the last state on the screen. May be called twice."""
+        """Leave the last state on the screen. Idempotent."""
 
 
 def make_display(console: Console | None = None) -> Display:
-    """A live panel where `console` (standard output by default) is a terminal that can draw one, else plain lines."""
+    """Make a live panel if `console` (default: stdout) is a terminal that can draw one, else plain lines."""
     console = console or Console()
-    # FORCE_COLOR, which build servers set, makes is_terminal true where nobody can see a cursor move; and a terminal
-    # without UTF-8 cannot show the bars.
-    draws = console.is_interactive and console.file.isatty() and console.encoding.startswith("utf")
-    return LiveDisplay(console) if draws else PlainDisplay(console)
+    # FORCE_COLOR, which CI sets, makes is_terminal true without a terminal; and a terminal without UTF-8 cannot show
+    # the bars.
+    can_draw = console.is_interactive and console.file.isatty() and console.encoding.startswith("utf")
+    return LiveDisplay(console) if can_draw else PlainDisplay(console)
 
 
 class PlainDisplay:
-    """Lines for a log: the first step and the last, evaluations, messages, and a step each `interval` seconds."""
+    """Plain log lines: evaluations, messages, the first and last step, and at most one step per `interval` seconds."""
 
     def __init__(
         self, console: Console, interval: float = _PLAIN_INTERVAL, clock: Callable[[], float] = time.monotonic
@@ -67,32 +67,32 @@ class PlainDisplay:
 
     def start(self, info: RunInfo) -> None:
         """Print the model and the machine in one line."""
-        self.message(f"{_what(info)} · {_where(info)} · {human_flops(info.matmul_rate)} in matrix products")
+        self.message(f"{_model(info)} · {_machine(info)} · {human_flops(info.matmul_rate)} matmul rate")
 
     def step(self, metrics: StepMetrics) -> None:
-        """Print the step, or hold it back where the last line is too fresh."""
+        """Print the step, or hold it back if the last line is too recent."""
         self._held_back = metrics
         due = self._printed is None or self._clock() - self._printed >= self._interval
         if due or metrics.step >= metrics.steps:
             self._print_step()
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Print the held-out loss and some of its values by position."""
+        """Print the held-out loss, in total and at up to six positions."""
         self._print_step()  # an evaluation follows the step that it evaluates
         buckets = [bucket for bucket in metrics.positions if bucket.tokens]
-        chosen = buckets[:: max(1, math.ceil(len(buckets) / 5))]
-        if buckets and chosen[-1] is not buckets[-1]:
-            chosen.append(buckets[-1])
-        by_position = "  ".join(f"{human_position(bucket.lo)}: {bucket.loss:.3f}" for bucket in chosen)
+        shown = buckets[:: max(1, math.ceil(len(buckets) / 5))]
+        if buckets and shown[-1] is not buckets[-1]:
+            shown.append(buckets[-1])
+        by_position = "  ".join(f"{human_position(bucket.lo)}: {bucket.loss:.3f}" for bucket in shown)
         self.message(f"step {metrics.step}  held-out loss {metrics.loss:.4f}  from position {by_position}")
 
     def message(self, text: str) -> None:
         """Print a line."""
-        # soft_wrap: a log's lines are not cut at 80 columns.
+        # soft_wrap: log lines are not wrapped at 80 columns.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Print the last step where it was held back."""
+        """Print the last step if it was held back."""
         self._print_step()
 
     def _print_step(self) -> None:
@@ -109,7 +109,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A panel that stays at the bottom of the terminal; messages, and what else is printed, scroll above it."""
+    """A panel at the bottom of the terminal; messages and other output scroll above it."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -118,11 +118,11 @@ class LiveDisplay:
         self._last: StepMetrics | None = None
         self._last_at = self._started_at = clock()
         self._evaluation: EvaluationMetrics | None = None
-        # Replaced, never changed: the thread that draws reads it at any time.
+        # Replaced, never mutated: the drawing thread reads it at any time.
         self._losses: tuple[float, ...] = ()
         self._closed = False
         self._drawn = (0, 0)  # columns and rows of the panel on the screen
-        # Twice a second: the processors belong to the training.
+        # Only twice per second: the cores are for training.
         self._live = Live(console=console, get_renderable=self._redraw, refresh_per_second=2)
 
     def start(self, info: RunInfo) -> None:
@@ -132,13 +132,13 @@ class LiveDisplay:
         self._live.start(refresh=True)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Take the step's numbers; they show at the next refresh."""
+        """Record the step; it shows at the next refresh."""
         self._losses = (*self._losses, metrics.loss)[-_HISTORY:]
         self._last_at = self._clock()
         self._last = metrics
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Take the evaluation's numbers."""
+        """Record the evaluation; it shows at the next refresh."""
         self._evaluation = metrics
 
     def message(self, text: str) -> None:
@@ -146,13 +146,13 @@ class LiveDisplay:
         self._console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Draw the panel for the last time and leave it there."""
+        """Draw the panel a last time and leave it on the screen."""
         self._closed = True
         self._live.stop()
 
     def render(self, width: int, height: int) -> RenderableType:
-        """The panel for a terminal of `width` columns and `height` rows; short ones go without the chart."""
-        width = min(width, _WIDEST)
+        """Render the panel for a terminal of `width` columns and `height` rows; low terminals get no chart."""
+        width = min(width, _MAX_WIDTH)
         inner = width - 4
         parts: list[RenderableType] = [self._progress(inner)]
         if self._last is not None:
@@ -163,9 +163,9 @@ class LiveDisplay:
             parts += [Text(), Text(heading, style="dim", no_wrap=True), _position_chart(evaluation.positions, inner)]
         return Panel(
             Group(*parts),
-            title=Text(f"longctx · {_what(self._info)}" if self._info else "longctx"),
+            title=Text(f"longctx · {_model(self._info)}" if self._info else "longctx"),
             title_align="left",
-            subtitle=Text(_where(self._info)) if self._info else None,
+            subtitle=Text(_machine(self._info)) if self._info else None,
             subtitle_align="right",
             width=width,
             border_style="cyan",
@@ -175,33 +175,33 @@ class LiveDisplay:
         size = self._console.size
         columns, rows = self._drawn
         if size.width < columns:
-            # A terminal made narrower has wrapped each row of the panel; rich would go up by the unwrapped number.
+            # A narrowed terminal has wrapped each row of the panel; rich would move up by the unwrapped count.
             wrapped = rows * (math.ceil(columns / size.width) - 1)
             up = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)) * wrapped
             self._console.control(Control(*up))
         lines = self._console.render_lines(self.render(size.width, size.height), pad=False)
-        self._drawn = (min(size.width, _WIDEST), min(len(lines), size.height))
+        self._drawn = (min(size.width, _MAX_WIDTH), min(len(lines), size.height))
         return SegmentLines(lines, new_lines=True)
 
     def _progress(self, width: int) -> RenderableType:
         last, waited = self._last, self._clock() - self._last_at
         if last is None:
-            words = "stopped before the first step" if self._closed else f"first step, {int(waited)}s so far"
+            text = "stopped before the first step" if self._closed else f"first step, {int(waited)}s so far"
             done, total = 0, 1
         else:
             done, total = last.step, last.steps
-            words = f"{done}/{total} steps · "
+            text = f"{done}/{total} steps · "
             if width >= 60:
-                words += f"{human_count(last.tokens)} tokens · "
+                text += f"{human_count(last.tokens)} tokens · "
             if not self._closed:
-                words += f"{human_duration(last.seconds_left - waited)} left"
+                text += f"{human_duration(last.seconds_left - waited)} left"
             else:
                 verb = "done in" if done >= total else "stopped after"
-                words += f"{verb} {human_duration(self._last_at - self._started_at)}"
+                text += f"{verb} {human_duration(self._last_at - self._started_at)}"
         row = Table.grid(padding=(0, 1), expand=True)
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
-        row.add_row(ProgressBar(total=total, completed=done), Text(words, style="bold"))
+        row.add_row(ProgressBar(total=total, completed=done), Text(text, style="bold"))
         row.width = width
         return row
 
@@ -240,31 +240,31 @@ class LiveDisplay:
             for one, other in zip(left, right, strict=True):
                 table.add_row(*one, *other)
         if last.routers:
-            table.add_row("fullest load", f"{_fullest(last):.2f} of the mean")
+            table.add_row("max load", f"{_max_load(last):.2f} of the mean")
         return table
 
 
-def _what(info: RunInfo) -> str:
+def _model(info: RunInfo) -> str:
     return f"{human_count(info.parameters)} parameters, {info.precision}"
 
 
-def _fullest(metrics: StepMetrics) -> float:
-    """The load of the fullest expert or head over the mean, in the layer where it is largest."""
+def _max_load(metrics: StepMetrics) -> float:
+    """Return the largest expert or head load over the mean load, maximum over layers."""
     return max(router.imbalance for router in metrics.routers.values())
 
 
 def _load(metrics: StepMetrics) -> str:
-    return f"fullest load {_fullest(metrics):.2f}  " if metrics.routers else ""
+    return f"max load {_max_load(metrics):.2f}  " if metrics.routers else ""
 
 
-def _where(info: RunInfo) -> str:
+def _machine(info: RunInfo) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in info.mesh.items() if size > 1)
     ranks = f"{info.ranks} rank{'s' if info.ranks != 1 else ''}" + (f" ({axes})" if axes else "")
     return f"{ranks} on {info.device}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """At most `width` bars, each the mean of as many neighbours as that takes; "×" where it is not finite."""
+    """Draw at most `width` bars, each the mean of consecutive values; "×" where it is not finite."""
     group = max(1, math.ceil(len(values) / width))
     values = [fmean(values[i : i + group]) for i in range(0, len(values), group)]
     finite = [value for value in values if math.isfinite(value)]
@@ -277,7 +277,7 @@ def _level(value: float, low: float, high: float, top: int) -> int:
 
 
 def _position_chart(positions: tuple[PositionLoss, ...], width: int) -> Text:
-    """Bars over the buckets of position, and beneath some of them the position and the loss."""
+    """Draw a bar per position bucket, some labelled with position and loss."""
     buckets = [bucket for bucket in positions if bucket.tokens and math.isfinite(bucket.loss)]
     margin = len("from ")
     if not buckets or width - margin < len(buckets):
@@ -291,33 +291,33 @@ def _position_chart(positions: tuple[PositionLoss, ...], width: int) -> Text:
         bars = "".join(((" " + _BARS)[n] * max(1, cell - 1)).ljust(cell) for n in eighths)
         chart.append(" " * margin + bars.rstrip() + "\n", style="cyan")
     stride = math.ceil(6 / cell)
-    names, losses = "from ", "loss "
+    labels, losses = "from ", "loss "
     for bucket in buckets[::stride]:
-        if len(names) + 5 <= width:  # else the panel's edge would cut the number: "512Ki", "10.25"
-            names += human_position(bucket.lo).ljust(stride * cell)
+        if len(labels) + 5 <= width:  # else the panel's edge would cut the number: "512Ki", "10.25"
+            labels += human_position(bucket.lo).ljust(stride * cell)
             losses += f"{bucket.loss:.2f}".ljust(stride * cell)
-    chart.append(names.rstrip() + "\n", style="dim")
+    chart.append(labels.rstrip() + "\n", style="dim")
     chart.append(losses.rstrip())
     return chart
 
 
 def human_count(value: float) -> str:
-    """A count or a rate in powers of 1000: 640, "73.4k", "1.2M", "310G"."""
+    """Format a count or a rate in powers of 1000: "640", "73.4k", "1.2M", "310G"."""
     return _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def human_bytes(value: float) -> str:
-    """Bytes in powers of 1024: "3.4 GiB"."""
+    """Format bytes in powers of 1024: "3.4 GiB"."""
     return _scaled(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
 
 
 def human_flops(value: float) -> str:
-    """FLOP/s: "310 GFLOP/s"."""
+    """Format FLOP/s: "310 GFLOP/s"."""
     return _scaled(value, 1000, (" FLOP/s", " kFLOP/s", " MFLOP/s", " GFLOP/s", " TFLOP/s", " PFLOP/s", " EFLOP/s"))
 
 
 def human_position(value: int) -> str:
-    """A position or a length: "64Ki" where it is a whole number of units of 1024, else its digits."""
+    """Format a position or a length: "64Ki" if it is a multiple of 1024, else its digits."""
     for unit, suffix in ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")):
         if value >= unit and value % unit == 0:
             return f"{value // unit}{suffix}"
@@ -325,7 +325,7 @@ def human_position(value: int) -> str:
 
 
 def human_duration(seconds: float) -> str:
-    """Seconds as "12ms", "1.2s", "42s", "2m10s", "3h05m", "2d04h"; "0s" below zero, "?" where not finite."""
+    """Format seconds as "12ms", "1.2s", "42s", "2m10s", "3h05m", "2d04h"; "0s" below zero, "?" if not finite."""
     if not math.isfinite(seconds):
         return "?"
     if 0 < seconds < 0.0995:

@@ -1,4 +1,4 @@
-"""The loss on held-out documents, over all and by position in the context."""
+"""Held-out evaluation: the mean loss, the loss by position in the context, and the unigram baseline."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,31 +11,35 @@ from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import SequenceStream
 from longctx.engines.base import Batch, Engine
 from longctx.engines.metrics import EvaluationMetrics, PositionLoss
-from longctx.engines.router_stats import Choices
+from longctx.engines.router_stats import RoutingFluctuation
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.collectives import all_reduce
 
 
 def _bucket(positions: Tensor) -> Tensor:
-    """0 for position 0, then one bucket for each power of two: [1, 2), [2, 4), ..."""
+    """Map positions to power-of-two buckets: 0 for position 0, 1 for [1, 2), 2 for [2, 4), ..."""
     exponents: Tensor = torch.frexp(positions.to(torch.float64))[1].to(torch.int64)
     return exponents
 
 
 def evaluate(
-    engine: Engine, sequences: Sequence[Packed], make: Callable[[Packed], Batch], step: int, choices: Choices
+    engine: Engine,
+    sequences: Sequence[Packed],
+    make: Callable[[Packed], Batch],
+    step: int,
+    routing_fluctuation: RoutingFluctuation,
 ) -> EvaluationMetrics:
-    """The mean loss over all labels of `sequences` (nats), and by how many tokens of its document precede a token's.
+    """Compute the mean loss (nats) over all labels of `sequences`, in total and by position in the document.
 
-    `make` turns a sequence into this rank's batch; `choices` are the routers' at the evaluation before, and are
-    replaced. Every rank has to call it; the result is the same on all.
+    `make` turns a sequence into this rank's batch; `routing_fluctuation` holds the routing of the previous evaluation
+    and is updated. Collective: every rank calls it and gets the same result.
     """
     dp, dp_rank = engine.mesh.dp.size, engine.mesh.dp.rank
     length = len(sequences[0].tokens)
     buckets = max(1, length).bit_length() + 1
     sums = torch.zeros(2, buckets, dtype=torch.float64)
     routers: list[str] = []
-    # FSDP's collectives are those of all ranks, so all compute equally often: the surplus has no labels.
+    # FSDP communicates in every forward pass, so all ranks run equally many: surplus passes have no labels.
     for first in range(0, len(sequences), dp):
         number = first + dp_rank
         batch = make(sequences[min(number, len(sequences) - 1)])
@@ -44,12 +48,12 @@ def evaluate(
         losses = engine.losses(batch)
         routers = list(losses.reports)
         if number < len(sequences):
-            choices.add(number, batch.layout, losses.reports)
+            routing_fluctuation.add(number, batch.layout, losses.reports)
         nll = losses.nll[0].double().cpu()
         valid = batch.labels[0].cpu() != IGNORE
-        places = _bucket(batch.layout.positions)[valid]
-        sums[0].index_add_(0, places, nll[valid])
-        sums[1].index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
+        label_buckets = _bucket(batch.layout.positions)[valid]
+        sums[0].index_add_(0, label_buckets, nll[valid])
+        sums[1].index_add_(0, label_buckets, torch.ones(len(label_buckets), dtype=torch.float64))
     sums = all_reduce(sums.to(engine.device), engine.mesh.tokens).cpu()
     summed, counts = sums.tolist()
     edges = [0, *(2**n for n in range(buckets))]
@@ -58,14 +62,14 @@ def evaluate(
         for n in range(buckets)
         if edges[n] < length
     )
-    fluctuation = choices.fluctuation(routers, engine.device, engine.mesh.tokens, engine.mesh.pp)
+    fluctuation = routing_fluctuation.rates(routers, engine.device, engine.mesh.tokens, engine.mesh.pp)
     return EvaluationMetrics(step, sum(summed) / sum(counts) if sum(counts) else math.nan, positions, fluctuation)
 
 
 def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:
-    """The held-out loss (nats a token) of token frequencies alone: what a model that ignores its context reaches.
+    """Compute the held-out loss (nats per token) of a unigram model: a baseline that ignores the context.
 
-    Frequencies are counted, one added to each, in the first `tokens` of the training stream.
+    Token frequencies are counted in the first `tokens` of the training stream, with add-one smoothing.
     """
     counts = torch.ones(vocab_size, dtype=torch.float64)
     for number in range(max(1, tokens // stream.sequence_length)):
@@ -74,4 +78,4 @@ def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: 
     seen = torch.zeros(vocab_size, dtype=torch.float64)
     for sequence in heldout:
         seen += torch.bincount(sequence.labels[sequence.labels != IGNORE], minlength=vocab_size)
-    return float((seen * surprise).sum() / seen.sum())  # NaN where no token has a label
+    return float((seen * surprise).sum() / seen.sum())  # NaN if no token has a label

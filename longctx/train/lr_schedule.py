@@ -1,18 +1,18 @@
-"""The learning rate over steps, as a factor of the optimizer's own: a function of the step, so nothing is saved."""
+"""LR schedules: warmup, then constant, cosine or WSD; pure functions of the step, so checkpoints hold no state."""
 
 import math
 
 from longctx.recipe.tables import LRScheduleConfig
 
 FINAL = 0.1
-"""The factor at the last step where the recipe does not say."""
+"""Default factor at the last step."""
 
 
 def lr_factor(config: LRScheduleConfig, step: int, steps: int) -> float:
-    """The factor for step `step` (from 1) of `steps`.
+    """Return the factor on the base learning rate for step `step` (from 1) of `steps`.
 
-    Linear from 0 over `warmup` steps; then constant, or half a cosine down to `final` at the last step (Loshchilov &
-    Hutter 2017), or constant and then linear down to `final` over the last `decay` steps (WSD, Hu et al. 2024).
+    Linear warmup from 0 over `warmup` steps; then constant, or cosine decay to `final` at the last step (Loshchilov &
+    Hutter 2017), or constant followed by linear decay to `final` over the last `decay` steps (WSD, Hu et al. 2024).
     """
     if step <= config.warmup:
         return step / config.warmup

@@ -1,4 +1,4 @@
-"""The picture of a run's routers: how even their load is, how sure they are, how often they change their mind."""
+"""Routing plots of a run: load balance, router entropy, dropped tokens, routing fluctuation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,20 +11,20 @@ from matplotlib.ticker import MaxNLocator
 from longctx.engines.metrics import EvaluationMetrics, RouterMetrics, StepMetrics
 from longctx.train.plot_style import TEXT, smoothed, tidy
 
-_FEW = 12  # layers that the legend names one by one
+_FEW = 12  # the legend names at most about so many routers
 
 
 def routing_figure(steps: Sequence[StepMetrics], evaluations: Sequence[EvaluationMetrics]) -> Figure:
-    """Over steps and for each router: the fullest load, the entropy of its choices, the share of choices that were
-    dropped, where there are any, and the share of held-out tokens whose choice has changed, where it is known.
+    """Plot, over steps and for each router: the maximum load, the routing entropy, the fraction dropped for capacity if
+    any was, and the share of held-out tokens routed differently than before if it is known.
 
-    Some step has a router.
+    At least one step has a router.
     """
     names = list(dict.fromkeys(name for step in steps for name in step.routers))
-    # A layer's colour is its depth; routers of heads are dashed.
+    # Colour is depth; head routers are dashed.
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     shades = colormaps["viridis"]([n / max(1, len(layers) - 1) * 0.9 for n in range(len(layers))])
-    looks = {
+    styles = {
         name: {"color": shades[layers.index(name.rpartition(".")[0])], "linestyle": "--" if "mixer" in name else "-"}
         for name in names
     }
@@ -33,27 +33,27 @@ def routing_figure(steps: Sequence[StepMetrics], evaluations: Sequence[Evaluatio
     def over_steps(title: str, value: Callable[[RouterMetrics], float]) -> Callable[[Axes], None]:
         def panel(axes: Axes) -> None:
             for name in names:
-                at = [s.step for s in steps if name in s.routers]
+                x = [s.step for s in steps if name in s.routers]
                 values = [value(s.routers[name]) for s in steps if name in s.routers]
-                axes.plot(at, smoothed(values), linewidth=1.2, label=name, **looks[name])
+                axes.plot(x, smoothed(values), linewidth=1.2, label=name, **styles[name])
             axes.set_title(title, fontsize=10, color=TEXT, loc="left")
 
         return panel
 
-    panels.append(over_steps("fullest load, of the mean", lambda router: router.imbalance))
-    panels.append(over_steps("entropy of the choice (nats)", lambda router: router.entropy))
+    panels.append(over_steps("max load / mean load", lambda router: router.imbalance))
+    panels.append(over_steps("routing entropy (nats)", lambda router: router.entropy))
     if any(router.dropped for step in steps for router in step.routers.values()):
-        panels.append(over_steps("share of choices dropped", lambda router: router.dropped))
-    known = [e for e in evaluations if e.fluctuation]
+        panels.append(over_steps("fraction dropped (capacity)", lambda router: router.dropped))
+    compared = [e for e in evaluations if e.fluctuation]
 
     def fluctuation(axes: Axes) -> None:
         for name in names:
-            at = [e.step for e in known if name in e.fluctuation]
-            values = [e.fluctuation[name] for e in known if name in e.fluctuation]
-            axes.plot(at, values, linewidth=1.2, marker="o", markersize=3, clip_on=False, **looks[name])
-        axes.set_title("tokens whose choice changed\nsince the evaluation before", fontsize=10, color=TEXT, loc="left")
+            x = [e.step for e in compared if name in e.fluctuation]
+            values = [e.fluctuation[name] for e in compared if name in e.fluctuation]
+            axes.plot(x, values, linewidth=1.2, marker="o", markersize=3, clip_on=False, **styles[name])
+        axes.set_title("held-out tokens rerouted\nsince the last evaluation", fontsize=10, color=TEXT, loc="left")
 
-    if known:
+    if compared:
         panels.append(fluctuation)
     figure = Figure(figsize=(4 * len(panels), 4.2), layout="constrained")
     for number, panel in enumerate(panels, start=1):

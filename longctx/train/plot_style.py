@@ -1,4 +1,4 @@
-"""What the pictures of a run share: colours, axes without clutter, the smoothing of what jumps from step to step."""
+"""Plot style: colours, axes and smoothing shared by the plots of a run."""
 
 from collections.abc import Sequence
 
@@ -11,30 +11,30 @@ _GRID = "#e5e7eb"
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Centred mean over `window` values, of which those that are not finite are left out; shape kept.
+    """Smooth with a centred moving average over `window` values, ignoring those that are not finite; keeps the shape.
 
-    Towards both ends the window shrinks evenly, so that the curve neither lags nor bends there. NaN where a window
-    holds no finite value.
+    The window shrinks symmetrically towards both ends, so the curve neither lags nor bends there. NaN where a window
+    has no finite value.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    at = np.arange(len(values))
-    half = np.minimum(window // 2, np.minimum(at, at[::-1]))
-    count = counts[at + half + 1] - counts[at - half]
-    total = sums[at + half + 1] - sums[at - half]
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, np.minimum(index, index[::-1]))
+    count = counts[index + half + 1] - counts[index - half]
+    total = sums[index + half + 1] - sums[index - half]
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
-    """`smooth` over a 25th of the values, where that is 3 at least."""
+    """Smooth over a 25th of the values; fewer than 75 values are returned as they are."""
     window = len(values) // 25
-    found = np.array(values, dtype=np.float64)
-    return found if window < 3 else smooth(found, window)
+    array = np.array(values, dtype=np.float64)
+    return array if window < 3 else smooth(array, window)
 
 
 def tidy(axes: Axes, *, grid: bool = True) -> None:
-    """No frame but the lower edge, muted ticks, horizontal lines behind the curves where wanted."""
+    """Remove all spines but the bottom one, mute the ticks, and draw a horizontal grid if `grid`."""
     if grid:
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its `metrics.jsonl`: the loss over steps and over position, and the routers."""
+"""Plots of a run from its `metrics.jsonl`: the loss by step and by position, and router statistics."""
 
 import math
 from pathlib import Path
@@ -15,64 +15,65 @@ from longctx.train.plot_routing import routing_figure
 from longctx.train.plot_style import BASELINE, TEXT, smooth, tidy
 
 FEW_TOKENS = 100
-"""A bucket's mean over fewer tokens strays by more than about a fifth of a nat from the next sample's."""
+"""Means over fewer tokens vary by more than about 0.2 nats from sample to sample."""
 
 _TRAIN, _HELDOUT = "#2563eb", "#c2410c"
-_EARLIER = 6  # earlier evaluations in the picture of positions
+_EARLIER = 6  # earlier evaluations in the plot by position
 
 
 def draw(metrics_path: Path, out_dir: Path) -> list[Path]:
-    """Draw `loss.png`, where there was an evaluation `loss_by_position.png`, and where something is routed
-    `routing.png` into `out_dir`; returns their paths.
+    """Plot `loss.png`, `loss_by_position.png` if there was an evaluation, and `routing.png` if the model has routers,
+    into `out_dir`; return their paths.
 
-    Raises UserError where the metrics cannot be read or hold no step.
+    Raises UserError if the metrics cannot be read or contain no step.
     """
     metrics = read_metrics(metrics_path)
     if not metrics.steps:
-        raise UserError(f"{metrics_path} holds no step to draw; train at least one step first")
+        raise UserError(f"{metrics_path} has no steps to plot; train at least one step first")
     out_dir.mkdir(parents=True, exist_ok=True)
     info = metrics.runs[-1] if metrics.runs else None
-    pictures = {"loss.png": loss_figure(metrics.steps, metrics.evaluations, info)}
+    figures = {"loss.png": loss_figure(metrics.steps, metrics.evaluations, info)}
     if any(_known(evaluation.positions) for evaluation in metrics.evaluations):
-        pictures["loss_by_position.png"] = position_figure(metrics.evaluations)
+        figures["loss_by_position.png"] = position_figure(metrics.evaluations)
     if any(step.routers for step in metrics.steps):
-        pictures["routing.png"] = routing_figure(metrics.steps, metrics.evaluations)
-    for name, figure in pictures.items():
+        figures["routing.png"] = routing_figure(metrics.steps, metrics.evaluations)
+    for name, figure in figures.items():
         figure.savefig(out_dir / name, dpi=150)
-    return [out_dir / name for name in pictures]
+    return [out_dir / name for name in figures]
 
 
 def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], info: RunInfo | None) -> Figure:
-    """The loss over steps, with tokens along the upper edge: training, held-out, and the baseline where it is known."""
+    """Plot training loss, held-out loss and the unigram baseline over steps, with a token axis at the top."""
     figure, axes = _figure()
-    at = np.array([metrics.step for metrics in steps], dtype=np.float64)
+    x = np.array([metrics.step for metrics in steps], dtype=np.float64)
     loss = np.array([metrics.loss for metrics in steps], dtype=np.float64)
     finite = np.isfinite(loss)
     window = len(loss) // 25
     if window < 3:
-        axes.plot(at, np.where(finite, loss, np.nan), color=_TRAIN, marker=".", clip_on=False, label="training")
+        axes.plot(x, np.where(finite, loss, np.nan), color=_TRAIN, marker=".", clip_on=False, label="training")
     else:
-        axes.plot(at, np.where(finite, loss, np.nan), color=_TRAIN, alpha=0.25, linewidth=0.8)
-        axes.plot(at, smooth(loss, window), color=_TRAIN, label=f"training, mean of {window // 2 * 2 + 1} points")
+        axes.plot(x, np.where(finite, loss, np.nan), color=_TRAIN, alpha=0.25, linewidth=0.8)
+        label = f"training, moving average of {window // 2 * 2 + 1} points"
+        axes.plot(x, smooth(loss, window), color=_TRAIN, label=label)
     heldout = [(e.step, e.loss) for e in evaluations if math.isfinite(e.loss)]
     if heldout:
         axes.plot(
             *zip(*heldout, strict=True), color=_HELDOUT, marker="o", markersize=5, clip_on=False, label="held-out"
         )
     if info is not None and info.unigram_loss is not None:
-        label = f"token frequencies alone ({info.unigram_loss:.2f})"
+        label = f"unigram baseline ({info.unigram_loss:.2f})"
         axes.axhline(info.unigram_loss, color=BASELINE, linestyle="--", linewidth=1.2, label=label)
     if not finite.all():
-        # In the frame's own height: there is no place for them among the losses.
+        # In axes coordinates, since they have no place on the loss scale.
         axes.plot(
-            at[~finite],
+            x[~finite],
             np.full((~finite).sum(), 0.02),
             "x",
             transform=axes.get_xaxis_transform(),
             color="#b91c1c",
             label=f"loss not finite ({(~finite).sum()} steps)",
         )
-    axes.set(xlim=(0, at[-1]), xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlim=(0, x[-1]), xlabel="step", ylabel="loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _token_axis(axes, steps)
     _legend(figure)
@@ -80,22 +81,22 @@ def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], 
 
 
 def _token_axis(axes: Axes, steps: list[StepMetrics]) -> None:
-    """Tokens along the upper edge. Steps may differ in their tokens, so its scale follows what was counted."""
-    at = np.array([0, *(metrics.step for metrics in steps)], dtype=np.float64)
+    """Add a token axis at the top. Steps may differ in tokens, so its scale follows the counts."""
+    x = np.array([0, *(metrics.step for metrics in steps)], dtype=np.float64)
     tokens = np.array([0, *(metrics.tokens for metrics in steps)], dtype=np.float64)
     ticks = [tick for tick in MaxNLocator(6).tick_values(0, tokens[-1]) if 0 <= tick <= tokens[-1]]
     upper = axes.twiny()
     upper.set_xlim(axes.get_xlim())
-    upper.set_xticks(np.interp(ticks, tokens, at), [human_count(tick).replace(".0", "") for tick in ticks])
+    upper.set_xticks(np.interp(ticks, tokens, x), [human_count(tick).replace(".0", "") for tick in ticks])
     upper.set_xlabel("tokens", color=TEXT)
     tidy(upper, grid=False)
 
 
 def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
-    """The held-out loss over the position in the context: the last evaluation, and earlier ones faintly.
+    """Plot held-out loss by position in the context: the last evaluation, and earlier ones faded.
 
-    One of them at least has a bucket with tokens. A bucket of fewer than `FEW_TOKENS` stands apart from the line, as
-    a hollow point; in earlier evaluations it is left out.
+    At least one evaluation has a bucket with tokens. A bucket of fewer than `FEW_TOKENS` is a hollow marker off the
+    line, and is left out of earlier evaluations.
     """
     figure, axes = _figure()
     *earlier, last = [evaluation for evaluation in evaluations if _known(evaluation.positions)]
@@ -103,17 +104,17 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
     label = f"steps {shown[0].step} to {shown[-1].step}" if len(shown) > 1 else "".join(f"step {e.step}" for e in shown)
     for number, evaluation in enumerate(shown):
         buckets = [bucket for bucket in _known(evaluation.positions) if bucket.tokens >= FEW_TOKENS]
-        strength = 0.15 + 0.35 * (number + 1) / len(shown)
+        alpha = 0.15 + 0.35 * (number + 1) / len(shown)
         axes.plot(
             [_context(bucket) for bucket in buckets],
             [bucket.loss for bucket in buckets],
             color=_HELDOUT,
-            alpha=strength,
+            alpha=alpha,
             linewidth=1.2,
             label=label if number == len(shown) - 1 else None,
         )
     buckets = _known(last.positions)
-    sure = [bucket for bucket in buckets if bucket.tokens >= FEW_TOKENS]
+    reliable = [bucket for bucket in buckets if bucket.tokens >= FEW_TOKENS]
     axes.plot(
         [_context(bucket) for bucket in buckets],
         [bucket.loss if bucket.tokens >= FEW_TOKENS else math.nan for bucket in buckets],
@@ -121,7 +122,7 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
         linewidth=2,
         marker="o",
         markersize=5,
-        label=f"step {last.step}" if sure else None,
+        label=f"step {last.step}" if reliable else None,
     )
     few = [bucket for bucket in buckets if bucket.tokens < FEW_TOKENS]
     if few:
@@ -134,8 +135,8 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
             markerfacecolor="white",
             label=f"step {last.step}, from fewer than {FEW_TOKENS} tokens",
         )
-    # Written out, because what a long context is worth is a few hundredths beside the fall of the first tokens.
-    for bucket in sure[:: -max(1, math.ceil(len(sure) / 8))]:
+    # Labelled with values: the gain from long context is a few hundredths beside the drop over the first tokens.
+    for bucket in reliable[:: -max(1, math.ceil(len(reliable) / 8))]:
         axes.annotate(
             f"{bucket.loss:.2f}",
             (_context(bucket), bucket.loss),
@@ -152,7 +153,7 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator(powers[:: 1 if len(powers) <= 12 else 2].tolist()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_position(round(value))))
-    axes.set(xlabel="position in the context (tokens read, logarithmic)", ylabel="held-out loss (nats per token)")
+    axes.set(xlabel="position in the context (tokens, log scale)", ylabel="held-out loss (nats per token)")
     _legend(figure)
     return figure
 
@@ -162,17 +163,17 @@ def _known(positions: tuple[PositionLoss, ...]) -> list[PositionLoss]:
 
 
 def _context(bucket: PositionLoss) -> float:
-    """The middle of the bucket, in logarithms, of the tokens that its predictions see: position 0 sees itself."""
+    """Return the geometric centre of a bucket in context length: position 0 has a context of 1 token."""
     return math.sqrt((bucket.lo + 1) * bucket.hi)
 
 
 def _spread(evaluations: list[EvaluationMetrics], most: int) -> list[EvaluationMetrics]:
-    """At most `most` of them, evenly spread, the first among them."""
+    """Select at most `most` evenly spaced evaluations, including the first."""
     return evaluations[:: max(1, math.ceil(len(evaluations) / most))]
 
 
 def _figure() -> tuple[Figure, Axes]:
-    # Not pyplot: its figures are global and stay until closed, and a trainer may draw from any thread.
+    # Not pyplot: its figures are global until closed, and a trainer may plot from any thread.
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     tidy(axes)
@@ -180,5 +181,5 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure) -> None:
-    """Under the axes, where no curve can run through it."""
+    """Add the legend below the axes, clear of the curves."""
     figure.legend(frameon=False, labelcolor=TEXT, loc="outside lower center", ncols=3)

@@ -1,4 +1,4 @@
-"""The process group of a run, and what its failure means."""
+"""Process group of a run: device selection, initialisation, and errors of collectives."""
 
 import os
 from collections.abc import Iterator
@@ -9,27 +9,27 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import UserError
-from longctx.parallel.agreement import RankError
+from longctx.parallel.rank_errors import RankError
 from longctx.recipe.tables import TrainConfig
 
 
 def device_type(config: TrainConfig) -> str:
-    """`cpu` or `cuda`, for the ranks of this machine.
+    """Return the device type of this machine's ranks, `cpu` or `cuda`.
 
-    Raises UserError where CUDA is asked for and there is not a GPU for every local rank.
+    Raises UserError if CUDA is requested and there are fewer GPUs than local ranks.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and gpus < local_ranks:
-        raise UserError(f"train.device: 'cuda' needs a GPU for each of {local_ranks} local ranks; there are {gpus}")
+        raise UserError(f"train.device: 'cuda' needs one GPU per local rank ({local_ranks}); there are {gpus}")
     return "cuda" if config.device != "cpu" and gpus >= local_ranks else "cpu"
 
 
 @contextmanager
 def process_group(kind: str, timeout: float) -> Iterator[None]:
-    """The default process group, from torchrun's environment; a rank alone needs none of it.
+    """Initialise the default process group from torchrun's environment variables; without them, one rank.
 
-    Collectives wait for at most `timeout` seconds. Leaving the block ends the group.
+    Collectives time out after `timeout` seconds. The group is destroyed when the block exits.
     """
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
@@ -47,14 +47,14 @@ def process_group(kind: str, timeout: float) -> Iterator[None]:
 
 
 @contextmanager
-def peers_needed(what: str) -> Iterator[None]:
-    """Turn the failure of a collective inside the block into a RankError that says `what` was under way."""
+def collective_errors(phase: str) -> Iterator[None]:
+    """Turn the failure of a collective inside the block into a RankError that names the `phase` of the run."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise RankError(
-                f"{what}: rank {dist.get_rank()} lost contact with another rank, which died or did not answer in "
-                "time. --resume auto continues from the last complete checkpoint."
+                f"{phase}: rank {dist.get_rank()} lost contact with another rank, which died or timed out. "
+                "--resume auto continues from the last complete checkpoint."
             ) from error
         raise

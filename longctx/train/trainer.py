@@ -1,7 +1,7 @@
-"""Training a recipe: what every rank runs.
+"""Training loop: data, steps, evaluation, checkpoints and metrics of a recipe, run by every rank.
 
-Each step, every rank of a data-parallel group reads the same sequences, keeps its own slices of them, and the engine
-makes one optimizer step of all ranks'. The cursor in the data is the number of sequences read, so that a run goes on
+In each step, the context-parallel ranks of a data-parallel group read the same sequences and keep their own slices, and
+the engine takes one optimizer step over all ranks. The data cursor is the number of sequences read, so a run resumes
 with the same tokens on any number of ranks.
 """
 
@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from longctx import system as machine
+from longctx import system
 from longctx.checkpoint.save import (
     Checkpointer,
     TrainerState,
@@ -28,54 +28,54 @@ from longctx.checkpoint.save import (
     list_checkpoints,
     read_state,
 )
-from longctx.checkpoint.weights import Weights, described, find_weights, with_defaults
+from longctx.checkpoint.weights import Weights, find_weights, stored_config, with_defaults
 from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import heldout_sequences, train_stream
 from longctx.engines.base import Batch
 from longctx.engines.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
-from longctx.engines.router_stats import Choices, NotFiniteError
+from longctx.engines.router_stats import NonFiniteLogitsError, RoutingFluctuation
 from longctx.errors import UserError
-from longctx.parallel.agreement import agreement
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
+from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe, check, dump
 from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
 from longctx.train.display import Display, make_display
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.lr_schedule import lr_factor
-from longctx.train.process_group import device_type, peers_needed, process_group
+from longctx.train.process_group import collective_errors, device_type, process_group
 
-_LOWER = (
-    "Training stopped before it could be saved. Go on from an earlier checkpoint with a lower optimizer.lr, a longer "
+_DIVERGED = (
+    "Training stopped without saving this step. Resume from an earlier checkpoint with a lower optimizer.lr, a longer "
     "schedule.warmup or a smaller train.clip"
 )
 
 
 def train(recipe: Recipe, *, out: Path, resume: str) -> None:
-    """Train `recipe` into the directory `out`; every rank of a job calls it.
+    """Train `recipe` into the directory `out`. Collective: every rank of a job calls it.
 
-    `resume`: `auto` (from the newest checkpoint in `out`, if there is one), `never`, or a checkpoint's directory.
-    Raises UserError, on every rank, for what the user can mend.
+    `resume`: `auto` (from the latest checkpoint in `out`, if there is one), `never`, or a checkpoint directory.
+    Raises UserError, on every rank, for errors that the user can fix.
     """
     kind = device_type(recipe.train)
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # Filling fresh memory costs time, and nothing here reads what it did not write.
+        # Filling new memory costs time, and nothing here reads memory that it did not write.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by property
     with process_group(kind, recipe.parallel.timeout):
         check(recipe, dist.get_world_size())
         with ExitStack() as stack:
             _Trainer(recipe, out, resume, kind, stack).run()
             stack.close()
-            # The groups end on all ranks together: one that left earlier would look like a rank that died.
+            # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
             dist.barrier()
 
 
 class _Reporter:
-    """Metrics and display on rank 0; nothing elsewhere."""
+    """Metrics and display on rank 0; a no-op on other ranks."""
 
     def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
         self._out = out
@@ -104,9 +104,9 @@ class _Reporter:
         if self._display:
             self._display.message(text)
 
-    def pictures(self) -> None:
+    def plot(self) -> None:
         if self._writer:
-            # matplotlib takes a second to import, which every rank would spend at the start.
+            # Imported here: matplotlib takes a second, which every rank would spend at the start.
             from longctx.train import plots
 
             plots.draw(self._out / FILE_NAME, self._out / "pictures")
@@ -120,11 +120,11 @@ class _Reporter:
 class _Trainer:
     def __init__(self, recipe: Recipe, out: Path, resume: str, kind: str, stack: ExitStack) -> None:
         self.recipe, self.out, self.format = recipe, out, CHECKPOINT_FORMATS[recipe.engine]
-        with agreement():
+        with raise_on_all_ranks():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
             self.heldout = self._open_heldout()
             self.vocab_size = self._vocabulary()
-            self.model = described(recipe.model, self.vocab_size)
+            self.model = stored_config(recipe.model, self.vocab_size)
             source, state = self._find_checkpoint(resume)
             weights = self._find_weights() if source is None else None
         self._check_same_start(state, weights)
@@ -141,14 +141,14 @@ class _Trainer:
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
-        with agreement():
+        with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
-        self.choices = Choices()
-        self.resumed_from, self.begun_with = source, weights
+        self.routing_fluctuation = RoutingFluctuation()
+        self.resumed_from, self.initial_weights = source, weights
         self.stopped_by: int | None = None
         self.saved = self.done if source is not None else -1
 
@@ -162,41 +162,41 @@ class _Trainer:
         tokens = self.stream.corpus.manifest.tokenizer.vocab_size
         rows = self.recipe.model.vocabulary_rows(tokens)
         if rows < tokens:
-            raise UserError(f"model.vocab_size: {rows} rows, but the corpus's tokenizer has {tokens} tokens")
+            raise UserError(f"model.vocab_size: {rows} is less than the {tokens} tokens of the corpus's tokenizer")
         return rows
 
     def _find_checkpoint(self, resume: str) -> tuple[Path | None, TrainerState]:
-        """Where to go on from, checked against this run, and the state there."""
+        """Find the checkpoint to resume from, if any, check it against this run, and return it with its state."""
         fresh = TrainerState(0, 0, 0, self.stream.fingerprint, self.model, None, self.format)
-        there = list_checkpoints(self.out / "checkpoints")
+        existing = list_checkpoints(self.out / "checkpoints")
         if resume == "never":
-            if there:
+            if existing:
                 raise UserError(
-                    f"{self.out} holds checkpoints of an earlier run, the newest {there[-1]}: go on from it with "
-                    "--resume auto, or give another directory with --out"
+                    f"{self.out} contains checkpoints of an earlier run, the latest {existing[-1]}: resume from it "
+                    "with --resume auto, or choose another directory with --out"
                 )
             return None, fresh
-        path = Path(resume) if resume != "auto" else (there[-1] if there else None)
+        path = Path(resume) if resume != "auto" else (existing[-1] if existing else None)
         if path is None:
             return None, fresh
-        if there and path.resolve().parent != there[-1].resolve().parent:
+        if existing and path.resolve().parent != existing[-1].resolve().parent:
             raise UserError(
-                f"{self.out} holds checkpoints of its own, the newest {there[-1]}: go on from it with --resume auto, "
-                f"or give another directory with --out to begin from {path}"
+                f"{self.out} contains checkpoints of its own, the latest {existing[-1]}: resume from it with "
+                f"--resume auto, or choose another directory with --out to start from {path}"
             )
         state = read_state(path)
-        check_format(path, state, self.format, "Go on with that engine, or begin another run with its weights")
+        check_format(path, state, self.format, "Resume with that engine, or start another run from its weights")
         check_same_model(path, replace(state, model=with_defaults(state.model)), self.model)
         if state.data != self.stream.fingerprint:
             raise UserError(
-                f"checkpoint {path} was trained on other data, another seed, shuffle_window or sequence_length: step "
-                f"{state.step} of it says nothing about where to go on in {self.recipe.data.path}. Restore these, or "
-                "begin a run of its own (--out)"
+                f"checkpoint {path} was trained on other data, or with another seed, shuffle_window or "
+                f"sequence_length: its data cursor is not valid for {self.recipe.data.path}. Restore these settings, "
+                "or start a new run (--out)"
             )
         return path, state
 
     def _find_weights(self) -> Weights | None:
-        """What a fresh run begins with, checked against its model; None where that is drawn."""
+        """Find the initial weights of a fresh run and check them against its model; None for random initialisation."""
         if self.recipe.train.init is None:
             return None
         weights = find_weights(Path(self.recipe.train.init), "with train.init=DIR")
@@ -204,29 +204,30 @@ class _Trainer:
         return weights
 
     def _check_same_start(self, state: TrainerState, weights: Weights | None) -> None:
-        """Raise UserError on every rank where ranks read different data, or begin with different steps or weights."""
+        """Raise UserError on every rank if ranks see different data, checkpoints or initial weights."""
         starts: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size()
         dist.all_gather_object(starts, (self.stream.fingerprint, state.step, weights.digest if weights else ""))
         for rank, (data, step, digest) in enumerate(starts):
             if data != starts[0][0]:
                 raise UserError(
-                    f"data.path: rank {rank} reads another corpus there than rank 0; copy the same one to every machine"
+                    f"data.path: rank {rank} sees a different corpus than rank 0; copy the same corpus to every machine"
                 )
             if step != starts[0][1]:
                 raise UserError(
-                    f"rank 0 begins after step {starts[0][1]} and rank {rank} after step {step}, by the checkpoints "
-                    f"that each sees: {self.out} has to be on a file system that all machines share"
+                    f"rank 0 would resume from step {starts[0][1]} and rank {rank} from step {step}, by the "
+                    f"checkpoints that each sees: {self.out} must be on a file system shared by all machines"
                 )
             if digest != starts[0][2]:
                 raise UserError(
-                    f"train.init: rank {rank} sees other weights there than rank 0; copy the same ones to every machine"
+                    f"train.init: rank {rank} sees different weights than rank 0; copy the same weights to every "
+                    "machine"
                 )
 
     def _save(self) -> None:
         if self.saved != self.done:
             speeds = None if self.speeds is None else asdict(self.speeds)
-            at = self.done, self.cursor.sequences, self.tokens
-            state = TrainerState(*at, self.stream.fingerprint, self.model, speeds, self.format)
+            progress = self.done, self.cursor.sequences, self.tokens
+            state = TrainerState(*progress, self.stream.fingerprint, self.model, speeds, self.format)
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
 
@@ -243,20 +244,20 @@ class _Trainer:
         self.stopped_by = number
 
     def _gather(self, *values: float) -> torch.Tensor:
-        """Every rank's values: `[ranks, n]` float64."""
+        """All-gather numbers: `[ranks, n]` float64."""
         row = torch.tensor(values, dtype=torch.float64, device=self.device)
         return all_gather(row).wait().cpu()
 
     def _start(self) -> None:
         dtype = torch.bfloat16 if self.recipe.train.precision == "bf16" else torch.float32
-        rate = machine.matmul_rate(self.device, dtype)
+        rate = system.matmul_rate(self.device, dtype)
         self.matmul_rate = float(self._gather(rate).sum())
         sequence = self.stream[self.cursor.sequences]
         sample = self._batch(sequence)
         if self.speeds is None and self.mesh.cp.group is not None and self._schedules(sample, dtype):
-            # A layer has a schedule to choose.
+            # Some layer selects its schedule by the cost model.
             measured = measure_speeds(self.mesh.cp.group, self.device, rate)
-            # The first rank's on all, as a checkpoint has them.
+            # Rank 0's on all ranks, as in the checkpoint.
             self.speeds = Speeds(*self._gather(*astuple(measured))[0].tolist())
             sample = self._batch(sequence)
         flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
@@ -270,7 +271,7 @@ class _Trainer:
             parameters=self.engine.parameters,
             ranks=dist.get_world_size(),
             mesh=axes,
-            device=machine.device_name(self.device),
+            device=system.device_name(self.device),
             precision=self.recipe.train.precision,
             flops_per_token=flops,
             matmul_rate=self.matmul_rate,
@@ -280,38 +281,38 @@ class _Trainer:
             unigram_loss=unigram,
         )
         self.reporter.start(info)
-        for note in self.engine.notes:
-            self.reporter.message(note)
+        for message in self.engine.startup_messages:
+            self.reporter.message(message)
         for layers, schedule in info.attention.items():
             self.reporter.message(f"attention, {layers}: {schedule}")
         if self.resumed_from is not None:
             self.reporter.message(f"Resumed from {self.resumed_from} after step {self.done}.")
-        if self.begun_with is not None:
-            self.reporter.message(f"Begins with the weights in {self.begun_with.path}.")
+        if self.initial_weights is not None:
+            self.reporter.message(f"Initialised from the weights in {self.initial_weights.path}.")
 
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
-        """The schedules of attention that were chosen for a batch, by layers."""
-        chosen: dict[str, list[str]] = {}
+        """Describe the attention schedules selected for a batch, by layers that share one."""
+        layers: dict[str, list[str]] = {}
         for name, schedule in self.engine.attention_schedules(sample.layout, dtype).items():
-            chosen.setdefault(schedule, []).append(name)
-        return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in chosen.items()}
+            layers.setdefault(schedule, []).append(name)
+        return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in layers.items()}
 
     def _training_flops(self, batches: Sequence[Batch]) -> float:
-        """What training on these needs on this rank: forward, and twice as much backward, recomputation not counted."""
+        """Count this rank's training FLOPs: forward, and twice as many backward, without recomputation."""
         return 3.0 * sum(self.engine.flops(batch.layout) for batch in batches)
 
     def run(self) -> None:
         steps = self.recipe.train.steps
         if self.done >= steps:
-            self.reporter.message(f"{self.resumed_from} is of step {self.done}; train.steps is {steps}: nothing to do.")
+            self.reporter.message(f"Nothing to do: {self.resumed_from} is at step {self.done}, train.steps is {steps}.")
             return
         signal.signal(signal.SIGTERM, self._stop)
-        with peers_needed("at the start"):
+        with collective_errors("at the start"):
             self._start()
         average: float | None = None
         while self.done < steps:
             step = self.done + 1
-            with peers_needed(f"step {step}"):
+            with collective_errors(f"step {step}"):
                 metrics, stop = self._step(step, average)
                 average = metrics.seconds if average is None else 0.9 * average + 0.1 * metrics.seconds
                 if step % self.recipe.logging.every == 0 or step == steps:
@@ -323,31 +324,29 @@ class _Trainer:
                     break
                 if step % self.recipe.checkpoint.every == 0:
                     self._save()
-        with peers_needed("at the end"):
+        with collective_errors("at the end"):
             self._save()
             self.checkpointer.wait()
             self._finish()
 
     def _step(self, step: int, average: float | None) -> tuple[StepMetrics, bool]:
-        """One optimizer step: its metrics, and whether some rank was asked to stop."""
+        """Take one optimizer step; return its metrics, and whether any rank received a stop signal."""
         began = time.perf_counter()
         recipe = self.recipe
         batches = self.prefetcher.take(self._numbers(self.cursor))
-        following = self.cursor.after(recipe.train.sequences_per_step)
+        next_cursor = self.cursor.after(recipe.train.sequences_per_step)
         if step < recipe.train.steps:
-            self.prefetcher.request(self._numbers(following))
+            self.prefetcher.request(self._numbers(next_cursor))
         lr = recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.train.steps)
         try:
             result = self.engine.step(batches, lr)
-        except NotFiniteError as error:
-            raise UserError(f"step {step}: {error}. {_LOWER}") from error
+        except NonFiniteLogitsError as error:
+            raise UserError(f"step {step}: {error}. {_DIVERGED}") from error
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise UserError(
-                f"step {step}: the loss is {result.loss} and the gradient's norm {result.grad_norm}. {_LOWER}"
-            )
+            raise UserError(f"step {step}: the loss is {result.loss} and the grad norm {result.grad_norm}. {_DIVERGED}")
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
-        self.done, self.cursor, self.tokens = step, following, self.tokens + tokens
-        memory = machine.peak_memory_bytes(self.device)
+        self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
+        memory = system.peak_memory_bytes(self.device)
         rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by is not None))
         seconds = time.perf_counter() - began
         metrics = StepMetrics(
@@ -362,22 +361,22 @@ class _Trainer:
             memory_bytes=int(rows[:, 1].max()),
             seconds=seconds,
             seconds_left=(recipe.train.steps - step) * (average or seconds),
-            routers={name: routed.metrics for name, routed in result.routing.layers.items()},
+            routers={name: sums.metrics for name, sums in result.router_stats.layers.items()},
         )
         return metrics, bool(rows[:, 2].any())
 
     def _evaluate(self) -> None:
         assert self.heldout is not None
-        self.reporter.evaluation(evaluate(self.engine, self.heldout, self._batch, self.done, self.choices))
+        self.reporter.evaluation(evaluate(self.engine, self.heldout, self._batch, self.done, self.routing_fluctuation))
 
     def _finish(self) -> None:
-        where = self.checkpointer.folder / f"step-{self.done:08d}"
+        checkpoint = self.checkpointer.folder / f"step-{self.done:08d}"
         if self.done < self.recipe.train.steps:
             self.reporter.message(
-                f"Stopped by a signal after step {self.done}; {where} is complete, and the same command goes on."
+                f"Stopped by a signal after step {self.done}. Checkpoint: {checkpoint}; rerun the command to resume."
             )
             return
-        self.reporter.pictures()
+        self.reporter.plot()
         self.reporter.message(
-            f"Done. Checkpoint: {where}\nMetrics: {self.out / FILE_NAME}\nPictures: {self.out / 'pictures'}"
+            f"Done. Checkpoint: {checkpoint}\nMetrics: {self.out / FILE_NAME}\nPlots: {self.out / 'pictures'}"
         )

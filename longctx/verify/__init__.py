@@ -1,4 +1,4 @@
-"""Verification: the same numbers on one rank and on N, shown for a recipe before a week of compute goes into it."""
+"""Verification that a recipe computes the same on one rank and on N, before spending compute on it."""
 
 from longctx.verify.run import Row, shrink, subject_of, verify
 

@@ -1,4 +1,4 @@
-"""One step of a model on the ranks of a process group: its loss, its logits, every parameter's gradient."""
+"""Verification step: loss, logits and every parameter's gradient of a model on the ranks of a process group."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ Precision = Literal["fp64", "fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is verified: a model and how it is trained."""
+    """The model to verify, with its training options and inputs."""
 
     model: ModelConfig
     train: TrainConfig
@@ -30,20 +30,20 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One rank's share: the loss (the same on all), its slices' logits by sequence, and rank 0's whole gradients."""
+class RankResult:
+    """One rank's result: the loss (the same on all ranks), the logits of its slices, and, on rank 0, all gradients."""
 
     loss: float
     logits: dict[int, Tensor]
-    """Of each sequence that this rank reads: `[T_local, N]` float64."""
+    """By sequence that this rank reads: `[T_local, N]` float64."""
     cp_rank: int
     gradients: dict[str, Tensor]
 
 
 def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Tokens and labels `[1, T]` of a sequence of chance, and its documents.
+    """Generate random tokens and labels `[1, T]` of a sequence, and its document boundaries.
 
-    Every sequence has another number of labels: a mean over ranks in place of one over labels would show.
+    Sequences differ in their number of labels, so that a mean over ranks instead of over labels is detected.
     """
     generator = torch.Generator().manual_seed(subject.seed + number)
     tokens = torch.randint(0, subject.vocab_size, (1, subject.length), generator=generator)
@@ -54,8 +54,8 @@ def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tenso
     return tokens, labels, bounds
 
 
-def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
-    """The step of `case`, on every rank of a process group of `case.ranks` on the CPU."""
+def measure(subject: Subject, case: Case, precision: Precision) -> RankResult:
+    """Run the step of `case` on this rank of a CPU process group of `case.ranks`. Collective."""
     axes = {name: getattr(case, name) for name in ("dp_replicate", "dp_shard", "cp", "ulysses", "ep")}
     mesh = Mesh.build("cpu", **axes)
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -73,15 +73,15 @@ def measure(subject: Subject, case: Case, precision: Precision) -> Measured:
     loss, _ = engine.gradients(list(batches.values()))
     gradients = {name: gradient.double() for name, gradient in engine.named_gradients()}
     first = mesh.dp.rank == 0 and mesh.cp.rank == 0
-    return Measured(loss, logits, mesh.cp.rank, gradients if first else {})
+    return RankResult(loss, logits, mesh.cp.rank, gradients if first else {})
 
 
-def whole_logits(parts: list[Measured], subject: Subject, case: Case) -> Tensor:
-    """The logits of all sequences in sequence order, `[SEQUENCES, T, N]`, from every rank's share."""
+def gather_logits(results: list[RankResult], subject: Subject, case: Case) -> Tensor:
+    """Assemble the logits of all sequences in sequence order, `[SEQUENCES, T, N]`, from the results of all ranks."""
     sequences = []
     for number in range(SEQUENCES):
-        # Balanced, the documents decide who holds what.
+        # In the balanced order, the shards depend on the documents.
         layout = Layout(sequence(subject, number, case.packed)[2], case.order, case.cp)
-        holders = sorted((p for p in parts if number in p.logits), key=lambda p: p.cp_rank)
-        sequences.append(layout.unshard([p.logits[number] for p in holders[: case.cp]], dim=0))
+        shards = sorted((r for r in results if number in r.logits), key=lambda r: r.cp_rank)
+        sequences.append(layout.unshard([r.logits[number] for r in shards[: case.cp]], dim=0))
     return torch.stack(sequences)

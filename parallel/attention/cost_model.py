@@ -1,53 +1,54 @@
-"""Choosing the schedule of softmax attention: a cost model of bytes, latency and arithmetic.
+"""Cost model of attention schedules: arithmetic, bytes and latency, from which `auto` chooses the fastest one.
 
-With r the arithmetic of the rank that has most of it and c what it receives, in seconds at the speeds given, forward
-and backward together:
+With r the arithmetic of the rank that has most, and c the bytes that it receives, both in seconds at the given speeds,
+forward and backward together:
 
-    all-gather   r + c / s + max(0, c (1 - 1/s) - r)     s slices of heads: the first is waited for, the others overlap
-    ring         r + max(0, c - r (1 - 1/n))             n steps: there is nothing to compute with but after the first
+    all-gather   r + c / s + max(0, c (1 - 1/s) - r)     s slices of heads: the first is exposed, the others overlap
+    ring         r + max(0, c - r (1 - 1/n))             n steps: communication overlaps with the first n - 1 of them
     ulysses      r + c                                   nothing overlaps, and every rank has the same arithmetic
-    two kinds    Ulysses for its part, the other for the part between groups
+    2-D          Ulysses within groups, plus ring or all-gather between them
 
-and for each call of a collective, or each hop inside one, its latency. Arithmetic is `7 (K + V)` operations for a head
-and a query-key pair that is seen (2 forward and 5 backward products of K or V numbers, Dao 2023, FlashAttention-2).
-All ranks work it out from the same numbers, and come to the same answer.
+plus the latency of each call of a collective, and of each hop within one. Arithmetic is `7 (K + V)` operations per head
+and visible query-key pair (2 forward and 5 backward products of K or V numbers; Dao 2023, FlashAttention-2). All ranks
+compute the estimates from the same numbers, and so choose the same schedule.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from longctx.kernels.attention.block import Mask
 from longctx.parallel.attention.all_gather import HEAD_SLICES
 from longctx.parallel.attention.ulysses import HeadPartition
-from longctx.parallel.attention.visibility import KVOwners, Reach, count
+from longctx.parallel.attention.visibility import KVOwners, row_count
 from longctx.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One layer's attention: query heads, key/value heads, their widths, bytes of a number, and what is seen."""
+    """The attention of one layer: heads, their dims, bytes per element, and the mask."""
 
     heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
-    number: int
-    reach: Reach
+    element_size: int
+    mask: Mask
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a schedule is expected to take on the slowest rank, forward and backward, in seconds."""
+class ScheduleEstimate:
+    """The expected time of a schedule on the slowest rank, forward and backward, in seconds."""
 
     schedule: str
     arithmetic: float
     exposed: float
-    """Communication that nothing is computed beside, latencies included."""
+    """Communication that does not overlap with computation, latencies included."""
     received: int
-    """Bytes that a rank receives, of the one that receives most."""
+    """Bytes that the rank with most traffic receives."""
 
     @property
     def seconds(self) -> float:
-        """All together."""
+        """Return the expected time, in seconds."""
         return self.arithmetic + self.exposed
 
     def __str__(self) -> str:
@@ -62,11 +63,11 @@ class _Model:
 
     def __init__(self, layout: Layout, shape: AttentionShape) -> None:
         self.layout, self.shape, self.speeds = layout, shape, layout.speeds
-        self.kv = layout.local_length * shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.number
+        self.kv = layout.local_length * shape.kv_heads * (shape.key_dim + shape.value_dim) * shape.element_size
         """Bytes of the keys and values of a rank."""
 
     def owners(self, ulysses: int) -> KVOwners:
-        return KVOwners.of(self.layout, ulysses, self.shape.reach)
+        return KVOwners.of(self.layout, ulysses, self.shape.mask)
 
     def kv_heads(self, ulysses: int) -> int:
         return HeadPartition(self.shape.heads, self.shape.kv_heads, ulysses).most_keys
@@ -75,27 +76,29 @@ class _Model:
         shape = self.shape
         return 7.0 * pairs * (shape.key_dim + shape.value_dim) * shape.heads / ulysses / self.speeds.flops
 
-    def all_gather(self, ulysses: int) -> Estimate:
+    def all_gather(self, ulysses: int) -> ScheduleEstimate:
         owners, speeds = self.owners(ulysses), self.speeds
-        others = len(owners.numbers) - 1
+        others = len(owners.pieces) - 1
         kv_heads = self.kv_heads(ulysses)
         keys = others * ulysses * self.kv * kv_heads // self.shape.kv_heads
-        # Gathered forward and backward; gradients are summed in at least 4 bytes.
-        received = 2 * keys + keys * max(4, self.shape.number) // self.shape.number
+        # Gathered forward and backward; gradients are summed in at least 4 bytes per element.
+        received = 2 * keys + keys * max(4, self.shape.element_size) // self.shape.element_size
         slices = min(HEAD_SLICES, kv_heads)
         arithmetic = self.arithmetic(max(owners.score_elements), ulysses)
         seconds = received / speeds.bandwidth
         exposed = seconds / slices + max(0.0, seconds * (1 - 1 / slices) - arithmetic)
-        return Estimate("all-gather", arithmetic, exposed + 3 * slices * others * speeds.latency, received)
+        return ScheduleEstimate("all-gather", arithmetic, exposed + 3 * slices * others * speeds.latency, received)
 
-    def ring(self, ulysses: int) -> Estimate:
+    def ring(self, ulysses: int) -> ScheduleEstimate:
         owners, speeds = self.owners(ulysses), self.speeds
-        size = len(owners.numbers)
-        rows = [[count(owners.needed(reader, (reader - d) % size)) for d in range(1, size)] for reader in range(size)]
+        size = len(owners.pieces)
+        rows = [
+            [row_count(owners.needed(reader, (reader - d) % size)) for d in range(1, size)] for reader in range(size)
+        ]
         sent = [sum(rows[(source + d) % size][d - 1] for d in range(1, size)) for source in range(size)]
         kv_heads = self.kv_heads(ulysses)
-        row = kv_heads * (self.shape.key_dim + self.shape.value_dim) * self.shape.number
-        worst = Estimate("ring", 0.0, 0.0, 0)
+        row = kv_heads * (self.shape.key_dim + self.shape.value_dim) * self.shape.element_size
+        worst = ScheduleEstimate("ring", 0.0, 0.0, 0)
         received = 0
         for reader in range(size):
             arithmetic = self.arithmetic(owners.score_elements[reader], ulysses)
@@ -105,53 +108,54 @@ class _Model:
             exposed = max(0.0, bytes_ / speeds.bandwidth - arithmetic * (1 - 1 / steps))
             exposed += 3 * (steps - 1) * speeds.latency
             if arithmetic + exposed > worst.seconds:
-                worst = Estimate("ring", arithmetic, exposed, bytes_)
-        return Estimate("ring", worst.arithmetic, worst.exposed, received)
+                worst = ScheduleEstimate("ring", arithmetic, exposed, bytes_)
+        return ScheduleEstimate("ring", worst.arithmetic, worst.exposed, received)
 
-    def ulysses(self, size: int) -> Estimate:
-        """The two changes of heads for tokens, there and back."""
+    def ulysses(self, size: int) -> ScheduleEstimate:
+        """Estimate the two all-to-alls between tokens and heads, forward and backward."""
         shape = self.shape
         row = (shape.heads // size + self.kv_heads(size)) * (shape.key_dim + shape.value_dim)
-        received = 2 * (size - 1) * self.layout.local_length * row * shape.number
+        received = 2 * (size - 1) * self.layout.local_length * row * shape.element_size
         exposed = received / self.speeds.bandwidth + 4 * self.speeds.latency
-        return Estimate("ulysses", 0.0, exposed, received)
+        return ScheduleEstimate("ulysses", 0.0, exposed, received)
 
-    def both(self, name: str, inner: int, across: Callable[[int], Estimate] | None) -> Estimate:
-        """Ulysses over `inner` ranks and another schedule between groups, or nothing more."""
-        first = self.ulysses(inner)
-        if across is None:
-            return Estimate(
-                name, self.arithmetic(sum(self.owners(inner).score_elements), inner), first.exposed, first.received
-            )
-        second = across(inner)
-        return Estimate(name, second.arithmetic, first.exposed + second.exposed, first.received + second.received)
+    def with_ulysses(
+        self, name: str, ranks: int, between: Callable[[int], ScheduleEstimate] | None
+    ) -> ScheduleEstimate:
+        """Estimate Ulysses in groups of `ranks`, and the schedule between groups where there are several."""
+        inner = self.ulysses(ranks)
+        if between is None:
+            arithmetic = self.arithmetic(sum(self.owners(ranks).score_elements), ranks)
+            return replace(inner, schedule=name, arithmetic=arithmetic)
+        outer = between(ranks)
+        return ScheduleEstimate(name, outer.arithmetic, inner.exposed + outer.exposed, inner.received + outer.received)
 
 
 def fitting(heads: int, size: int, ulysses: int) -> list[str]:
-    """The schedules that `size` ranks = ulysses x ring and that many query heads allow."""
-    found = ["all-gather", "ring"]
+    """List the schedules for `heads` query heads over `size` ranks, which are ulysses x ring ranks."""
+    schedules = ["all-gather", "ring"]
     if heads % size == 0:
-        found.append("ulysses")
+        schedules.append("ulysses")
     if 1 < ulysses < size and heads % ulysses == 0:
-        found += ["ulysses-ring", "ulysses-all-gather"]
-    return found
+        schedules += ["ulysses-ring", "ulysses-all-gather"]
+    return schedules
 
 
-def estimates(layout: Layout, shape: AttentionShape) -> list[Estimate]:
-    """Every schedule that the ranks and heads allow, the one that is expected to be fastest first."""
+def estimates(layout: Layout, shape: AttentionShape) -> list[ScheduleEstimate]:
+    """Estimate every schedule that the ranks and heads allow; the fastest first."""
     model, inner = _Model(layout, shape), 1 if layout.grid is None else layout.grid.ulysses
-    made: dict[str, Callable[[], Estimate]] = {
+    estimate: dict[str, Callable[[], ScheduleEstimate]] = {
         "all-gather": lambda: model.all_gather(1),
         "ring": lambda: model.ring(1),
-        "ulysses": lambda: model.both("ulysses", layout.size, None),
-        "ulysses-ring": lambda: model.both("ulysses-ring", inner, model.ring),
-        "ulysses-all-gather": lambda: model.both("ulysses-all-gather", inner, model.all_gather),
+        "ulysses": lambda: model.with_ulysses("ulysses", layout.size, None),
+        "ulysses-ring": lambda: model.with_ulysses("ulysses-ring", inner, model.ring),
+        "ulysses-all-gather": lambda: model.with_ulysses("ulysses-all-gather", inner, model.all_gather),
     }
-    found = [made[name]() for name in fitting(shape.heads, layout.size, inner)]
-    return sorted(found, key=lambda estimate: estimate.seconds)
+    schedules = fitting(shape.heads, layout.size, inner)
+    return sorted((estimate[name]() for name in schedules), key=lambda each: each.seconds)
 
 
-def explained(found: Sequence[Estimate]) -> str:
-    """What was chosen and why, in a line."""
-    best, *others = found
+def explained(ranked: Sequence[ScheduleEstimate]) -> str:
+    """Describe the chosen schedule, the first, and the others in one line."""
+    best, *others = ranked
     return f"{best}" + (f"; instead of {', '.join(map(str, others))}" if others else "")

@@ -1,8 +1,8 @@
-"""Ulysses (Jacobs et al. 2023): ranks change between holding all heads of some tokens and some heads of all tokens.
+"""Ulysses (Jacobs et al. 2023): exchange all heads of some tokens for some heads of all tokens, by all-to-all.
 
-One all-to-all each for q, k and v together and for the output, forward and backward. A rank gets `H / U` query heads
-and the key/value heads that these read: where there are fewer of them than ranks, several ranks get the same one, and
-its gradients are added where they come back.
+One all-to-all for q, k and v together and one for the output, in the forward and in the backward pass. Each of U ranks
+gets `H / U` query heads and the key/value heads that these read; where there are fewer of these than ranks, several
+ranks get the same one, and its gradients are added when they return.
 """
 
 import math
@@ -19,18 +19,19 @@ from longctx.parallel.collectives import all_to_all
 
 
 def check_heads(heads: int, size: int) -> None:
-    """Raise ValueError where `size` ranks cannot divide the query heads."""
+    """Raise ValueError where the query heads do not divide over `size` ranks."""
     if heads % size:
-        near = [d for d in range(1, size + 1) if heads % d == 0]
+        common = math.gcd(heads, size)
+        instead = f"'ulysses-ring' with groups of {common} ranks" if common > 1 else "'ring' or 'all-gather'"
         raise ValueError(
             f"Ulysses: {heads} query heads do not divide over {size} ranks ({heads} = {heads // size} x {size} + "
-            f"{heads % size}); take {near[-1]} of them for Ulysses and the ring for the rest"
+            f"{heads % size}); use {instead} instead"
         )
 
 
 @dataclass(frozen=True)
 class HeadPartition:
-    """Which heads each of `size` ranks computes, of `queries` query heads over `keys` key/value heads."""
+    """The heads that each of `size` ranks computes, of `queries` query heads and `keys` key/value heads."""
 
     queries: int
     keys: int
@@ -40,36 +41,37 @@ class HeadPartition:
         check_heads(self.queries, self.size)
 
     def of_queries(self, rank: int) -> slice:
-        """A rank's query heads."""
-        each = self.queries // self.size
-        return slice(rank * each, (rank + 1) * each)
+        """Return a rank's query heads."""
+        heads = self.queries // self.size
+        return slice(rank * heads, (rank + 1) * heads)
 
     def of_keys(self, rank: int) -> slice:
-        """The key/value heads that these read."""
-        mine, share = self.of_queries(rank), self.queries // self.keys
-        return slice(mine.start // share, (mine.stop - 1) // share + 1)
+        """Return the key/value heads that a rank's query heads read."""
+        heads, group = self.of_queries(rank), self.queries // self.keys
+        return slice(heads.start // group, (heads.stop - 1) // group + 1)
 
     @property
     def most_keys(self) -> int:
-        """The key/value heads of the rank that has most."""
+        """Key/value heads of the rank that has most."""
         return max(self.of_keys(rank).stop - self.of_keys(rank).start for rank in range(self.size))
 
-    def readers(self, rank: int) -> list[int]:
-        """For each of a rank's query heads the key/value head that it reads, counted from the rank's first."""
-        mine, share = self.of_queries(rank), self.queries // self.keys
-        return [head // share - mine.start // share for head in range(mine.start, mine.stop)]
+    def keys_read(self, rank: int) -> list[int]:
+        """Return the key/value head that each of a rank's query heads reads, counted from the rank's first."""
+        heads, group = self.of_queries(rank), self.queries // self.keys
+        return [head // group - heads.start // group for head in range(heads.start, heads.stop)]
 
     def expanded(self, rank: int) -> list[int] | None:
-        """Key/value heads to compute with, where query heads do not read those of the rank equally often; else None."""
-        readers = self.readers(rank)
-        counts = [readers.count(head) for head in range(readers[-1] + 1)]
+        """Return key/value heads to repeat, so that each is read equally often by the rank's query heads; None where
+        each is already."""
+        read = self.keys_read(rank)
+        counts = [read.count(head) for head in range(read[-1] + 1)]
         if len(set(counts)) == 1:
             return None
-        return readers[:: math.gcd(*counts)]
+        return read[:: math.gcd(*counts)]
 
 
 class _ScatterHeads(torch.autograd.Function):
-    """q, k, v of all heads and this rank's rows `[B, T_r, heads, D]`, to its heads and the rows of all ranks, U T_r."""
+    """q, k, v from all heads of this rank's rows, `[B, T_r, heads, D]`, to its heads of the U T_r rows of all ranks."""
 
     @staticmethod
     @rank_forward
@@ -78,59 +80,59 @@ class _ScatterHeads(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rank = torch.distributed.get_rank(group)
         ctx.heads, ctx.group, ctx.shapes = heads, group, (q.shape, k.shape, v.shape)
-        parts = []
+        sent = []
         for r in range(heads.size):
             queries, keys = heads.of_queries(r), heads.of_keys(r)
-            parts.append(torch.cat([q[:, :, queries].flatten(), k[:, :, keys].flatten(), v[:, :, keys].flatten()]))
-        mine = _shapes(heads, rank, *ctx.shapes)
-        each = sum(shape.numel() for shape in mine)
-        got = all_to_all(parts, [each] * heads.size, group).wait()
-        split = [x.split([shape.numel() for shape in mine]) for x in got]
-        return tuple(torch.cat([x[i].view(shape) for x in split], dim=1) for i, shape in enumerate(mine))
+            sent.append(torch.cat([q[:, :, queries].flatten(), k[:, :, keys].flatten(), v[:, :, keys].flatten()]))
+        shapes = _shapes(heads, rank, *ctx.shapes)
+        sizes = [shape.numel() for shape in shapes]
+        received = all_to_all(sent, [sum(sizes)] * heads.size, group).wait()
+        split = [flat.split(sizes) for flat in received]
+        return tuple(torch.cat([x[i].view(shape) for x in split], dim=1) for i, shape in enumerate(shapes))
 
     @staticmethod
     @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         heads: HeadPartition = ctx.heads
         shapes = [_shapes(heads, r, *ctx.shapes) for r in range(heads.size)]
-        # q may have other rows than k and v: pairs that were routed.
-        of_ranks = list(zip(*(g.chunk(heads.size, dim=1) for g in grads), strict=True))
-        parts = [torch.cat([g.flatten() for g in each]) for each in of_ranks]
-        got = all_to_all(parts, [sum(s.numel() for s in each) for each in shapes], ctx.group).wait()
+        # q may have other rows than k and v: the pairs that routing selected.
+        by_rank = zip(*(g.chunk(heads.size, dim=1) for g in grads), strict=True)
+        sent = [torch.cat([g.flatten() for g in of_rank]) for of_rank in by_rank]
+        received = all_to_all(sent, [sum(s.numel() for s in of_rank) for of_rank in shapes], ctx.group).wait()
         dtype = accumulation_dtype(grads[0].dtype)
         dq = grads[0].new_empty(ctx.shapes[0])
         dk, dv = (grads[0].new_zeros(shape, dtype=dtype) for shape in ctx.shapes[1:])
-        for r, (flat, each) in enumerate(zip(got, shapes, strict=True)):
-            q, k, v = (x.view(s) for x, s in zip(flat.split([s.numel() for s in each]), each, strict=True))
+        for r, (flat, of_rank) in enumerate(zip(received, shapes, strict=True)):
+            q, k, v = (x.view(s) for x, s in zip(flat.split([s.numel() for s in of_rank]), of_rank, strict=True))
             dq[:, :, heads.of_queries(r)] = q
-            # Several ranks may have read one head.
+            # Several ranks may have read one key/value head.
             dk[:, :, heads.of_keys(r)] += k
             dv[:, :, heads.of_keys(r)] += v
         return dq, dk.to(grads[1].dtype), dv.to(grads[2].dtype), None, None
 
 
 def _shapes(heads: HeadPartition, rank: int, q: torch.Size, k: torch.Size, v: torch.Size) -> tuple[torch.Size, ...]:
-    """What a rank gets of q, k and v from each rank."""
+    """Return the shapes of q, k and v that a rank receives from each rank."""
     queries, keys = heads.of_queries(rank), heads.of_keys(rank)
     counts = (queries.stop - queries.start, keys.stop - keys.start, keys.stop - keys.start)
     return tuple(torch.Size((*x[:2], n, x[3])) for x, n in zip((q, k, v), counts, strict=True))
 
 
 def _gather_heads(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
-    parts = list(x.chunk(size, dim=1))
-    got = all_to_all(parts, [parts[0].numel()] * size, group).wait()
-    return torch.cat([part.view(parts[0].shape) for part in got], dim=2)
+    sent = list(x.chunk(size, dim=1))
+    received = all_to_all(sent, [sent[0].numel()] * size, group).wait()
+    return torch.cat([flat.view(sent[0].shape) for flat in received], dim=2)
 
 
 def scatter_rows_of(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
-    """All heads and this rank's rows, `[B, T_r, H, D]`, to its heads and all ranks' rows; without gradient."""
-    parts = list(x.chunk(size, dim=2))
-    got = all_to_all(parts, [parts[0].numel()] * size, group).wait()
-    return torch.cat([part.view(parts[0].shape) for part in got], dim=1)
+    """Exchange all heads of this rank's rows, `[B, T_r, H, D]`, for its heads of all ranks' rows; no gradient."""
+    sent = list(x.chunk(size, dim=2))
+    received = all_to_all(sent, [sent[0].numel()] * size, group).wait()
+    return torch.cat([flat.view(sent[0].shape) for flat in received], dim=1)
 
 
 class _GatherHeads(torch.autograd.Function):
-    """`[B, U T_r, H / U, V]` of all ranks' rows and this rank's heads, to its rows and all heads `[B, T_r, H, V]`."""
+    """From this rank's heads of all ranks' rows, `[B, U T_r, H / U, V]`, to all heads of its rows, `[B, T_r, H, V]`."""
 
     @staticmethod
     @rank_forward
@@ -147,9 +149,9 @@ class _GatherHeads(torch.autograd.Function):
 def scatter_heads(
     q: Tensor, k: Tensor, v: Tensor, heads: HeadPartition, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[B, U T_r, H / U, K]`, k and v of the heads that these read, of all ranks' rows in the order of ranks.
+    """Return q `[B, U T_r, H / U, K]`, and k and v of the heads that these read, for all ranks' rows in rank order.
 
-    Where query heads do not read the key/value heads equally often, these are repeated, so that they group.
+    Where query heads do not read the key/value heads equally often, these are repeated, so that groups are equal.
     """
     q, k, v = _ScatterHeads.apply(q, k, v, heads, group)  # type: ignore[no-untyped-call]
     index = heads.expanded(torch.distributed.get_rank(group))
@@ -159,6 +161,6 @@ def scatter_heads(
 
 
 def gather_heads(out: Tensor, heads: HeadPartition, group: ProcessGroup) -> Tensor:
-    """The inverse, for the outputs: `[B, T_r, H, V]` of this rank's rows."""
+    """Return all heads of this rank's rows, `[B, T_r, H, V]`, from the outputs: the inverse of `scatter_heads`."""
     result: Tensor = _GatherHeads.apply(out, heads.size, group)  # type: ignore[no-untyped-call]
     return result

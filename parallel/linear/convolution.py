@@ -1,7 +1,6 @@
-"""The short causal convolution over a sequence that lies over ranks.
+"""Short causal convolution over ranks, with documents reset.
 
-A slice needs of the slices before it W - 1 tokens (`longctx.parallel.linear.halo`), whatever the length of the
-sequence.
+A slice needs only the W - 1 tokens before it (`longctx.parallel.linear.halo`), whatever the sequence length.
 """
 
 from typing import Any
@@ -10,33 +9,27 @@ import torch
 from torch import Tensor
 
 from longctx.kernels import convolution
-from longctx.kernels.linear.recurrence import Segment
 from longctx.parallel.autograd import rank_backward, rank_forward
 from longctx.parallel.layout import Layout
-from longctx.parallel.linear.halo import add_to_tails, check_initial, check_tokens, give_back, receive
+from longctx.parallel.linear.halo import add_to_tails, check_initial, check_tokens, gather_halos, reduce_halo_grads
 
 
-def _segments(layout: Layout) -> tuple[Segment, ...]:
-    at = zip(layout.local, layout.slices, strict=True)
-    return tuple(Segment(local.start, local.stop, layout.starts(part)) for local, part in at)
+def _mask_documents_(halos: Tensor, layout: Layout) -> Tensor:
+    """Zero the tokens of earlier documents in `halos [N, B, W - 1, D]`, in place.
 
-
-def _hide_(halos: Tensor, layout: Layout) -> Tensor:
-    """Zero in `halos [N, B, W - 1, D]` what is of another document than the token behind it, in place.
-
-    A document may begin in the last W - 2 tokens before a slice; in the slice nothing tells.
+    A document may start in the last W - 2 tokens before a slice, which the slice's own starts do not include.
     """
     width = halos.shape[2]
     for halo, part in zip(halos, layout.slices, strict=True):
         begin = layout.document_start(part.begin)
-        # The first document has no start: before it are zeros, or what it continues from.
+        # The first document may use its whole halo: before it are zeros, or the tokens that it continues.
         halo[:, : max(0, width - (part.begin - begin)) if begin else 0] = 0
     return halos
 
 
 class _ShortConvolution(torch.autograd.Function):
-    # One function, and not `left_halo` before `causal_convolution`: autograd would add two gradients of x as long as
-    # the sequence, one of them zero but for W - 1 tokens.
+    # One function instead of `left_halo` and `causal_convolution`: autograd would add two full-length gradients of x,
+    # one of them zero except for W - 1 tokens.
 
     @staticmethod
     @rank_forward
@@ -49,9 +42,9 @@ class _ShortConvolution(torch.autograd.Function):
         layout: Layout,
         activation: str | None,
     ) -> Tensor:
-        before = _hide_(receive(x, layout, weight.shape[1] - 1, initial), layout)
+        before = _mask_documents_(gather_halos(x, layout, weight.shape[1] - 1, initial), layout)
         ctx.save_for_backward(x, weight, bias, before)
-        ctx.layout, ctx.segments, ctx.activation = layout, _segments(layout), activation
+        ctx.layout, ctx.segments, ctx.activation = layout, layout.segments, activation
         return layout.zero_padding_(convolution.forward(x, weight, bias, before, ctx.segments, activation))
 
     @staticmethod
@@ -61,7 +54,7 @@ class _ShortConvolution(torch.autograd.Function):
         dx, dweight, dbias, dbefore = convolution.backward(
             grads[0], x, weight, bias, before, ctx.segments, ctx.activation
         )
-        dtails, dinitial = give_back(_hide_(dbefore, ctx.layout), ctx.layout)
+        dtails, dinitial = reduce_halo_grads(_mask_documents_(dbefore, ctx.layout), ctx.layout)
         add_to_tails(ctx.layout.zero_padding_(dx), dtails, ctx.layout)
         return dx, dweight, dbias, dinitial.to(x.dtype) if ctx.needs_input_grad[3] else None, None, None
 
@@ -75,15 +68,15 @@ def short_convolution(
     *,
     initial: Tensor | None = None,
 ) -> Tensor:
-    """`longctx.kernels.convolution.causal_convolution` over a sequence that lies over ranks, documents reset.
+    """Compute `longctx.kernels.convolution.causal_convolution` over ranks; documents reset.
 
     Shapes: x `[B, T_local, D]`, this rank's tokens; weight `[D, W]`, its last column for the token itself; bias `[D]`
-    or None; activation None or "silu". initial `[B, W - 1, D]`, the same on every rank, is what the first document
-    continues from, zeros by default; only a layout whose first document is `past_tokens` may have one.
+    or None; activation None or "silu". initial `[B, W - 1, D]`, the same on every rank, are the tokens before the
+    sequence, zeros by default; only a layout with `past_tokens` may have them.
 
     Returns `[B, T_local, D]` in x's dtype. Differentiable in every tensor: the gradients of weight and bias are this
-    rank's share, to be summed, that of initial is the same on every rank. Raises ValueError where an argument does not
-    fit, naming it.
+    rank's summand, that of initial is the same on every rank. Raises ValueError, naming the argument, where one does
+    not fit.
     """
     convolution.check_arguments(x, weight, bias, activation, "[batch, tokens, channels]")
     check_tokens(x, layout)

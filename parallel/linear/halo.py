@@ -1,12 +1,12 @@
-"""The tokens that precede each slice of a sequence that lies over ranks.
+"""Halo exchange: the tokens before each slice of a sequence that is split over ranks.
 
-Every rank sends the last tokens of its slices, and each slice takes those before it, from several slices where slices
-are shorter than the halo. Backward, every rank sends the gradients of its halos, and each takes what is of its tokens,
-summed in the accumulation dtype in the order of the sequence.
+Every rank sends the last tokens of its slices, and each slice receives those before it, from several slices where these
+are shorter than the halo. Backward, every rank sends the gradients of its halos, and each rank sums those of its own
+tokens in the accumulation dtype, in sequence order.
 
-How they travel is known here alone: one all-gather forward, of `N * B * min(width, slice) * D` numbers a rank, and one
-backward, of `N * B * width * D`. Backward a reduce-scatter would carry as many, or more where the tokens before the
-sequence have a gradient, which every rank is given; it would carry fewer only where slices are shorter than the halo.
+Forward is one all-gather of `N * B * min(width, slice) * D` numbers per rank, backward one of `N * B * width * D`. A
+reduce-scatter backward would carry as many, and more where the tokens before the sequence have a gradient, which every
+rank receives; it would carry fewer only where slices are shorter than the halo.
 """
 
 from collections.abc import Sequence
@@ -22,63 +22,63 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.layout import Layout
 
 
-def _reach(layout: Layout, width: int) -> int:
-    """The tokens of a slice that halos can hold."""
+def _tail_length(layout: Layout, width: int) -> int:
+    """Return how many of a slice's last tokens are sent."""
     return min(width, layout.piece_length)
 
 
-def _ends(layout: Layout) -> list[int]:
-    """Where the pieces of this rank end in its tensors, padding included: only padding follows it in the sequence."""
-    return [(place + 1) * layout.piece_length for place in range(len(layout.slices))]
+def _piece_ends(layout: Layout) -> list[int]:
+    """Return where this rank's pieces end in its tensors, padding included: padding is at the sequence's end."""
+    return [(index + 1) * layout.piece_length for index in range(len(layout.slices))]
 
 
-def _in_sequence_order(parts: Tensor, layout: Layout) -> list[Tensor]:
-    """One tensor for each slice of the sequence, from `parts [N, ...]` of this rank's."""
-    group = layout.peers
+def _all_gather_pieces(parts: Tensor, layout: Layout) -> list[Tensor]:
+    """All-gather `parts [N, ...]`, one per local piece, into a list of all pieces' parts in sequence order."""
+    group = layout.comm_group
     if group is None:
         return list(parts.unbind())
     rows = all_gather(parts, group).wait()
-    return [rows[rank, place] for rank, place in layout.places]
+    return [rows[rank, index] for rank, index in layout.piece_locations]
 
 
-def receive(x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Tensor:
-    """The forward of `left_halo`, by itself: `[N, B, width, D]`, not checked."""
+def gather_halos(x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Tensor:
+    """Return the halos of this rank's slices, `[N, B, width, D]`: the forward of `left_halo`, without checks."""
     first = x.new_zeros(x.shape[0], width, x.shape[2]) if initial is None else initial
     if layout.size == 1 or width == 0:
         return torch.stack([first] * len(layout.slices))
-    reach = _reach(layout, width)
-    tails = _in_sequence_order(torch.stack([x[:, end - reach : end] for end in _ends(layout)]), layout)
-    sources = ceil(width / reach)
-    halos = [torch.cat([first, *tails[max(0, n - sources) : n]], dim=1) for n in layout.numbers(layout.rank)]
+    tail = _tail_length(layout, width)
+    tails = _all_gather_pieces(torch.stack([x[:, end - tail : end] for end in _piece_ends(layout)]), layout)
+    sources = ceil(width / tail)
+    halos = [torch.cat([first, *tails[max(0, n - sources) : n]], dim=1) for n in layout.pieces_of(layout.rank)]
     return torch.stack([halo[:, halo.shape[1] - width :] for halo in halos])
 
 
-def give_back(dhalo: Tensor, layout: Layout) -> tuple[list[Tensor], Tensor]:
-    """The backward of `receive`: what `dhalo [N, B, width, D]` of all ranks is of this rank's tokens.
+def reduce_halo_grads(dhalo: Tensor, layout: Layout) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients of this rank's tokens from `dhalo [N, B, width, D]`: the backward of `gather_halos`.
 
-    Returns for each of this rank's slices the gradient of its last `min(width, slice)` tokens, and that of `initial`
-    `[B, width, D]`, the same on every rank, all in the accumulation dtype.
+    One tensor per slice, the gradient of its last `min(width, slice)` tokens; and the gradient of `initial`
+    `[B, width, D]`, the same on every rank. All in the accumulation dtype.
     """
     dtype, width = accumulation_dtype(dhalo.dtype), dhalo.shape[2]
-    reach = _reach(layout, width)
-    dtails = [dhalo.new_zeros(dhalo.shape[1], reach, dhalo.shape[3], dtype=dtype) for _ in layout.slices]
+    tail = _tail_length(layout, width)
+    dtails = [dhalo.new_zeros(dhalo.shape[1], tail, dhalo.shape[3], dtype=dtype) for _ in layout.slices]
     dinitial = dhalo.new_zeros(dhalo.shape[1:], dtype=dtype)
     if width == 0:
         return dtails, dinitial
-    grads = _in_sequence_order(dhalo, layout)
-    sources = ceil(width / reach)
-    for number, dtail in zip(layout.numbers(layout.rank), dtails, strict=True):
+    grads = _all_gather_pieces(dhalo, layout)
+    sources = ceil(width / tail)
+    for number, dtail in zip(layout.pieces_of(layout.rank), dtails, strict=True):
         for reader in range(number + 1, min(number + sources + 1, layout.pieces)):
-            place = width - (reader - number) * reach
-            dtail[:, max(0, -place) :] += grads[reader][:, max(0, place) : place + reach]
+            offset = width - (reader - number) * tail
+            dtail[:, max(0, -offset) :] += grads[reader][:, max(0, offset) : offset + tail]
     for reader in range(min(sources, layout.pieces)):
-        dinitial[:, reader * reach :] += grads[reader][:, : width - reader * reach]
+        dinitial[:, reader * tail :] += grads[reader][:, : width - reader * tail]
     return dtails, dinitial
 
 
 def add_to_tails(dx: Tensor, dtails: Sequence[Tensor], layout: Layout) -> None:
     """Add the gradients of the slices' last tokens to `dx [B, T_local, D]`, in place."""
-    for end, dtail in zip(_ends(layout), dtails, strict=True):
+    for end, dtail in zip(_piece_ends(layout), dtails, strict=True):
         dx[:, end - dtail.shape[1] : end] += dtail
 
 
@@ -87,12 +87,12 @@ class _LeftHalo(torch.autograd.Function):
     @rank_forward
     def forward(ctx: Any, x: Tensor, layout: Layout, width: int, initial: Tensor | None) -> Tensor:
         ctx.layout, ctx.shape = layout, x.shape
-        return receive(x, layout, width, initial)
+        return gather_halos(x, layout, width, initial)
 
     @staticmethod
     @rank_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dtails, dinitial = give_back(grads[0], ctx.layout)
+        dtails, dinitial = reduce_halo_grads(grads[0], ctx.layout)
         dx = grads[0].new_zeros(ctx.shape)
         add_to_tails(dx, dtails, ctx.layout)
         return dx, None, None, dinitial.to(dx.dtype) if ctx.needs_input_grad[3] else None
@@ -102,35 +102,30 @@ def check_tokens(x: Tensor, layout: Layout) -> None:
     """Raise ValueError where x is not `[B, T_local, D]`."""
     if x.dim() != 3:
         raise ValueError(f"x has shape {list(x.shape)}: expected [batch, tokens, channels]")
-    if x.shape[1] != layout.local_length:
-        raise ValueError(
-            f"x has {x.shape[1]} tokens: expected the {layout.local_length} that the layout gives this rank"
-        )
+    layout.check_length("x", x)
 
 
 def check_initial(initial: Tensor, x: Tensor, layout: Layout, width: int) -> None:
-    """Raise ValueError where initial is not `[B, width, D]` like x, or the layout would drop it."""
+    """Raise ValueError where initial is not `[B, width, D]` like x, or the layout would ignore it."""
     if not layout.past_tokens:
-        raise ValueError("initial is given, but the layout's first document is not continued and would drop it")
+        raise ValueError("initial is given, but the layout's first document is not continued and would ignore it")
     shape = [x.shape[0], width, x.shape[2]]
     if list(initial.shape) != shape:
         raise ValueError(f"initial has shape {list(initial.shape)}: expected [batch, width, channels] = {shape}")
     if initial.dtype != x.dtype or initial.device != x.device:
-        raise ValueError(
-            f"initial is {initial.dtype} on {initial.device}: expected {x.dtype} on {x.device}, as x has them"
-        )
+        raise ValueError(f"initial is {initial.dtype} on {initial.device}: expected {x.dtype} on {x.device}, as for x")
 
 
 def left_halo(x: Tensor, layout: Layout, width: int, *, initial: Tensor | None = None) -> Tensor:
-    """The `width` tokens that precede each of this rank's slices in the whole sequence, `[N, B, width, D]`.
+    """Return the `width` tokens before each of this rank's slices in the whole sequence, `[N, B, width, D]`.
 
-    In the order in which the slices lie here (N is 1, in zigzag order over several ranks 2). Documents are not looked
-    at: who reads a halo drops what belongs to another one. Where the sequence begins, `initial [B, width, D]` precedes
-    it, zeros by default; only a layout whose first document is `past_tokens` may have one, the same on every rank.
+    The N slices are in local order (N is 1, or 2 in zigzag order over several ranks). Documents are ignored: the caller
+    masks the tokens of other documents. Before the sequence are `initial [B, width, D]`, the same on every rank, zeros
+    by default; only a layout with `past_tokens` may have them.
 
-    Shapes: x `[B, T_local, D]`. Differentiable in x and initial: each gradient goes back to the rank that holds the
-    token and is added there; that of initial is the same on every rank. Every rank has to take part in the backward
-    pass. Raises ValueError where an argument does not fit, naming it.
+    Shapes: x `[B, T_local, D]`. Differentiable in x and initial: gradients are summed on the rank that holds the token,
+    and that of initial is the same on every rank. All ranks have to take part in the backward pass. Raises ValueError,
+    naming the argument, where one does not fit.
     """
     check_tokens(x, layout)
     if width < 0:

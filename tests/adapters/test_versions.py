@@ -8,7 +8,7 @@ import pytest
 from longctx.adapters import versions
 from longctx.adapters.versions import UnsupportedVersionError
 
-TESTED = versions.Tested("megatron-core", "some_framework", oldest="0.16.1", newest="0.17", extra="megatron")
+TESTED = versions.TestedVersions("megatron-core", "some_framework", oldest="0.16.1", newest="0.17", extra="megatron")
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.16.2", "0.17.0", "0.17.5", "0.17.0rc1", "0.16.1+cu13"])
@@ -30,4 +30,4 @@ def test_what_is_missing_is_named():
     with pytest.raises(
         UnsupportedVersionError, match=r"no-such-package is not installed: pip install 'longctx\[none\]'"
     ):
-        versions.Tested("no-such-package", "no_such_module", oldest="1", newest="1", extra="none").check()
+        versions.TestedVersions("no-such-package", "no_such_module", oldest="1", newest="1", extra="none").check()

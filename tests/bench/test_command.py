@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from longctx.bench import machine, peers
+from longctx.bench import peers, rates
 from longctx.bench import run as bench
 from longctx.bench.kernels import KERNELS
 from longctx.launch import main as commands
@@ -28,12 +28,12 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements in this process, quickly: their values do not matter here."""
 
-    def alone(threads: int | None, function: Callable[..., Any], *args: Any) -> Any:
+    def run_isolated(threads: int | None, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
-    monkeypatch.setattr(bench, "alone", alone)
-    monkeypatch.setattr(machine, "SECONDS", 0.01)
-    monkeypatch.setattr(machine, "COPIED", 2**20)
+    monkeypatch.setattr(bench, "run_isolated", run_isolated)
+    monkeypatch.setattr(rates, "SECONDS", 0.01)
+    monkeypatch.setattr(rates, "COPIED", 2**20)
 
 
 @pytest.mark.usefixtures("here")
@@ -80,7 +80,7 @@ def test_a_peer_that_is_not_installed_gives_its_line(monkeypatch: pytest.MonkeyP
     status, out, _ = invoke(*SMALL, "--only", "lightning")
     assert status == 0
     assert (
-        "lightning: HF MiniMax left out: transformers is not installed; pip install 'longctx[compare]'"
+        "lightning: HF MiniMax skipped: transformers is not installed; pip install 'longctx[compare]'"
         in out.splitlines()
     )
 
@@ -116,14 +116,14 @@ def test_each_measurement_runs_in_a_process_of_its_own(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--only", "mamba"), "error: --only mamba: there is no such kernel; there are lightning, simple-gla,"),
+        (("--only", "mamba"), "error: --only mamba: unknown kernel; the kernels are lightning, simple-gla,"),
         (("--tokens", "many"), "error: --tokens: 'many' is not an integer"),
         (("--tokens", "0"), "error: --tokens 0: expected at least 1"),
-        (("--scaling", "64"), "error: --scaling 64: expected two lengths, the short one first"),
-        (("--scaling", "64,32"), "error: --scaling 64,32: expected two lengths, the short one first"),
+        (("--scaling", "64"), "error: --scaling 64: expected two lengths, the shorter first"),
+        (("--scaling", "64,32"), "error: --scaling 64,32: expected two lengths, the shorter first"),
         (("--scaling", "1,2,3"), "error: --scaling 1,2,3: expected two lengths"),
         (("--json", "nowhere/out.json"), "error: --json nowhere/out.json: there is no directory nowhere"),
-        (("--tokens", "1000Gi"), "error: --tokens 1073741824000: q, k, v and o are"),
+        (("--tokens", "1000Gi"), "error: --tokens 1073741824000: q, k, v and o need"),
         (("--dtype", "float16"), "Invalid value for '--dtype'"),
         (("--repeats", "0"), "Invalid value for '--repeats'"),
     ],
@@ -138,4 +138,4 @@ def test_a_wrong_option_is_refused(arguments: tuple[str, ...], message: str) -> 
 def test_cuda_is_refused_where_there_is_none() -> None:
     status, _, told = invoke("--device", "cuda")
     assert status == 2
-    assert "error: --device cuda: torch finds no CUDA device here; take --device cpu" in told
+    assert "error: --device cuda: torch finds no CUDA device; use --device cpu" in told

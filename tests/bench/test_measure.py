@@ -4,20 +4,20 @@ import pytest
 import torch
 
 from longctx.bench.kernels import KERNELS, Shape
-from longctx.bench.measure import Measured, Task, measure, measure_lengths, run, subject
+from longctx.bench.measure import KernelTask, Measurement, build_workload, measure, measure_lengths, run
 
 SHAPE = Shape(150, 2, 12, "float32")
 TOKENS = 150 * 2 * 12 * 4
 """Bytes of a tensor of tokens."""
 
 
-def task(kernel: str, *, backward: bool = False, shape: Shape = SHAPE) -> Task:
-    return Task(kernel, False, backward, shape, "cpu", 2, 10.0)
+def task(kernel: str, *, backward: bool = False, shape: Shape = SHAPE) -> KernelTask:
+    return KernelTask(kernel, False, backward, shape, "cpu", 2, 10.0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_runs_forward_and_backward(kernel: str) -> None:
-    made = subject(task(kernel, backward=True), SHAPE)
+    made = build_workload(task(kernel, backward=True), SHAPE)
     out = run(made, None)
     assert out.shape[:2] == (1, SHAPE.tokens)
     run(made, torch.ones_like(out))
@@ -29,14 +29,14 @@ def test_every_kernel_runs_forward_and_backward(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_inputs_are_the_same_each_time(kernel: str) -> None:
-    first, second = (subject(task(kernel), SHAPE).leaves for _ in range(2))
+    first, second = (build_workload(task(kernel), SHAPE).leaves for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_decays_are_logarithms_and_stay_away_from_zero() -> None:
     for kernel in KERNELS:
-        leaves = subject(task(kernel), SHAPE).leaves
+        leaves = build_workload(task(kernel), SHAPE).leaves
         if "log_decay" in leaves:
             assert leaves["log_decay"].max() <= -0.001
             assert leaves["log_decay"].dtype == torch.float32
@@ -44,7 +44,7 @@ def test_decays_are_logarithms_and_stay_away_from_zero() -> None:
 
 def test_attention_differentiates_as_torch_does() -> None:
     shape = Shape(70, 2, 12, "float64")
-    made = subject(task("attention", backward=True, shape=shape), shape)
+    made = build_workload(task("attention", backward=True, shape=shape), shape)
     do = torch.randn(1, 70, 2, 12, dtype=torch.float64)
     out = run(made, do)
     again = [leaf.detach().requires_grad_() for leaf in made.leaves.values()]
@@ -78,7 +78,7 @@ def test_bf16_halves_them() -> None:
 
 def test_several_lengths() -> None:
     found = measure_lengths(task("gated-unit"), (100, 50))
-    assert all(isinstance(one, Measured) for one in found)
+    assert all(isinstance(one, Measurement) for one in found)
     assert [one.input_bytes for one in found] == [100 * 2 * 2 * 12 * 4, 50 * 2 * 2 * 12 * 4]
 
 

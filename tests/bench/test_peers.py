@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longctx.bench.kernels import KERNELS, Shape
-from longctx.bench.measure import Task, differences, relative, run, subject
+from longctx.bench.measure import KernelTask, build_workload, compare_to_peer, relative, run
 from longctx.bench.peers import PEERS, Peer
 from longctx.kernels.linear.api import linear_attention
 
@@ -17,8 +17,8 @@ CPU = {kernel: peer for (kernel, device), peer in PEERS.items() if device == "cp
 FLA = {kernel: peer for (kernel, device), peer in PEERS.items() if device == "cuda" and peer.package == "fla"}
 
 
-def task(kernel: str, tokens: int = 600, dtype: str = "float32") -> Task:
-    return Task(kernel, False, True, Shape(tokens, 3, 20, dtype), "cpu", 1, 0.0)
+def task(kernel: str, tokens: int = 600, dtype: str = "float32") -> KernelTask:
+    return KernelTask(kernel, False, True, Shape(tokens, 3, 20, dtype), "cpu", 1, 0.0)
 
 
 @pytest.mark.parametrize("kernel", CPU)
@@ -26,7 +26,7 @@ def test_a_peer_computes_the_same(kernel: str) -> None:
     missing = CPU[kernel].missing()
     if missing:
         pytest.skip(missing)
-    found = differences(task(kernel))
+    found = compare_to_peer(task(kernel))
     assert {"o"} < found.keys()
     assert all(value < 1e-5 for value in found.values()), found
 
@@ -36,7 +36,7 @@ def test_gradients_of_q_k_and_v_are_compared(kernel: str) -> None:
     missing = CPU[kernel].missing()
     if missing:
         pytest.skip(missing)
-    assert {"o", "dq", "dk", "dv"} <= differences(task(kernel, tokens=40)).keys()
+    assert {"o", "dq", "dk", "dv"} <= compare_to_peer(task(kernel, tokens=40)).keys()
 
 
 @pytest.mark.parametrize("kernel", CPU)
@@ -44,7 +44,7 @@ def test_bf16_is_within_its_bound(kernel: str) -> None:
     missing = CPU[kernel].missing()
     if missing:
         pytest.skip(missing)
-    found = differences(task(kernel, dtype="bfloat16"))
+    found = compare_to_peer(task(kernel, dtype="bfloat16"))
     assert all(value < 2e-2 for value in found.values()), found
 
 
@@ -56,7 +56,7 @@ def test_another_computation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return type(made)(made.leaves, lambda leaves: 2 * made.run(leaves))
 
     monkeypatch.setitem(PEERS, ("rms-norm", "cpu"), Peer("rms-norm", "doubled", "cpu", doubled))
-    assert differences(task("rms-norm"))["o"] == pytest.approx(1.0)
+    assert compare_to_peer(task("rms-norm"))["o"] == pytest.approx(1.0)
 
 
 def test_what_is_missing_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_fla_is_given_our_gates_and_scale(
     calls: list[str] = []
     monkeypatch.setitem(sys.modules, f"fla.ops.{module}", stand_in(calls))
     one = task(kernel, tokens=70)
-    ours = subject(one, one.shape)
+    ours = build_workload(one, one.shape)
     theirs = FLA[kernel].build(KERNELS[kernel].draw(one.shape, torch.Generator().manual_seed(0)))
     assert relative(run(theirs, None), run(ours, None)) < 1e-6
     assert theirs.constants == ours.constants

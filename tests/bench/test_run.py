@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 
 from longctx.bench import run as bench
-from longctx.bench.alone import AloneError
-from longctx.bench.machine import Machine
-from longctx.bench.measure import Measured, Task
+from longctx.bench.isolated import IsolatedProcessError
+from longctx.bench.measure import KernelTask, Measurement
 from longctx.bench.peers import Peer
-from longctx.bench.run import Benchmark, Options, Report, extrapolate
+from longctx.bench.rates import MachineRates
+from longctx.bench.run import Benchmark, KernelOptions, Report, extrapolate
 from longctx.errors import UserError
 from longctx.kernels.linear.additive import chunked as additive
 
-MACHINE = Machine("a processor", 2, 1, "2.13.0", "3.11", "float32", 1e11, {"8x128x128": 8e10, "8x256x256": 1e11}, 1e10)
+MACHINE = MachineRates(
+    "a processor", 2, 1, "2.13.0", "3.11", "float32", 1e11, {"8x128x128": 8e10, "8x256x256": 1e11}, 1e10
+)
 GIB = 2**30
 
 
@@ -23,30 +25,30 @@ class Imagined:
     """Processes whose measurements are made up: ours take 1 s for each 65,536 tokens, peers three times as long."""
 
     def __init__(self) -> None:
-        self.tasks: list[Task] = []
+        self.tasks: list[KernelTask] = []
         self.peer_seconds: Callable[[int], float] = lambda tokens: 3.0 * tokens / 65536
-        self.memory: Callable[[Task], int] = lambda task: 2**20
+        self.memory: Callable[[KernelTask], int] = lambda task: 2**20
         self.differences = {"o": 1e-6, "dq": 2e-6}
-        self.fails: Callable[[Task], AloneError | None] = lambda task: None
+        self.fails: Callable[[KernelTask], IsolatedProcessError | None] = lambda task: None
 
     def __call__(self, threads: int | None, function: Callable[..., Any], *args: Any) -> Any:
         return getattr(self, function.__name__)(*args)
 
-    def measure_machine(self, device: str, dtype: str) -> Machine:
+    def measure_rates(self, device: str, dtype: str) -> MachineRates:
         return MACHINE
 
-    def differences_of(self, task: Task) -> dict[str, float]:
+    def differences_of(self, task: KernelTask) -> dict[str, float]:
         return self.differences
 
-    def measure(self, task: Task) -> Measured:
+    def measure(self, task: KernelTask) -> Measurement:
         self.tasks.append(task)
         error = self.fails(task)
         if error is not None:
             raise error
         seconds = self.peer_seconds(task.shape.tokens) if task.peer else task.shape.tokens / 65536
-        return Measured(seconds, [seconds], 100, self.memory(task), 10**9)
+        return Measurement(seconds, [seconds], 100, self.memory(task), 10**9)
 
-    def measure_lengths(self, task: Task, lengths: tuple[int, ...]) -> list[Measured]:
+    def measure_lengths(self, task: KernelTask, lengths: tuple[int, ...]) -> list[Measurement]:
         return [self.measure(replace(task, shape=replace(task.shape, tokens=length))) for length in lengths]
 
     def full(self) -> list[tuple[bool, bool]]:
@@ -58,19 +60,19 @@ class Imagined:
 def imagined(monkeypatch: pytest.MonkeyPatch) -> Imagined:
     made = Imagined()
 
-    def alone(threads: int | None, function: Callable[..., Any], *args: Any) -> Any:
-        if function is bench.differences:
+    def run_isolated(threads: int | None, function: Callable[..., Any], *args: Any) -> Any:
+        if function is bench.compare_to_peer:
             return made.differences_of(*args)
         return made(threads, function, *args)
 
-    monkeypatch.setattr(bench, "alone", alone)
+    monkeypatch.setattr(bench, "run_isolated", run_isolated)
     monkeypatch.setattr(bench, "free_bytes", lambda device: 64 * GIB)
     monkeypatch.setattr(Peer, "missing", lambda self: None)
     monkeypatch.setattr(bench.importlib.metadata, "version", lambda name: "1.0")
     return made
 
 
-def options(**changed: Any) -> Options:
+def options(**changed: Any) -> KernelOptions:
     values: dict[str, Any] = {
         "tokens": 65536,
         "heads": 8,
@@ -84,7 +86,7 @@ def options(**changed: Any) -> Options:
         "peer_seconds": 180.0,
         "scaling": None,
     }
-    return Options(**(values | changed))
+    return KernelOptions(**(values | changed))
 
 
 def report(**changed: Any) -> Report:
@@ -129,8 +131,7 @@ def test_a_peer_that_is_expected_to_take_too_long_is_left_out(imagined: Imagined
     assert imagined.full() == [(False, False), (False, True)]
     assert found.peers == []
     assert found.notes == [
-        f"lightning: HF MiniMax, {passes} left out: it is expected to take longer than the 60 s that --peer-seconds "
-        "gives it"
+        f"lightning: HF MiniMax, {passes} skipped: a run is estimated to exceed --peer-seconds (60 s)"
         for passes in ("forward", "forward and backward")
     ]
     assert len(report(peer_seconds=65.0).peers) == 2
@@ -141,8 +142,8 @@ def test_what_takes_long_is_announced(imagined: Imagined) -> None:
     told: list[str] = []
     Benchmark(options(), told.append).run()
     assert told[:2] == [
-        "lightning, forward: about 1.0 s each time",
-        "lightning: HF MiniMax, forward: about 64.0 s each time",
+        "lightning, forward: about 1.0 s per run",
+        "lightning: HF MiniMax, forward: about 64.0 s per run",
     ]
 
 
@@ -156,12 +157,12 @@ def test_what_does_not_fit_into_memory_is_left_out(imagined: Imagined) -> None:
     found = report()
     assert imagined.full() == [(False, False), (True, False), (False, True)]
     assert found.notes == [
-        "lightning: HF MiniMax, forward and backward left out: it needs about 64.0 GiB, and 64.0 GiB of memory are free"
+        "lightning: HF MiniMax, forward and backward skipped: it needs about 64.0 GiB, and 64.0 GiB of memory is free"
     ]
 
 
 def test_inputs_that_do_not_fit_are_an_error_at_once(imagined: Imagined) -> None:
-    with pytest.raises(UserError, match=r"--tokens 16777216: q, k, v and o are 256.0 GiB, and 64.0 GiB of memory"):
+    with pytest.raises(UserError, match=r"--tokens 16777216: q, k, v and o need 256.0 GiB, and 64.0 GiB of memory"):
         report(tokens=2**24)
     assert imagined.tasks == []
 
@@ -172,7 +173,7 @@ def test_a_peer_that_computes_something_else_is_not_measured(imagined: Imagined)
     assert imagined.full() == [(False, False), (False, True)]
     (line,) = found.disagreements
     assert "HF MiniMax computes something else" in line
-    assert "o 2.0e-03, dq nan on 2,048 tokens, more than 1e-03" in line
+    assert "o 2.0e-03, dq nan on 2,048 tokens exceed 1e-03" in line
     imagined.differences = {"o": 2e-3}
     assert report(dtype="bfloat16").disagreements == []
 
@@ -180,29 +181,31 @@ def test_a_peer_that_computes_something_else_is_not_measured(imagined: Imagined)
 def test_a_peer_that_is_missing_gives_a_line(imagined: Imagined, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Peer, "missing", lambda self: f"{self.distribution} is not here")
     found = report()
-    assert found.notes == ["lightning: HF MiniMax left out: transformers is not here"]
+    assert found.notes == ["lightning: HF MiniMax skipped: transformers is not here"]
     assert len(found.rows) == 2
 
 
 def test_a_peer_that_fails_gives_a_line(imagined: Imagined) -> None:
-    imagined.fails = lambda task: AloneError("TypeError: no bf16", "...") if task.peer and task.backward else None
+    imagined.fails = lambda task: (
+        IsolatedProcessError("TypeError: no bf16", "...") if task.peer and task.backward else None
+    )
     found = report()
     assert len(found.peers) == 1
-    assert found.notes == ["lightning: HF MiniMax, forward and backward left out: TypeError: no bf16"]
+    assert found.notes == ["lightning: HF MiniMax, forward and backward skipped: TypeError: no bf16"]
 
 
 def test_our_own_error_is_raised(imagined: Imagined) -> None:
-    imagined.fails = lambda task: AloneError("TypeError: wrong", "the traceback")
-    with pytest.raises(AloneError, match="the traceback"):
+    imagined.fails = lambda task: IsolatedProcessError("TypeError: wrong", "the traceback")
+    with pytest.raises(IsolatedProcessError, match="the traceback"):
         report()
 
 
 def test_a_kernel_whose_process_is_killed_gives_a_line(imagined: Imagined) -> None:
-    imagined.fails = lambda task: AloneError("it was killed", "", died=True) if task.backward else None
+    imagined.fails = lambda task: IsolatedProcessError("it was killed", "", died=True) if task.backward else None
     found = report(peers=False, scaling=(1024, 4096))
     assert found.notes == [
-        "lightning, forward and backward left out: it was killed",
-        "lightning, forward and backward, 4,096 tokens left out: it was killed",
+        "lightning, forward and backward skipped: it was killed",
+        "lightning, forward and backward, 4,096 tokens skipped: it was killed",
     ]
     assert len(found.rows) == len(found.scaling) == 1
 
@@ -231,7 +234,7 @@ def test_scaling_that_one_head_has_no_memory_for_is_left_out(imagined: Imagined)
     found = report(peers=False, scaling=(16384, 2**20))
     assert found.scaling == []
     assert found.notes[0] == (
-        "lightning, forward, 1,048,576 tokens left out: it needs about 128.0 GiB, and 64.0 GiB of memory are free"
+        "lightning, forward, 1,048,576 tokens skipped: it needs about 128.0 GiB, and 64.0 GiB of memory is free"
     )
 
 

@@ -274,7 +274,7 @@ def test_what_cannot_be_written_is_an_error_on_every_rank_and_harms_nothing(rank
     messages = ranks.run(failing_save, tmp_path, cause, size=2)
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"checkpoint {tmp_path}/step-00000002 could not be written: {reason}")
-    assert "Earlier checkpoints are as they were" in messages[0]
+    assert "Earlier checkpoints are unchanged" in messages[0]
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
@@ -319,12 +319,14 @@ def test_a_file_that_is_missing_or_cut_short_is_told_with_what_to_do(damaged, na
         read_state(damaged)
     assert f"{damaged}" in str(caught.value)
     assert name in str(caught.value)
-    assert f"--resume PATH (there: {damaged.with_name('step-00000001')})" in str(caught.value)
+    assert f"--resume PATH (available: {damaged.with_name('step-00000001')})" in str(caught.value)
     assert list_checkpoints(damaged.parent)[-1] == damaged  # or an older one would silently take its place
 
 
 def test_a_folder_above_is_no_checkpoint_and_those_in_it_are_named(saved):
-    with pytest.raises(UserError, match=f"is no checkpoint.*there: {saved}/step-00000001, {saved}/step-00000002"):
+    with pytest.raises(
+        UserError, match=f"is not a checkpoint.*available: {saved}/step-00000001, {saved}/step-00000002"
+    ):
         read_state(saved)
 
 
@@ -339,7 +341,7 @@ def test_bytes_that_changed_are_an_error_on_every_rank(ranks, damaged):
     messages = ranks.run(unreadable, damaged, size=2)
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"checkpoint {damaged} cannot be read: ")
-    assert "--resume PATH (there: " in messages[0]
+    assert "--resume PATH (available: " in messages[0]
 
 
 def unreadable(path: Path) -> str:
@@ -350,5 +352,5 @@ def unreadable(path: Path) -> str:
 
 def test_another_model_is_told_by_every_difference(tmp_path):
     check_same_model(tmp_path, state(1), dict(MODEL))
-    with pytest.raises(UserError, match=r"dim: 16 there, 32 here; heads: None there, 2 here\. Train this one into"):
+    with pytest.raises(UserError, match=r"dim: 16, expected 32; heads: None, expected 2\. Train this model in"):
         check_same_model(tmp_path, state(1), {"dim": 32, "vocab_size": 320, "heads": 2})

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(ranks, workplace) -> Path:
     """10 steps on 2 ranks, with checkpoints of steps 5 and 10."""
-    ranks.run(train, workplace, workplace / "trained", ["train.steps=10"], size=2)
+    ranks.run(train, workplace, workplace / "trained", ["train.steps=4"], size=2)
     return workplace / "trained"
 
 
@@ -51,9 +52,9 @@ def copy(written, tmp_path) -> Path:
 
 
 def test_of_a_run_the_newest_checkpoint_is_taken(trained):
-    assert find_weights(trained, HOW).path == trained / "checkpoints/step-00000010"
-    earlier = trained / "checkpoints/step-00000005"
-    assert (find_weights(earlier, HOW).path, find_weights(earlier, HOW).step) == (earlier, 5)
+    assert find_weights(trained, HOW).path == trained / "checkpoints/step-00000004"
+    earlier = trained / "checkpoints/step-00000002"
+    assert (find_weights(earlier, HOW).path, find_weights(earlier, HOW).step) == (earlier, 2)
 
 
 def test_a_tensor_is_read_alone(trained):
@@ -90,7 +91,7 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path):
 def test_another_model_is_told_by_every_difference(written):
     weights = find_weights(written, HOW)
     weights.check(hybrid(), VOCABULARY)
-    with pytest.raises(UserError, match=r"of another model: dim: 12 there, 18 here; vocab_size: 29 there, 64 here\."):
+    with pytest.raises(UserError, match=r"of another model: dim: 12, expected 18; vocab_size: 29, expected 64\."):
         weights.check(hybrid(dim=18), 64)
 
 
@@ -98,7 +99,9 @@ def test_tensors_that_are_not_the_configurations_are_told(copy):
     said = json.loads((copy / "weights.json").read_text())
     said["model"]["tie_embeddings"] = False
     (copy / "weights.json").write_text(json.dumps(said))
-    with pytest.raises(UserError, match=r"of another model: head\.weight: none there, \[29, 12\] here\. Give others"):
+    with pytest.raises(
+        UserError, match=r"of another model: head\.weight: none, expected \[29, 12\]\. Use other weights"
+    ):
         find_weights(copy, HOW).check(hybrid(tie_embeddings=False), VOCABULARY)
 
 
@@ -128,15 +131,15 @@ def test_bytes_that_changed(copy):
 
 def test_a_damaged_checkpoint_names_the_others(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    os.truncate(run / "checkpoints/step-00000010/__1_0.distcp", 100)
-    with pytest.raises(UserError, match=r"Give another one with train\.init=DIR \(there: .*step-00000005\)"):
+    os.truncate(run / "checkpoints/step-00000004/__1_0.distcp", 100)
+    with pytest.raises(UserError, match=r"Use another checkpoint with train\.init=DIR \(available: .*step-00000002\)"):
         find_weights(run, HOW)
 
 
 def test_what_holds_no_weights_is_told_with_what_does(workplace):
-    with pytest.raises(UserError, match=r"nowhere: there is no such directory\. Give weights with train\.init=DIR: a "):
+    with pytest.raises(UserError, match=r"nowhere: no such directory\. Use weights with train\.init=DIR: a "):
         find_weights(workplace / "nowhere", HOW)
-    with pytest.raises(UserError, match=r"corpus holds no weights\. Give others with train\.init=DIR: a checkpoint, "):
+    with pytest.raises(UserError, match=r"corpus has no weights\. Use weights with train\.init=DIR: a checkpoint, "):
         find_weights(workplace / "corpus", HOW)
 
 
@@ -145,7 +148,7 @@ import sys, time
 from pathlib import Path
 import torch
 from longctx.data.staging import staging
-from longctx.checkpoint.lazy_tensors import Made
+from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import write_weights
 
 def make(begin, end):
@@ -155,7 +158,7 @@ def make(begin, end):
     return torch.zeros(end - begin, 3)
 
 with staging(Path(sys.argv[1])) as folder:
-    write_weights(folder, {"w": Made(torch.Size([4, 3]), make, rows=2)}, {"vocab_size": 5}, {})
+    write_weights(folder, {"w": LazyTensor(torch.Size([4, 3]), make, rows=2)}, {"vocab_size": 5}, {})
 """
 
 
@@ -168,53 +171,66 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_weights(tmp_pa
     assert not out.exists()
     (left,) = tmp_path.glob("out.partial-*")
     assert list(left.glob("*.distcp"))
-    with pytest.raises(UserError, match="was being written when its writer ended"):
+    with pytest.raises(UserError, match="is incomplete: its writer was stopped"):
         find_weights(left, HOW)
     save(tmp_path / "other")
     (tmp_path / "other").rename(tmp_path / "step-00000003.partial")
-    with pytest.raises(UserError, match="was being written when its writer ended"):
+    with pytest.raises(UserError, match="is incomplete: its writer was stopped"):
         find_weights(tmp_path / "step-00000003.partial", HOW)
 
 
 # A run that begins with them
 
 
-@pytest.mark.parametrize(
-    ("size", "overrides"),
-    [(1, ["parallel.cp=1"]), (2, []), (4, ["parallel.cp=2", "parallel.dp_replicate=2"])],
-    ids=["1 rank", "2 ranks", "4 ranks, replicated"],
-)
-def test_a_run_begins_with_weights_and_nothing_else(ranks, trained, workplace, tmp_path, size, overrides):
+RANKS = {
+    "1 rank": (1, ["parallel.cp=1"]),
+    "2 ranks": (2, []),
+    "4 ranks, replicated": (4, ["parallel.cp=2", "parallel.dp_replicate=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(ranks, workplace, trained):
+    """`begun(how)`: the run of 4 steps, with a checkpoint of each, that begins with the weights on these ranks."""
+
+    @cache
+    def run(how):
+        size, overrides = RANKS[how]
+        options = [f"train.init={trained}", "train.steps=4", "checkpoint.every=1", *overrides]
+        ranks.run(train, workplace, workplace / f"begun on {how}", options, size=size)
+        return workplace / f"begun on {how}"
+
+    return run
+
+
+@pytest.mark.parametrize("how", RANKS)
+def test_a_run_begins_with_weights_and_nothing_else(begun, trained, how):
     """Step, data, schedule and optimizer are a new run's: what two updates give shows the last."""
-    options = [f"train.init={trained}", "train.steps=4", "checkpoint.every=1", *overrides]
-    ranks.run(train, workplace, tmp_path / "out", options, size=size)
-    found = metrics(tmp_path / "out").steps
+    run = begun(how)
+    found = metrics(run).steps
     assert [step.step for step in found] == [1, 2, 3, 4]
     assert found[0].tokens == 2 * 64
     assert found[0].lr == pytest.approx(3e-3 / 2)
-    assert losses(tmp_path / "out")[0] < losses(trained)[0] - 0.3
+    assert losses(run)[0] < losses(trained)[0] - 0.3
     # AdamW's first update is of the size of the learning rate, whatever the gradient's: its means begin at 0.
-    before = tensors(trained / "checkpoints/step-00000010")["model.blocks.0.ffn.down.weight"]
-    after = tensors(tmp_path / "out/checkpoints/step-00000001")["model.blocks.0.ffn.down.weight"]
+    before = tensors(trained / "checkpoints/step-00000004")["model.blocks.0.ffn.down.weight"]
+    after = tensors(run / "checkpoints/step-00000001")["model.blocks.0.ffn.down.weight"]
     assert (after - before * (1 - 0.1 * 1.5e-3)).abs().median().item() == pytest.approx(1.5e-3, rel=1e-2)
 
 
-def test_ranks_change_nothing(ranks, trained, workplace, tmp_path):
-    options = [f"train.init={trained}", "train.steps=4"]
-    ranks.run(train, workplace, tmp_path / "two", options, size=2)
-    ranks.run(train, workplace, tmp_path / "one", [*options, "parallel.cp=1"], size=1)
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+def test_ranks_change_nothing(begun):
+    assert losses(begun("1 rank")) == pytest.approx(losses(begun("2 ranks")), rel=1e-5)
 
 
 def test_the_recipe_keeps_it_and_a_run_that_goes_on_does_not_look_at_it(ranks, trained, workplace, tmp_path):
     init = shutil.copytree(trained, tmp_path / "init")
-    ranks.run(train, workplace, tmp_path / "whole", [f"train.init={init}", "train.steps=10"], size=2)
+    ranks.run(train, workplace, tmp_path / "whole", [f"train.init={init}", "train.steps=4"], size=2)
     assert f'init = "{init}"' in (tmp_path / "whole/recipe.toml").read_text()
     out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
-    shutil.rmtree(out / "checkpoints/step-00000010")
+    shutil.rmtree(out / "checkpoints/step-00000004")
     shutil.rmtree(init)
-    ranks.run(train, workplace, out, [f"train.init={init}", "train.steps=10"], size=2)
-    assert checkpoints(out) == ["step-00000005", "step-00000010"]
+    ranks.run(train, workplace, out, [f"train.init={init}", "train.steps=4"], size=2)
+    assert checkpoints(out) == ["step-00000002", "step-00000004"]
     assert losses(out) == losses(tmp_path / "whole")
 
 
@@ -230,10 +246,10 @@ def refused(ranks, workplace, out, *arguments) -> str:
 
 def test_mistakes_are_told_on_every_rank(ranks, trained, workplace, tmp_path):
     out = tmp_path / "out"
-    assert "/nowhere: there is no such directory" in refused(ranks, workplace, out, ["train.init=/nowhere"])
+    assert "/nowhere: no such directory" in refused(ranks, workplace, out, ["train.init=/nowhere"])
     told = refused(ranks, workplace, out, [f"train.init={trained}", "model.dim=32"])
-    assert "step-00000010 has the weights of another model: dim: 16 there, 32 here" in told
-    cut = shutil.copytree(trained / "checkpoints/step-00000010", tmp_path / "cut")
+    assert "step-00000004 has the weights of another model: dim: 16, expected 32" in told
+    cut = shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "cut")
     os.truncate(cut / "__0_0.distcp", 100)
     told = refused(ranks, workplace, out, [f"train.init={cut}"])
     assert f"checkpoint {cut} is damaged: __0_0.distcp has 100 bytes" in told
@@ -242,14 +258,14 @@ def test_mistakes_are_told_on_every_rank(ranks, trained, workplace, tmp_path):
 def test_what_is_not_there_on_one_machine_is_told_on_every_rank(ranks, workplace, trained, tmp_path):
     told = ranks.run(with_weights_of_its_own, workplace, tmp_path / "out", [trained, Path("/nowhere")], size=2)
     assert told[0] == told[1]
-    assert "/nowhere: there is no such directory" in told[0]
+    assert "/nowhere: no such directory" in told[0]
 
 
 def test_other_weights_on_one_machine_are_told_on_every_rank(ranks, workplace, trained, tmp_path):
-    both = [trained, trained / "checkpoints/step-00000005"]
+    both = [trained, trained / "checkpoints/step-00000002"]
     told = ranks.run(with_weights_of_its_own, workplace, tmp_path / "out", both, size=2)
     assert told[0] == told[1] == (
-        "train.init: rank 1 sees other weights there than rank 0; copy the same ones to every machine"
+        "train.init: rank 1 sees different weights than rank 0; copy the same weights to every machine"
     )  # fmt: skip
 
 
@@ -258,7 +274,7 @@ def with_weights_of_its_own(workplace: Path, out: Path, weights: list[Path]) -> 
 
 
 def test_tensors_that_cannot_be_read_stop_all_ranks(ranks, workplace, trained, tmp_path):
-    spoilt = shutil.copytree(trained / "checkpoints/step-00000010", tmp_path / "spoilt")
+    spoilt = shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "spoilt")
     size = (spoilt / "__1_0.distcp").stat().st_size
     (spoilt / "__1_0.distcp").write_bytes(b"\0" * size)
     told = refused(ranks, workplace, tmp_path / "out", [f"train.init={spoilt}"])

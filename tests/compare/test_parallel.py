@@ -79,7 +79,7 @@ def test_zigzag_is_torchs_head_and_tail(size):
     balancer = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel._load_balancer")
     (theirs,) = balancer._HeadTailLoadBalancer(TOKENS, size, "cpu")._generate_indices()
     layout = Layout((0, TOKENS), "zigzag", size)
-    ranks = [layout.seen_by(rank).shard(torch.arange(TOKENS), dim=0) for rank in range(size)]
+    ranks = [layout.for_rank(rank).shard(torch.arange(TOKENS), dim=0) for rank in range(size)]
     assert torch.equal(torch.cat(ranks), theirs)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from longctx.checkpoint.lazy_tensors import LazyTensor
-from longctx.checkpoint.weights import Weights, described, find_weights, write_weights
+from longctx.checkpoint.weights import Weights, find_weights, stored_config, write_weights
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
@@ -28,7 +28,7 @@ def save(path: Path, seed: int = 0, config: ModelConfig | None = None) -> Path:
         value = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         tensors[name] = LazyTensor(value.shape, lambda begin, end, value=value: value[begin:end])
     path.mkdir(parents=True)
-    write_weights(path, tensors, described(config, rows), {"seed": seed})
+    write_weights(path, tensors, stored_config(config, rows), {"seed": seed})
     return path
 
 

@@ -14,7 +14,7 @@ from longctx.checkpoint.weights import Weights, find_weights, shapes_of
 from longctx.convert import huggingface
 from longctx.convert import row_table as rows
 from longctx.convert.families import FAMILIES
-from longctx.convert.huggingface import RECIPE, built_in, from_huggingface, to_huggingface
+from longctx.convert.huggingface import RECIPE, built_in_config, from_huggingface, to_huggingface
 from longctx.errors import UserError
 from tests.convert.cases import HOW, values
 from tests.convert.families import (
@@ -123,7 +123,7 @@ MAMBA_CODESTRAL_7B = {
 )
 def test_a_published_configuration_is_read_and_has_the_published_number_of_parameters(values, parameters):
     family = FAMILIES[values["model_type"]]
-    model, problems = built_in(family, values)
+    model, problems = built_in_config(family, values)
     assert problems == []
     table = family.table(model, shapes_of(model, model.vocab_size))
     assert sum(whole.shape.numel() for whole in table.ours.values()) == parameters
@@ -184,9 +184,9 @@ def test_half_precision_is_read_as_float32(theirs, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
-    """With pieces of 256 bytes; the numbers are the same."""
+    """With buffers of 256 bytes; the numbers are the same."""
     folder = exported(tmp_path, MODELS[name])
-    taken, right = [], huggingface.TensorFolder.rows
+    taken, right = [], huggingface.TensorFolder.read_rows
 
     def counted(self, tensor, begin, end):
         found = right(self, tensor, begin, end)
@@ -194,7 +194,7 @@ def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
             taken.append(found.numel() * 4)
         return found
 
-    with patch.object(rows, "PIECE", 256), patch.object(huggingface.TensorFolder, "rows", counted):
+    with patch.object(rows, "BUFFER_BYTES", 256), patch.object(huggingface.TensorFolder, "read_rows", counted):
         from_huggingface(folder, tmp_path / "again")
     assert max(taken) <= 256
     back = []
@@ -205,7 +205,7 @@ def test_nothing_is_read_whole_that_is_larger_than_a_piece(tmp_path, name):
         back.append(found.numel() * 4)
         return found
 
-    with patch.object(rows, "PIECE", 256), patch.object(Weights, "read_rows", read_rows):
+    with patch.object(rows, "BUFFER_BYTES", 256), patch.object(Weights, "read_rows", read_rows):
         to_huggingface(tmp_path / "again", tmp_path / "back")
     # A row of the first dimension of experts is all of an expert's rows.
     assert max(back) <= max(256, 4 * 20 * 12)
@@ -233,7 +233,7 @@ def test_how_it_will_be_trained_may_be_said(tmp_path):
     assert (moe["balance"], moe["z"]) == (0.5, 1e-3)
     assert "balance = 0.5" in (tmp_path / "out" / RECIPE).read_text()
     with pytest.raises(
-        UserError, match=r"only model\.moe\.balance, .* the source's: model\.moe\.active: 1 here, 2 there"
+        UserError, match=r"only model\.moe\.balance, .* by the source: model\.moe\.active: 1, expected 2"
     ):
         from_huggingface(folder, tmp_path / "other", ["model.moe.active=1"])
     with pytest.raises(UserError, match=r"model\.moe\.balanc: unknown key; did you mean 'balance'"):

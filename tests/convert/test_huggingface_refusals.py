@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from longctx.checkpoint.weights import find_weights
 from longctx.convert import huggingface
-from longctx.convert.families.qwen3_next import _share
+from longctx.convert.families.qwen3_next import _rotary_fraction
 from longctx.convert.huggingface import from_huggingface, to_huggingface
 from longctx.errors import UserError
 from longctx.mixers.deltanet import GatedDeltaNetConfig
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from tests.convert.cases import HOW, save
@@ -47,24 +47,30 @@ def refused(folder):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not known; there are llama, "),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu', where 'silu' or 'swish' can be converted"),
-        ({"attention_bias": True}, "attention_bias: True, where False can be converted: matrices here have no bias"),
-        ({"is_causal": False}, "is_causal: False, where True can be converted"),
-        ({"mlp_bias": True}, "mlp_bias: True, where False can be converted"),
-        ({"attention_dropout": 0.1}, "attention_dropout: 0.1, where 0 can be converted: there is no dropout here"),
-        ({"hidden_size": "gone"}, "hidden_size: is missing"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers: 'two' is not a whole number above 0"),
-        ({"sliding_window": 5}, "sliding_window: 5 is not known here"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is not known here"),
-        ({"architectures": 3}, "architectures: 3, where ['LlamaForCausalLM'] can be converted"),
-        ({"model_type": ["llama"]}, "model_type: ['llama'] is not known; there are llama, "),
-        ({"rope_parameters": "long"}, "rope_parameters: 'long' is no table"),
-        ({"architectures": ["LlamaModel"]}, "architectures: ['LlamaModel'], where ['LlamaForCausalLM'] can be"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type: 'yarn', where 'default' or"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: is missing"),
-        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: 0.5, which transformers does not"),
-        ({"num_attention_heads": 5}, "num_attention_heads: transformers wants a llama's to divide hidden_size"),
+        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not supported, only llama, "),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported, only 'silu' or 'swish'"),
+        ({"attention_bias": True}, "attention_bias: True is not supported, only False: projections have no bias"),
+        ({"is_causal": False}, "is_causal: False is not supported, only True"),
+        ({"mlp_bias": True}, "mlp_bias: True is not supported, only False"),
+        ({"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported, only 0: there is no dropout"),
+        ({"hidden_size": "gone"}, "hidden_size: missing"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers: 'two' is not a positive integer"),
+        ({"sliding_window": 5}, "sliding_window: 5 is unknown"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is unknown"),
+        ({"architectures": 3}, "architectures: 3 is not supported, only ['LlamaForCausalLM']"),
+        ({"model_type": ["llama"]}, "model_type: ['llama'] is not supported, only llama, "),
+        ({"rope_parameters": "long"}, "rope_parameters: 'long' is not a table"),
+        (
+            {"architectures": ["LlamaModel"]},
+            "architectures: ['LlamaModel'] is not supported, only ['LlamaForCausalLM']",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling.rope_type: 'yarn' is not supported, only 'default' or",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: missing"),
+        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: 0.5, which transformers ignores"),
+        ({"num_attention_heads": 5}, "num_attention_heads: must divide hidden_size for llama"),
         ({"num_key_value_heads": 4}, "softmax.kv_heads: 6 query heads are not a multiple of 4 key/value heads"),
         ({"rms_norm_eps": 0.0}, "norm_eps"),
     ],
@@ -99,16 +105,16 @@ def test_keys_without_a_value_and_those_of_training_are_no_mistake(theirs, tmp_p
 def test_in_a_mixtral_noise_of_the_router_is_refused(tmp_path):
     folder = exported(tmp_path, like_mixtral())
     change(folder, router_jitter_noise=0.1)
-    assert "router_jitter_noise: 0.1, where 0 can be converted" in refused(folder)
+    assert "router_jitter_noise: 0.1 is not supported, only 0" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"use_bias": True}, "use_bias: True, where False can be converted: projections have no bias here"),
-        ({"expand": 3}, "expand: times hidden_size it has to be num_heads * head_dim, 24"),
-        ({"time_step_limit": 0.1}, "time_step_limit: [0.1] is not two numbers"),
-        ({"time_step_limit": [0.1]}, "time_step_limit: [0.1] is not two numbers"),
+        ({"use_bias": True}, "use_bias: True is not supported, only False: projections have no bias"),
+        ({"expand": 3}, "expand: expand * hidden_size must be num_heads * head_dim = 24"),
+        ({"time_step_limit": 0.1}, "time_step_limit: [0.1] is not a list of two numbers"),
+        ({"time_step_limit": [0.1]}, "time_step_limit: [0.1] is not a list of two numbers"),
         ({"time_step_limit": [0.1, 0.01]}, "mamba2.dt_min: 0.1 is above dt_max, 0.01"),
         ({"conv_kernel": 9}, "mamba2"),
         ({"n_groups": 3}, "mamba2.groups: 3 groups do not divide 4 heads"),
@@ -128,10 +134,10 @@ def test_keys_of_mamba2(tmp_path, keys, said):
             {"layer_types": ["full_attention"] * 3},
             "layer_types: ['full_attention', 'full_attention', 'full_attention'] is",
         ),
-        ({"layer_types": [["full_attention"]] * 4}, "is not 4 times one of linear_attention, full_attention"),
-        ({"layer_types": ["sliding_attention"] * 4}, "is not 4 times one of linear_attention, full_attention"),
-        ({"mlp_only_layers": 3}, "mlp_only_layers: 3 is no list of layers"),
-        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: 0 is not a whole number above 0"),
+        ({"layer_types": [["full_attention"]] * 4}, "is not a list of 4 of linear_attention, full_attention"),
+        ({"layer_types": ["sliding_attention"] * 4}, "is not a list of 4 of linear_attention, full_attention"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list of layers"),
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: 0 is not a positive integer"),
         ({"linear_num_key_heads": 3}, "gated_deltanet.qk_heads: 4 heads are not a multiple of 3 query/key heads"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -160,7 +166,7 @@ def test_the_share_of_channels_that_are_turned_is_found_again_by_rounding_down()
     for head_dim in range(2, 300):
         for rotary_dim in range(2, head_dim + 1, 2):
             layer = SoftmaxConfig(heads=1, head_dim=head_dim, rotary_dim=rotary_dim)
-            assert int(head_dim * _share(layer)) == rotary_dim, (head_dim, rotary_dim)
+            assert int(head_dim * _rotary_fraction(layer)) == rotary_dim, (head_dim, rotary_dim)
 
 
 def test_decays_that_are_not_those_of_the_configuration_are_refused(tmp_path):
@@ -168,22 +174,22 @@ def test_decays_that_are_not_those_of_the_configuration_are_refused(tmp_path):
     file, name = folder / "model.safetensors", "model.layers.0.self_attn.slope_rate"
     tensors = load_file(file)
     for changed, said in (
-        (1.01 * tensors[name], "is not that of the configuration"),
+        (1.01 * tensors[name], "does not match the configuration"),
         (torch.ones(3), "expected [3, 1"),
     ):
         save_file(tensors | {name: changed}, file)
         assert said in refused(folder)
     change(folder, block_size=8)
-    assert "query_decay is [3, 256, 1] F32: expected [3, 8, 1]" in refused(folder)
+    assert "query_decay is [3, 256, 1] F32, expected [3, 8, 1]" in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("make", "keys", "said"),
     [
-        (like_minimax, {"block_size": "x"}, "block_size: 'x' is not a whole number above 0"),
-        (like_minimax, {"block_size": -3}, "block_size: -3 is not a whole number above 0"),
-        (like_mamba2, {"time_step_limit": [0.0, True]}, "time_step_limit: [0.0, True] is not two numbers"),
-        (like_mamba2, {"time_step_limit": [0.0, {"__float__": "x"}]}, "is not two numbers"),
+        (like_minimax, {"block_size": "x"}, "block_size: 'x' is not a positive integer"),
+        (like_minimax, {"block_size": -3}, "block_size: -3 is not a positive integer"),
+        (like_mamba2, {"time_step_limit": [0.0, True]}, "time_step_limit: [0.0, True] is not a list of two numbers"),
+        (like_mamba2, {"time_step_limit": [0.0, {"__float__": "x"}]}, "is not a list of two numbers"),
     ],
 )
 def test_values_of_a_wrong_type_are_told_by_their_key(tmp_path, make, keys, said):
@@ -237,14 +243,14 @@ def test_every_tensor_that_is_missing_of_another_shape_or_unknown_is_told(theirs
     (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
     change(theirs, intermediate_size=11)
     assert refused(theirs).splitlines()[1:] == [
-        "model.layers.0.mlp.down_proj.weight is [12, 10]: expected [12, 11]",
-        "model.layers.0.mlp.gate_proj.weight is [10, 12]: expected [11, 12]",
-        "model.layers.0.mlp.up_proj.weight is [10, 12]: expected [11, 12]",
-        "model.layers.0.self_attn.o_proj.bias [3] is not known",
+        "model.layers.0.mlp.down_proj.weight is [12, 10], expected [12, 11]",
+        "model.layers.0.mlp.gate_proj.weight is [10, 12], expected [11, 12]",
+        "model.layers.0.mlp.up_proj.weight is [10, 12], expected [11, 12]",
+        "model.layers.0.self_attn.o_proj.bias [3] is unknown",
         "model.layers.0.self_attn.o_proj.weight [12, 24] is missing",
-        "model.layers.1.mlp.down_proj.weight is [12, 10]: expected [12, 11]",
-        "model.layers.1.mlp.gate_proj.weight is [10, 12]: expected [11, 12]",
-        "model.layers.1.mlp.up_proj.weight is [10, 12]: expected [11, 12]",
+        "model.layers.1.mlp.down_proj.weight is [12, 10], expected [12, 11]",
+        "model.layers.1.mlp.gate_proj.weight is [10, 12], expected [11, 12]",
+        "model.layers.1.mlp.up_proj.weight is [10, 12], expected [11, 12]",
     ]
 
 
@@ -258,7 +264,7 @@ def test_tables_of_positions_are_passed_over(theirs, tmp_path):
 def test_weights_that_are_no_weights(theirs):
     name = "model.layers.0.self_attn.o_proj.weight"
     rewrite(theirs, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
-    assert f"{name} is stored as I8: expected F32, BF16, F16" in refused(theirs)
+    assert f"{name} is stored as I8, expected F32, BF16, F16" in refused(theirs)
 
 
 @pytest.mark.parametrize("left", [3, 40, -100], ids=["no length", "half a header", "half of its numbers"])
@@ -279,25 +285,27 @@ def test_a_file_with_a_damaged_header_is_named(theirs):
 def test_a_file_that_is_missing_is_named(theirs):
     file = numbered(theirs, 3)
     file.unlink()
-    assert f"{file}, which model.safetensors.index.json names, is missing" in refused(theirs)
+    assert f"{file}, listed in model.safetensors.index.json, is missing" in refused(theirs)
 
 
 def test_an_index_that_names_what_its_files_do_not_have(theirs):
     rewrite(theirs, lambda tensors: tensors.pop("model.layers.0.self_attn.o_proj.weight"))
     told = refused(theirs)
-    assert "index.json names what its files do not have: model.layers.0.self_attn.o_proj.weight (in model-" in told
+    assert (
+        "index.json lists tensors that its files do not have: model.layers.0.self_attn.o_proj.weight (in model-" in told
+    )
 
 
 def test_a_file_with_what_the_index_does_not_name(theirs):
     _, file = rewrite(theirs, lambda tensors: tensors.update(more=torch.zeros(2)))
-    assert f"{file} has more, which model.safetensors.index.json says is in no file" in refused(theirs)
+    assert f"{file} has more, but model.safetensors.index.json lists it in no file" in refused(theirs)
 
 
 def test_an_index_may_not_name_files_elsewhere(theirs):
     index = json.loads((theirs / "model.safetensors.index.json").read_text())
     index["weight_map"] = {name: f"../theirs/{file}" for name, file in index["weight_map"].items()}
     (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "which model.safetensors.index.json names, is missing" in refused(theirs)
+    assert "listed in model.safetensors.index.json, is missing" in refused(theirs)
 
 
 def test_an_index_that_is_none(theirs):
@@ -310,7 +318,7 @@ def test_a_pickle_is_not_read(theirs):
         file.unlink()
     (theirs / "pytorch_model.bin").write_bytes(b"")
     told = refused(theirs)
-    assert "holds neither model.safetensors nor model.safetensors.index.json. pytorch_model.bin is a pickle" in told
+    assert "has neither model.safetensors nor model.safetensors.index.json. pytorch_model.bin is a pickle" in told
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -320,7 +328,7 @@ def test_a_head_beside_tied_embeddings_has_to_be_them(tmp_path, other):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + other
     save_file(tensors, folder / "model.safetensors")
     if other:
-        assert "lm_head.weight is not the embedding, and config.json has tie_word_embeddings" in refused(folder)
+        assert "lm_head.weight differs from the embedding, but config.json has tie_word_embeddings" in refused(folder)
     else:
         from_huggingface(folder, tmp_path / "out")
         assert "head.weight" not in find_weights(tmp_path / "out", HOW).shapes
@@ -329,7 +337,7 @@ def test_a_head_beside_tied_embeddings_has_to_be_them(tmp_path, other):
 def test_what_is_there_is_not_replaced(theirs, tmp_path):
     (tmp_path / "out").mkdir()
     for convert in (from_huggingface, to_huggingface):
-        with pytest.raises(UserError, match="out exists already: choose another --out"):
+        with pytest.raises(UserError, match="out already exists: choose another --out"):
             convert(theirs, tmp_path / "out")
 
 
@@ -339,27 +347,33 @@ def test_what_is_there_is_not_replaced(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (hybrid(), "no class of transformers has layers LS (model.layers) with swiglu (model.ffn); there are llama: S"),
-        (like_llama(block="parallel"), "in the way of LlamaForCausalLM are model.block: 'parallel' here, 'sequential'"),
-        (like_llama(softmax=SOFTMAX.model_copy(update={"window": 9})), "model.softmax.window: 9 here, None there"),
-        (like_mixtral(score="sigmoid", shared=1), "model.moe.score: 'sigmoid' here, 'softmax' there; model.moe.shared"),
-        (like_mixtral(bias_rate=0.1), "model.moe.bias_rate: 0.1 here, 0.0 there"),
-        (like_mamba2(head_dim=5), "expand: times hidden_size it has to be num_heads * head_dim, 20"),
+        (
+            hybrid(),
+            "no model of transformers has layers LS (model.layers) with swiglu (model.ffn); supported are llama: S",
+        ),
+        (
+            like_llama(block="parallel"),
+            "the closest, LlamaForCausalLM, differs in model.block: 'parallel', expected 'sequential'",
+        ),
+        (like_llama(softmax=SOFTMAX.model_copy(update={"window": 9})), "model.softmax.window: 9, expected None"),
+        (like_mixtral(score="sigmoid", shared=1), "model.moe.score: 'sigmoid', expected 'softmax'; model.moe.shared"),
+        (like_mixtral(bias_rate=0.1), "model.moe.bias_rate: 0.1, expected 0.0"),
+        (like_mamba2(head_dim=5), "expand: expand * hidden_size must be num_heads * head_dim = 20"),
         (
             like_qwen3_next(gated_deltanet=GatedDeltaNetConfig(heads=4, head_dim=5, negative_eigenvalues=True)),
-            "model.gated_deltanet.negative_eigenvalues: True here, False there",
+            "model.gated_deltanet.negative_eigenvalues: True, expected False",
         ),
         (
             like_minimax(lightning=LightningConfig(heads=3, head_dim=4), block="sequential"),
-            "model.block: 'sequential' here, 'postnorm' there; model.lightning.form: 'transnormer' here, 'minimax'",
+            "model.block: 'sequential', expected 'postnorm'; model.lightning.form: 'transnormer', expected 'minimax'",
         ),
         (
             like_minimax(lightning=LightningConfig(heads=2, head_dim=6, form="minimax")),
-            "model.lightning.head_dim: 6 here",
+            "model.lightning.head_dim: 6, expected",
         ),
-        (like_qwen3_next(softmax=SOFTMAX), "model.softmax.output_gate: False here, True there; model.softmax.qk_norm"),
-        (like_llama(norm="zero_centered_rms"), "model.norm: 'zero_centered_rms' here, 'rms' there"),
-        (like_llama(heads=HeadsMixConfig(mixers=("softmax",), active=2)), "model.heads.active: 2 here, None there"),
+        (like_qwen3_next(softmax=SOFTMAX), "model.softmax.output_gate: False, expected True; model.softmax.qk_norm"),
+        (like_llama(norm="zero_centered_rms"), "model.norm: 'zero_centered_rms', expected 'rms'"),
+        (like_llama(heads=HeadMixtureConfig(mixers=("softmax",), active=2)), "model.heads.active: 2, expected None"),
     ],
     ids=[
         "layers",

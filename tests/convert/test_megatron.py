@@ -11,7 +11,7 @@ from longctx.convert.megatron import from_megatron, to_megatron
 from longctx.convert.megatron_script import script_arguments, script_spec
 from longctx.errors import UserError
 from longctx.mixers import MIXERS
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from tests.convert.cases import HOW, routed, save, values
@@ -34,21 +34,21 @@ MODELS = {
     "lightning layers alone, stacked": hybrid(layers="L", softmax=None),
     **{f"mixer {letter}": of(letter) for letter in "MGEKRH"},
     "many mixers": of("MESK"),
-    "mixtures of heads": of("MES", heads=HeadsMixConfig(mixers=("softmax", "mamba2"), shared=1, active=2)),
-    "mixtures of heads alone, stacked": of("S", heads=HeadsMixConfig(mixers=("softmax",), shared=2, active=1)),
+    "mixtures of heads": of("MES", heads=HeadMixtureConfig(mixers=("softmax", "mamba2"), shared=1, active=2)),
+    "mixtures of heads alone, stacked": of("S", heads=HeadMixtureConfig(mixers=("softmax",), shared=2, active=1)),
     "norms of queries in a mixture of heads": of(
-        "S", heads=HeadsMixConfig(mixers=("softmax",), active=2), softmax=SoftmaxConfig(heads=4, qk_norm="rms")
+        "S", heads=HeadMixtureConfig(mixers=("softmax",), active=2), softmax=SoftmaxConfig(heads=4, qk_norm="rms")
     ),
     "a group of heads that shared and routed ones read": of(
         "MB",
-        heads=HeadsMixConfig(mixers=("mamba2", "linear"), shared=1, active=2),
+        heads=HeadMixtureConfig(mixers=("mamba2", "linear"), shared=1, active=2),
         linear={"heads": 4, "kv_heads": 2},
         mamba2={"heads": 4, "state_dim": 7},
     ),
     "a learned map of features": of(
         "BS",
         linear={"heads": 4, "feature_map": "hedgehog"},
-        heads=HeadsMixConfig(mixers=("linear",), shared=2, active=1),
+        heads=HeadMixtureConfig(mixers=("linear",), shared=2, active=1),
     ),
     "a learned map of features alone, stacked": of("B", linear={"heads": 4, "feature_map": "hedgehog"}),
     "attention experts": of("SA"),
@@ -114,8 +114,8 @@ def test_a_checkpoint_of_another_model_names_every_tensor(tmp_path):
     with pytest.raises(UserError) as caught:
         from_megatron(source, hybrid(depth=2, tie_embeddings=False), tmp_path / "out")
     assert "output_layer.weight [29, 12] is missing" in str(caught.value)
-    assert "decoder.layers.2.mlp.linear_fc1.weight [20, 12] has no place in the model" in str(caught.value)
-    with pytest.raises(UserError, match=r"decoder.layers.0.mlp.linear_fc2.weight is \[12, 10\]: expected \[12, 14\]"):
+    assert "decoder.layers.2.mlp.linear_fc1.weight [20, 12] is not part of the model" in str(caught.value)
+    with pytest.raises(UserError, match=r"decoder.layers.0.mlp.linear_fc2.weight is \[12, 10\], expected \[12, 14\]"):
         from_megatron(source, hybrid(swiglu={"hidden": 14}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_model_names_every_tensor(tmp_path):
 def test_a_checkpoint_of_other_layers_names_what_is_missing(tmp_path):
     save(tmp_path / "weights", 3, hybrid(layers="S", lightning=None))
     to_megatron(tmp_path / "weights", tmp_path / "megatron")
-    heads = HeadsMixConfig(mixers=("softmax",), active=3)
+    heads = HeadMixtureConfig(mixers=("softmax",), active=3)
     for config, name in (
         (hybrid(layers="L", softmax=None), "qkvu.weight"),
         (hybrid(layers="S", lightning=None, heads=heads), "head_router.weight"),
@@ -131,16 +131,18 @@ def test_a_checkpoint_of_other_layers_names_what_is_missing(tmp_path):
         with pytest.raises(UserError) as caught:
             from_megatron(tmp_path / "megatron", config, tmp_path / "out")
         assert f"decoder.layers.0.self_attention.mixer.{name}" in str(caught.value)
-        assert "decoder.layers.2.self_attention.linear_qkv.weight [40, 12] has no place" in str(caught.value)
+        assert "decoder.layers.2.self_attention.linear_qkv.weight [40, 12] is not part of the model" in str(
+            caught.value
+        )
 
 
 def test_a_vocabulary_of_other_rows_says_which(tmp_path):
-    with pytest.raises(UserError, match=r"30 in the recipe, and .* has 29 rows: give model.vocab_size=29"):
+    with pytest.raises(UserError, match=r"30 in the recipe, but .* has 29 rows: set model.vocab_size=29"):
         from_megatron(write(tmp_path), hybrid(vocab_size=30), tmp_path / "out")
 
 
 def test_a_checkpoint_that_does_not_say_its_model_needs_a_recipe(tmp_path):
-    with pytest.raises(UserError, match="does not say what model it is of: give a recipe that does, --to RECIPE"):
+    with pytest.raises(UserError, match="does not contain the model's configuration: add --to RECIPE"):
         from_megatron(write(tmp_path), None, tmp_path / "out")
 
 
@@ -150,7 +152,7 @@ def test_a_damaged_one_is_named(tmp_path):
     with pytest.raises(UserError, match=r"release cannot be read: .metadata"):
         from_megatron(source, hybrid(), tmp_path / "out")
     (source / "release" / ".metadata").unlink()
-    with pytest.raises(UserError, match=r"release has no .metadata: give a checkpoint in Megatron's format"):
+    with pytest.raises(UserError, match=r"release has no .metadata: use as SOURCE a Megatron checkpoint in the format"):
         from_megatron(source, hybrid(), tmp_path / "out")
 
 
@@ -208,8 +210,8 @@ mine = layer_spec(
     },
 )"""
     )
-    routed = hybrid(softmax=softmax, heads=HeadsMixConfig(mixers=("softmax",), shared=3, active=1))
+    routed = hybrid(softmax=softmax, heads=HeadMixtureConfig(mixers=("softmax",), shared=3, active=1))
     assert "'S': SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, rope_theta=500000.0, window=5)," in script_spec(routed)
-    assert "heads=HeadsMixConfig(mixers=('softmax',), active=1, shared=3)," in script_spec(routed)
+    assert "heads=HeadMixtureConfig(mixers=('softmax',), active=1, shared=3)," in script_spec(routed)
     assert "mixers={" not in script_spec(hybrid(layers="S", lightning=None))
     assert script_arguments(routed).endswith("--num-attention-heads 3 --kv-channels 4 --position-embedding-type none")

@@ -28,11 +28,18 @@ def workplace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dense(ranks, workplace) -> list[Path]:
-    """Two runs of 10 steps, of different seeds."""
+    """Two runs, of 8 and 2 steps, of different seeds."""
     runs = [workplace / f"dense-{seed}" for seed in (3, 4)]
-    for seed, run in zip((3, 4), runs, strict=True):
-        ranks.run(train, workplace, run, [f"seed={seed}", "train.steps=10"], size=2)
+    for seed, steps, run in zip((3, 4), (8, 2), runs, strict=True):
+        ranks.run(train, workplace, run, [f"seed={seed}", f"train.steps={steps}"], size=2)
     return runs
+
+
+@pytest.fixture(scope="module")
+def continued(ranks, workplace, dense) -> Path:
+    """The first one trained on, without experts."""
+    ranks.run(train, workplace, workplace / "continued", ["train.steps=2", f"train.init={dense[0]}"], size=2)
+    return workplace / "continued"
 
 
 def converted(workplace, sources, out) -> Path:
@@ -46,21 +53,22 @@ def converted(workplace, sources, out) -> Path:
     [(2, ["parallel.ep=2"]), (2, ["parallel.cp=1"]), (1, ["parallel.cp=1"])],
     ids=["ep 2", "dp 2", "1 rank"],
 )
-def test_the_first_step_is_the_dense_models_and_training_goes_on(ranks, workplace, dense, tmp_path, size, overrides):
+def test_the_first_step_is_the_dense_models_and_training_goes_on(
+    ranks, workplace, dense, continued, tmp_path, size, overrides
+):
     """With the experts divided, sharded by rows, and whole."""
     out = converted(workplace, dense[:1], tmp_path / "weights")
-    ranks.run(train, workplace, tmp_path / "dense", ["train.steps=2", f"train.init={dense[0]}"], size=2)
-    common = ["train.steps=8", "schedule.warmup=0", f"train.init={out}"]
+    common = ["train.steps=4", "schedule.warmup=0", f"train.init={out}"]
     ranks.run(train, workplace, tmp_path / "routed", [*EXPERTS, *common, *overrides], size=size)
     found = losses(tmp_path / "routed")
-    assert found[0] == pytest.approx(losses(tmp_path / "dense")[0], rel=1e-6)
+    assert found[0] == pytest.approx(losses(continued)[0], rel=1e-6)
     assert found[0] < losses(dense[0])[0] - 0.3
     assert found[-1] < found[0]
 
 
 def test_of_two_models_it_runs(ranks, workplace, dense, tmp_path):
     out = converted(workplace, dense, tmp_path / "weights")
-    options = [*EXPERTS, "train.steps=8", "schedule.warmup=0", f"train.init={out}", "parallel.ep=2"]
+    options = [*EXPERTS, "train.steps=4", "schedule.warmup=0", f"train.init={out}", "parallel.ep=2"]
     ranks.run(train, workplace, tmp_path / "routed", options, size=2)
     assert losses(tmp_path / "routed")[-1] < losses(tmp_path / "routed")[0]
 

@@ -17,7 +17,7 @@ from longctx.convert import upcycle as module
 from longctx.convert.upcycle import upcycle
 from longctx.errors import UserError
 from longctx.mixers.attention_experts import AttentionExpertsConfig
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.model.decoder import Decoder
 from longctx.model.ffn import SwigluConfig
 from longctx.model.initialise import initialise
@@ -73,7 +73,9 @@ def test_of_several_expert_e_is_of_source_e_mod_n_and_all_else_is_the_mean(dense
     for name in rest:
         mean = torch.stack([source[name] for source in sources]).double().mean(dim=0)
         assert torch.equal(found[name], mean.float()), name
-    assert notes == ["Experts are from several sources and all else is their mean: the output is that of none."]
+    assert notes == [
+        "Experts come from several sources, other tensors are means: the initial output equals no source's."
+    ]
 
 
 def test_equal_sources_give_themselves_to_the_bit(dense, tmp_path):
@@ -124,7 +126,7 @@ def test_where_it_came_from_and_what_it_is_stand_beside_it(dense, tmp_path):
 )
 def test_made_of_one_model_it_computes_what_that_does(dense, tmp_path, changes):
     notes, _ = made(dense[:1], tmp_path / "out", routed(**changes))
-    assert notes == ["The output at the start is that of the source."]
+    assert notes == ["The initial output equals the source's."]
     text = tokens(23)
     expected = model_of(dense[0], hybrid())(text, LAYOUT)
     out = model_of(tmp_path / "out", routed(**changes))(text, LAYOUT)
@@ -136,13 +138,13 @@ def test_made_of_one_model_it_computes_what_that_does(dense, tmp_path, changes):
     ("changes", "said"),
     [
         ({"normalize": False}, "model.moe.normalize = false, so that a token's weights do not sum to 1"),
-        ({"scale": 2.5}, "model.moe.scale = 2.5 multiplies what experts give"),
-        ({"capacity": 0.5}, "model.moe.capacity drops choices in training"),
+        ({"scale": 2.5}, "model.moe.scale = 2.5 multiplies the experts' output"),
+        ({"capacity": 0.5}, "model.moe.capacity drops tokens in training"),
     ],
 )
 def test_what_keeps_it_from_computing_the_same_is_said(dense, tmp_path, changes, said):
     notes, _ = made(dense[:1], tmp_path / "out", routed(**changes))
-    assert notes == [f"The output at the start is not the source's: {said}."]
+    assert notes == [f"The initial output differs from the source's: {said}."]
     text = tokens(23)
     expected = model_of(dense[0], hybrid())(text, LAYOUT)
     out = model_of(tmp_path / "out", routed(**changes))(text, LAYOUT)
@@ -172,7 +174,7 @@ def test_attention_experts_of_one_model_compute_what_it_does(tmp_path, kv, block
     source = save(tmp_path / "seed", 3, hybrid(block=block))
     config = attention_experts(kv, block)
     notes, _ = made([source], tmp_path / "out", config)
-    assert notes == ["The output at the start is that of the source."]
+    assert notes == ["The initial output equals the source's."]
     text = tokens(23)
     expected = model_of(source, hybrid(block=block))(text, LAYOUT)
     out = model_of(tmp_path / "out", config)(text, LAYOUT)
@@ -194,7 +196,7 @@ def test_attention_experts_of_several_models_are_theirs_in_turn(dense, tmp_path)
 
 
 def test_attention_experts_are_as_wide_as_the_layer_that_they_are_made_of(dense, tmp_path):
-    with pytest.raises(UserError, match=r"softmax.rope_theta: 10000.0 there, 500.0 here"):
+    with pytest.raises(UserError, match=r"softmax.rope_theta: 10000.0, expected 500.0"):
         upcycle(dense[:1], recipe(attention_experts("each", "sequential", rope_theta=500.0)), tmp_path / "out")
 
 
@@ -202,9 +204,9 @@ def test_attention_experts_are_as_wide_as_the_layer_that_they_are_made_of(dense,
 @pytest.mark.parametrize("router", ["learned", "norm"])
 @pytest.mark.parametrize("active", [6, 3])
 def test_with_all_heads_read_a_mixture_of_heads_computes_what_its_source_does(dense, tmp_path, router, active):
-    config = hybrid(heads=HeadsMixConfig(mixers=("softmax",), active=active, router=router))
+    config = hybrid(heads=HeadMixtureConfig(mixers=("softmax",), active=active, router=router))
     notes, _ = made(dense[:1], tmp_path / "out", config)
-    assert notes == ["A head that a token reads counts 1 at the start; those that it does not read are missing."]
+    assert notes == ["Active heads initially have weight 1; inactive heads do not contribute to the output."]
     text = tokens(23)
     expected = model_of(dense[0], hybrid())(text, LAYOUT)
     difference = (model_of(tmp_path / "out", config)(text, LAYOUT) - expected).norm() / expected.norm()
@@ -217,7 +219,7 @@ def test_with_all_heads_read_a_mixture_of_heads_computes_what_its_source_does(de
 def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
     """What is alive at one time is what is being written and what is being made."""
     alive, most = {}, []
-    lookup = making._Making.lookup_object
+    lookup = making._LazyPlanner.lookup_object
 
     def counted(self, index):
         most.append(sum(numbers for storage, numbers in alive.items() if not storage.expired()))
@@ -226,7 +228,7 @@ def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
         return tensor
 
     matrix = 4 * 20 * 12
-    with patch.object(making._Making, "lookup_object", counted), patch.object(module, "PIECE", 2 * matrix):
+    with patch.object(making._LazyPlanner, "lookup_object", counted), patch.object(module, "BUFFER_BYTES", 2 * matrix):
         _, found = made(dense, tmp_path / "out", routed(experts=7))
     assert len(most) == len(found) + 2 * (3 + 1)  # gate_up in 4 pieces, down, of half the size, in 2
     pieces = [tensor.numel() for name, tensor in found.items() if ".experts." not in name] + [2 * 20 * 12]
@@ -264,7 +266,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(dense, tmp_path):
 
 
 def test_an_interrupt_is_an_interrupt_and_nothing_is_left(dense, tmp_path):
-    with patch.object(module, "drawn", side_effect=KeyboardInterrupt):
+    with patch.object(module, "initial_value", side_effect=KeyboardInterrupt):
         left_by(dense[:1], tmp_path / "out", KeyboardInterrupt)
 
 
@@ -281,7 +283,8 @@ def refused(sources, out, config):
 
 def test_experts_of_another_width(dense, tmp_path):
     told = refused(dense[:1], tmp_path / "out", routed(hidden=12))
-    assert f"those of {dense[0]} are 10 wide, not 12: give model.moe.hidden=10" in told
+    assert f"12 is not the width of the feed-forwards of {dense[0]}, from which" in told
+    assert "set model.moe.hidden=10" in told
 
 
 def test_more_shared_experts_than_one(dense, tmp_path):
@@ -291,10 +294,10 @@ def test_more_shared_experts_than_one(dense, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dim": 18}, "dim: 12 there, 18 here"),
-        ({"layers": "S", "lightning": None}, "layers: 'LS' there, 'S' here; lightning: {'heads': 3"),
-        ({"depth": 2}, "depth: 3 there, 2 here"),
-        ({"norm_eps": 1e-6}, "norm_eps: 1e-05 there, 1e-06 here"),
+        ({"dim": 18}, "dim: 12, expected 18"),
+        ({"layers": "S", "lightning": None}, "layers: 'LS', expected 'S'; lightning: {'heads': 3"),
+        ({"depth": 2}, "depth: 3, expected 2"),
+        ({"norm_eps": 1e-6}, "norm_eps: 1e-05, expected 1e-06"),
     ],
     ids=["dim", "layers", "depth", "norm_eps"],
 )
@@ -308,7 +311,10 @@ def test_a_dense_layer_of_another_width_is_told_with_both_shapes(dense, tmp_path
     fields = {name: getattr(routed(), name) for name in routed().model_fields_set}
     config = type(routed())(**(fields | {"swiglu": SwigluConfig(hidden=14)}))
     told = refused(dense[:1], tmp_path / "out", config)
-    assert "blocks.1.ffn.down.weight [12, 14] of the recipe's model would begin with blocks.1.ffn.down.weight" in told
+    assert (
+        "blocks.1.ffn.down.weight [12, 14] of the recipe's model cannot be initialised from blocks.1.ffn.down.weight"
+        in told
+    )
     assert f"[12, 10] of {dense[0]}" in told
 
 
@@ -316,33 +322,31 @@ def test_what_no_rule_covers_and_what_nothing_takes_are_told_by_name_and_shape(d
     with patch.object(rules, "RULES", rules.RULES[1:]):
         told = refused(dense[:1], tmp_path / "out", routed())
     assert "blocks.0.ffn.experts.gate_up [4, 20, 12] of the recipe's model" in told
-    assert f"blocks.2.ffn.down.weight [12, 10] of {dense[0]}: the recipe's model has no place for it" in told
+    assert f"blocks.2.ffn.down.weight [12, 10] of {dense[0]}: not used by the recipe's model" in told
 
 
 def test_sources_that_differ_from_each_other(dense, tmp_path):
     other = save(tmp_path / "other", 0, hybrid(swiglu=SwigluConfig(hidden=14)))
     told = refused([dense[0], other], tmp_path / "out", routed())
-    assert (
-        f"{dense[0]} (there) and {other} (here) differ: swiglu: {{'hidden': 10}} there, {{'hidden': 14}} here" in told
-    )
+    assert f"{other} differs from {dense[0]}: swiglu: {{'hidden': 14}}, expected {{'hidden': 10}}" in told
 
 
 def test_another_vocabulary(dense, tmp_path):
     fields = {name: getattr(routed(), name) for name in routed().model_fields_set}
     told = refused(dense[:1], tmp_path / "out", type(routed())(**fields, vocab_size=64))
-    assert f"model.vocab_size: 64 in the recipe, and {dense[0]} has 29" in told
+    assert f"model.vocab_size: 64 in the recipe, but {dense[0]} has 29" in told
 
 
 def test_a_recipe_without_routing_and_a_source_with_it(dense, tmp_path):
-    assert "as dense as its sources" in refused(dense[:1], tmp_path / "out", hybrid())
+    assert "is dense, like its sources" in refused(dense[:1], tmp_path / "out", hybrid())
     upcycle(dense[:1], recipe(routed()), tmp_path / "routed")
     told = refused([tmp_path / "routed"], tmp_path / "out", routed(experts=8))
-    assert f"{tmp_path / 'routed'} is routed already" in told
+    assert f"{tmp_path / 'routed'} is already routed" in told
 
 
 def test_what_is_there_is_not_replaced(dense, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="out exists already: choose another --out"):
+    with pytest.raises(UserError, match="out already exists: choose another --out"):
         upcycle(dense[:1], recipe(routed()), tmp_path / "out")
 
 

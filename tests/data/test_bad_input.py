@@ -54,7 +54,7 @@ def line_without_the_column(folder):
 
 def line_that_is_no_object(folder):
     write_lines(folder / "bad.jsonl", [{"text": "fine"}, ["text"]])
-    return "bad.jsonl, line 2", "missing column", "no object"
+    return "bad.jsonl, line 2", "missing column", "not an object"
 
 
 def line_whose_text_is_a_number(folder):
@@ -99,7 +99,7 @@ def parquet_damaged_inside(folder):
 
 def parquet_without_the_column(folder):
     write_parquet(folder / "bad.parquet", ["x"], column="body")
-    return "bad.parquet", "missing column", "no 'text'; it has 'body'"
+    return "bad.parquet", "missing column", "no 'text'; the columns are 'body'"
 
 
 def parquet_of_numbers(folder):

@@ -178,7 +178,7 @@ def test_heldout_sequences_are_the_same_each_time(tmp_path):
     )
     assert torch.equal(few[-1].tokens, few[1].tokens)
     assert [sequence.index for sequence in heldout_sequences(corpus, 8, 99)] == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="'heldout' holds 43 tokens, less than one sequence of 44"):
+    with pytest.raises(UserError, match="'heldout' has 43 tokens, less than one sequence of 44"):
         heldout_sequences(corpus, 44, 1)
 
 

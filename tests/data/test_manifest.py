@@ -49,7 +49,7 @@ def test_a_manifest_of_something_else(corpus):
 
 def test_another_version(corpus):
     change(corpus, version=2)
-    assert "format version 2, where this longctx reads 1" in refusal(corpus)
+    assert "format version 2, but this longctx reads version 1" in refusal(corpus)
 
 
 def test_a_damaged_manifest(corpus):
@@ -68,7 +68,7 @@ def test_a_truncated_shard(corpus):
     shard = corpus / "train" / "shard-00001.parquet"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-5])
-    assert f"shard-00001.parquet: has {size - 5} bytes where the manifest says {size}" in refusal(corpus)
+    assert f"shard-00001.parquet: has {size - 5} bytes, but the manifest lists {size}" in refusal(corpus)
 
 
 def test_verify_names_a_shard_whose_content_changed(corpus):

@@ -35,7 +35,7 @@ def test_suffixes_and_exclude_choose_within_folders(book, tmp_path):
     assert manifest.passed_over == {"hidden": 2, "excluded": 1, "other suffix": 1}
     prepared([book / "c.md"], tmp_path / "two", suffixes=[".txt"])
     assert texts(tmp_path / "two") == {"c.md": "é"}
-    with pytest.raises(UserError, match=r"no file to prepare.*3 passed over: other suffix"):
+    with pytest.raises(UserError, match=r"no file to prepare.*3 ignored: other suffix"):
         prepared([book], tmp_path / "three", suffixes=[".rs"])
     with pytest.raises(UserError, match="'txt' has no dot"):
         prepared([book], tmp_path / "three", suffixes=["txt"])
@@ -132,7 +132,7 @@ def test_something_is_always_left_to_train_on(tmp_path):
     assert texts(tmp_path / "out") == {"in/a.txt": "text"}
     assert manifest.splits["heldout"].documents == 0
     assert not (tmp_path / "out" / "heldout").exists()
-    with pytest.raises(UserError, match=r"'heldout' holds no document.*--heldout"):
+    with pytest.raises(UserError, match=r"'heldout' has no documents.*--heldout"):
         Corpus(tmp_path / "out", "heldout")
 
 
@@ -206,7 +206,7 @@ def test_inputs_are_checked(book, tmp_path):
         prepared([tmp_path / "missing"], tmp_path / "out")
     with pytest.raises(UserError, match="prepared twice"):
         prepared([book, book / "b.txt"], tmp_path / "out")
-    with pytest.raises(UserError, match="lies inside the input"):
+    with pytest.raises(UserError, match="is inside the input"):
         prepared([book], book / "out")
 
 

@@ -120,7 +120,7 @@ def test_a_failed_replacement_puts_the_old_corpus_back(folder, tmp_path, monkeyp
 
 def test_two_runs_do_not_share_a_target(folder, tmp_path):
     with staging.staging(tmp_path / "out") as partial:
-        with pytest.raises(UserError, match=rf"another run is preparing .*out \(in {partial.name}\)"):
+        with pytest.raises(UserError, match=rf"another run is writing .*out \(in {partial.name}\)"):
             prepared([folder], tmp_path / "out")
         assert partial.is_dir()
 
@@ -151,7 +151,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(folder, tmp_path):
 
 def test_a_full_disk_says_how_much_is_free(tmp_path):
     with (
-        pytest.raises(UserError, match=r"shard: cannot be written: No space left on device \(\d+ MB free\); make room"),
+        pytest.raises(
+            UserError, match=r"shard: cannot be written: No space left on device \(\d+ MB free\); free some space"
+        ),
         staging.naming_disk_errors(tmp_path / "train" / "shard"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,5 +1,6 @@
-"""What ranks run in place of `longctx.launch.train:run_rank`: the same, with what is rare made usual."""
+"""Entry points of ranks in place of `longctx.launch.train:run_rank`: the same training, with rare events forced."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -8,6 +9,7 @@ from unittest.mock import patch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from longctx.launch.train import run_rank
+from longctx.train.trainer import _Trainer
 
 
 def lazy_switching(**arguments: Any) -> None:
@@ -30,4 +32,17 @@ def slow_writing(**arguments: Any) -> None:
         return written
 
     with patch.object(FileSystemWriter, "write_data", slowly):
+        run_rank(**arguments)
+
+
+def signalled_in_a_step(**arguments: Any) -> None:
+    """Rank 1 starts the step SIGNALLED_STEP (environment) only when a signal has reached it; rank 0 is in the step."""
+    step_of = _Trainer._step
+
+    def step(self: _Trainer, number: int, *others: Any) -> Any:
+        while number == int(os.environ["SIGNALLED_STEP"]) and os.environ["RANK"] == "1" and self.stopped_by is None:
+            time.sleep(0.01)
+        return step_of(self, number, *others)
+
+    with patch.object(_Trainer, "_step", step):
         run_rank(**arguments)

@@ -1,4 +1,4 @@
-"""What is kept of routers over a step and between evaluations."""
+"""Router statistics of a step, and routing fluctuation between evaluations."""
 
 import math
 from unittest.mock import patch
@@ -8,7 +8,7 @@ import torch
 
 from longctx.engines import router_stats as module
 from longctx.engines.metrics import RouterMetrics
-from longctx.engines.router_stats import Choices, NotFiniteError, Routing
+from longctx.engines.router_stats import NonFiniteLogitsError, RouterStats, RoutingFluctuation
 from longctx.moe.report import RouterReport
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
@@ -28,13 +28,13 @@ def report(counts, *, finite=True, dropped=0, entropy=2.0, choice=None):
 
 def summed():
     rank = torch.distributed.get_rank()
-    routing = Routing()
+    routing = RouterStats()
     routing.add({"a": report([1, 0, 3]), "b": report([2, 2], dropped=rank)})
     routing.add({"a": report([1, 0, 3]), "b": report([2, 2], finite=rank == 0)})
     routing.sum_over_ranks(torch.device("cpu"))
     try:
         routing.check_finite()
-    except NotFiniteError as error:
+    except NonFiniteLogitsError as error:
         return {name: routed.metrics for name, routed in routing.layers.items()}, str(error)
     raise AssertionError("nothing was said")
 
@@ -54,14 +54,14 @@ def on_stages():
     rank = torch.distributed.get_rank()
     rows = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     columns = [torch.distributed.new_group(ranks) for ranks in ([0, 2], [1, 3])]
-    tokens, stages = rows[rank // 2], Axis.of(columns[rank % 2])
-    routing, choices = Routing(), Choices()
+    tokens, stages = rows[rank // 2], Axis.from_group(columns[rank % 2])
+    routing, fluctuation = RouterStats(), RoutingFluctuation()
     said = {"early": report([1, 0, 3])} if rank < 2 else {"late": report([2, 2]), "last": report([4, 0])}
     routing.add(said)
     routing.sum_over_ranks(torch.device("cpu"), tokens, stages)
     for _ in range(2):
-        choices.add(0, Layout((0, 8), "contiguous", 2, rank % 2), said)
-    changed = choices.fluctuation(list(said), torch.device("cpu"), tokens, stages)
+        fluctuation.add(0, Layout((0, 8), "contiguous", 2, rank % 2), said)
+    changed = fluctuation.rates(list(said), torch.device("cpu"), tokens, stages)
     return {name: routed.counts.tolist() for name, routed in routing.layers.items()}, changed
 
 
@@ -73,27 +73,27 @@ def test_stages_of_a_pipeline_say_all_layers(ranks):
 
 
 def test_a_step_without_choices_has_no_load():
-    routing = Routing()
+    routing = RouterStats()
     routing.add({"a": report([0, 0])})
     assert math.isnan(routing.layers["a"].metrics.imbalance)
     routing.check_finite()
 
 
 def test_a_model_without_routers_communicates_nothing():
-    routing = Routing()
+    routing = RouterStats()
     routing.sum_over_ranks(torch.device("cpu"))
     assert routing.layers == {}
-    assert Choices().fluctuation([], torch.device("cpu")) == {}
+    assert RoutingFluctuation().rates([], torch.device("cpu")) == {}
 
 
 def changed(sample):
-    choices, layout = Choices(), Layout((0, 7), "contiguous", 2, 1)
+    fluctuation, layout = RoutingFluctuation(), Layout((0, 7), "contiguous", 2, 1)
     choice = torch.tensor([[5, 6, 7, 0]])
     answers = []
     with patch.object(module, "SAMPLE", sample):
         for now in (choice, choice, choice + torch.tensor([[0, 1, 0, 9]])):
-            choices.add(0, layout, {"a": report([1], choice=now)})
-            answers.append(choices.fluctuation(["a"], torch.device("cpu")))
+            fluctuation.add(0, layout, {"a": report([1], choice=now)})
+            answers.append(fluctuation.rates(["a"], torch.device("cpu")))
     return answers
 
 

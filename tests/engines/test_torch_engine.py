@@ -135,32 +135,34 @@ def train_plainly(clip, experts):
 
 
 RUNS = {
-    1: [Run(), Run(train=UNCLIPPED), Run(experts="token")],
-    2: [
+    "1 rank": [Run(), Run(train=UNCLIPPED), Run(experts="token")],
+    "2 ranks": [
         Run(dp_shard=2),
-        Run(dp_replicate=2),
-        Run(cp=2, order="contiguous"),
         Run(cp=2, train=UNCLIPPED),
         Run(dp_shard=2, experts="token"),
-        Run(dp_shard=2, ep=2, experts="token"),
         Run(cp=2, ep=2, experts="token"),
     ],
-    4: [
-        Run(dp_shard=2, cp=2),
+    "4 ranks": [
         Run(dp_replicate=2, cp=2, order="contiguous"),
-        Run(dp_replicate=2, dp_shard=2, train=UNCLIPPED),
-        Run(
-            dp_shard=2,
-            cp=2,
-            train=TILED,
-        ),
+        Run(dp_replicate=2, dp_shard=2, ep=2, experts="token", train=UNCLIPPED),
         Run(dp_shard=2, cp=2, ep=2, experts="token", train=TILED),
         Run(dp_shard=2, cp=2, ep=4, experts="token"),
-        Run(dp_replicate=2, cp=2, ep=2, experts="token"),
-        Run(dp_replicate=2, dp_shard=2, ep=2, experts="token", train=UNCLIPPED),
     ],
     "tokens together, 1 rank": [Run(experts="similarity"), Run(experts="attention", train=TILED)],
     "tokens together, 2 ranks": [Run(cp=2, ep=2, experts="similarity"), Run(cp=2, experts="attention")],
+}
+MORE_RUNS = {
+    "2 ranks": [
+        Run(dp_replicate=2),
+        Run(cp=2, order="contiguous"),
+        Run(dp_shard=2, ep=2, experts="token"),
+    ],
+    "4 ranks": [
+        Run(dp_shard=2, cp=2),
+        Run(dp_replicate=2, dp_shard=2, train=UNCLIPPED),
+        Run(dp_shard=2, cp=2, train=TILED),
+        Run(dp_replicate=2, cp=2, ep=2, experts="token"),
+    ],
     "tokens together, 4 ranks": [
         Run(cp=4, ep=2, experts="similarity", train=TILED),
         Run(dp_shard=2, cp=2, ep=4, experts="attention"),
@@ -168,11 +170,12 @@ RUNS = {
 }
 
 
-SLOW = "tokens together, 4 ranks"
-
-
 @pytest.mark.parametrize(
-    "runs", [pytest.param(runs, id=str(name), marks=[pytest.mark.slow] * (name == SLOW)) for name, runs in RUNS.items()]
+    "runs",
+    [
+        *(pytest.param(runs, id=name) for name, runs in RUNS.items()),
+        *(pytest.param(runs, id=f"{name}, more", marks=pytest.mark.slow) for name, runs in MORE_RUNS.items()),
+    ],
 )
 def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, runs):
     answers = ranks.run(train, runs, size=runs[0].ranks)

@@ -111,8 +111,10 @@ def test_another_corpus_is_noticed(trained, tmp_path):
 def test_a_corpus_that_is_not_there_is_told_with_what_to_do(trained):
     with pytest.raises(UserError) as caught:
         restore(trained, ["data.path=gone"])
-    assert str(caught.value).startswith(f"the tokenizer of {trained} is with its corpus: data directory gone does not")
-    assert str(caught.value).endswith("Where the corpus is elsewhere now, add data.path=DIR")
+    assert str(caught.value).startswith(
+        f"the tokenizer of {trained} is stored with its corpus: data directory gone does not"
+    )
+    assert str(caught.value).endswith("If the corpus has moved, add data.path=DIR")
 
 
 def test_a_tokenizers_file_that_is_not_there_is_told(ranks, workplace, tmp_path):
@@ -122,7 +124,7 @@ def test_a_tokenizers_file_that_is_not_there_is_told(ranks, workplace, tmp_path)
     ranks.run(train, workplace, tmp_path / "run", overrides, size=1)
     assert restore(tmp_path / "run").tokenizer.vocab_size > 257
     (tmp_path / "corpus" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"is with its corpus: tokenizer .*tokenizer\.json': No such file"):
+    with pytest.raises(UserError, match=r"is stored with its corpus: tokenizer .*tokenizer\.json': No such file"):
         restore(tmp_path / "run")
 
 
@@ -131,19 +133,19 @@ def test_a_tokenizers_file_that_is_not_there_is_told(ranks, workplace, tmp_path)
 
 def test_what_is_no_run_is_told_with_those_there_are(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"gone is no run: there is no such directory\. Give .*runs/<name>\.$"):
+    with pytest.raises(UserError, match=r"gone is not a run: there is no such directory\. Give .*runs/<name>\.$"):
         restore(Path("gone"))
     shutil.copytree(trained, tmp_path / "runs/tiny")
-    with pytest.raises(UserError, match=r"gone is no run: .* There: runs/tiny$"):
+    with pytest.raises(UserError, match=r"gone is not a run: .* Existing runs: runs/tiny$"):
         restore(Path("gone"))
-    with pytest.raises(UserError, match=r"checkpoints is no run: it has no recipe\.toml"):
+    with pytest.raises(UserError, match=r"checkpoints is not a run: it has no recipe\.toml"):
         restore(Path("runs/tiny/checkpoints"))
 
 
 def test_a_run_without_a_checkpoint_is_told(copy):
     for name in ("step-00000002", "step-00000004"):
         (copy / "checkpoints" / name).rename(copy / "checkpoints" / f"{name}.partial")
-    with pytest.raises(UserError, match="has no checkpoint yet: train until the first"):
+    with pytest.raises(UserError, match="has no checkpoint yet: train until the first one"):
         restore(copy)
 
 
@@ -151,7 +153,7 @@ def test_a_checkpoint_of_another_model_is_told(copy):
     recipe = (copy / "recipe.toml").read_text()
     assert "\ndim = 16\n" in recipe
     (copy / "recipe.toml").write_text(recipe.replace("\ndim = 16\n", "\ndim = 32\n"))
-    with pytest.raises(UserError, match=r"of another model: dim: 16 there, 32 here\. Give a checkpoint of this run"):
+    with pytest.raises(UserError, match=r"of another model: dim: 16, expected 32\. Give a checkpoint of this run"):
         restore(copy)
 
 
@@ -160,13 +162,15 @@ def test_a_checkpoint_of_megatrons_tensors_is_told_with_what_makes_weights_of_it
     content = json.loads(trainer.read_text())
     content["state"]["format"] = "megatron"
     trainer.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"tensors of engine = 'megatron'. Text is .* longctx convert from-megatron"):
+    with pytest.raises(UserError, match=r"engine = 'megatron'\. Generation needs .* longctx convert from-megatron"):
         restore(copy)
 
 
 @pytest.mark.parametrize("override", ["model.dim=32", "seed=9", "train.steps=1", "nonsense"])
 def test_what_has_no_part_in_generation_cannot_be_overridden(trained, override):
-    with pytest.raises(UserError, match=f"{override}: of a run's recipe only data.path, train.device, train.precision"):
+    with pytest.raises(
+        UserError, match=f"{override}: generation can override only data.path, train.device, train.precision"
+    ):
         restore(trained, [override])
 
 
@@ -178,6 +182,6 @@ def test_a_damaged_checkpoint_is_told_with_the_others(copy, damage):
         os.truncate(file, file.stat().st_size - 10)
     else:
         file.write_bytes(b"\0" * file.stat().st_size)
-    with pytest.raises(UserError, match=rf"--checkpoint PATH \(there: {newest.with_name('step-00000002')}\)"):
+    with pytest.raises(UserError, match=rf"--checkpoint PATH \(available: {newest.with_name('step-00000002')}\)"):
         restore(copy)
     assert restore(copy, (), newest.with_name("step-00000002")).state.step == 2

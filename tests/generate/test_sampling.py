@@ -81,12 +81,12 @@ def test_bf16_logits_are_drawn_from_as_they_are():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"temperature": -0.1}, "temperature: -0.1 is no temperature; give 0 "),
+        ({"temperature": -0.1}, "temperature: -0.1 is out of range; give 0 "),
         ({"temperature": math.nan}, "temperature: nan"),
         ({"temperature": math.inf}, "temperature: inf"),
-        ({"top_k": 0}, "top_k: of 0 tokens none can be drawn"),
-        ({"top_p": 0.0}, "top_p: 0.0 is no share"),
-        ({"top_p": 1.1}, "top_p: 1.1 is no share"),
+        ({"top_k": 0}, "top_k: 0 is out of range"),
+        ({"top_p": 0.0}, "top_p: 0.0 is out of range"),
+        ({"top_p": 1.1}, "top_p: 1.1 is out of range"),
         ({"seed": -1}, "seed: -1 is out of range"),
         ({"seed": 2**63}, "seed: 9223372036854775808 is out of range"),
     ],

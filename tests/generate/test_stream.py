@@ -59,8 +59,8 @@ def test_the_seed_decides_and_nothing_else_does():
     assert list(generate(built, prompt(), 10, Sampling(seed=1))) == first[:10]
 
 
-@pytest.mark.parametrize("tile", [1, 4, 9, 4096])
-def test_the_prompt_is_computed_in_tiles(tile, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 4, 9, 4096])
+def test_the_prompt_is_prefilled_in_chunks(chunk, monkeypatch):
     built, sizes = model(), []
     want = list(generate(built, prompt(), 5, GREEDY))
     compute = built.next_logits
@@ -70,10 +70,10 @@ def test_the_prompt_is_computed_in_tiles(tile, monkeypatch):
         return compute(part, cache)
 
     monkeypatch.setattr(built, "next_logits", noted)
-    assert list(generate(built, prompt(), 5, GREEDY, tile=tile)) == want
+    assert list(generate(built, prompt(), 5, GREEDY, prefill_chunk=chunk)) == want
     assert sizes[-4:] == [1] * 4  # and none behind the last token
     assert sum(sizes[:-4]) == 9
-    assert max(sizes) == min(tile, 9)
+    assert max(sizes) == min(chunk, 9)
 
 
 def test_a_token_is_given_before_the_next_is_computed(monkeypatch):
@@ -109,10 +109,10 @@ def test_rows_beyond_the_vocabulary_are_never_drawn():
         ({"tokens": []}, "the prompt has shape \\[0\\]; give one sequence of at least one token"),
         ({"tokens": torch.zeros(1, 3, dtype=torch.int64)}, "the prompt has shape \\[1, 3\\]"),
         ({"tokens": [1.5]}, "the prompt is torch.float32; give integers"),
-        ({"tokens": [3, VOCABULARY]}, "tokens from 3 to 29, and the model knows 0 to 28"),
-        ({"tokens": [-1, 2]}, "tokens from -1 to 2"),
-        ({"count": 0}, "count: 0 tokens"),
-        ({"tile": 0}, "tile: 0 tokens"),
+        ({"tokens": [3, VOCABULARY]}, "ids from 3 to 29, but the embedding has ids 0 to 28"),
+        ({"tokens": [-1, 2]}, "ids from -1 to 2"),
+        ({"count": 0}, "count: 0; give"),
+        ({"prefill_chunk": 0}, "prefill_chunk: 0; give"),
         ({"vocabulary": VOCABULARY + 1}, "vocabulary: 30 tokens, but the model's embedding has 29 rows"),
         ({"vocabulary": 0}, "vocabulary: 0 tokens"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 
 from longctx.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
-from longctx.generate.text import CONTEXT, UNKNOWN, TextStream
+from longctx.generate.text import CONTEXT, REPLACEMENT, TextStream
 from tests.data.cases import write_tokenizer
 
 TEXT = "the quick — naïve fox ☃ jumps 🙂🙂, é"
@@ -26,7 +26,7 @@ def test_pieces_are_the_text_and_characters_come_whole(tokenizer, behind):
     prompt, tokens = (tokenizer.encode_batch([text])[0].tolist() for text in (behind, TEXT))
     pieces = streamed(tokenizer, prompt, tokens)
     assert "".join(pieces) == TEXT
-    assert not any(UNKNOWN in piece for piece in pieces)
+    assert not any(REPLACEMENT in piece for piece in pieces)
     assert pieces[-1] == ""
     # Nothing waits longer than it has to: a token that ends a character gives it.
     assert sum(map(bool, pieces)) >= len(tokens) - TEXT.encode().count(b"\xf0") * 3 - 10
@@ -35,13 +35,13 @@ def test_pieces_are_the_text_and_characters_come_whole(tokenizer, behind):
 def test_bytes_that_are_no_character_come_as_unknown_ones():
     assert streamed(ByteTokenizer(), [], [0xC3, 0x61, 0xFF, 0xFF, 0x62]) == [
         "",
-        UNKNOWN + "a",
+        REPLACEMENT + "a",
         "",
         "",
-        2 * UNKNOWN + "b",
+        2 * REPLACEMENT + "b",
         "",
     ]
-    assert streamed(ByteTokenizer(), [], [0x61, 0xE2, 0x98]) == ["a", "", "", UNKNOWN]
+    assert streamed(ByteTokenizer(), [], [0x61, 0xE2, 0x98]) == ["a", "", "", REPLACEMENT]
 
 
 def test_a_token_without_text_gives_none():

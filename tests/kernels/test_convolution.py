@@ -373,13 +373,19 @@ def test_flops_are_a_product_and_a_sum_for_each_tap():
             "before has shape [2, 3, 5]: expected [segments, batch, taps - 1, channels] = [1, 2, 3, 5]",
         ),
         ({"before": torch.randn(1, 2, 3, 5).double()}, "before is torch.float64, but x is torch.float32: expected the"),
-        ({"segments": [Segment(0, 7)]}, "segments has 7 tokens: expected the 8 of x"),
-        ({"segments": [Segment(0, 9)]}, "segments has 9 tokens: expected the 8 of x"),
-        ({"segments": [Segment(4, 8), Segment(0, 5)]}, "segments has tokens 4 to 8 after 5 tokens: expected segments"),
-        ({"segments": [Segment(5, 8), Segment(0, 4)]}, "segments has tokens 5 to 8 after 4 tokens: expected segments"),
-        ({"segments": [Segment(0, 8, (3, 3))]}, "segments has starts [3, 3]: expected ascending places in 8 tokens"),
-        ({"segments": [Segment(0, 8, (-1,))]}, "segments has starts [-1]: expected ascending places in 8 tokens"),
-        ({"segments": [Segment(0, 8, (8,))]}, "segments has starts [8]: expected ascending places in 8 tokens"),
+        ({"segments": [Segment(0, 7)]}, "segments have 7 tokens: expected the 8 of x"),
+        ({"segments": [Segment(0, 9)]}, "segments have 9 tokens: expected the 8 of x"),
+        (
+            {"segments": [Segment(4, 8), Segment(0, 5)]},
+            "segments have tokens 4 to 8 after the first 5: expected neither overlaps",
+        ),
+        (
+            {"segments": [Segment(5, 8), Segment(0, 4)]},
+            "segments have tokens 5 to 8 after the first 4: expected neither overlaps",
+        ),
+        ({"segments": [Segment(0, 8, (3, 3))]}, "segments have starts [3, 3]: expected ascending offsets below 8"),
+        ({"segments": [Segment(0, 8, (-1,))]}, "segments have starts [-1]: expected ascending offsets below 8"),
+        ({"segments": [Segment(0, 8, (8,))]}, "segments have starts [8]: expected ascending offsets below 8"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -397,9 +403,9 @@ def test_wrong_arguments_of_generation_are_refused():
         step(x, window[:, 1:], weight)
     with pytest.raises(ValueError, match=r"x has shape \[2, 5\]: expected \[batch, tokens, channels\]"):
         final_window(x, 3)
-    with pytest.raises(ValueError, match="count is -1: expected a number of tokens"):
+    with pytest.raises(ValueError, match="count is -1: expected at least 0 tokens"):
         final_window(window, -1)
     with pytest.raises(ValueError, match=r"before has shape \[2, 2, 5\]: expected .* = \[2, 4, 5\]"):
         final_window(window, 4, before=window[:, 1:])
-    with pytest.raises(ValueError, match=r"segments has starts \[3\]: expected ascending places in 3 tokens"):
+    with pytest.raises(ValueError, match=r"segments have starts \[3\]: expected ascending offsets below 3"):
         final_window(window, 4, starts=(3,))

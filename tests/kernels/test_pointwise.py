@@ -74,7 +74,7 @@ def test_no_token_at_all():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"scale \(3,\) fits neither"):
+    with pytest.raises(ValueError, match=r"scale has shape \[3\]: expected that of x"):
         pointwise.rms_norm(torch.zeros(2, 4), torch.ones(3), 1e-5)
     with pytest.raises(ValueError, match="5 has to be even"):
         pointwise.swiglu(torch.zeros(2, 5))

@@ -89,9 +89,9 @@ def test_what_fails_half_way_leaves_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--only", "star"), "--only star: there is no such method; there are lasp2, lasp1"),
-        (("--kv-heads", "3"), "--kv-heads 3: not a divisor of --heads 2"),
-        (("--ranks", "4"), "--heads 2: Ulysses divides them over 4 ranks"),
+        (("--only", "star"), "--only star: unknown method; the methods are lasp2, lasp1"),
+        (("--kv-heads", "3"), "--kv-heads 3: must divide --heads 2"),
+        (("--ranks", "4"), "--heads 2: must be a multiple of --ranks 4 for ulysses"),
         (("--gbit", "fast"), "--gbit fast: expected a speed in Gbit/s, or none"),
         (("--lengths", "64,x"), "--lengths"),
         (("--json", "gone/out.json"), "--json gone/out.json: there is no directory gone"),
@@ -106,8 +106,8 @@ def test_mistakes_are_named_before_anything_is_started(arguments, text):
 def test_without_root_links_are_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(hosts.shutil, "which", lambda name: f"/sbin/{name}")
     monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
-    with pytest.raises(UserError, match="takes root; run as root, or give --gbit none"):
+    with pytest.raises(UserError, match="need root; run as root, or use --gbit none"):
         hosts.check()
     monkeypatch.setattr(hosts.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="there is no ip here; install iproute2"):
+    with pytest.raises(UserError, match="the command ip is missing; install iproute2"):
         hosts.check()

@@ -68,9 +68,9 @@ def test_it_says_what_was_made_and_how_to_begin_with_it(place):
     shapes = find_weights(place / "made/weights", "").shapes
     assert shapes["blocks.0.ffn.experts.down"] == (6, 12, 10)
     assert said.splitlines() == [
-        f"made/weights: {sum(shape.numel() for shape in shapes.values()):,} parameters, made of a",
-        "The output at the start is that of the source.",
-        "To begin a run with it: train.init=made/weights",
+        f"made/weights: {sum(shape.numel() for shape in shapes.values()):,} parameters, upcycled from a",
+        "The initial output equals the source's.",
+        "To start a run from it: train.init=made/weights",
     ]
 
 
@@ -78,19 +78,19 @@ def test_it_says_what_changes_the_output(place):
     status, _, said = run("a", "b", "--to", "routed.toml", "--out", "weights", "model.moe.normalize=false")
     assert status == 0
     assert said.splitlines()[1:3] == [
-        "The output at the start is not the source's: model.moe.normalize = false, so that a token's weights do not "
+        "The initial output differs from the source's: model.moe.normalize = false, so that a token's weights do not "
         "sum to 1.",
-        "Experts are from several sources and all else is their mean: the output is that of none.",
+        "Experts come from several sources, other tensors are means: the initial output equals no source's.",
     ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["a"], "error: a exists already: choose another --out"),
-        (["gone", "--out", "x"], "error: gone: there is no such directory. Give weights as SOURCE: a checkpoint"),
-        (["seed=3", "--out", "x"], "error: give at least one SOURCE"),
-        (["a", "--out", "x", "model.moe.hidden=12"], "10 wide, not 12: give model.moe.hidden=10"),
+        (["a"], "error: a already exists: choose another --out"),
+        (["gone", "--out", "x"], "error: gone: no such directory. Use weights as SOURCE: a checkpoint"),
+        (["seed=3", "--out", "x"], "error: no SOURCE: name at least one"),
+        (["a", "--out", "x", "model.moe.hidden=12"], "from which experts are copied: set model.moe.hidden=10"),
         (["a", "--out", "x", "model.depht=4"], "model.depht"),
     ],
 )
@@ -118,8 +118,8 @@ def test_a_model_goes_to_transformers_files_and_comes_back(place):
     status, out, said = convert("from-huggingface", "theirs", "--out", "again")
     assert (status, out) == (0, "")
     assert said.splitlines() == [
-        f"again: {count:,} parameters of a llama model, of {files} files in theirs",
-        'To begin a run with it: extends = "again/model.toml" in a recipe, and train.init=again',
+        f"again: {count:,} parameters of a llama model, from {files} files in theirs",
+        'To start a run from it: extends = "again/model.toml" in a recipe, and train.init=again',
         "To prepare text with its tokenizer: longctx data prepare INPUT --tokenizer theirs/tokenizer.json --out DIR",
     ]
 
@@ -127,10 +127,10 @@ def test_a_model_goes_to_transformers_files_and_comes_back(place):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["from-huggingface", "a", "--out", "x"], "error: a has no config.json: give the folder of a model that"),
+        (["from-huggingface", "a", "--out", "x"], "error: a has no config.json: use the folder of a model"),
         (["from-huggingface", "a", "b", "--out", "x"], "error: give one SOURCE, the folder of a model, not 2"),
-        (["to-huggingface", "a", "--out", "x"], "error: a: no class of transformers has layers LS (model.layers)"),
-        (["to-huggingface", "gone", "--out", "x"], "error: gone: there is no such directory. Give weights as SOURCE"),
+        (["to-huggingface", "a", "--out", "x"], "error: a: no model of transformers has layers LS (model.layers)"),
+        (["to-huggingface", "gone", "--out", "x"], "error: gone: no such directory. Use weights as SOURCE"),
         (["to-huggingface", "a", "--out", "x", "--shard-size", "many"], "error: --shard-size: 'many' is not an int"),
         (["to-huggingface", "a", "--out", "x", "--shard-size", "0"], "error: --shard-size 0: expected at least 1"),
     ],

@@ -28,8 +28,8 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(trained):
     assert status == 0
     assert len(text) > 20
     assert text.endswith("\n")
-    assert said.startswith(f"{trained}/checkpoints/step-00000002, float32 on cpu; 8 tokens of prompt\n40 tokens (")
-    assert " s to the first, then " in said
+    assert said.startswith(f"{trained}/checkpoints/step-00000002, float32 on cpu; prompt of 8 tokens\n40 tokens (")
+    assert " s to first token, then " in said
 
 
 def test_the_seed_and_the_checkpoint_decide(trained):
@@ -47,7 +47,7 @@ def test_a_prompt_may_come_from_a_file(trained, tmp_path):
     options = ("--tokens", "1Ki", "--seed", "2", "train.device=cpu")
     from_file = run(trained, "--prompt-file", tmp_path / "prompt.txt", *options)
     assert from_file[0] == 0
-    assert "; 11 tokens of prompt" in from_file[2]
+    assert "; prompt of 11 tokens" in from_file[2]
     assert from_file[1] == run(trained, "--prompt", "12 13 14 é", *options)[1]
 
 
@@ -58,7 +58,7 @@ def test_the_models_end_of_the_document_ends_the_text(trained, monkeypatch):
     status, text, said = run(trained, "--prompt", "12", "--tokens", "30")
     assert (status, text) == (0, "hi\n")
     assert "2 tokens (" in said
-    assert said.endswith(": here the model ended the document\n")
+    assert said.endswith("; stopped at the end-of-document token\n")
 
 
 def test_the_tokenizers_end_and_size_bound_what_is_drawn(trained, monkeypatch):
@@ -81,16 +81,16 @@ def test_another_corpus_is_warned_of(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "error: the prompt: give one of --prompt TEXT and --prompt-file FILE"),
-        (("--prompt", "a", "--prompt-file", "b"), "error: the prompt: give one of"),
+        ((), "error: prompt: give either --prompt TEXT or --prompt-file FILE"),
+        (("--prompt", "a", "--prompt-file", "b"), "error: prompt: give either"),
         (("--prompt", ""), "error: the prompt is empty"),
         (("--prompt-file", "gone"), "error: --prompt-file gone: No such file"),
         (("--prompt", "a", "--tokens", "0"), "error: --tokens 0: expected at least 1"),
         (("--prompt", "a", "--tokens", "many"), "error: --tokens: 'many' is not an integer"),
-        (("--prompt", "a", "--temperature", "-1"), "error: temperature: -1.0 is no temperature"),
-        (("--prompt", "a", "--top-p", "0"), "error: top_p: 0.0 is no share"),
-        (("--prompt", "a", "--checkpoint", "gone"), "error: gone is no checkpoint, or a damaged one"),
-        (("--prompt", "a", "model.dim=32"), "error: model.dim=32: of a run's recipe only data.path"),
+        (("--prompt", "a", "--temperature", "-1"), "error: temperature: -1.0 is out of range"),
+        (("--prompt", "a", "--top-p", "0"), "error: top_p: 0.0 is out of range"),
+        (("--prompt", "a", "--checkpoint", "gone"), "error: gone is not a checkpoint, or it is damaged"),
+        (("--prompt", "a", "model.dim=32"), "error: model.dim=32: generation can override only data.path"),
         (("--prompt", "a", "train.precision=fp8"), "train.precision: "),
     ],
 )

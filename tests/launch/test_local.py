@@ -82,7 +82,7 @@ def test_an_error_is_shown_once_with_the_traceback_of_its_cause(start, tmp_path,
     assert lines[1].endswith(f"in {function}")
     assert lines[-2:] == [
         "KeyError: 'the cause'",
-        "error: rank 1 failed with the error above, and the others were stopped. ADVICE",
+        "error: rank 1 failed with the error above; the other ranks were stopped. ADVICE",
     ]
     assert stderr.count("Traceback") == 1
     assert "KeyError: 'the cause'" in (tmp_path / "logs" / "rank-1.log").read_text()
@@ -93,8 +93,8 @@ def test_a_rank_that_exits_without_an_error_is_named_with_its_log(start, tmp_pat
     status, _, stderr = start("exit_3_on_1", settle=0.2).wait()
     assert status == 1
     assert stderr == (
-        "error: rank 1 exited with status 3, and the others were stopped; "
-        f"its output: {tmp_path}/logs/rank-1.log. ADVICE\n"
+        "error: rank 1 exited with status 3; the other ranks were stopped. "
+        f"Its output: {tmp_path}/logs/rank-1.log. ADVICE\n"
     )
 
 
@@ -115,8 +115,8 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(start, tmp_path, func
     status, _, stderr = launcher.wait()
     assert status == 1
     assert stderr == (
-        "error: rank 1 was killed by SIGKILL (where nobody sent it: by the kernel, for want of memory; see dmesg), "
-        f"and the others were stopped; its output: {tmp_path}/logs/rank-1.log. ADVICE\n"
+        "error: rank 1 was killed by SIGKILL (by the kernel if memory ran out; see dmesg); "
+        f"the other ranks were stopped. Its output: {tmp_path}/logs/rank-1.log. ADVICE\n"
     )
     assert launcher.seconds() < 10
     assert not any(map(launcher.is_running, pids))
@@ -165,11 +165,11 @@ def test_a_second_ctrl_c_stops_at_once(start):
     pids = launcher.pids()
     launcher.process.send_signal(signal.SIGINT)
     line = launcher.process.stderr.readline()
-    assert line == "SIGINT: the ranks save and stop, within 60 s; press Ctrl-C again to stop at once\n"
+    assert line == "SIGINT: saving and stopping, within 60 s; press Ctrl-C again to stop immediately\n"
     launcher.process.send_signal(signal.SIGINT)
     status, _, stderr = launcher.wait()
     assert status == 130
-    assert stderr == "stopped by SIGINT; ranks 0, 1 ended without saving. ADVICE\n"
+    assert stderr == "stopped by SIGINT; ranks 0, 1 exited without saving. ADVICE\n"
     assert not any(map(launcher.is_running, pids))
 
 
@@ -187,7 +187,7 @@ def test_ranks_that_are_not_ready_to_save_end_at_sigterm(start):
     launcher.process.terminate()
     status, _, stderr = launcher.wait()
     assert status == 143
-    assert stderr.endswith("stopped by SIGTERM; ranks 0, 1 ended without saving. ADVICE\n")
+    assert stderr.endswith("stopped by SIGTERM; ranks 0, 1 exited without saving. ADVICE\n")
 
 
 def test_a_save_that_fails_is_a_failure(start):

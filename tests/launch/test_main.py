@@ -141,9 +141,9 @@ def test_train_names_the_run_after_the_recipe_and_uses_one_rank_on_a_cpu(recipe,
     ("arguments", "text"),
     [
         (["train.stps=3"], "command line: train.stps: unknown key; did you mean 'steps'?"),
-        (["parallel.cp=2", "parallel.ulysses=3"], "parallel.ulysses: cp = 2 does not divide into groups of 3"),
+        (["parallel.cp=2", "parallel.ulysses=3"], "parallel.ulysses: cp = 2 is not a multiple of ulysses = 3"),
         (["parallel.cp=2"], "start a multiple of 2 (--nproc 2 on one machine)"),
-        (["--nproc", "2"], "train.sequences_per_step: 1 sequences do not divide over 2 data-parallel ranks"),
+        (["--nproc", "2"], "train.sequences_per_step: 1 is not a multiple of the data-parallel size 2"),
         (["--resume", "gone"], "--resume gone: there is no such directory"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_run_directory_that_cannot_be_made_is_named(recipe, tmp_path):
     (tmp_path / "file").touch()
     assert run("train", recipe, "--out", "file") == (
         2,
-        "error: file/logs: cannot be made: Not a directory; choose another --out\n",
+        "error: file/logs: cannot be created: Not a directory; choose another --out\n",
     )
 
 
@@ -213,13 +213,13 @@ def test_a_corpus_is_prepared_and_inspected(tmp_path, monkeypatch):
     arguments = ("data", "prepare", "texts", "--out", "corpus", "--suffix", ".txt", "--heldout", "0")
     status, said = run(*arguments, "--shard-tokens", "1Ki", "--no-progress")
     assert status == 0
-    assert "corpus: train 1 documents of 501 tokens" in said
-    assert said.endswith("To look at it: longctx data inspect corpus\n")
+    assert "corpus: train 1 documents (501 tokens)" in said
+    assert said.endswith("Inspect it with: longctx data inspect corpus\n")
     assert "Skipped" not in said
     (folder / "empty.txt").write_text("")
     status, said = run(*arguments, "--overwrite", "--on-error", "skip", "--no-progress")
     assert status == 0, said
-    assert "Skipped: 1 empty; corpus/errors.jsonl names each.\n" in said
+    assert "Skipped: 1 empty; listed in corpus/errors.jsonl.\n" in said
     (folder / "empty.txt").unlink()
     status, shown = run("data", "inspect", "corpus", "--verify")
     assert status == 0

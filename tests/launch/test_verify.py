@@ -52,4 +52,4 @@ def test_a_difference_out_of_bounds_is_named_and_gives_status_1(recipe, capsys, 
     told = capsys.readouterr().out
     assert "OUT OF BOUNDS" in told
     assert "fp64, cp 2, zigzag, packed: logits 2.0e-03 (bound 1e-10)" in told
-    assert "1 of 1 rows are out of bounds: do not train this over ranks." in told
+    assert "1 of 1 rows are out of bounds: do not train this recipe on several ranks." in told

@@ -33,7 +33,7 @@ def test_the_newest_are_held_in_order(keep, pieces):
         seen += new
         for part, whole in zip(got, (k, v), strict=True):
             assert torch.equal(part, whole[:, seen - new - held : seen])
-        keys.forget(keep)
+        keys.keep_last(keep)
         assert len(keys) == min(keep, seen)
 
 
@@ -47,7 +47,7 @@ def test_few_tokens_cost_a_copy_of_those_before(keep):
         copied += before * (keys.buffers[0].data_ptr() not in places)
         places = {keys.buffers[0].data_ptr()}
         if keep is not None:
-            keys.forget(keep)
+            keys.keep_last(keep)
     assert copied <= 3 * 1000
     most = 1000 if keep is None else keep + 1
     assert keys.buffers[0].shape[2] <= 1.5 * most
@@ -61,7 +61,7 @@ def test_with_a_window_a_document_in_pieces_is_as_it_would_be_whole(window, piec
     x, _ = draw(28)
     got, cache = in_pieces(mixer, 3 * x, pieces)
     torch.testing.assert_close(got, mixer(3 * x, Layout((0, 28))).detach(), rtol=1e-11, atol=1e-12)
-    assert len(cache.keys) == min(window - 1, 28)
+    assert len(cache.kv) == min(window - 1, 28)
 
 
 OTHERS = {

@@ -29,7 +29,7 @@ def built(kv, dtype=torch.float64, **changes):
 
 def alone(mixer, number, kv, dim=DIM):
     """One of the 3 experts of 4 heads over 2 keys, as a softmax layer, taken from the matrices row by row."""
-    layer = SoftmaxConfig(heads=4, kv_heads=2, head_dim=4, window=mixer.reach.window).build(dim, 1, 4, 1e-5).double()
+    layer = SoftmaxConfig(heads=4, kv_heads=2, head_dim=4, window=mixer.mask.window).build(dim, 1, 4, 1e-5).double()
     if kv == "each":
         # Query head h of expert n is number 4 n + h, its keys are 12 + 2 n and the next, its values 18 + 2 n.
         heads = [4 * number + h for h in range(4)]
@@ -103,7 +103,7 @@ def test_every_parameter_learns(kv):
 @both_kinds
 def test_flops_are_those_of_every_product_that_is_needed(kv, monkeypatch):
     mixer, bounds = built(kv), (0, 3, 20)
-    monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, window: q)
+    monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, mask: q)
     with FlopCounterMode(display=False) as counter:
         mixer(draw(20, batch=1)[0], Layout(bounds))
     pairs = int(causal_document_mask(bounds).sum()) * 3 * 4 * 2 * (2 * 4)
@@ -155,7 +155,7 @@ def test_the_schedule_that_is_chosen_is_of_all_experts_heads():
     [
         ({"heads": 5}, "heads: 5 heads do not divide dim 12"),
         ({"heads": 6, "kv_heads": 4}, "kv_heads: 6 query heads are not a multiple of 4"),
-        ({"heads": 4, "head_dim": 5}, "head_dim: rotary positions turn pairs, so 5 has to be even"),
+        ({"heads": 4, "head_dim": 5}, "head_dim: 5 has to be even for rotary embedding"),
     ],
 )
 @both_kinds

@@ -167,7 +167,7 @@ def test_what_does_not_fit_what_is_remembered_is_refused_and_changes_nothing(let
     got, cache = in_pieces(mixer, x[:, :4], (4,))
     with torch.no_grad():
         for layout, words in (
-            (Layout((0, 6)), r"continues 0 tokens, and the layer remembers 4; give Layout\(\(0, n\), past_tokens=4\)"),
+            (Layout((0, 6)), r"continues 0 tokens, but the cache holds 4; use Layout\(\(0, n\), past_tokens=4\)"),
             (Layout((0, 6), past_tokens=5), "continues 5 tokens"),
             (Layout((0, 2, 6), past_tokens=4), "2 documents on 1 ranks"),
             (Layout((0, 12), size=2, past_tokens=4), "1 documents on 2 ranks"),

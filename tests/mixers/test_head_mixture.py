@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from longctx.kernels.dtypes import accumulation_dtype
+from longctx.layers.cache import CachedScan
 from longctx.layers.output import Output
 from longctx.mixers import MIXERS
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from tests.mixers.cases import DIM, built, config_of, draw
@@ -24,12 +25,14 @@ each_mixer = pytest.mark.parametrize("letter", ROUTED)
 def mix_of(letter, router="learned"):
     heads, group = config_of(letter).routable()
     shared = group if heads > 2 * group else 0
-    return HeadsMixConfig(mixers=(MIXERS[letter[0]].name,), shared=shared, active=(heads - shared) // 2, router=router)
+    return HeadMixtureConfig(
+        mixers=(MIXERS[letter[0]].name,), shared=shared, active=(heads - shared) // 2, router=router
+    )
 
 
 def routed(letter, dtype=torch.float64, router="learned"):
     mixer, (heads, _) = built(letter, dtype), config_of(letter).routable()
-    mixer.mix_heads(mix_of(letter, router), DIM, heads)
+    mixer.add_head_router(mix_of(letter, router), DIM, heads)
     mixer.to(dtype)
     initialise(mixer, seed=3)
     return mixer
@@ -47,15 +50,15 @@ def masked(mixer, letter, x, layout):
     there = torch.cat([routing.chosen.new_ones(*x.shape[:2], shared), routing.chosen], dim=-1)[..., None]
     router, mixer.head_router = mixer.head_router, None
     weights, heads = routing.weights[..., None], there.shape[2]
-    name = "softmax_attention" if letter[0] == "S" else "scan"
-    right = getattr(module, name)
+    owner, name = (module, "softmax_attention") if letter[0] == "S" else (CachedScan, "finish")
+    right = getattr(owner, name)
     out = type(mixer.out).forward
 
     def times_weights(self, y):
         return out(self, (y.unflatten(-1, (heads, -1)) * weights).flatten(2)) if self is mixer.out else out(self, y)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(module, name, lambda *args, **kwargs: right(*args, **kwargs) * there))
+        stack.enter_context(patch.object(owner, name, lambda *args, **kwargs: right(*args, **kwargs) * there))
         stack.enter_context(patch.object(type(mixer.out), "forward", times_weights))
         if letter[0] == "M":
             skip = type(mixer.skip).forward
@@ -189,7 +192,7 @@ def test_heads_that_are_not_read_are_not_counted(letter):
     plain, mixed, layout = built(letter), routed(letter), Layout((0, 48))
     saved = plain.flops(layout) + 48 * mixed.head_router.flops_per_token - mixed.flops(layout)
     # At least their share of the output projection.
-    assert saved >= 48 * mixed.head_router.unread * 2 * DIM * plain.out.in_features // mixed.heads
+    assert saved >= 48 * mixed.head_router.inactive_heads * 2 * DIM * plain.out.in_features // mixed.heads
     shares = [mixed.flops(Layout(PACKINGS["ends inside slices"], "zigzag", 4, rank)) for rank in range(4)]
     assert sum(shares) == mixed.flops(Layout(PACKINGS["ends inside slices"]))
 
@@ -199,9 +202,9 @@ def test_in_a_softmax_layer_all_that_is_of_a_query_head_is_saved():
     learned, by_norm = routed("S"), routed("S", router="norm")
     keys = 48 * 2 * DIM * 2 * plain.kv_heads * plain.head_dim
     of_heads = plain.flops(layout) - keys
-    read = Fraction(plain.heads - learned.head_router.unread, plain.heads)
+    read = Fraction(plain.heads - learned.head_router.inactive_heads, plain.heads)
     assert learned.flops(layout) - 48 * learned.head_router.flops_per_token == keys + read * of_heads
-    queries = 48 * 2 * DIM * by_norm.head_router.unread * plain.head_dim
+    queries = 48 * 2 * DIM * by_norm.head_router.inactive_heads * plain.head_dim
     assert by_norm.flops(layout) == keys + read * of_heads + queries
 
 
@@ -209,7 +212,7 @@ def test_with_all_heads_read_and_a_router_of_zeros_the_layer_is_the_dense_one():
     for letter in ROUTED:
         plain, (x, _), (heads, _) = built(letter), draw(20), config_of(letter).routable()
         want = plain(x, Layout((0, 20)))
-        plain.mix_heads(HeadsMixConfig(mixers=("any",), active=heads), DIM, heads)
+        plain.add_head_router(HeadMixtureConfig(mixers=("any",), active=heads), DIM, heads)
         plain.head_router.weight = torch.nn.Parameter(torch.zeros(heads, DIM, dtype=torch.float64))
         torch.testing.assert_close(plain(x, Layout((0, 20))).out, want, rtol=1e-11, atol=1e-12)
 
@@ -226,7 +229,7 @@ def test_what_is_told_of_schedules_is_of_shared_and_of_routed_heads():
     def told(shared, router=True):
         mixer = built("S")
         if router:
-            mixer.mix_heads(HeadsMixConfig(mixers=("softmax",), shared=shared, active=1), DIM, 6)
+            mixer.add_head_router(HeadMixtureConfig(mixers=("softmax",), shared=shared, active=1), DIM, 6)
         return mixer.describe_schedule(Layout((0, 4096), "zigzag", 2), torch.float32)
 
     shared, rest = told(3).split("; routed heads: ")

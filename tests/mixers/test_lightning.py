@@ -95,6 +95,6 @@ def test_flops_are_the_projections_and_a_write_and_a_read_of_the_state():
 
 def test_heads_that_do_not_divide_the_width_are_refused_unless_a_head_dim_is_given():
     assert LightningConfig(heads=5).problems(12) == [
-        "heads: 5 heads do not divide dim 12; give head_dim, or another number of heads"
+        "heads: 5 heads do not divide dim 12; set head_dim or change heads"
     ]
     assert LightningConfig(heads=5, head_dim=3).problems(12) == []

@@ -245,14 +245,14 @@ def test_retentions_decays_are_the_papers():
     ("config", "problem"),
     [
         (LinearConfig(heads=6, kv_heads=4), "kv_heads: 6 query heads are not a multiple of 4 key/value heads"),
-        (LinearConfig(heads=5), "heads: 5 heads do not divide dim 12; give head_dim, or another number of heads"),
+        (LinearConfig(heads=5), "heads: 5 heads do not divide dim 12; set head_dim or change heads"),
         (LinearConfig(heads=2, feature_map="silu"), "normalize: silu has negative features, whose sum may be 0"),
-        (RetentionConfig(heads=4), "head_dim: rotary positions turn pairs, so 3 has to be even"),
+        (RetentionConfig(heads=4), "head_dim: 3 has to be even for rotary embedding"),
         (Mamba2Config(heads=5), "heads: 5 heads do not divide 2 * dim 24"),
         (Mamba2Config(heads=4, groups=3), "groups: 3 groups do not divide 4 heads"),
         (Mamba2Config(heads=4, dt_min=0.2, dt_max=0.1), "dt_min: 0.2 is above dt_max, 0.1"),
         (MIXERS["E"](heads=4, qk_heads=3), "qk_heads: 4 heads are not a multiple of 3 query/key heads"),
-        (MIXERS["G"](heads=4), "heads: 4 heads do not divide dim / 2 = 6; give head_dim"),
+        (MIXERS["G"](heads=4), "heads: 4 heads do not divide dim / 2 = 6; set head_dim"),
     ],
     ids=str,
 )

@@ -112,8 +112,8 @@ def test_the_attention_that_it_lends_is_the_mean_of_its_heads(window):
     x = (3 * torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)).requires_grad_()
     r, do = (torch.randn(2, 40, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     plain = mixer(x, layout)
-    assert isinstance(plain, torch.Tensor), "it lends none where nobody asked"
-    mixer.lent = 5
+    assert isinstance(plain, torch.Tensor), "no attention without a router that needs it"
+    mixer.attention_channels = 5
     given = mixer(x, layout)
     assert torch.equal(given.out, plain)
     heads = [weights for weights, _ in dense_heads(x, mixer, 6, 2, 4, 10_000.0, layout.cu_seqlens, window)]
@@ -127,7 +127,7 @@ def test_the_attention_that_it_lends_is_the_mean_of_its_heads(window):
 
 def test_attention_that_is_lent_costs_its_scores_and_the_channels_once_more():
     mixer, layout = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4).build(10, 0, 1, 1e-5), Layout((0, 3, 10))
-    before, mixer.lent = mixer.flops(layout), 5
+    before, mixer.attention_channels = mixer.flops(layout), 5
     assert mixer.flops(layout) - before == (3 * 4 + 7 * 8) // 2 * 6 * (2 * 4 + 2 * 5)
 
 
@@ -143,10 +143,10 @@ def test_flops_are_the_projections_and_two_products_for_each_pair_that_is_seen()
         ({"heads": 5}, "heads: 5 heads do not divide dim 12"),
         ({"heads": 6, "kv_heads": 4}, "kv_heads: 6 query heads are not a multiple of 4"),
         ({"heads": 2, "kv_heads": 4}, "kv_heads: 2 query heads are not a multiple of 4"),
-        ({"heads": 4}, "head_dim: rotary positions turn pairs, so 3 has to be even"),
-        ({"heads": 4, "head_dim": 5}, "head_dim: rotary positions turn pairs, so 5 has to be even"),
-        ({"heads": 4, "rotary_dim": 4}, "rotary_dim: rotary positions turn pairs of a head's 3 channels: 4 has to be"),
-        ({"heads": 2, "rotary_dim": 3}, "rotary_dim: rotary positions turn pairs of a head's 6 channels: 3 has to be"),
+        ({"heads": 4}, "head_dim: 3 has to be even for rotary embedding"),
+        ({"heads": 4, "head_dim": 5}, "head_dim: 5 has to be even for rotary embedding"),
+        ({"heads": 4, "rotary_dim": 4}, "rotary_dim: 4 has to be even and at most head_dim 3"),
+        ({"heads": 2, "rotary_dim": 3}, "rotary_dim: 3 has to be even and at most head_dim 6"),
         (
             {"heads": 2, "rope_scaling": RopeScaling(factor=2.0, low_freq_factor=4.0, **LENGTH)},
             "rope_scaling.high_freq_factor: 4.0 has to be above low_freq_factor 4.0",

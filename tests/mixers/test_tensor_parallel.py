@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from longctx.layers.output import Output
-from longctx.mixers.head_mixture import HeadsMixConfig
-from longctx.mixers.tensor_parallel import divide, divisions
+from longctx.mixers.head_mixture import HeadMixtureConfig
+from longctx.mixers.tensor_parallel import head_shares, shard_heads
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
@@ -33,8 +33,8 @@ def whole(letter, router=None, **changes):
     mixer = config.build(DIM, 1, 4, 1e-5)
     if router is not None:
         half = mixer.heads // 2
-        routed = HeadsMixConfig(mixers=(config.name,), shared=half, active=half // 2, router=router)
-        mixer.mix_heads(routed, DIM, mixer.heads)
+        routed = HeadMixtureConfig(mixers=(config.name,), shared=half, active=half // 2, router=router)
+        mixer.add_head_router(routed, DIM, mixer.heads)
     initialise(mixer.double(), seed=3)
     return mixer
 
@@ -51,8 +51,8 @@ def trained(mixer, layout):
 def divided(letter, router, tp):
     mesh = Mesh.build("cpu", tp=tp, cp=dist.get_world_size() // tp)
     mixer = whole(letter, router)
-    shares = divisions(mixer)
-    divide(mixer, mesh.tp)
+    shares = head_shares(mixer)
+    shard_heads(mixer, mesh.tp)
     return mesh.tp.rank, mesh.cp.rank, *trained(mixer, Layout.on(mesh, BOUNDS, "zigzag")), shares
 
 
@@ -80,7 +80,7 @@ def test_summands_add_up_to_the_layer(ranks, letter, router, size, tp):
     assert "out.weight" in shares
     for name, want in gradients.items():
         each = [sum(answer[4][name] for answer in answers if answer[0] == rank) for rank in range(tp)]
-        got = shares[name].whole(each) if name in shares else sum(each)
+        got = shares[name].join(each) if name in shares else sum(each)
         assert (got - want).norm() <= 1e-10 * want.norm(), name
 
 
@@ -89,9 +89,9 @@ def test_summands_add_up_to_the_layer(ranks, letter, router, size, tp):
 def test_parts_that_are_put_together_are_the_whole(letter, router):
     mixer = whole(letter, router)
     tensors = dict([*mixer.named_parameters(), *mixer.named_buffers()])
-    for name, share in divisions(mixer).items():
-        parts = [share.of(tensors[name], rank, 4) for rank in range(4)]
-        assert torch.equal(share.whole(parts), tensors[name]), name
+    for name, share in head_shares(mixer).items():
+        parts = [share.shard(tensors[name], rank, 4) for rank in range(4)]
+        assert torch.equal(share.join(parts), tensors[name]), name
         assert sum(share.parts) == tensors[name].shape[share.dim]
 
 
@@ -99,9 +99,11 @@ def refusal(letter, changes, shared=None):
     mesh = Mesh.build("cpu", tp=2)
     mixer = whole(letter, **changes) if letter in EIGHT else config_of(letter).build(DIM, 0, 1, 1e-5)
     if shared is not None:
-        mixer.mix_heads(HeadsMixConfig(mixers=(config_of(letter).name,), shared=shared, active=2), DIM, mixer.heads)
+        mixer.add_head_router(
+            HeadMixtureConfig(mixers=(config_of(letter).name,), shared=shared, active=2), DIM, mixer.heads
+        )
     try:
-        divide(mixer, mesh.tp)
+        shard_heads(mixer, mesh.tp)
     except ValueError as error:
         return str(error)
 
@@ -114,7 +116,7 @@ def refusal(letter, changes, shared=None):
         ("S", {"heads": 2, "kv_heads": 1}, "kv_heads 1 does not divide over 2 ranks"),
         ("M", {"groups": 1}, "groups 1 does not divide over 2 ranks"),
         ("E", {"heads": 2, "qk_heads": 1}, "qk_heads 1 does not divide over 2 ranks"),
-        ("A", {}, "the heads of AttentionExperts are not divided"),
+        ("A", {}, "AttentionExperts does not support tensor parallelism"),
     ],
 )
 def test_heads_that_do_not_divide_are_refused(ranks, letter, changes, message):
@@ -124,9 +126,9 @@ def test_heads_that_do_not_divide_are_refused(ranks, letter, changes, message):
 @pytest.mark.parametrize(
     ("letter", "shared", "message"),
     [
-        ("L", 3, "heads 8, of 3 shared and 5 routed heads,"),
-        ("S", 2, "kv_heads 4, of 2 shared and 6 routed heads,"),
-        ("B", 2, "kv_heads 4, of 2 shared and 6 routed heads,"),
+        ("L", 3, "heads 8 (3 shared and 5 routed heads)"),
+        ("S", 2, "kv_heads 4 (2 shared and 6 routed heads)"),
+        ("B", 2, "kv_heads 4 (2 shared and 6 routed heads)"),
     ],
 )
 def test_each_kind_of_heads_of_a_mixture_has_to_divide(ranks, letter, shared, message):
@@ -137,7 +139,7 @@ def test_each_kind_of_heads_of_a_mixture_has_to_divide(ranks, letter, shared, me
 def buffers(letter):
     mesh = Mesh.build("cpu", tp=2)
     mixer = whole(letter, "learned")
-    divide(mixer, mesh.tp)
+    shard_heads(mixer, mesh.tp)
     divided = mixer.log_decay.clone()
     mixer.reset_buffers()
     return divided, mixer.log_decay

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from longctx.kernels import reference
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
@@ -41,7 +41,7 @@ def with_experts(**changes: object) -> ModelConfig:
 
 def routed(**changes: object) -> ModelConfig:
     """The same with a mixture of heads in all layers."""
-    heads = HeadsMixConfig(mixers=("softmax", "lightning"), active=1, balance=0.2)
+    heads = HeadMixtureConfig(mixers=("softmax", "lightning"), active=1, balance=0.2)
     return with_experts(**({"heads": heads} | changes))
 
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from longctx.mixers import MIXERS
 from longctx.mixers.deltanet import GatedDeltaNetConfig
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
@@ -22,7 +22,7 @@ EXPERTS = {"ffn": ("swiglu", "moe"), "moe": MOE}
 
 
 def mix(*mixers, active=1, **options):
-    return HeadsMixConfig(mixers=mixers, active=active, **options)
+    return HeadMixtureConfig(mixers=mixers, active=active, **options)
 
 
 def refused(**changes):
@@ -35,47 +35,50 @@ def refused(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": ""}, "layers: give a pattern of L (lightning), "),
-        ({"layers": "LXS"}, "layers: 'X' in 'LXS' is no mixer; there are L (lightning), "),
+        ({"layers": ""}, "layers: the pattern is empty; expected letters of L (lightning), "),
+        ({"layers": "LXS"}, "layers: 'X' in 'LXS' is not a mixer; expected letters of L (lightning), "),
         ({"softmax": None}, "layers: S needs the table [model.softmax]"),
         ({"block": "both"}, "Input should be 'sequential', 'parallel' or 'postnorm'"),
         (
             {"ffn": "none", "swiglu": None, "block": "parallel"},
-            "block: 'parallel' is of a mixer and a feed-forward, and",
+            "block: 'parallel' needs layers with a feed-forward, and",
         ),
-        ({"residual": {"softmax": (2.0, 1.0)}, "block": "parallel"}, "residual: with block 'parallel' the stream is"),
+        ({"residual": {"softmax": (2.0, 1.0)}, "block": "parallel"}, "residual: block 'parallel' has one residual"),
         (
             {"residual": {"moe": (2.0, 1.0)}},
-            "residual.moe: no layer is of this name; there are lightning, softmax, swiglu",
+            "residual.moe: no such layer; expected one of lightning, softmax, swiglu",
         ),
-        ({"ffn": "none"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
-        ({"layers": "LLS", "depth": 2}, "softmax: no layer of 'LLS' (2 deep) is S; remove it"),
-        ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; give head_dim"),
+        ({"ffn": "none"}, "swiglu: no layer has ffn 'swiglu'; remove the table"),
+        ({"layers": "LLS", "depth": 2}, "softmax: no S in the pattern 'LLS' over 2 layers; remove the table"),
+        ({"lightning": LightningConfig(heads=5)}, "lightning.heads: 5 heads do not divide dim 12; set head_dim"),
         ({"softmax": SoftmaxConfig(heads=4, kv_heads=3)}, "softmax.kv_heads: 4 query heads are not a multiple of 3"),
-        ({"ffn": "mlp"}, "ffn: there is no 'mlp'; there are swiglu, moe"),
-        ({"heads": mix("lightnin")}, "heads.mixers: no layer of 'LS' is 'lightnin'; there are lightning, softmax"),
+        ({"ffn": "mlp"}, "ffn: unknown feed-forward 'mlp'; expected one of swiglu, moe"),
+        (
+            {"heads": mix("lightnin")},
+            "heads.mixers: the pattern 'LS' has no 'lightnin'; expected one of lightning, softmax",
+        ),
         ({"heads": mix("softmax", active=5, shared=3)}, "heads.active: 3 shared and 5 active of 6 heads of softmax"),
-        ({"heads": mix("softmax", shared=2)}, "heads.shared: 2 heads are not whole groups of 3, which softmax has"),
+        ({"heads": mix("softmax", shared=2)}, "heads.shared: 2 heads are not a multiple of 3, softmax"),
         (
             {"heads": mix("lightning", router="norm")},
-            "heads.router: 'norm' is for softmax layers, and lightning is none",
+            "heads.router: 'norm' supports only softmax layers, not lightning",
         ),
         (
             {"ffn": ("swiglu", "moe"), "moe": BY_ATTENTION, "heads": mix("softmax")},
-            "moe.router: layer 1 (counted from 0) has routed heads ([model.heads]), and experts that are routed",
+            "moe.router: layer 1 (from 0) has a mixture of heads ([model.heads]), and the router 'attention'",
         ),
         (
             {
                 "heads": mix("softmax", router="norm"),
                 "softmax": SoftmaxConfig(heads=6, head_dim=4, qk_norm="rms"),
             },
-            "heads.router: 'norm' reads how large queries are, and softmax.qk_norm makes them alike",
+            "heads.router: 'norm' compares the norms of queries, which softmax.qk_norm makes equal",
         ),
-        ({"ffn": ()}, "ffn: give a name, or a list of names; there are swiglu, moe"),
-        ({"ffn": "moe"}, "swiglu: no layer's ffn is 'swiglu'; remove this table"),
+        ({"ffn": ()}, "ffn: the list is empty; expected one or more of swiglu, moe"),
+        ({"ffn": "moe"}, "swiglu: no layer has ffn 'swiglu'; remove the table"),
         ({"ffn": ("swiglu", "moe")}, "ffn: moe needs the table [model.moe]"),
-        ({"moe": MOE}, "moe: no layer's ffn is 'moe'; remove this table"),
-        ({"ffn": ("swiglu",) * 3 + ("moe",), "moe": MOE}, "moe: no layer's ffn is 'moe'; remove this table"),
+        ({"moe": MOE}, "moe: no layer has ffn 'moe'; remove the table"),
+        ({"ffn": ("swiglu",) * 3 + ("moe",), "moe": MOE}, "moe: no layer has ffn 'moe'; remove the table"),
         ({**EXPERTS, "moe": MoeConfig(experts=4, active=5, hidden=3)}, "moe.active: 5 of 4 experts"),
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, groups=3)},
@@ -87,19 +90,19 @@ def refused(**changes):
         ),
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=3, hidden=3, groups=2)},
-            "moe.active_groups: 1 groups have 2 experts, and a token takes 3",
+            "moe.active_groups: 1 groups have 2 experts, fewer than active = 3",
         ),
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, similarity_dim=4)},
-            "moe.similarity_dim: only the router 'similarity' has it, and this one is 'token'; remove it",
+            "moe.similarity_dim: only for the router 'similarity', and this is 'token'; remove it",
         ),
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, router="attention", temperature=0.5)},
-            "moe.temperature: only the router 'similarity' has it, and this one is 'attention'; remove it",
+            "moe.temperature: only for the router 'similarity', and this is 'attention'; remove it",
         ),
         (
             {**EXPERTS, "moe": MoeConfig(experts=4, active=2, hidden=3, shared_gate=True, shared_hidden=5)},
-            "moe.shared_hidden: no expert is shared (shared = 0); remove it; moe.shared_gate: no expert is shared",
+            "moe.shared_hidden: there are no shared experts (shared = 0); remove it; moe.shared_gate: there are no",
         ),
         (
             {
@@ -109,12 +112,12 @@ def refused(**changes):
                 "gated_deltanet": GROUPED,
                 "heads": mix("gated_deltanet"),
             },
-            "heads.mixers: the heads of gated_deltanet cannot be routed",
+            "heads.mixers: gated_deltanet does not support a mixture of heads",
         ),
         (
             {"ffn": ("swiglu", "swiglu", "moe"), "moe": BY_ATTENTION},
-            "moe.router: layer 2 (counted from 0) is L (lightning), which has no attention to route by; experts that "
-            "are routed by it need a layer S (softmax)",
+            "moe.router: layer 2 (from 0) is L (lightning), which has no softmax attention; the router 'attention' "
+            "needs a layer S (softmax)",
         ),
     ],
 )
@@ -215,7 +218,7 @@ def test_shrunk_keeps_what_is_routed(heads):
 
 def test_experts_may_be_routed_by_attention_where_every_one_of_their_layers_has_it():
     config = hybrid(depth=12, ffn=("swiglu", "moe"), moe=BY_ATTENTION)
-    assert config.feed_forward(1).borrows
+    assert config.feed_forward(1).needs_attention
     small = config.shrunk()
     assert ModelConfig(**{key: getattr(small, key) for key in ModelConfig.model_fields}) == small
     assert small.feed_forward(1).router == "attention"

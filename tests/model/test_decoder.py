@@ -1,6 +1,7 @@
 """The decoder: its losses, packed documents, causality over ranks, what memory is traded for, its work."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,9 +137,10 @@ def test_flops_are_those_of_every_product_that_is_needed(tied, monkeypatch):
     """Torch counts what runs outside of the mixers' cores; the cores run more than they need, in chunks and masks."""
     model = decoder(hybrid(depth=4, tie_embeddings=tied))
     x, layout = tokens(30), Layout(BOUNDS)
-    monkeypatch.setattr(lightning, "begin_state_scan", lambda *args: None)
-    monkeypatch.setattr(lightning, "scan", lambda recurrence, q, k, v, gates, layout, cache, begun: v)
-    monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, window: q)
+    monkeypatch.setattr(
+        lightning, "begin_cached_scan", lambda recurrence, k, v, *args: SimpleNamespace(finish=lambda q: v)
+    )
+    monkeypatch.setattr(softmax, "softmax_attention", lambda q, k, v, layout, scale, mask: q)
     with FlopCounterMode(display=False) as counter:
         model(x, layout)
     states = 2 * 30 * 3 * 2 * (2 * 4 * 4)
@@ -235,7 +237,7 @@ def test_of_a_prompt_only_the_last_token_has_logits():
 
 def test_what_is_remembered_of_another_model_or_batch_is_refused():
     model, x = decoder(hybrid()), tokens(5, batch=2)
-    with pytest.raises(ValueError, match="memory is of 2 layers, and the decoder has 3"):
+    with pytest.raises(ValueError, match="cache has 2 layers, and the decoder has 3"):
         model.next_logits(x, decoder(hybrid(depth=2)).new_cache())
     with pytest.raises(ValueError, match=r"tokens has shape \[2, 0\]: expected \[batch, tokens\], at least one"):
         model.next_logits(x[:, :0], model.new_cache())

@@ -5,8 +5,8 @@ import torch
 
 from longctx.kernels import reference
 from longctx.layers.output import Output
-from longctx.model.feed_forwards import FFNS
 from longctx.model.ffn import SwigluConfig
+from longctx.model.ffn_registry import FFNS
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
 from longctx.parallel.layout import Layout

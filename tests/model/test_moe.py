@@ -6,7 +6,7 @@ import torch
 from longctx.kernels import reference
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
-from longctx.moe.noise import around_one
+from longctx.moe.noise import jitter_factors
 from longctx.parallel.layout import Layout
 from tests.model.cases import VOCABULARY, best_two, decoder, hybrid, recomputed, routed, tokens, with_experts
 
@@ -73,23 +73,25 @@ def test_experts_begin_at_the_scale_of_a_dense_layer():
 
 def test_the_noise_of_a_token_depends_on_its_place_and_not_on_its_rank():
     shape, bounds = torch.Size((2, 48, 6)), (0, 17, 48)
-    whole = around_one(Layout(bounds, sequence=5), 0.2, shape, 1, torch.device("cpu"))
+    whole = jitter_factors(Layout(bounds, sequence=5), 0.2, shape, 1, torch.device("cpu"))
     for order in ("contiguous", "zigzag"):
         parts = [
-            around_one(Layout(bounds, order, 4, rank, sequence=5), 0.2, torch.Size((2, 12, 6)), 1, torch.device("cpu"))
+            jitter_factors(
+                Layout(bounds, order, 4, rank, sequence=5), 0.2, torch.Size((2, 12, 6)), 1, torch.device("cpu")
+            )
             for rank in range(4)
         ]
         assert torch.equal(Layout(bounds, order, 4).unshard(parts), whole)
     for other in (
-        around_one(Layout(bounds, sequence=6), 0.2, shape, 1, torch.device("cpu")),
-        around_one(Layout(bounds, sequence=5), 0.2, shape, 2, torch.device("cpu")),
+        jitter_factors(Layout(bounds, sequence=6), 0.2, shape, 1, torch.device("cpu")),
+        jitter_factors(Layout(bounds, sequence=5), 0.2, shape, 2, torch.device("cpu")),
     ):
         assert (other != whole).float().mean() > 0.99
     assert not torch.equal(whole[0], whole[1])
 
 
 def test_the_noise_is_uniform():
-    x = around_one(Layout((0, 4096)), 0.5, torch.Size((1, 4096, 64)), 0, torch.device("cpu")).flatten()
+    x = jitter_factors(Layout((0, 4096)), 0.5, torch.Size((1, 4096, 64)), 0, torch.device("cpu")).flatten()
     assert x.min() >= 0.5
     assert x.max() < 1.5
     counts = torch.histc(x, 16, 0.5, 1.5) / len(x)

@@ -65,14 +65,14 @@ def test_by_attention_it_is_what_the_mixers_attention_makes_of_the_scores():
     p = a @ (x @ layer.router.weight.T).softmax(dim=-1)
     got = layer(x, LAYOUT, lambda r, cache: a @ r)
     torch.testing.assert_close(got.out, best_two(layer, x, p), rtol=1e-11, atol=1e-12)
-    with pytest.raises(ValueError, match="experts of layer 1: their router reads the mixer's attention"):
+    with pytest.raises(ValueError, match="experts of layer 1: the router 'attention' needs the argument"):
         layer(x, LAYOUT)
 
 
 def test_a_block_hands_its_attention_to_a_router_that_asks_alone():
     for router, want in (("token", 0), ("similarity", 0), ("attention", 4)):
-        lent = [block.mixer.lent for block in decoder(routed_by(router)).blocks]
-        assert lent == [0, want, 0, want]
+        channels = [block.mixer.attention_channels for block in decoder(routed_by(router)).blocks]
+        assert channels == [0, want, 0, want]
 
 
 @torch.no_grad()
@@ -165,10 +165,10 @@ def test_a_document_in_pieces_is_routed_as_the_whole(router, window, pieces):
             end += piece.shape[1]
             got = model.next_logits(piece, cache)
             torch.testing.assert_close(got, whole[:, end - 1], rtol=1e-10, atol=1e-11)
-    held = [len(each.routed) for each in cache]
+    held = [len(each.router_kv) for each in cache]
     most = 20 if window is None or router == "similarity" else window - 1
     assert held == [0, most, 0, most]
-    kept = [*cache[1].keys.buffers, *cache[1].routed.buffers]
+    kept = [*cache[1].kv.buffers, *cache[1].router_kv.buffers]
     assert len(kept) == 2 + (2 if router == "similarity" else 1)
     assert cache[1].nbytes == sum(buffer.untyped_storage().nbytes() for buffer in kept)
 
@@ -178,7 +178,7 @@ def test_scores_are_remembered_once_and_not_for_each_head():
     block, layout = model.blocks[1].eval(), Layout((0, 13))
     with torch.no_grad():
         block(torch.randn(2, 13, 12, dtype=torch.float64), layout, cache)
-    assert [tuple(buffer.shape) for buffer in cache.routed.buffers] == [(2, 1, 19, 4)]
+    assert [tuple(buffer.shape) for buffer in cache.router_kv.buffers] == [(2, 1, 19, 4)]
 
 
 def test_flops_of_the_graph_are_a_score_and_a_sum_for_each_pair_that_is_seen():

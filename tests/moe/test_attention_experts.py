@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from longctx.engines.router_stats import NotFiniteError, Routing
-from longctx.moe.attention_experts import side_by_side, soft_routing
-from longctx.moe.report import marks
+from longctx.engines.router_stats import NonFiniteLogitsError, RouterStats
+from longctx.moe.attention_experts import flatten_expert_heads, soft_routing
+from longctx.moe.report import set_keys
 from longctx.parallel.layout import Layout
 
 LAYOUT = Layout((0, 3, 11))
@@ -26,13 +26,13 @@ def test_weights_are_the_softmax_over_experts_and_the_report_is_of_shares():
     torch.testing.assert_close(report.counts, p.detach().sum(dim=(0, 1)))
     torch.testing.assert_close(report.entropy, -(p * p.log()).sum().detach())
     assert (report.tokens, report.dropped, report.loss) == (22, 0, 0)
-    assert torch.equal(report.choice, marks(5, torch.device("cpu"))[p.argmax(dim=-1)])
+    assert torch.equal(report.choice, set_keys(5, torch.device("cpu"))[p.argmax(dim=-1)])
     assert not any(x.requires_grad for x in report)
 
 
 def test_even_weights_are_an_even_load_and_weights_on_one_expert_are_that_many_times_the_mean():
     even, one = torch.zeros(1, 11, 4), torch.tensor([0.0, 100.0, 0.0, 0.0]).expand(1, 11, 4)
-    routing = Routing()
+    routing = RouterStats()
     routing.add({"even": soft_routing(even, LAYOUT)[1], "one": soft_routing(one, LAYOUT)[1]})
     metrics = {name: routed.metrics for name, routed in routing.layers.items()}
     assert (metrics["even"].imbalance, metrics["one"].imbalance) == (pytest.approx(1.0), pytest.approx(4.0))
@@ -67,21 +67,25 @@ def test_ranks_reports_add_up_to_that_of_one_and_padding_is_not_in_them(order):
 def test_logits_that_are_not_finite_are_told_with_their_layer(value):
     drawn = logits()
     drawn[1, 4, 2] = value
-    routing = Routing()
+    routing = RouterStats()
     routing.add({"blocks.3.mixer": soft_routing(drawn, LAYOUT)[1]})
-    with pytest.raises(NotFiniteError, match=r"^blocks\.3\.mixer: the router's logits are not all finite numbers"):
+    with pytest.raises(
+        NonFiniteLogitsError, match=r"^blocks\.3\.mixer: the router's logits are not all finite numbers"
+    ):
         routing.check_finite()
 
 
 def test_logits_of_another_length_than_the_layouts_are_refused():
-    with pytest.raises(ValueError, match=r"soft routing: \(2, 11, 5\) for a layout that gives this rank 4 tokens"):
+    with pytest.raises(
+        ValueError, match=r"soft routing: logits are \(2, 11, 5\), and the layout has 4 tokens on this rank"
+    ):
         soft_routing(logits(), Layout((0, 4)))
 
 
 def test_heads_that_read_one_key_value_head_lie_together():
     names = torch.arange(3 * 2 * 4).view(3, 2, 4)  # expert, key/value head, query head of it
     # One attention of 24 query heads over 6 or 2 key/value heads gives head h the key/value head h // 4 or h // 12.
-    each, shared = side_by_side(names, 0, "each").tolist(), side_by_side(names, 0, "shared").tolist()
+    each, shared = flatten_expert_heads(names, 0, "each").tolist(), flatten_expert_heads(names, 0, "shared").tolist()
     for expert in range(3):
         for group in range(2):
             for head in names[expert, group].tolist():

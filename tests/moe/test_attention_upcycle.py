@@ -8,7 +8,7 @@ from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.decoder import Decoder
 from longctx.model.initialise import initialise
 from longctx.model.moe import MoeConfig
-from longctx.moe.attention_upcycle import mean, upcycled_out, upcycled_qkv
+from longctx.moe.attention_upcycle import mean, upcycle_out, upcycle_qkv
 from longctx.parallel.layout import Layout
 from tests.model.cases import hybrid, tokens
 
@@ -30,8 +30,8 @@ def experts_of(layers, kv):
     mixture = config.build(DIM, 0, 2, 1e-5).double()
     initialise(mixture, seed=1)
     with torch.no_grad():
-        mixture.qkv.weight.copy_(upcycled_qkv([layer.qkv.weight for layer in layers], 6, 2, kv))
-        mixture.out.weight.copy_(upcycled_out([layer.out.weight for layer in layers], 6, 2, kv))
+        mixture.qkv.weight.copy_(upcycle_qkv([layer.qkv.weight for layer in layers], 6, 2, kv))
+        mixture.out.weight.copy_(upcycle_out([layer.out.weight for layer in layers], 6, 2, kv))
     return mixture
 
 
@@ -84,9 +84,9 @@ def upcycled(seeds, config):
             if name.endswith("router.weight"):
                 continue
             if name.endswith("mixer.qkv.weight"):
-                value = upcycled_qkv([g[name] for g in given], 6, 2, config.attention_experts.kv)
+                value = upcycle_qkv([g[name] for g in given], 6, 2, config.attention_experts.kv)
             elif name.endswith("mixer.out.weight"):
-                value = upcycled_out([g[name] for g in given], 6, 2, config.attention_experts.kv)
+                value = upcycle_out([g[name] for g in given], 6, 2, config.attention_experts.kv)
             elif ".experts." in name:
                 value = torch.stack([g[name.replace("experts.", "") + ".weight"] for g in given])
             else:
@@ -139,18 +139,18 @@ def test_the_mean_of_copies_is_the_copy_in_every_dtype():
 def test_seeds_keep_their_dtype():
     seeds = [dense(seed).bfloat16() for seed in (2, 3)]
     for kv in ("each", "shared"):
-        assert upcycled_qkv([s.qkv.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
-        assert upcycled_out([s.out.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
+        assert upcycle_qkv([s.qkv.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
+        assert upcycle_out([s.out.weight for s in seeds], 6, 2, kv).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: mean([]), "no seed was given"),
+        (lambda: mean([]), "there are no seeds"),
         (lambda: mean([torch.ones(2), torch.ones(3)]), r"the seeds' shapes differ: \[2\], \[3\]"),
-        (lambda: upcycled_qkv([torch.ones(41, 5)], 6, 2, "each"), "41 rows of qkv are not those of 6 query"),
-        (lambda: upcycled_qkv([torch.ones(44, 5)], 3, 4, "each"), "3 query heads over 4 key/value heads"),
-        (lambda: upcycled_out([torch.ones(5, 23)], 6, 2, "each"), "23 columns of out are not those of 6"),
+        (lambda: upcycle_qkv([torch.ones(41, 5)], 6, 2, "each"), "41 rows of qkv do not match 6 query"),
+        (lambda: upcycle_qkv([torch.ones(44, 5)], 3, 4, "each"), "3 query heads over 4 key/value heads"),
+        (lambda: upcycle_out([torch.ones(5, 23)], 6, 2, "each"), "23 columns of out do not match 6"),
     ],
 )
 def test_seeds_that_do_not_fit_are_refused(call, words):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from longctx.moe.expert_router import TokenChoice, balancing_step, choose_experts, scores
-from longctx.moe.report import marks
+from longctx.moe.report import set_keys
 from longctx.parallel.layout import Layout
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
@@ -125,11 +125,11 @@ def test_a_set_of_experts_has_one_mark_whatever_its_order():
 
 def test_marks_are_the_same_after_any_number_of_routings():
     """They are made once and kept: a router that changed them would hide a later one's choices."""
-    marks.cache_clear()
-    before = marks(1, torch.device("cpu")).clone()
+    set_keys.cache_clear()
+    before = set_keys(1, torch.device("cpu")).clone()
     assert before != 0
     route(draw(), TokenChoice(2))
-    assert torch.equal(marks(1, torch.device("cpu")), before)
+    assert torch.equal(set_keys(1, torch.device("cpu")), before)
     alone = route(draw(experts=1), TokenChoice(1))
     assert torch.equal(alone.report.choice, before.expand(2, 11))
 
@@ -176,11 +176,11 @@ def test_a_capacity_keeps_the_first_choices_of_the_sequence_wherever_they_lie(ra
 @pytest.mark.parametrize(
     ("shape", "rule", "words"),
     [
-        ((2, 10, 6), TokenChoice(2), "for a layout that gives this rank 11 tokens"),
+        ((2, 10, 6), TokenChoice(2), "the layout has 11 tokens on this rank"),
         ((2, 11, 6), TokenChoice(7), "7 active of 6 experts"),
         ((2, 11, 6), TokenChoice(0), "0 active of 6 experts"),
-        ((2, 11, 6), TokenChoice(1, groups=4), "groups that divide the experts"),
-        ((2, 11, 6), TokenChoice(3, groups=3, active_groups=1), "1 groups of 2 experts do not have the 3"),
+        ((2, 11, 6), TokenChoice(1, groups=4), "number of groups that divides the experts"),
+        ((2, 11, 6), TokenChoice(3, groups=3, active_groups=1), "1 active groups of 2 experts have fewer than the 3"),
     ],
 )
 def test_what_does_not_fit_is_named(shape, rule, words):

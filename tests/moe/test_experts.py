@@ -10,7 +10,7 @@ from longctx.moe.expert_router import TokenChoice, choose_experts, scores
 from longctx.moe.experts import mixture_of_experts
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
-from longctx.parallel.traffic import counted as counting
+from longctx.parallel.traffic import count_traffic as counting
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 EXPERTS, DIM, HIDDEN = 8, 6, 5
@@ -54,7 +54,7 @@ def one_by_one(bounds, rule, kind):
 def on_rank(cases, rule, tile=None):
     """The same of this rank's tokens, and of the experts that it has."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    axis = Axis.of(dist.group.WORLD)
+    axis = Axis.from_group(dist.group.WORLD)
     mine = slice(rank * EXPERTS // size, (rank + 1) * EXPERTS // size)
     answers = []
     for bounds, order, kind in cases:
@@ -102,7 +102,11 @@ def bytes_sent():
     routing = choose_experts(logits, scores(logits, "softmax"), TokenChoice(2), layout)
     with counting() as counted:
         out = mixture_of_experts(
-            x, routing, EXPERTS, lambda r, e: grouped_swiglu(r, e, gate_up[mine], down[mine]), Axis.of(dist.group.WORLD)
+            x,
+            routing,
+            EXPERTS,
+            lambda r, e: grouped_swiglu(r, e, gate_up[mine], down[mine]),
+            Axis.from_group(dist.group.WORLD),
         )
         out.backward(do)
     # Rows that come here, and answers that come back, both ways; and a number for each expert that this rank has.

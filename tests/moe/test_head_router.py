@@ -91,7 +91,7 @@ def test_one_routed_head_has_no_spread():
 @pytest.mark.parametrize(
     ("shape", "active", "words"),
     [
-        ((2, 10, 6), 2, "for a layout that gives this rank 11 tokens"),
+        ((2, 10, 6), 2, "the layout has 11 tokens on this rank"),
         ((2, 11, 6), 7, "7 active of 6 routed heads"),
         ((2, 11, 6), 0, "0 active of 6 routed heads"),
     ],

@@ -1,7 +1,10 @@
 """Mixture of heads: what is routed equals all heads times a mask, and nothing else is computed."""
 
 import itertools
+import re
+import textwrap
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from longctx.kernels.attention.block import IntervalMask
 from longctx.moe.head_router import by_norm, learned
 from longctx.moe.heads import Pairs, mixture_of_heads
 from longctx.parallel.attention.api import softmax_attention
@@ -41,7 +45,7 @@ def attend(layout, router, schedule, window):
         leaf.requires_grad_()
     q, k, v, *logits = leaves
     routing = route(router, q, *logits, layout)
-    out = mixture_of_heads(q, k, v, routing, layout, 0.4, schedule=schedule, window=window)
+    out = mixture_of_heads(q, k, v, routing, layout, 0.4, schedule=schedule, mask=IntervalMask(window=window))
     ((out * do).sum() + 300 * routing.report.loss).backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
     return out.detach(), *grads, routing.report.loss.item(), routing.report.counts
@@ -56,7 +60,7 @@ def masked(bounds, router, window):
         leaf.requires_grad_()
     q, k, v, *logits = leaves
     routing = route(router, q, *logits, layout)
-    out = softmax_attention(q, k, v, layout, 0.4, window=window) * routing.weights[..., None]
+    out = softmax_attention(q, k, v, layout, 0.4, mask=IntervalMask(window=window)) * routing.weights[..., None]
     ((out * do).sum() + 300 * routing.report.loss).backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
     return out.detach(), *grads, routing.report.loss.item(), routing.report.counts
@@ -102,6 +106,19 @@ def test_pairs_are_those_that_were_chosen_in_order_of_tokens(length, groups, sha
         assert got == [-1] * (len(got) - len(want)) + want
     x = torch.randn(2, length, groups * share, 3)
     assert torch.equal(pairs.scatter(pairs.gather(x)), x * chosen[..., None])
+
+
+def test_the_example_in_the_docs_runs_as_printed():
+    page = (Path(__file__).parents[2] / "docs/routing.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", page, flags=re.MULTILINE)
+    (example,) = [textwrap.dedent(block) for block in blocks if "mixture_of_heads(" in block]
+    names = {}
+    exec(example, names)
+    layout, q, k, v, routing, out = (names[name] for name in ("layout", "q", "k", "v", "routing", "out"))
+    want = softmax_attention(q, k, v, layout, 64**-0.5) * routing.weights[..., None]
+    torch.testing.assert_close(out, want)
+    assert (routing.weights > 0).sum(dim=-1).eq(4 + 3).all()
+    assert q.grad is not None
 
 
 def test_shared_heads_read_whole_key_value_heads():

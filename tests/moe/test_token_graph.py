@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longctx.kernels.attention.block import IntervalMask
 from longctx.kernels.linear.recurrence import document_ids
 from longctx.moe.report import entropy
 from longctx.moe.token_graph import attention_aware, one_head_schedule, similarity_aware
-from longctx.parallel.attention.api import ACROSS
+from longctx.parallel.attention.api import BETWEEN_OWNERS
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Grid, Mesh
-from longctx.parallel.traffic import counted
+from longctx.parallel.traffic import count_traffic
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
 
 DIM, EXPERTS, WIDTH, HEADS, KV_HEADS = 7, 5, 3, 4, 2
@@ -64,7 +65,7 @@ def ours(kind, drawn, layout, window):
     r = (drawn["u"] @ drawn["W"].T).softmax(dim=-1)
     if kind == "similarity":
         return similarity_aware(r, drawn["u"] @ drawn["W_a"].T, drawn["u"] @ drawn["W_b"].T, layout, 0.6)
-    return attention_aware(r, drawn["q"], drawn["k"], layout, 0.6, window)
+    return attention_aware(r, drawn["q"], drawn["k"], layout, 0.6, IntervalMask(window=window))
 
 
 def on_rank(kind, cases, ulysses):
@@ -83,7 +84,7 @@ def on_rank(kind, cases, ulysses):
 
 
 def schedules(size):
-    return [name for name in ACROSS if size == 4 or not name.startswith("ulysses-")]
+    return [name for name in BETWEEN_OWNERS if size == 4 or not name.startswith("ulysses-")]
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -104,7 +105,7 @@ def test_it_is_the_equation_under_every_layout_and_schedule(ranks, size, kind):
             got = layout.unshard(part) if name in (*SHARDED, "r~") else sum(part)
             assert (got - ref).norm() <= 1e-10 * max(ref.norm(), 1), f"{name} {bounds} {order} {schedule} {window}"
         for rank, part in enumerate(parts[0]):
-            for gap in layout.seen_by(rank).padding:
+            for gap in layout.for_rank(rank).padding:
                 assert (part[:, gap] == 0).all(), "padding has no scores"
 
 
@@ -136,8 +137,8 @@ def test_scores_stay_in_float32_where_the_layer_computes_in_bf16(kind):
         got = similarity_aware(r.float(), q, k, layout, 0.6)
         want = similarity_aware(r, q.double(), k.double(), layout, 0.6)
     else:
-        got = attention_aware(r.float(), rounded["q"].bfloat16(), rounded["k"].bfloat16(), layout, 0.6, None)
-        want = attention_aware(r, rounded["q"], rounded["k"], layout, 0.6, None)
+        got = attention_aware(r.float(), rounded["q"].bfloat16(), rounded["k"].bfloat16(), layout, 0.6)
+        want = attention_aware(r, rounded["q"], rounded["k"], layout, 0.6)
     assert got.dtype == torch.float32
     assert (got - want).norm() <= 1e-6 * want.norm()
 
@@ -186,7 +187,7 @@ def test_one_head_goes_by_the_schedule_of_the_layout_or_by_all_gather(schedule, 
 def calls(schedule):
     layout = Layout.on(Mesh.build("cpu", cp=2), (0, 16), "contiguous", attention=schedule)
     drawn = {n: layout.shard(x) if n in SHARDED else x for n, x in draw(16).items()}
-    with counted() as traffic:
+    with count_traffic() as traffic:
         ours("similarity", drawn, layout, None)
     return dict(traffic.bytes)
 

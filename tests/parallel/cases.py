@@ -1,8 +1,17 @@
-"""What the parity tests over ranks share."""
+"""Packed sequences, orders and layouts of the parity tests over ranks."""
 
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import pytest
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from longctx.parallel.layout import Layout
+
+Bounds = tuple[int, ...]
 
 PACKINGS = {
     "one document": (0, 48),
@@ -11,6 +20,7 @@ PACKINGS = {
     "over all ranks but the ends": (0, 1, 47, 48),
     "a token each": tuple(range(49)),
 }
+"""Packed sequences whose documents begin and end in all kinds of places."""
 UNEVEN = {
     "a ragged end": (0, 5, 30, 43),
     "a piece of padding": (0, 7, 33),
@@ -19,10 +29,42 @@ UNEVEN = {
 }
 """Lengths that do not divide over ranks: the last pieces end in padding, or are all padding."""
 ORDERS = ("contiguous", "zigzag", "balanced")
-"""Packed sequences whose documents begin and end in all kinds of places."""
 
 
-def layout_here(bounds: tuple[int, ...], order: str, continued: int = 0, states: str = "all-gather") -> Layout:
+def pairs(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A few combinations of a value per row, in which any two values of two rows meet at least once."""
+    everything = list(product(*(range(len(row)) for row in rows)))
+    missing = {pair for numbers in everything for pair in combinations(enumerate(numbers), 2)}
+    chosen = []
+    while missing:
+        best = max(everything, key=lambda numbers: len(missing.intersection(combinations(enumerate(numbers), 2))))
+        missing.difference_update(combinations(enumerate(best), 2))
+        chosen.append(best)
+    return [tuple(row[n] for row, n in zip(rows, numbers, strict=True)) for numbers in sorted(chosen)]
+
+
+def everything(*rows: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """All combinations of a value per row."""
+    return list(product(*rows))
+
+
+pairs_or_everything = pytest.mark.parametrize(
+    "combinations", [pairs, pytest.param(everything, marks=pytest.mark.slow)], ids=["pairs", "everything"]
+)
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> Bounds:
+    """Documents that begin and end anywhere."""
+    length = draw(st.integers(1, 70))
+    return (0, *sorted(draw(st.sets(st.integers(1, length - 1), max_size=9)) if length > 1 else ()), length)
+
+
+few_examples = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many_examples = settings(few_examples, max_examples=40)
+
+
+def layout_here(bounds: Bounds, order: str, continued: int = 0, states: str = "all-gather") -> Layout:
     """The layout over all ranks of the default group, as this rank sees it."""
     size = dist.get_world_size()
     group = dist.group.WORLD if size > 1 else None

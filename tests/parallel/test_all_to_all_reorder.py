@@ -19,9 +19,9 @@ def dealt(ranks, seed, even=True):
 
 
 def reordered(seed, even):
-    axis = Axis.of(dist.group.WORLD)
+    axis = Axis.from_group(dist.group.WORLD)
     have, want = dealt(axis.size, seed, even), dealt(axis.size, seed + 100, even)
-    change = Reorder.of(have, want, axis)
+    change = Reorder.plan(have, want, axis)
     generator = torch.Generator().manual_seed(1)
     whole, do = (torch.randn(24, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     rank = dist.get_rank()
@@ -41,5 +41,5 @@ def test_every_rank_gets_the_rows_that_it_wants_and_their_gradients_go_back(rank
 
 
 def test_other_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"reorder: 3 tokens and 3: expected 0, 1, \.\.\. once each in both"):
-        Reorder.of([torch.tensor([0, 1, 2])], [torch.tensor([0, 1, 1])], Axis())
+    with pytest.raises(ValueError, match=r"reorder: have 3 tokens, want 3: expected 0, 1, \.\.\. once in both"):
+        Reorder.plan([torch.tensor([0, 1, 2])], [torch.tensor([0, 1, 1])], Axis())

@@ -48,7 +48,7 @@ def test_starts_of_slices_are_the_documents_begins(ranks):
 def test_zigzag_pairs_the_first_slice_with_the_last():
     layout = Layout((0, 16), "zigzag", size=4, rank=1)
     assert layout.slices == (Slice(2, 4), Slice(12, 14))
-    assert layout.places == ((0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (2, 1), (1, 1), (0, 1))
+    assert layout.piece_locations == ((0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (2, 1), (1, 1), (0, 1))
 
 
 def test_padding_is_behind_the_last_token():
@@ -90,9 +90,9 @@ def test_wrong_layouts_are_refused(arguments, message):
 
 
 def test_a_layout_over_ranks_without_their_group_cannot_be_computed_on():
-    assert Layout((0, 8)).peers is None
+    assert Layout((0, 8)).comm_group is None
     with pytest.raises(ValueError, match="over 2 ranks and has no process group"):
-        _ = Layout((0, 8), "contiguous", size=2, rank=1).peers
+        _ = Layout((0, 8), "contiguous", size=2, rank=1).comm_group
 
 
 def test_shard_and_unshard_refuse_what_does_not_fit():

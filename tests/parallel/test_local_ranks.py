@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from longctx.parallel.agreement import RankError, agreement
 from longctx.parallel.local_ranks import LocalRankError, LocalRanks
 from longctx.parallel.mesh import Mesh
+from longctx.parallel.rank_errors import RankError, raise_on_all_ranks
 
 
 def rank_and_sum(x):
@@ -29,7 +29,7 @@ def fail_on(rank, how):
 
 
 def agreed(kind):
-    with agreement():
+    with raise_on_all_ranks():
         if dist.get_rank() == 1 and kind is not None:
             raise kind("rank 1 has no data")
     return "went on"
@@ -51,16 +51,16 @@ def test_a_rank_that_fails_is_named_and_does_not_hang_the_others(how, word):
 
 
 def test_more_ranks_than_there_are_is_refused(ranks):
-    with pytest.raises(ValueError, match="5 ranks asked for, 4 there"):
+    with pytest.raises(ValueError, match="size is 5: expected 1 to 4"):
         ranks.run(rank_and_sum, 0, size=5)
 
 
-def test_agreement_goes_on_where_nobody_fails(ranks):
+def test_a_block_without_an_error_continues_on_every_rank(ranks):
     assert ranks.run(agreed, None, size=2) == ["went on"] * 2
 
 
 @pytest.mark.parametrize(("kind", "elsewhere"), [(ValueError, ValueError), (KeyError, RankError)])
-def test_agreement_raises_on_every_rank_what_failed_on_one(kind, elsewhere):
+def test_an_error_on_one_rank_is_raised_on_every_rank(kind, elsewhere):
     with LocalRanks(2, timeout=20, settle=2) as pool, pytest.raises(LocalRankError) as caught:
         pool.run(agreed, kind)
     told = str(caught.value).split("rank 1: Traceback")

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.kernels import reference
-from longctx.parallel.loss import divided_cross_entropy
+from longctx.parallel.loss import vocab_parallel_cross_entropy
 from longctx.parallel.mesh import Axis
 from tests.kernels.test_loss import draw
 
@@ -15,10 +15,10 @@ VOCABULARY = 12
 def divided(tile):
     """On a rank: the loss, each token's, the summed gradient of x, and that of this rank's rows."""
     x, weight, labels = draw(vocab=VOCABULARY)
-    axis = Axis.of(dist.group.WORLD)
+    axis = Axis.from_group(dist.group.WORLD)
     own = weight.chunk(axis.size)[axis.rank].clone().requires_grad_()
     x.requires_grad_()
-    total, nll = divided_cross_entropy(x, own, labels, tile, axis, scale=1 / 3)
+    total, nll = vocab_parallel_cross_entropy(x, own, labels, tile, axis, scale=1 / 3)
     total.backward()
     if axis.group is not None:
         dist.all_reduce(x.grad)

@@ -74,7 +74,7 @@ def of_groups(ulysses, ring):
             if dist.get_rank() in part:
                 groups[name] = group
     try:
-        mesh = Mesh.of_groups("cpu", cp=dist.group.WORLD, **groups)
+        mesh = Mesh.from_groups("cpu", cp=dist.group.WORLD, **groups)
     except ValueError as error:
         return str(error)
     assert mesh.shard is None

@@ -12,7 +12,7 @@ from longctx.parallel import traffic
 from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.collectives import all_gather, exchange
 from longctx.parallel.local_ranks import LocalRankError, LocalRanks
-from longctx.parallel.traffic import counted, layer
+from longctx.parallel.traffic import count_traffic, layer
 from tests.parallel.cases import layout_here
 
 
@@ -20,7 +20,7 @@ def by_layer():
     layout = layout_here((0, 16), "contiguous")
     before = traffic.total().received
     q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
-    with counted() as outer, counted() as inner:
+    with count_traffic() as outer, count_traffic() as inner:
         with layer("first"):
             one = softmax_attention(q, k, v, layout, 1.0, schedule="all-gather")
         with layer("second"):

@@ -7,7 +7,7 @@ from longctx.mixers.lightning import LightningConfig
 from longctx.model.config import ModelConfig
 from longctx.model.moe import MoeConfig
 from longctx.recipe import Recipe, check
-from longctx.recipe.checks import judge
+from longctx.recipe.checks import check_tables
 from longctx.recipe.tables import LRScheduleConfig, ParallelConfig, TrainConfig
 
 
@@ -17,7 +17,7 @@ def found(world_size=None, *, sequences=1, schedule=None, **parallel):
         "schedule": schedule or LRScheduleConfig(),
         "parallel": ParallelConfig(**parallel),
     }
-    return {".".join(map(str, mistake.key)): mistake.text for mistake in judge(tables, world_size)}
+    return {".".join(map(str, mistake.key)): mistake.text for mistake in check_tables(tables, world_size)}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_the_axes_multiply_to_the_number_of_ranks(world_size, parallel, fits):
 def test_the_number_of_ranks_to_start_is_named():
     assert found(1, dp_shard=1, cp=2)["parallel"] == (
         "dp_replicate * dp_shard * cp = 1 * 1 * 2 = 2, but there is 1 rank; start 2 (--nproc 2 on one machine), "
-        "or write dp_shard = 'rest'"
+        "or set dp_shard = 'rest'"
     )
     assert found(3, cp=2)["parallel"] == (
         "dp_replicate * cp = 1 * 2 = 2 does not divide the number of ranks, 3; "
@@ -66,8 +66,8 @@ def test_a_data_parallel_size_below_one_is_refused():
 
 def test_sequences_divide_over_data_parallel_ranks():
     assert found(8, sequences=6, dp_replicate=2, cp=2)["train.sequences_per_step"] == (
-        "6 sequences do not divide over 4 data-parallel ranks (dp_replicate * dp_shard = 2 * 2); "
-        "nearest that fit: 4 and 8"
+        "6 is not a multiple of the data-parallel size 4 (dp_replicate * dp_shard = 2 * 2); "
+        "the nearest multiples: 4 and 8"
     )
     assert found(8, sequences=8, dp_replicate=2, cp=2) == {}
     # Without the number of ranks, what `rest` will be is unknown.
@@ -78,7 +78,7 @@ def test_sequences_divide_over_data_parallel_ranks():
 def test_warmup_and_decay_fit_into_the_steps():
     assert found(schedule=LRScheduleConfig(kind="wsd", warmup=4, decay=6)) == {}
     assert found(schedule=LRScheduleConfig(kind="wsd", warmup=5, decay=6)) == {
-        "schedule.warmup": "warmup and decay together take 5 + 6 = 11 steps and train.steps is 10"
+        "schedule.warmup": "warmup and decay take 5 + 6 = 11 steps, but train.steps is 10"
     }
 
 
@@ -104,7 +104,7 @@ def experts(world_size=None, *, count=8, hidden=6, dim=12, **parallel):
         moe=MoeConfig(experts=count, active=2, hidden=hidden),
     )
     tables = {"model": model, "parallel": ParallelConfig(**parallel)}
-    return {".".join(map(str, mistake.key)): mistake.text for mistake in judge(tables, world_size)}
+    return {".".join(map(str, mistake.key)): mistake.text for mistake in check_tables(tables, world_size)}
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def experts(world_size=None, *, count=8, hidden=6, dim=12, **parallel):
     [
         (4, {"ep": 2, "cp": 2}, None),
         (4, {"ep": 4, "cp": 2}, None),
-        (None, {"ep": 3, "cp": 2}, "8 experts (model.moe.experts) do not divide over 3 ranks"),
+        (None, {"ep": 3, "cp": 2}, "8 experts (model.moe.experts) are not a multiple of ep = 3"),
         (4, {"ep": 8, "cp": 2}, "8 does not divide dp_shard * cp = 2 * 2 = 4"),
         (4, {"ep": 4, "cp": 1, "dp_replicate": 2}, "4 does not divide dp_shard * cp = 2 * 1 = 2"),
         (8, {"ep": 1, "cp": 8, "hidden": 5}, None),
-        (8, {"ep": 2, "cp": 8, "hidden": 5}, "model.moe.hidden = 5 gives 10 rows, which 4 does not divide"),
-        (10, {"ep": 2, "hidden": 5, "dim": 6}, "model.dim = 6 gives 6 rows, which 5 does not divide"),
+        (8, {"ep": 2, "cp": 8, "hidden": 5}, "model.moe.hidden = 5 makes 10 rows, which is not a multiple of 4"),
+        (10, {"ep": 2, "hidden": 5, "dim": 6}, "model.dim = 6 makes 6 rows, which is not a multiple of 5"),
         (None, {"ep": 2}, None),
     ],
 )
@@ -128,5 +128,5 @@ def test_experts_divide_over_ranks(world_size, given, words):
 
 def test_expert_parallelism_needs_experts():
     model = ModelConfig(layers="L", depth=1, dim=12, lightning=LightningConfig(heads=1))
-    (mistake,) = judge({"model": model, "parallel": ParallelConfig(ep=2)}, None)
-    assert mistake.text == "2 ranks for experts, and no layer of the model has any (model.ffn)"
+    (mistake,) = check_tables({"model": model, "parallel": ParallelConfig(ep=2)}, None)
+    assert mistake.text == "ep = 2, but no layer of the model has experts (model.ffn)"

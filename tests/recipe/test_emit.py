@@ -84,5 +84,5 @@ def test_values_are_read_back_by_the_standard_parser(value: Any):
 
 
 def test_what_toml_cannot_hold_is_refused():
-    with pytest.raises(TypeError, match="a recipe cannot hold"):
+    with pytest.raises(TypeError, match="a recipe cannot have the value"):
         value_text(object())

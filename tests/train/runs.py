@@ -32,7 +32,7 @@ softmax.kv_heads = 1
 path = "corpus"
 sequence_length = 64
 [train]
-steps = 20
+steps = 8
 sequences_per_step = 2
 device = "cpu"
 [optimizer]
@@ -43,7 +43,7 @@ warmup = 2
 cp = 2
 timeout = "30s"
 [checkpoint]
-every = 5
+every = 2
 keep = 4
 [logging]
 tensorboard = false
@@ -150,7 +150,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def went_on_to_be_killed(run: Path, out: Path, step: int) -> Path:
+def interrupted_copy(run: Path, out: Path, step: int) -> Path:
     """A copy of the finished `run` as kill -9 leaves one whose newest checkpoint is of `step`; returns `out`."""
     shutil.copytree(run, out)
     for checkpoint in (out / "checkpoints").iterdir():

@@ -10,7 +10,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn import functional as F
 
 from longctx.data.loader import Sequence
-from longctx.engines.router_stats import Choices
+from longctx.engines.router_stats import RoutingFluctuation
 from longctx.engines.torch_engine import TorchEngine
 from longctx.model.decoder import Losses
 from longctx.parallel.layout import Layout
@@ -46,7 +46,7 @@ def evaluation_here(runs):
     answers = []
     for axes, order in runs:
         mesh = Mesh.build("cpu", **axes)
-        answers.append(evaluate(engine_on(mesh, hybrid()), heldout(), maker(mesh, order), 40, Choices()))
+        answers.append(evaluate(engine_on(mesh, hybrid()), heldout(), maker(mesh, order), 40, RoutingFluctuation()))
     return answers
 
 
@@ -98,7 +98,7 @@ def one_token_each(axes):
         losses=lambda batch: Losses(torch.zeros(()), torch.full(batch.labels.shape, 2.0), {}),
     )
     sequence = Sequence(torch.arange(8), torch.arange(8), torch.arange(9), 0)
-    return evaluate(engine, [sequence], maker(mesh, "contiguous"), 1, Choices())
+    return evaluate(engine, [sequence], maker(mesh, "contiguous"), 1, RoutingFluctuation())
 
 
 def test_a_bucket_without_a_token_has_no_loss(ranks):
@@ -112,7 +112,7 @@ def fluctuations(axes, order):
     """Evaluations before and after two experts of a layer change places for the router, and once more."""
     mesh = Mesh.build("cpu", **axes)
     engine = engine_on(mesh, with_experts())
-    choices, found = Choices(), []
+    fluctuation, found = RoutingFluctuation(), []
     for change in (False, True, False):
         if change:
             for name, parameter in engine.model.named_parameters():
@@ -122,7 +122,7 @@ def fluctuations(axes, order):
                     with torch.no_grad():
                         local = distribute_tensor(swapped, parameter.device_mesh, parameter.placements)
                         parameter.copy_(local)
-        found.append(evaluate(engine, heldout(), maker(mesh, order), 1, choices).fluctuation)
+        found.append(evaluate(engine, heldout(), maker(mesh, order), 1, fluctuation).fluctuation)
     return found
 
 

@@ -69,7 +69,7 @@ def test_without_warmup_the_first_step_is_a_whole_one_where_nothing_falls():
     ("arguments", "words"),
     [
         ({"kind": "wsd"}, "kind = 'wsd' needs decay"),
-        ({"kind": "cosine", "decay": 3}, "decay belongs to kind = 'wsd', not to 'cosine'"),
+        ({"kind": "cosine", "decay": 3}, "decay is an option of kind = 'wsd', not of 'cosine'"),
         ({"final": 1.5}, "less than or equal to 1"),
         ({"warmup": -1}, "greater than or equal to 0"),
     ],

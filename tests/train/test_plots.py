@@ -73,7 +73,7 @@ def test_without_an_evaluation_only_the_loss(tmp_path: Path, evaluations: list[E
 def test_without_a_step_nothing_to_draw(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.run(RUN)
-    with pytest.raises(UserError, match="holds no step to draw; train at least one step"):
+    with pytest.raises(UserError, match="has no steps to plot; train at least one step"):
         draw(tmp_path / "metrics.jsonl", tmp_path)
 
 
@@ -81,11 +81,11 @@ def test_the_loss_figure_holds_each_curve() -> None:
     figure = loss_figure(falling(200), [evaluation(100), evaluation(200)], RUN)
     axes = figure.axes[0]
     curves = lines(axes.get_lines())
-    assert {"held-out", "token frequencies alone (3.00)"} < set(curves)
-    (smoothed,) = (line for label, line in curves.items() if label.startswith("training, mean of"))
+    assert {"held-out", "unigram baseline (3.00)"} < set(curves)
+    (smoothed,) = (line for label, line in curves.items() if label.startswith("training, moving average of"))
     assert len(xs(smoothed)) == 200
     assert xs(curves["held-out"]) == [100, 200]
-    assert curves["token frequencies alone (3.00)"].get_linestyle() == "--"
+    assert curves["unigram baseline (3.00)"].get_linestyle() == "--"
     assert axes.get_xlim() == (0, 200)
     assert "nats per token" in axes.get_ylabel()
 
@@ -98,7 +98,7 @@ def test_a_short_run_is_drawn_as_it_is() -> None:
 
 def test_the_baseline_is_drawn_only_where_it_is_known() -> None:
     figure = loss_figure(falling(3), [], replace(RUN, unigram_loss=None))
-    assert not any("frequencies" in label for label in lines(figure.axes[0].get_lines()))
+    assert not any("unigram" in label for label in lines(figure.axes[0].get_lines()))
 
 
 def test_a_loss_that_is_not_finite_is_marked_at_its_step() -> None:

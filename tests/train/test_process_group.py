@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import UserError
-from longctx.parallel.agreement import RankError
+from longctx.parallel.rank_errors import RankError
 from longctx.recipe.tables import TrainConfig
-from longctx.train.process_group import device_type, peers_needed, process_group
+from longctx.train.process_group import collective_errors, device_type, process_group
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_cuda_is_for_a_gpu_for_every_local_rank(monkeypatch, wanted, gpus, local
 
 def test_cuda_without_enough_gpus_is_the_users_mistake(monkeypatch):
     pretend(monkeypatch, 1, 2)
-    with pytest.raises(UserError, match=r"train\.device: 'cuda' needs a GPU for each of 2 local ranks; there are 1"):
+    with pytest.raises(UserError, match=r"train\.device: 'cuda' needs one GPU per local rank \(2\); there are 1"):
         device_type(TrainConfig(steps=1, device="cuda"))
 
 
@@ -59,14 +59,14 @@ def lose_rank_1() -> str:
     """Rank 1 leaves, as one does that has failed, and rank 0 waits for it in a step."""
     if dist.get_rank() == 1:
         return ""
-    with pytest.raises(RankError) as caught, peers_needed("step 3"):
+    with pytest.raises(RankError) as caught, collective_errors("step 3"):
         dist.all_reduce(torch.ones(2))
     return str(caught.value)
 
 
 def test_a_peer_that_is_gone_is_told_with_what_was_under_way(ranks):
     told, _ = ranks.run(lose_rank_1, size=2)
-    assert told.startswith("step 3: rank 0 lost contact with another rank, which died or did not answer in time")
+    assert told.startswith("step 3: rank 0 lost contact with another rank, which died or timed out")
     assert "--resume auto" in told
 
 
@@ -77,7 +77,7 @@ def wait_for_rank_1() -> float:
     if dist.get_rank() == 1:
         time.sleep(2)
     else:
-        with pytest.raises(RankError, match=r"^the end: rank 0 lost contact"), peers_needed("the end"):
+        with pytest.raises(RankError, match=r"^the end: rank 0 lost contact"), collective_errors("the end"):
             dist.all_reduce(torch.ones(2), group=group)
     return time.monotonic() - began
 
@@ -89,6 +89,6 @@ def test_a_peer_that_does_not_answer_is_waited_for_no_longer_than_the_timeout(ra
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), UserError("a mistake"), KeyError("key")])
 def test_errors_of_this_rank_stay_what_they_are(error):
-    with pytest.raises(type(error)) as caught, peers_needed("step 3"):
+    with pytest.raises(type(error)) as caught, collective_errors("step 3"):
         raise error
     assert caught.value is error

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.kernels.loss import IGNORE
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.moe import MoeConfig
 from longctx.recipe.tables import TrainConfig
@@ -48,7 +48,7 @@ def test_a_mixture_has_the_schedules_that_all_of_its_heads_divide_for():
     softmax = SoftmaxConfig(heads=8, kv_heads=8, head_dim=4)
 
     def schedules(**heads):
-        mix = HeadsMixConfig(mixers=("softmax",), active=1, **heads) if heads else None
+        mix = HeadMixtureConfig(mixers=("softmax",), active=1, **heads) if heads else None
         return {case.attention for case in cases(4, hybrid(softmax=softmax, heads=mix))}
 
     assert schedules() == {"auto", "all-gather", "ring", "ulysses", "ulysses-ring", "ulysses-all-gather"}

@@ -1,20 +1,19 @@
-"""Triton kernels of the additive recurrence, backward: one sweep over a segment for dq, one back for dk, dv and dg.
+"""Triton kernels of the additive recurrence, backward: a forward sweep for dq, a reverse sweep for dk, dv and dg.
 
 With A = dO V^T over pairs i >= j in one document, and P, pairs, reads, writes, keeps as forward:
 
-    dQ = pairs * A on K + reads * dO S^T            S as forward, from the state that the segment received
+    dQ = pairs * A on K + reads * dO S^T            S as forward, from the segment's start state
     dK = pairs * A^T on Q + writes * V dS'^T
     dV = (P * pairs)^T dO + (writes * K) dS'
     dS = keeps * dS' + (reads * Q)^T dO
 
-The gradient of the logarithm of a decay (Yang et al. 2024, Gated Linear Attention) needs q * dq and k * dk
-alone: with G_i = g_0 + .. + g_i, everything depends on G through exp(G_i) q_i, exp(-G_j) k_j and the state that leaves
-the segment, so
+The gradient of a log-decay (Yang et al. 2024, Gated Linear Attention) needs only q * dq and k * dk: with the cumulative
+log-decay G_i = g_0 + .. + g_i, everything depends on G through exp(G_i) q_i, exp(-G_j) k_j and the end state, so
 
     dg_t = sum_(i >= t) (q_i * dq_i - k_i * dk_i) + sum_v S' * dS'      over t's document, within the segment
 
-S' and dS' are those of the segment's end, and belong to its last document alone. A document's first decay acts on
-nothing, and its gradient is 0.
+S' and dS' are the segment's end state and its gradient, which belong only to the last document. A document's first
+decay acts on nothing, and its gradient is 0.
 """
 
 import triton
@@ -22,13 +21,14 @@ import triton.language as tl
 
 from longctx.kernels.linear.triton_chunk import (
     chunk_decays,
+    decayed_scores,
     half_decays,
     halvings,
     load_constant_decay,
     load_decay,
     load_documents,
     load_tile,
-    locate,
+    locate_program,
     outer,
     pair_decays,
     product,
@@ -36,14 +36,13 @@ from longctx.kernels.linear.triton_chunk import (
     store_tile,
     sum_tokens,
     token_at,
-    weighted_scores,
 )
 
 
 @triton.jit
-def _weighted_grads(
+def _decayed_grads_product(
     grads,
-    own,
+    diagonal,
     x,
     decay,
     KIND: tl.constexpr,
@@ -52,18 +51,18 @@ def _weighted_grads(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`sum_j A_ij pairs_ij x_j`, `[C, BK]` float32, or with FLIP the sum over i, `sum_i A_ij pairs_ij x_i`.
+    """Compute `sum_j A_ij pairs_ij x_j`, `[C, BK]` float32, or with FLIP the sum over i, `sum_i A_ij pairs_ij x_i`.
 
-    grads is A, 0 where a token is not seen (and already times pairs, where they are a number); own its diagonal.
+    `grads` is A, 0 where not visible (for constant and scalar decays already times pairs); `diagonal` is its diagonal.
     """
     if KIND == "vector":
-        result = own[:, None] * x.to(tl.float32)
+        result = diagonal[:, None] * x.to(tl.float32)
         for level in tl.static_range(halvings(C)):
-            factor, met, _ = half_decays(decay, level, C, PRECISION)
-            chosen = tl.where(met, grads, 0.0)
+            factor, meet, _ = half_decays(decay, level, C, PRECISION)
+            masked = tl.where(meet, grads, 0.0)
             if FLIP:
-                chosen = tl.trans(chosen)
-            result += factor * product(chosen, x * factor, DOT, PRECISION)
+                masked = tl.trans(masked)
+            result += factor * product(masked, x * factor, DOT, PRECISION)
     else:
         if FLIP:
             grads = tl.trans(grads)
@@ -72,22 +71,22 @@ def _weighted_grads(
 
 
 @triton.jit
-def _seen_grads(
+def _score_grads(
     values,
     dout,
     decay,
-    seen,
+    visible,
     KIND: tl.constexpr,
     C: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A, `[C, C]`, 0 where not seen and times pairs where they are a number, and the diagonal of dO V^T, `[C]`."""
+    """Return A, `[C, C]`, 0 where not visible and times pairs unless KIND is "vector", and its diagonal, `[C]`."""
     grads = product(dout, tl.trans(values), DOT, PRECISION)
     if KIND == "vector":
-        grads = tl.where(seen, grads, 0.0)
+        grads = tl.where(visible, grads, 0.0)
     else:
-        grads *= pair_decays(decay, seen, KIND, C)
+        grads *= pair_decays(decay, visible, KIND, C)
     return grads, tl.sum(values.to(tl.float32) * dout.to(tl.float32), 1)
 
 
@@ -109,17 +108,17 @@ def dq_kernel(
     dends,
     dq,
     dq_strides,
-    terms_out,
-    terms_strides,
-    edges,
+    q_dq_out,
+    q_dq_strides,
+    end_terms,
     heads,
     batch,
     K: tl.constexpr,
     V: tl.constexpr,
-    Q_SHARE: tl.constexpr,
-    K_SHARE: tl.constexpr,
-    V_SHARE: tl.constexpr,
-    GATE_SHARE: tl.constexpr,
+    Q_GROUP: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr,
+    GATE_GROUP: tl.constexpr,
     READERS: tl.constexpr,
     KIND: tl.constexpr,
     C: tl.constexpr,
@@ -128,64 +127,64 @@ def dq_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a segment, in order of its tokens. A program has a block of K, and all of V.
+    """Compute dq of a segment, chunk by chunk. A program has a block of K and all of V.
 
-    Where `terms_out` is given, also what `dk_dv_kernel` turns into dg: `q * dq` of each token, and `S' * dS'` of the
-    segment's end in `edges`. Where the decay is a number, both are summed over the program's block of K.
+    With `q_dq_out`, also the terms of dg for `dk_dv_kernel`: `q * dq` per token in `q_dq_out`, `S' * dS'` of the
+    segment's end in `end_terms`. For constant and scalar decays both are summed over the program's block of K.
     """
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
-    head, sequence, segment, block, begin, end = locate(bounds, heads, batch, BLOCKS)
+    head, sequence, segment, block, begin, end = locate_program(bounds, heads, batch, BLOCKS)
     channel = block * BK
-    place = ((segment * batch + sequence) * heads + head).to(tl.int64)
-    state = load_tile(states + (place * K + channel) * V, V, K - channel, 0, BK, BV, V)
+    state_index = ((segment * batch + sequence) * heads + head).to(tl.int64)
+    state = load_tile(states + (state_index * K + channel) * V, V, K - channel, 0, BK, BV, V)
     row = tl.arange(0, C)
-    constant = load_constant_decay(gate, gate_strides, head // GATE_SHARE, KIND)
+    constant = load_constant_decay(gate, gate_strides, head // GATE_GROUP, KIND)
     for step in range((end - begin + C - 1) // C):
         start = begin + step * C
         size = tl.minimum(end - start, C)
-        k_at = token_at(k, k_strides, sequence, start, head // K_SHARE)
+        k_at = token_at(k, k_strides, sequence, start, head // K_GROUP)
         keys = load_tile(k_at, k_strides[1], size, channel, C, BK, K)
-        values = load_tile(token_at(v, v_strides, sequence, start, head // V_SHARE), v_strides[1], size, 0, C, BV, V)
-        decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_SHARE)
+        values = load_tile(token_at(v, v_strides, sequence, start, head // V_GROUP), v_strides[1], size, 0, C, BV, V)
+        decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
         decay = load_decay(constant, decay_at, gate_strides[1], size, channel, KIND, C, BK, K)
         reads, writes, total = chunk_decays(decay, size, KIND, C, PRECISION)
         keeps = tl.exp(total)
-        seen = row[:, None] >= row[None, :]
+        visible = row[:, None] >= row[None, :]
         if ids is not None:
-            own, before, last = load_documents(ids, begin, start, size, C)
-            seen = seen & (own[:, None] == own[None, :])
-            reads = tl.where((own == before)[:, None], reads, 0.0)
-            writes = tl.where((own == last)[:, None], writes, 0.0)
-            keeps = tl.where(before == last, keeps, 0.0)
-        share = tl.zeros([C, BK], tl.float32)
+            doc, doc_before, doc_last = load_documents(ids, begin, start, size, C)
+            visible = visible & (doc[:, None] == doc[None, :])
+            reads = tl.where((doc == doc_before)[:, None], reads, 0.0)
+            writes = tl.where((doc == doc_last)[:, None], writes, 0.0)
+            keeps = tl.where(doc_before == doc_last, keeps, 0.0)
+        q_dq = tl.zeros([C, BK], tl.float32)
         for reader in range(READERS):
             query = head * READERS + reader
             do_at = token_at(dout, dout_strides, sequence, start, query)
-            grads_out = load_tile(do_at, dout_strides[1], size, 0, C, BV, V)
-            grads, diagonal = _seen_grads(values, grads_out, decay, seen, KIND, C, DOT, PRECISION)
-            result = _weighted_grads(grads, diagonal, keys, decay, KIND, False, C, DOT, PRECISION)
-            result += reads * product(grads_out, tl.trans(state.to(DOT)), DOT, PRECISION)
+            do = load_tile(do_at, dout_strides[1], size, 0, C, BV, V)
+            grads, diagonal = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
+            result = _decayed_grads_product(grads, diagonal, keys, decay, KIND, False, C, DOT, PRECISION)
+            result += reads * product(do, tl.trans(state.to(DOT)), DOT, PRECISION)
             dq_at = token_at(dq, dq_strides, sequence, start, query)
             store_tile(dq_at, dq_strides[1], size, channel, result, C, BK, K)
-            if terms_out is not None:
-                q_at = token_at(q, q_strides, sequence, start, query // Q_SHARE)
-                share += result * load_tile(q_at, q_strides[1], size, channel, C, BK, K).to(tl.float32)
-        if terms_out is not None:
+            if q_dq_out is not None:
+                q_at = token_at(q, q_strides, sequence, start, query // Q_GROUP)
+                q_dq += result * load_tile(q_at, q_strides[1], size, channel, C, BK, K).to(tl.float32)
+        if q_dq_out is not None:
             if KIND == "vector":
-                terms_at = token_at(terms_out, terms_strides, sequence, start, head)
-                store_tile(terms_at, terms_strides[1], size, channel, share, C, BK, K)
+                q_dq_at = token_at(q_dq_out, q_dq_strides, sequence, start, head)
+                store_tile(q_dq_at, q_dq_strides[1], size, channel, q_dq, C, BK, K)
             else:
-                terms_at = token_at(terms_out, terms_strides, block * batch + sequence, start, head)
-                tl.store(terms_at + row * terms_strides[1], tl.sum(share, 1), mask=row < size)
+                q_dq_at = token_at(q_dq_out, q_dq_strides, block * batch + sequence, start, head)
+                tl.store(q_dq_at + row * q_dq_strides[1], tl.sum(q_dq, 1), mask=row < size)
         state = state * keeps[:, None] + outer(keys, writes, values, DOT, PRECISION)
-    if terms_out is not None:
-        dstate = load_tile(dends + (place * K + channel) * V, V, K - channel, 0, BK, BV, V)
-        edge = tl.sum(state * dstate, 1)
+    if q_dq_out is not None:
+        dstate = load_tile(dends + (state_index * K + channel) * V, V, K - channel, 0, BK, BV, V)
+        end_term = tl.sum(state * dstate, 1)
         if KIND == "vector":
             channels = channel + tl.arange(0, BK)
-            tl.store(edges + place * K + channels, edge, mask=channels < K)
+            tl.store(end_terms + state_index * K + channels, end_term, mask=channels < K)
         else:
-            tl.store(edges + place * BLOCKS + block, tl.sum(edge, 0))
+            tl.store(end_terms + state_index * BLOCKS + block, tl.sum(end_term, 0))
 
 
 @triton.jit
@@ -207,20 +206,20 @@ def dk_dv_kernel(
     dk_strides,
     dv,
     dv_strides,
-    terms_in,
-    terms_strides,
+    q_dq_in,
+    q_dq_strides,
     dgate,
     dgate_strides,
-    edges,
+    end_terms,
     dstates,
     heads,
     batch,
     K: tl.constexpr,
     V: tl.constexpr,
-    Q_SHARE: tl.constexpr,
-    K_SHARE: tl.constexpr,
-    V_SHARE: tl.constexpr,
-    GATE_SHARE: tl.constexpr,
+    Q_GROUP: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr,
+    GATE_GROUP: tl.constexpr,
     READERS: tl.constexpr,
     KIND: tl.constexpr,
     C: tl.constexpr,
@@ -229,45 +228,45 @@ def dk_dv_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk, dv and dg of a segment, against the order of its tokens, and the gradient of the state that it received.
+    """Compute dk, dv and dg of a segment, chunk by chunk in reverse, and the gradient of its start state.
 
-    What is given is written: dk and dv together where a program can hold all of K and V; else dk, dg and dstates by
-    blocks of K with all of V, and dv by blocks of V with all of K. dk and dv belong to the H heads of the states.
+    Writes those that are not None: dk and dv together where a program can hold all of K and V; else dk, dg and dstates
+    by blocks of K with all of V, and dv by blocks of V with all of K. dk and dv are per state head.
     """
     K_BLOCKS: tl.constexpr = (K + BK - 1) // BK
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    head, sequence, segment, block, begin, end = locate(bounds, heads, batch, K_BLOCKS * V_BLOCKS)
+    head, sequence, segment, block, begin, end = locate_program(bounds, heads, batch, K_BLOCKS * V_BLOCKS)
     channel, column = (block // V_BLOCKS) * BK, (block % V_BLOCKS) * BV
-    place = ((segment * batch + sequence) * heads + head).to(tl.int64)
-    dstate = load_tile(dends + (place * K + channel) * V, V, K - channel, column, BK, BV, V)
+    state_index = ((segment * batch + sequence) * heads + head).to(tl.int64)
+    dstate = load_tile(dends + (state_index * K + channel) * V, V, K - channel, column, BK, BV, V)
     row = tl.arange(0, C)
     if dgate is not None:
         if KIND == "vector":
             channels = channel + tl.arange(0, BK)
-            carried = tl.load(edges + place * K + channels, mask=channels < K, other=0.0)
+            suffix_sum = tl.load(end_terms + state_index * K + channels, mask=channels < K, other=0.0)
         else:
-            # The terms of dq and those of the segment's end are there once, for all blocks of K.
-            carried = tl.load(edges + place + tl.arange(0, 1), mask=(tl.arange(0, 1) == block), other=0.0)
-    constant = load_constant_decay(gate, gate_strides, head // GATE_SHARE, KIND)
+            # Only the program of the first block of K adds q * dq and the segment's end term.
+            suffix_sum = tl.load(end_terms + state_index + tl.arange(0, 1), mask=(tl.arange(0, 1) == block), other=0.0)
+    constant = load_constant_decay(gate, gate_strides, head // GATE_GROUP, KIND)
     chunks = (end - begin + C - 1) // C
     for step in range(chunks):
         start = begin + (chunks - 1 - step) * C
         size = tl.minimum(end - start, C)
-        k_at = token_at(k, k_strides, sequence, start, head // K_SHARE)
+        k_at = token_at(k, k_strides, sequence, start, head // K_GROUP)
         keys = load_tile(k_at, k_strides[1], size, channel, C, BK, K)
-        v_at = token_at(v, v_strides, sequence, start, head // V_SHARE)
+        v_at = token_at(v, v_strides, sequence, start, head // V_GROUP)
         values = load_tile(v_at, v_strides[1], size, column, C, BV, V)
-        decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_SHARE)
+        decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
         decay = load_decay(constant, decay_at, gate_strides[1], size, channel, KIND, C, BK, K)
         reads, writes, total = chunk_decays(decay, size, KIND, C, PRECISION)
         keeps = tl.exp(total)
-        seen = row[:, None] >= row[None, :]
+        visible = row[:, None] >= row[None, :]
         if ids is not None:
-            own, before, last = load_documents(ids, begin, start, size, C)
-            seen = seen & (own[:, None] == own[None, :])
-            reads = tl.where((own == before)[:, None], reads, 0.0)
-            writes = tl.where((own == last)[:, None], writes, 0.0)
-            keeps = tl.where(before == last, keeps, 0.0)
+            doc, doc_before, doc_last = load_documents(ids, begin, start, size, C)
+            visible = visible & (doc[:, None] == doc[None, :])
+            reads = tl.where((doc == doc_before)[:, None], reads, 0.0)
+            writes = tl.where((doc == doc_last)[:, None], writes, 0.0)
+            keeps = tl.where(doc_before == doc_last, keeps, 0.0)
         if dk is not None:
             dkeys = writes * product(values, tl.trans(dstate.to(DOT)), DOT, PRECISION)
         if dv is not None:
@@ -275,17 +274,17 @@ def dk_dv_kernel(
         dstate *= keeps[:, None]
         for reader in range(READERS):
             query = head * READERS + reader
-            q_at = token_at(q, q_strides, sequence, start, query // Q_SHARE)
+            q_at = token_at(q, q_strides, sequence, start, query // Q_GROUP)
             queries = load_tile(q_at, q_strides[1], size, channel, C, BK, K)
             do_at = token_at(dout, dout_strides, sequence, start, query)
-            grads_out = load_tile(do_at, dout_strides[1], size, column, C, BV, V)
+            do = load_tile(do_at, dout_strides[1], size, column, C, BV, V)
             if dk is not None:
-                grads, diagonal = _seen_grads(values, grads_out, decay, seen, KIND, C, DOT, PRECISION)
-                dkeys += _weighted_grads(grads, diagonal, queries, decay, KIND, True, C, DOT, PRECISION)
+                grads, diagonal = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
+                dkeys += _decayed_grads_product(grads, diagonal, queries, decay, KIND, True, C, DOT, PRECISION)
             if dv is not None:
-                scores = weighted_scores(queries, keys, decay, seen, True, KIND, C, DOT, PRECISION)
-                dvalues += product(tl.trans(scores.to(DOT)), grads_out, DOT, PRECISION)
-            dstate += outer(queries, reads, grads_out, DOT, PRECISION)
+                scores = decayed_scores(queries, keys, decay, visible, True, KIND, C, DOT, PRECISION)
+                dvalues += product(tl.trans(scores.to(DOT)), do, DOT, PRECISION)
+            dstate += outer(queries, reads, do, DOT, PRECISION)
         if dk is not None:
             dk_at = token_at(dk, dk_strides, sequence, start, head)
             store_tile(dk_at, dk_strides[1], size, channel, dkeys, C, BK, K)
@@ -293,45 +292,45 @@ def dk_dv_kernel(
             dv_at = token_at(dv, dv_strides, sequence, start, head)
             store_tile(dv_at, dv_strides[1], size, column, dvalues, C, BV, V)
         if dgate is not None:
-            later = row[:, None] <= row[None, :]
+            suffix_mask = row[:, None] <= row[None, :]
             if ids is not None:
-                later = later & (own[:, None] == own[None, :])
+                suffix_mask = suffix_mask & (doc[:, None] == doc[None, :])
             if KIND == "vector":
-                terms_at = token_at(terms_in, terms_strides, sequence, start, head)
-                terms = load_tile(terms_at, terms_strides[1], size, channel, C, BK, K)
+                q_dq_at = token_at(q_dq_in, q_dq_strides, sequence, start, head)
+                terms = load_tile(q_dq_at, q_dq_strides[1], size, channel, C, BK, K)
                 terms -= keys.to(tl.float32) * dkeys
-                sums = sum_tokens(later, terms, PRECISION)
-                beyond = carried[None, :]
+                sums = sum_tokens(suffix_mask, terms, PRECISION)
+                after_chunk = suffix_sum[None, :]
                 if ids is not None:
-                    beyond = tl.where((own == last)[:, None], beyond, 0.0)
-                    # A document that begins here reads nothing that its first decay acts on.
-                    ahead = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
-                    sums = tl.where((own == ahead)[:, None], sums + beyond, 0.0)
-                    carried = tl.where(before == last, carried, 0.0)
-                    carried += tl.sum(tl.where((own == before)[:, None], terms, 0.0), 0)
+                    after_chunk = tl.where((doc == doc_last)[:, None], after_chunk, 0.0)
+                    # The first decay of a document acts on nothing.
+                    doc_previous = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
+                    sums = tl.where((doc == doc_previous)[:, None], sums + after_chunk, 0.0)
+                    suffix_sum = tl.where(doc_before == doc_last, suffix_sum, 0.0)
+                    suffix_sum += tl.sum(tl.where((doc == doc_before)[:, None], terms, 0.0), 0)
                 else:
-                    sums += beyond
-                    carried += tl.sum(terms, 0)
-                # dgate may be the memory of the terms, and a thread's part of them another's of the sums.
+                    sums += after_chunk
+                    suffix_sum += tl.sum(terms, 0)
+                # dgate may alias q_dq_in, and a thread may store the sums where another one still loads terms.
                 tl.debug_barrier()
                 dgate_at = token_at(dgate, dgate_strides, sequence, start, head)
                 store_tile(dgate_at, dgate_strides[1], size, channel, sums, C, BK, K)
             else:
-                terms_at = token_at(terms_in, terms_strides, sequence, start, head)
-                terms_at += row * terms_strides[1]
-                terms = tl.load(terms_at, mask=row < tl.where(block == 0, size, 0), other=0.0)
+                q_dq_at = token_at(q_dq_in, q_dq_strides, sequence, start, head)
+                q_dq_at += row * q_dq_strides[1]
+                terms = tl.load(q_dq_at, mask=row < tl.where(block == 0, size, 0), other=0.0)
                 terms -= tl.sum(keys.to(tl.float32) * dkeys, 1)
-                sums = tl.sum(tl.where(later, terms[None, :], 0.0), 1)
+                sums = tl.sum(tl.where(suffix_mask, terms[None, :], 0.0), 1)
                 if ids is not None:
-                    beyond = tl.where(own == last, carried, 0.0)
-                    ahead = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
-                    sums = tl.where(own == ahead, sums + beyond, 0.0)
-                    carried = tl.where(before == last, carried, 0.0)
-                    carried += tl.sum(tl.where(own == before, terms, 0.0), 0)
+                    after_chunk = tl.where(doc == doc_last, suffix_sum, 0.0)
+                    doc_previous = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
+                    sums = tl.where(doc == doc_previous, sums + after_chunk, 0.0)
+                    suffix_sum = tl.where(doc_before == doc_last, suffix_sum, 0.0)
+                    suffix_sum += tl.sum(tl.where(doc == doc_before, terms, 0.0), 0)
                 else:
-                    sums += carried
-                    carried += tl.sum(terms, 0)
+                    sums += suffix_sum
+                    suffix_sum += tl.sum(terms, 0)
                 dgate_at = token_at(dgate, dgate_strides, block * batch + sequence, start, head)
                 tl.store(dgate_at + row * dgate_strides[1], sums, mask=row < size)
     if dk is not None:
-        store_tile(dstates + (place * K + channel) * V, V, K - channel, column, dstate, BK, BV, V)
+        store_tile(dstates + (state_index * K + channel) * V, V, K - channel, column, dstate, BK, BV, V)

@@ -1,15 +1,14 @@
-"""The delta rule: what the state answers to a key is moved towards the value, and the rest decays.
+"""Delta rule, chunkwise, in torch operators for any device.
 
     S_t = (I - b_t k_t k_t^T) D_t S_{t-1} + b_t k_t v_t^T        D_t = diag(exp(g_t))        o_t = S_t^T q_t
 
-The gates are `(b,)` with b `[B, T, H]` (DeltaNet), or `(b, g)` with logarithms g at most 0, `[B, T, H]` (Gated
-DeltaNet) or `[B, T, H, K]` (KDA). For the rule to be stable keys have length 1 and b lies in [0, 2]; nothing here
-depends on it.
+The gates are `(b,)` with beta b `[B, T, H]` (DeltaNet), or `(b, g)` with log-decays g at most 0, `[B, T, H]` (Gated
+DeltaNet) or `[B, T, H, K]` (KDA). Stability needs keys of length 1 and b in [0, 2]; nothing here depends on it.
 
-The functions of `longctx.kernels.linear.recurrence.LinearRecurrence` in torch operators, for any device, chunk by chunk
-(Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, section 3; the UT transform). Inside a chunk
-each token writes `u_t`, what is left of its value after the answers to its key of the state and of the writes before
-it; these are a unit lower triangular system. With the factors of `longctx.kernels.linear.decay`:
+Implements the passes of `longctx.kernels.linear.recurrence.LinearRecurrence` with the UT transform / WY representation
+(Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule, section 3). A token writes `u_t`, its value
+minus what the state and the chunk's earlier writes return for its key, times b_t: U solves a unit lower triangular
+system. With the decay factors reads, writes, keeps and pairs of `longctx.kernels.linear.decay`:
 
     (I + L) U = R        L = diag(b) pairs(K, K) below the diagonal        R = diag(b) (V - (reads K) S)
     O  = P U + (reads Q) S                                                 P = pairs(Q, K)
@@ -19,8 +18,8 @@ it; these are a unit lower triangular system. With the factors of `longctx.kerne
     dV = diag(b) dR                   db = rowsum(dR * (V - (reads K) S)) + rowsum(dL * pairs(K, K))
     dS = keeps dS' + (reads Q)^T dO - (reads K)^T dV
 
-The transition of a segment is a matrix over K x K. It is walked together with the state, as K more channels of value
-that begin with the identity and are written nothing.
+The transition of a segment is a K x K matrix. It is computed with the state, as K more value channels that start from
+the identity and whose values are zero.
 """
 
 from collections.abc import Sequence
@@ -28,150 +27,149 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.chunking import Chunk, HeadGroup, Walk, chunks, walk_back
-from longctx.kernels.linear.decay import Decay, Decays, GateSums
-from longctx.kernels.linear.recurrence import Carry, Gates, Segment
+from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, backward_chunks, split_chunks
+from longctx.kernels.linear.decay import Decay, Decays, LogDecayGrad
+from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
 
 CHUNK = 64
-"""Tokens of a chunk: the triangular system costs with its square."""
-TOGETHER = 8
-"""(batch, head) pairs that are multiplied together."""
-BLOCK = 32
-"""Chunks whose states are held at once in the backward pass."""
+"""Tokens per chunk; the cost of the triangular system per chunk grows with their square."""
+GROUP_SIZE = 8
+"""(batch, head) pairs per batched matrix product."""
+CHUNKS_PER_CHECKPOINT = 32
+"""Chunks between two checkpointed states in the backward pass; their states are in memory at the same time."""
 
 
-class _Writes:
-    """What the tokens of a chunk write, for the state that comes in."""
+class _UTTransform:
+    """UT transform of a chunk: the tokens' writes U as a function of the state before it."""
 
-    def __init__(self, walk: "_Delta", keys: Tensor, share: Tensor, decay: Decay) -> None:
+    def __init__(self, loop: "_DeltaLoop", keys: Tensor, beta: Tensor, decay: Decay) -> None:
         size = keys.shape[1]
-        self.keys, self.share, self.decay = keys, share, decay
-        self.answers = decay.pairs(keys, keys, walk.scratch("answers", keys.shape[0], size, size))
-        system = torch.mul(self.answers, share, out=walk.scratch("system", *self.answers.shape)).tril_(-1)
+        self.keys, self.beta, self.decay = keys, beta, decay
+        self.kk = decay.pairs(keys, keys, loop.scratch("kk", keys.shape[0], size, size))
+        system = torch.mul(self.kk, beta, out=loop.scratch("system", *self.kk.shape)).tril_(-1)
         system.diagonal(dim1=1, dim2=2).fill_(1)
         self.system = system
         """I + L, `[G, C, C]`."""
-        self.asking = torch.mul(keys, decay.reads, out=walk.scratch("asking", *keys.shape))
+        self.decayed_k = torch.mul(keys, decay.reads, out=loop.scratch("decayed_k", *keys.shape))
         """reads K, `[G, C, K]`."""
 
-    def left(self, values: Tensor, state: Tensor) -> Tensor:
-        """V - (reads K) S: `[G, C, V]`."""
-        return torch.baddbmm(values, self.asking, state, alpha=-1)
+    def residual(self, values: Tensor, state: Tensor) -> Tensor:
+        """Compute V - (reads K) S, `[G, C, V]`."""
+        return torch.baddbmm(values, self.decayed_k, state, alpha=-1)
 
-    def solve(self, left: Tensor) -> Tensor:
-        """U."""
-        return torch.linalg.solve_triangular(self.system, left * self.share, upper=False, unitriangular=True)
+    def solve(self, residual: Tensor) -> Tensor:
+        """Solve for U, `[G, C, V]`, from the residual V - (reads K) S."""
+        return torch.linalg.solve_triangular(self.system, residual * self.beta, upper=False, unitriangular=True)
 
     def solve_back(self, du: Tensor) -> Tensor:
-        """dR."""
+        """Solve the transposed system for dR from dU."""
         return torch.linalg.solve_triangular(self.system.transpose(1, 2), du, upper=True, unitriangular=True)
 
 
-class _Delta(Walk):
-    """One pass over the segments of a recurrence."""
+class _DeltaLoop(ChunkLoop):
+    """Chunk loop of one pass over the segments."""
 
-    def __init__(self, k: Tensor, v: Tensor, gates: Gates) -> None:
-        super().__init__(k, v, gates, TOGETHER)
-        self.decays = Decays(gates[1] if len(gates) == 2 else None, self)
-        self.beta = gates[0][..., None]
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs, GROUP_SIZE)
+        beta, *decay = inputs.gates
+        self.decays = Decays(decay[0] if decay else None, self)
+        self.beta = beta[..., None]
 
     def chunks(self, segment: Segment) -> list[Chunk]:
-        return chunks(segment, CHUNK, halving=self.decays.vector)
+        return split_chunks(segment, CHUNK, pad_to_power_of_two=self.decays.vector)
 
-    def writes(self, k: Tensor, heads: HeadGroup, chunk: Chunk) -> _Writes:
-        keys, share = self.load("k", k, heads, chunk), self.load("beta", self.beta, heads, chunk)
-        return _Writes(self, keys, share, self.decays.of(self, heads, chunk))
+    def ut_transform(self, k: Tensor, group: HeadGroup, chunk: Chunk) -> _UTTransform:
+        keys, beta = self.load("k", k, group, chunk), self.load("beta", self.beta, group, chunk)
+        return _UTTransform(self, keys, beta, self.decays.for_chunk(self, group, chunk))
 
-    def write(self, state: Tensor, writes: _Writes, u: Tensor) -> None:
-        """S' from S, in place."""
-        written = self.scaled("written", writes.keys, writes.decay.writes)
-        state.mul_(writes.decay.keeps).baddbmm_(written.transpose(1, 2), u)
+    def write(self, state: Tensor, ut: _UTTransform, u: Tensor) -> None:
+        """Update the state from S to S', in place."""
+        written = self.scaled("written", ut.keys, ut.decay.writes)
+        state.mul_(ut.decay.keeps).baddbmm_(written.transpose(1, 2), u)
 
-    def identity(self, states: Tensor) -> Tensor:
-        """The states with K more channels that hold the identity: `[B, H, K, V + K]`."""
+    def append_identity(self, states: Tensor) -> Tensor:
+        """Append K value channels that hold the identity to states `[B, H, K, V]`: `[B, H, K, V + K]`."""
         eye = torch.eye(self.key_dim, dtype=self.dtype, device=states.device)
         return torch.cat([states, eye.expand(*states.shape[:2], -1, -1)], dim=-1)
 
-    def carry(self, walked: Tensor, value_dim: int, segments: Sequence[Segment]) -> Carry:
-        """The maps from what `identity` became: `[N, B, H, K, V + K]`."""
-        state, transition = walked.split([value_dim, self.key_dim], dim=-1)
-        ends = torch.tensor([bool(s.starts) for s in segments], device=walked.device).view(-1, 1, 1, 1, 1)
+    def carry(self, extended: Tensor, value_dim: int, segments: Sequence[Segment]) -> Carry:
+        """Split extended end states `[N, B, H, K, V + K]` into the segments' carries; a document start zeroes A."""
+        state, transition = extended.split([value_dim, self.key_dim], dim=-1)
+        ends = torch.tensor([bool(s.starts) for s in segments], device=extended.device).view(-1, 1, 1, 1, 1)
         return Carry(transition.masked_fill(ends, 0.0), state.contiguous())
 
 
 def segment_length(heads: int, length: int, device: torch.device) -> int:
-    """One segment, as long as there are tokens."""
+    """Return the whole length: one segment."""
     del heads, device
     return max(length, 1)
 
 
-def summarize(k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment]) -> Carry:
-    """Pass 1. Shapes as in `LinearRecurrence`, the gates as in the module's docstring."""
-    walk = _Delta(k, v, gates)
-    value_dim = walk.value_dim
-    walked = walk.states(segments, value_dim + walk.key_dim)
+def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
+    """Pass 1: each segment's carry. Shapes as in `LinearRecurrence`, the gates as in the module docstring."""
+    loop, k, v = _DeltaLoop(inputs), inputs.k, inputs.v
+    value_dim = loop.value_dim
+    extended = loop.zero_states(segments, value_dim + loop.key_dim)
     for number, segment in enumerate(segments):
-        walked[number] = walk.identity(walk.states([segment], value_dim)[0])
-        for heads in walk.groups():
-            state = walk.state(walked[number], heads)
-            for chunk in walk.chunks(segment):
-                writes = walk.writes(k, heads, chunk)
-                values = walk.load("v", v, heads, chunk)
-                wide = walk.scratch("wide", *values.shape[:2], state.shape[2]).zero_()
-                wide[:, :, :value_dim] = values
-                walk.write(state, writes, writes.solve(writes.left(wide, state)))
-            walk.put_state(walked[number], heads, state)
-    return walk.carry(walked, value_dim, segments)
+        extended[number] = loop.append_identity(loop.zero_states([segment], value_dim)[0])
+        for group in loop.head_groups():
+            state = loop.load_state(extended[number], group)
+            for chunk in loop.chunks(segment):
+                ut = loop.ut_transform(k, group, chunk)
+                values = loop.load("v", v, group, chunk)
+                extended_v = loop.scratch("wide", *values.shape[:2], state.shape[2]).zero_()
+                extended_v[:, :, :value_dim] = values
+                loop.write(state, ut, ut.solve(ut.residual(extended_v, state)))
+            loop.store_state(extended[number], group, state)
+    return loop.carry(extended, value_dim, segments)
 
 
-def apply(
-    q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Pass 2."""
-    walk = _Delta(k, v, gates)
-    out = walk.outputs(q, v)
-    ends = walk.states(segments, walk.value_dim)
+def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
+    """Pass 2: outputs and end states."""
+    loop, q, k, v = _DeltaLoop(inputs), inputs.queries, inputs.k, inputs.v
+    out = loop.empty_outputs(q, v)
+    ends = loop.zero_states(segments, loop.value_dim)
     for number, segment in enumerate(segments):
-        for heads in walk.groups():
-            state = walk.state(states[number], heads)
-            for chunk in walk.chunks(segment):
-                writes = walk.writes(k, heads, chunk)
-                u = writes.solve(writes.left(walk.load("v", v, heads, chunk), state))
-                for nth in range(walk.repeats(q)):
-                    queries = walk.load("q", q, heads, chunk, nth)
-                    square = walk.scratch("scores", heads.count, chunk.size, chunk.size)
-                    result = torch.bmm(writes.decay.pairs(queries, writes.keys, square), u)
-                    result.baddbmm_(walk.scaled("read", queries, writes.decay.reads), state)
-                    walk.store(out, heads, chunk, result, nth)
-                walk.write(state, writes, u)
-            walk.put_state(ends[number], heads, state)
+        for group in loop.head_groups():
+            state = loop.load_state(states[number], group)
+            for chunk in loop.chunks(segment):
+                ut = loop.ut_transform(k, group, chunk)
+                u = ut.solve(ut.residual(loop.load("v", v, group, chunk), state))
+                for reader in range(loop.readers(q)):
+                    queries = loop.load("q", q, group, chunk, reader)
+                    square = loop.scratch("scores", group.size, chunk.size, chunk.size)
+                    result = torch.bmm(ut.decay.pairs(queries, ut.keys, square), u)
+                    result.baddbmm_(loop.scaled("read", queries, ut.decay.reads), state)
+                    loop.store(out, group, chunk, result, reader)
+                loop.write(state, ut, u)
+            loop.store_state(ends[number], group, state)
     return out, ends
 
 
-def summarize_grad(q: Tensor, k: Tensor, v: Tensor, gates: Gates, segments: Sequence[Segment], do: Tensor) -> Carry:
-    """Pass 1 backward; of v only the shape is used."""
-    walk = _Delta(k, v, gates)
-    value_dim = walk.value_dim
-    walked = walk.states(segments, value_dim + walk.key_dim)
+def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> Carry:
+    """Pass 1 backward: each segment's carry of gradients. Reads only the shape of v."""
+    loop, q, k = _DeltaLoop(inputs), inputs.queries, inputs.k
+    value_dim = loop.value_dim
+    extended = loop.zero_states(segments, value_dim + loop.key_dim)
     for number, segment in enumerate(segments):
-        walked[number] = walk.identity(walk.states([segment], value_dim)[0])
-        for heads in walk.groups():
-            dstate = walk.state(walked[number], heads)
-            for chunk in reversed(walk.chunks(segment)):
-                writes = walk.writes(k, heads, chunk)
-                du = torch.bmm(walk.scaled("written", writes.keys, writes.decay.writes), dstate)
-                dstate.mul_(writes.decay.keeps)
-                for nth in range(walk.repeats(q)):
-                    queries, grads = walk.load("q", q, heads, chunk, nth), walk.load("do", do, heads, chunk, nth)
-                    square = walk.scratch("scores", heads.count, chunk.size, chunk.size)
-                    scores = writes.decay.pairs(queries, writes.keys, square)
+        extended[number] = loop.append_identity(loop.zero_states([segment], value_dim)[0])
+        for group in loop.head_groups():
+            dstate = loop.load_state(extended[number], group)
+            for chunk in reversed(loop.chunks(segment)):
+                ut = loop.ut_transform(k, group, chunk)
+                du = torch.bmm(loop.scaled("written", ut.keys, ut.decay.writes), dstate)
+                dstate.mul_(ut.decay.keeps)
+                for reader in range(loop.readers(q)):
+                    queries, grads = loop.load("q", q, group, chunk, reader), loop.load("do", do, group, chunk, reader)
+                    square = loop.scratch("scores", group.size, chunk.size, chunk.size)
+                    scores = ut.decay.pairs(queries, ut.keys, square)
                     du[:, :, :value_dim].baddbmm_(scores.transpose(1, 2), grads)
-                    read = walk.scaled("read", queries, writes.decay.reads)
+                    read = loop.scaled("read", queries, ut.decay.reads)
                     dstate[:, :, :value_dim].baddbmm_(read.transpose(1, 2), grads)
-                dleft = writes.solve_back(du).mul_(writes.share)
-                dstate.baddbmm_(writes.asking.transpose(1, 2), dleft, alpha=-1)
-            walk.put_state(walked[number], heads, dstate)
-    return walk.carry(walked, value_dim, segments)
+                dresidual = ut.solve_back(du).mul_(ut.beta)
+                dstate.baddbmm_(ut.decayed_k.transpose(1, 2), dresidual, alpha=-1)
+            loop.store_state(extended[number], group, dstate)
+    return loop.carry(extended, value_dim, segments)
 
 
 def _pairs_grad(
@@ -184,81 +182,86 @@ def _pairs_grad(
 
 
 class _Backward:
-    """Pass 2 backward: the gradients, filled a block of chunks at a time, from the last to the first."""
+    """Pass 2 backward: `backward_chunks` calls `advance` and `chunk_grad`, from the last chunk to the first."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, do: Tensor, gate_grads: bool) -> None:
-        self.walk = walk = _Delta(k, v, gates)
-        self.q, self.k, self.v, self.do = q, k, v, do
-        self.dq, self.dk, self.dv = (walk.gradient(x) for x in (q, k, v))
+    def __init__(self, inputs: Inputs, do: Tensor, gate_grads: bool) -> None:
+        self.loop = loop = _DeltaLoop(inputs)
+        self.q, self.k, self.v, self.do = inputs.queries, inputs.k, inputs.v, do
+        self.dq, self.dk, self.dv = (loop.grad_buffer(x) for x in (self.q, self.k, self.v))
         self.dgates: list[Tensor] = []
         if gate_grads:
-            shaped = [walk.beta] + [g if g.dim() == 4 else g[..., None] for g in gates[1:]]
-            self.dgates = [torch.zeros(g.shape, dtype=walk.dtype, device=g.device) for g in shaped]
+            shaped = [loop.beta] + [g if g.dim() == 4 else g[..., None] for g in inputs.gates[1:]]
+            self.dgates = [torch.zeros(g.shape, dtype=loop.dtype, device=g.device) for g in shaped]
 
-    def advance(self, heads: HeadGroup, chunk: Chunk, state: Tensor) -> None:
-        """The state behind a chunk from that before it, in place."""
-        writes = self.walk.writes(self.k, heads, chunk)
-        values = self.walk.load("v", self.v, heads, chunk)
-        self.walk.write(state, writes, writes.solve(writes.left(values, state)))
+    def advance(self, group: HeadGroup, chunk: Chunk, state: Tensor) -> None:
+        """Update the state from before a chunk to after it, in place."""
+        ut = self.loop.ut_transform(self.k, group, chunk)
+        values = self.loop.load("v", self.v, group, chunk)
+        self.loop.write(state, ut, ut.solve(ut.residual(values, state)))
 
-    def chunk(self, heads: HeadGroup, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
-        """The gradients of a chunk; `dstate` becomes that of the state before it, in place."""
-        walk, square = self.walk, (heads.count, chunk.size, chunk.size)
-        writes = walk.writes(self.k, heads, chunk)
-        keys, decay = writes.keys, writes.decay
-        left = writes.left(walk.load("v", self.v, heads, chunk), state)
-        u = writes.solve(left)
+    def chunk_grad(self, group: HeadGroup, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
+        """Compute a chunk's gradients, and update `dstate` to the gradient of the state before it, in place."""
+        loop, square = self.loop, (group.size, chunk.size, chunk.size)
+        ut = loop.ut_transform(self.k, group, chunk)
+        keys, decay = ut.keys, ut.decay
+        residual = ut.residual(loop.load("v", self.v, group, chunk), state)
+        u = ut.solve(residual)
 
         dk = torch.bmm(u, dstate.transpose(1, 2)).mul_(decay.writes)
-        sums = GateSums(walk, decay, keys, dk, state, dstate) if len(self.dgates) == 2 else None
-        dg = None if sums is None else sums.dg
-        du = torch.bmm(walk.scaled("written", keys, decay.writes), dstate)
+        dlog_decay = LogDecayGrad(loop, decay, keys, dk, state, dstate) if len(self.dgates) == 2 else None
+        intra = None if dlog_decay is None else dlog_decay.intra
+        du = torch.bmm(loop.scaled("written", keys, decay.writes), dstate)
         dstate.mul_(decay.keeps)
-        for nth in range(walk.repeats(self.q)):
-            queries, grads = walk.load("q", self.q, heads, chunk, nth), walk.load("do", self.do, heads, chunk, nth)
-            scores = decay.pairs(queries, keys, walk.scratch("scores", *square))
+        for reader in range(loop.readers(self.q)):
+            queries, grads = (
+                loop.load("q", self.q, group, chunk, reader),
+                loop.load("do", self.do, group, chunk, reader),
+            )
+            scores = decay.pairs(queries, keys, loop.scratch("scores", *square))
             du.baddbmm_(scores.transpose(1, 2), grads)
             dq = torch.bmm(grads, state.transpose(1, 2)).mul_(decay.reads)
-            if sums is not None:
-                sums.read.addcmul_(queries, dq)
-            dscores = torch.bmm(grads, u.transpose(1, 2), out=walk.scratch("dscores", *square))
-            _pairs_grad(decay, dscores, scores, queries, keys, dq, dk, dg)
-            dstate.baddbmm_(walk.scaled("read", queries, decay.reads).transpose(1, 2), grads)
-            walk.store(self.dq, heads, chunk, dq, nth)
+            if dlog_decay is not None:
+                dlog_decay.reads.addcmul_(queries, dq)
+            dscores = torch.bmm(grads, u.transpose(1, 2), out=loop.scratch("dscores", *square))
+            _pairs_grad(decay, dscores, scores, queries, keys, dq, dk, intra)
+            dstate.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+            loop.store(self.dq, group, chunk, dq, reader)
 
-        dright = writes.solve_back(du)
-        dsystem = torch.bmm(dright, u.transpose(1, 2), out=walk.scratch("dsystem", *square)).neg_().tril_(-1)
-        dbeta = (dright * left).sum(dim=2, keepdim=True) + (dsystem * writes.answers).sum(dim=2, keepdim=True)
-        dv = dright.mul_(writes.share)
-        asked = torch.bmm(dv, state.transpose(1, 2)).neg_().mul_(decay.reads)
-        if sums is not None:
-            sums.read.addcmul_(keys, asked)
-        dk += asked
-        _pairs_grad(decay, dsystem.mul_(writes.share), writes.answers, keys, keys, dk, dk, dg)
-        dstate.baddbmm_(writes.asking.transpose(1, 2), dv, alpha=-1)
-        walk.store(self.dk, heads, chunk, dk)
-        walk.store(self.dv, heads, chunk, dv)
+        drhs = ut.solve_back(du)
+        dsystem = torch.bmm(drhs, u.transpose(1, 2), out=loop.scratch("dsystem", *square)).neg_().tril_(-1)
+        dbeta = (drhs * residual).sum(dim=2, keepdim=True) + (dsystem * ut.kk).sum(dim=2, keepdim=True)
+        dv = drhs.mul_(ut.beta)
+        dk_read = torch.bmm(dv, state.transpose(1, 2)).neg_().mul_(decay.reads)
+        if dlog_decay is not None:
+            dlog_decay.reads.addcmul_(keys, dk_read)
+        dk += dk_read
+        _pairs_grad(decay, dsystem.mul_(ut.beta), ut.kk, keys, keys, dk, dk, intra)
+        dstate.baddbmm_(ut.decayed_k.transpose(1, 2), dv, alpha=-1)
+        loop.store(self.dk, group, chunk, dk)
+        loop.store(self.dv, group, chunk, dv)
         if self.dgates:
-            walk.store(self.dgates[0], heads, chunk, dbeta)
-        if sums is not None:
-            walk.store(self.dgates[1], heads, chunk, sums.finish())
+            loop.store(self.dgates[0], group, chunk, dbeta)
+        if dlog_decay is not None:
+            loop.store(self.dgates[1], group, chunk, dlog_decay.finish())
 
 
 def apply_grad(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
+    inputs: Inputs,
     segments: Sequence[Segment],
     do: Tensor,
     states: Tensor,
     dends: Tensor,
     gate_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor]:
-    """Pass 2 backward."""
-    backward = _Backward(q, k, v, gates, do, gate_grads)
-    parts = [backward.walk.chunks(segment) for segment in segments]
-    dstates = walk_back(backward.walk, parts, states, dends, backward.advance, backward.chunk, BLOCK)
-    dq, dk, dv = (d.to(x.dtype) for d, x in zip((backward.dq, backward.dk, backward.dv), (q, k, v), strict=True))
-    dgates = tuple(d.view(g.shape).to(g.dtype) for d, g in zip(backward.dgates, gates, strict=False))
-    return dq, dk, dv, dgates or (None,) * len(gates), dstates
+) -> tuple[Tensor, Tensor, Tensor, GateGrads, Tensor]:
+    """Pass 2 backward: dq, dk, dv, the gates' gradients and that of the start states."""
+    backward = _Backward(inputs, do, gate_grads)
+    chunks = [backward.loop.chunks(segment) for segment in segments]
+    dstates = backward_chunks(
+        backward.loop, chunks, states, dends, backward.advance, backward.chunk_grad, CHUNKS_PER_CHECKPOINT
+    )
+    dq, dk, dv = (
+        d.to(x.dtype)
+        for d, x in zip((backward.dq, backward.dk, backward.dv), (backward.q, backward.k, backward.v), strict=True)
+    )
+    dgates = tuple(d.view(g.shape).to(g.dtype) for d, g in zip(backward.dgates, inputs.gates, strict=False))
+    return dq, dk, dv, dgates or (None,) * len(inputs.gates), dstates

@@ -1,8 +1,8 @@
-"""The engine `deepspeed` of a recipe: ZeRO over all ranks, and the loss of one step exactly as one rank would have it.
+"""DeepSpeed engine (`engine = "deepspeed"` in a recipe): ZeRO over all ranks, with the exact gradients of one rank.
 
-As in the torch engine each rank divides its own sum by the global number of labels, and gradients are to be summed over
-ranks. DeepSpeed averages them, in a way that depends on the stage: what it makes of them is measured
-(`longctx.adapters.deepspeed.probe`), and the loss is multiplied by the reciprocal.
+As in the torch engine, each rank divides its summed loss by the global number of labels, so gradients have to be summed
+over ranks. DeepSpeed averages them, over ranks that depend on the stage: the factor is measured
+(`longctx.adapters.deepspeed.probe`), and the loss is multiplied by its reciprocal.
 """
 
 import math
@@ -16,26 +16,26 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from longctx.adapters.deepspeed.full_precision import FullPrecisionParameters
 from longctx.adapters.deepspeed.groups import Groups
-from longctx.adapters.deepspeed.partitions import MOMENTS, Partitions, gradient
-from longctx.adapters.deepspeed.precise import PreciseParameters
 from longctx.adapters.deepspeed.probe import TOLERANCE, gradient_scale
-from longctx.adapters.deepspeed.runtime import Wrapped, Zero, begin, partition
+from longctx.adapters.deepspeed.runtime import DeepSpeedModel, ZeroSettings, init_distributed, partition_parameters
+from longctx.adapters.deepspeed.zero_state import MOMENTS, ZeroState, full_gradient
 from longctx.checkpoint.save import Checkpointer, TrainerState, load_tensors
 from longctx.checkpoint.weights import Weights
 from longctx.engines.base import Batch, StepResult
-from longctx.engines.router_stats import Routing
-from longctx.engines.step import accumulate, balance, decayed, save_memory
+from longctx.engines.router_stats import RouterStats
+from longctx.engines.step import accumulate_gradients, configure_activations, update_router_biases, weight_decay_names
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
-from longctx.model.initialise import drawn
+from longctx.model.initialise import initial_value
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.recipe.tables import DeepSpeedConfig, OptimizerConfig, TrainConfig
 
 
 class ZeroEngine:
-    """The model and its optimizer, over all ranks of a mesh of dp_shard x cp."""
+    """`longctx.engines.base.Engine` with DeepSpeed ZeRO over all ranks of a mesh, dp_shard x cp."""
 
     def __init__(
         self,
@@ -48,47 +48,47 @@ class ZeroEngine:
         vocab_size: int,
         seed: int,
     ) -> None:
-        """Build, divide and initialise, and measure the scale of gradients."""
+        """Build, partition and initialise the model, and measure the gradient scale."""
         self.mesh, self.config = mesh, train
         self.device = mesh.device
-        begin(mesh.device_type)
+        init_distributed(mesh.device_type)
         self._groups = Groups(mesh)
-        # Stage 0 has no clipping of its own in all precisions, and its gradients are whole on every rank.
+        # DeepSpeed does not clip in stage 0 in every precision; `_step` does, since every rank has the full gradients.
         clip = 0.0 if train.clip == "none" or zero.zero_stage == 0 else train.clip
         with torch.device("meta"):
-            self._shape = Decoder(model, vocab_size)
+            self._meta_model = Decoder(model, vocab_size)
             decoder = Decoder(model, vocab_size)
-        zero_settings = Zero(zero.zero_stage, zero.offload, train.precision, clip)
-        self._zero = replace(zero_settings, bucket=min(zero_settings.bucket, self.parameters))
-        save_memory(decoder, train)
+        settings = ZeroSettings(zero.zero_stage, zero.offload, train.precision, clip)
+        self._zero = replace(settings, bucket=min(settings.bucket, self.parameters))
+        configure_activations(decoder, train)
         self._materialise(decoder)
         self.model = decoder
         self.optimizer = self._adamw(optimizer)
-        self._wrapped = Wrapped(decoder, self.optimizer, self._zero, self._groups)
-        self._partitions = Partitions(self._wrapped)
-        self._precise = PreciseParameters(decoder, self._partitions) if train.precision == "bf16" else None
+        self._wrapped = DeepSpeedModel(decoder, self.optimizer, self._zero, self._groups)
+        self._state = ZeroState(self._wrapped)
+        self._full_precision = FullPrecisionParameters(decoder, self._state) if train.precision == "bf16" else None
         for name, parameter in decoder.named_parameters():
-            self._partitions.set_weight(parameter, drawn(self._shape, name, seed).to(self.device))
-        self._publish()
+            self._state.set_weight(parameter, initial_value(self._meta_model, name, seed).to(self.device))
+        self._weights_changed()
         self._scales: dict[int, float] = {}
-        self.notes: Sequence[str] = self._measured(train.sequences_per_step // mesh.dp.size)
+        self.startup_messages: Sequence[str] = self._scale_message(train.sequences_per_step // mesh.dp.size)
 
     def _materialise(self, decoder: Decoder) -> None:
-        """Give the parameters memory, in stage 3 those of one module at a time, which are divided at once."""
+        """Allocate the parameters; in stage 3 module by module, each partitioned at once."""
         for module in reversed(list(decoder.modules())):
             module.to_empty(device=self.device, recurse=False)
             reset: Callable[[], None] | None = getattr(module, "reset_buffers", None)
             if reset is not None:
                 reset()
             if self._zero.stage == 3 and list(module.parameters(recurse=False)):
-                partition(module, self._zero.settings, self._zero.dtype, self._groups)
+                partition_parameters(module, self._zero.config, self._zero.dtype, self._groups)
 
     def _adamw(self, config: OptimizerConfig) -> torch.optim.AdamW:
-        decays = decayed(self._shape)
-        matrices = [name for name, _ in self._shape.named_parameters() if name in decays]
-        vectors = [name for name, _ in self._shape.named_parameters() if name not in decays]
+        decays = weight_decay_names(self._meta_model)
+        matrices = [name for name, _ in self._meta_model.named_parameters() if name in decays]
+        vectors = [name for name, _ in self._meta_model.named_parameters() if name not in decays]
         self._names = [names for names in (matrices, vectors) if names]
-        """Of the parameters in each group."""
+        """Names of the parameters in each parameter group."""
         return torch.optim.AdamW(
             [
                 {
@@ -103,19 +103,19 @@ class ZeroEngine:
             fused=True,
         )
 
-    def _publish(self) -> None:
-        """After weights have changed from outside."""
-        self._partitions.publish()
-        if self._precise is not None:
-            self._precise.refresh()
+    def _weights_changed(self) -> None:
+        """Update the copies of the master weights after a change from outside the optimizer."""
+        self._state.update_lp_params()
+        if self._full_precision is not None:
+            self._full_precision.refresh()
 
     def _scale(self, batches: int) -> float:
-        """By what DeepSpeed multiplies gradients in steps of so many batches."""
+        """Return DeepSpeed's gradient scale for steps of `batches` micro-batches, measured once."""
         if batches not in self._scales:
             self._scales[batches] = gradient_scale(self._zero, self._groups, batches, self.device)
         return self._scales[batches]
 
-    def _measured(self, batches: int) -> tuple[str, ...]:
+    def _scale_message(self, batches: int) -> tuple[str, ...]:
         scale = self._scale(batches)
         if abs(scale - 1) <= TOLERANCE:
             return ()
@@ -127,22 +127,22 @@ class ZeroEngine:
     @property
     def parameters(self) -> int:
         """As in `Engine`."""
-        return sum(p.numel() for p in self._shape.parameters())
+        return sum(p.numel() for p in self._meta_model.parameters())
 
-    def gradients(self, batches: Sequence[Batch]) -> tuple[float, Routing]:
-        """As `accumulate` does it; in DeepSpeed's hands until the step."""
-        factor, left = 1 / self._scale(len(batches)), len(batches)
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, RouterStats]:
+        """Accumulate gradients as `accumulate_gradients`; DeepSpeed holds them until the step."""
+        factor, remaining = 1 / self._scale(len(batches)), len(batches)
 
         def forward(batch: Batch, scale: float) -> Losses:
-            nonlocal left
-            left -= 1
-            self._wrapped.begin_batch(last=left == 0)
+            nonlocal remaining
+            remaining -= 1
+            self._wrapped.begin_batch(last=remaining == 0)
             return self._forward(batch, scale)
 
-        def backward(whole: Tensor) -> None:
-            self._wrapped.backward(whole * factor)
+        def backward(loss: Tensor) -> None:
+            self._wrapped.backward(loss * factor)
 
-        return accumulate(batches, self.mesh, self.device, forward, backward)
+        return accumulate_gradients(batches, self.mesh, self.device, forward, backward)
 
     def _forward(self, batch: Batch, scale: float) -> Losses:
         losses: Losses = self._wrapped.engine(
@@ -152,18 +152,18 @@ class ZeroEngine:
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
         """As in `Engine`."""
-        loss, routing = self.gradients(batches)
-        routing.check_finite()
+        loss, router_stats = self.gradients(batches)
+        router_stats.check_finite()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._step()
-        if self._precise is not None:
-            self._precise.refresh()
-        balance(self.model, routing)
-        return StepResult(loss, norm, routing)
+        if self._full_precision is not None:
+            self._full_precision.refresh()
+        update_router_biases(self.model, router_stats)
+        return StepResult(loss, norm, router_stats)
 
     def _step(self) -> float:
-        """Clip, step and forget the gradients; their norm, NaN where DeepSpeed took no step because of it."""
+        """Clip, step and zero the gradients; return their norm, NaN if DeepSpeed skipped the step because of it."""
         engine = self._wrapped.engine
         if self._zero.stage > 0:
             engine.step()
@@ -171,11 +171,11 @@ class ZeroEngine:
             return norm if engine.was_step_applied() and norm >= 0 else math.nan
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-        whole = torch.stack([n.double() for n in norms]).norm()
+        norm = torch.stack([n.double() for n in norms]).norm()
         if self.config.clip != "none":
-            clip_grads_with_norm_(parameters, self.config.clip, whole)
+            clip_grads_with_norm_(parameters, self.config.clip, norm)
         engine.step()
-        return whole.item()
+        return norm.item()
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Losses:
@@ -187,84 +187,85 @@ class ZeroEngine:
 
     def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
         """As in `Engine`."""
-        return self._shape.attention_schedules(layout, dtype)
+        return self._meta_model.attention_schedules(layout, dtype)
 
     def flops(self, layout: Layout) -> int:
         """As in `Engine`."""
-        return self._shape.flops(layout)
+        return self._meta_model.flops(layout)
 
     def load_weights(self, weights: Weights) -> None:
         """As in `Engine`."""
-        tensors = self._weights(whole=False)
+        tensors = self._model_state(empty=True)
         weights.fill(tensors)
         self._set_weights(tensors)
 
     def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
-        """As in `Engine`: what the torch engine would write, in the background, while training goes on."""
-        checkpointer.save(self._tensors(whole=True), state)
+        """As in `Engine`, in the torch engine's format; written in the background while training continues."""
+        checkpointer.save(self._state_dict(), state)
 
     def load(self, path: Path) -> None:
-        """As in `Engine`; the torch engine may have written it."""
-        tensors = self._tensors(whole=False)
+        """As in `Engine`; the torch engine's checkpoints load too."""
+        tensors = self._state_dict(empty=True)
         load_tensors(path, tensors)
         self._set_weights(tensors["model"])
         states = tensors["optimizer"]["state"]
         for name, parameter in self.model.named_parameters():
             for moment in MOMENTS:
-                self._partitions.set_moment(parameter, moment, states[name][moment].full_tensor())
-        self._partitions.set_steps(states[name]["step"].item())
+                self._state.set_moment(parameter, moment, states[name][moment].full_tensor())
+        self._state.set_steps(states[name]["step"].item())
 
-    def _weights(self, *, whole: bool) -> dict[str, Any]:
-        """The tensors of the model by name, this rank's rows of them: as they are, or to be filled."""
+    def _model_state(self, *, empty: bool = False) -> dict[str, Any]:
+        """Return the model's tensors by name, sharded by rows: with their values, or `empty`, to be loaded into."""
         tensors: dict[str, Any] = {}
-        buffers = dict(self._shape.named_buffers())
-        for name, shape in self._shape.state_dict().items():
+        buffers = dict(self._meta_model.named_buffers())
+        for name, shape in self._meta_model.state_dict().items():
             if name in buffers:
                 tensors[name] = self.model.get_buffer(name)
             else:
                 parameter = self.model.get_parameter(name)
-                tensors[name] = self._rows(shape.shape, self._partitions.weight(parameter) if whole else None)
+                tensors[name] = self._shard_rows(shape.shape, None if empty else self._state.weight(parameter))
         return tensors
 
-    def _tensors(self, *, whole: bool) -> dict[str, Any]:
-        """The state of model and optimizer as torch names it, in the same two ways."""
-        self._partitions.begin_states()
+    def _state_dict(self, *, empty: bool = False) -> dict[str, Any]:
+        """Return the state of model and optimizer with torch's names: with its values, or `empty`."""
+        self._state.init_moments()
         states = {}
-        for name, shape in self._shape.named_parameters():
+        for name, shape in self._meta_model.named_parameters():
             parameter = self.model.get_parameter(name)
-            states[name] = {"step": torch.tensor(self._partitions.steps)} | {
-                moment: self._rows(shape.shape, self._partitions.moment(parameter, moment) if whole else None)
+            states[name] = {"step": torch.tensor(self._state.steps)} | {
+                moment: self._shard_rows(shape.shape, None if empty else self._state.moment(parameter, moment))
                 for moment in MOMENTS
             }
         groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": names}
             for group, names in zip(self.optimizer.param_groups, self._names, strict=True)
         ]
-        return {"model": self._weights(whole=whole), "optimizer": {"state": states, "param_groups": groups}}
+        return {"model": self._model_state(empty=empty), "optimizer": {"state": states, "param_groups": groups}}
 
-    def _rows(self, shape: torch.Size, whole: Tensor | None) -> DTensor:
-        """This rank's rows of a tensor, float32; of an empty one where it is not given."""
+    def _shard_rows(self, shape: torch.Size, full: Tensor | None) -> DTensor:
+        """Shard a full tensor by rows over all ranks; None: an empty float32 tensor."""
         assert self.mesh.shard is not None
-        if whole is None:
+        if full is None:
             return torch.distributed.tensor.empty(
                 shape, dtype=torch.float32, device_mesh=self.mesh.shard, placements=[Shard(0)]
             )
-        rows = distribute_tensor(whole, self.mesh.shard, [Shard(0)], src_data_rank=None)
-        mine = rows.to_local().clone()  # a view would keep the whole
+        rows = distribute_tensor(full, self.mesh.shard, [Shard(0)], src_data_rank=None)
+        local = rows.to_local().clone()  # a view would keep the full tensor alive
         return DTensor.from_local(
-            mine, self.mesh.shard, [Shard(0)], run_check=False, shape=rows.shape, stride=rows.stride()
+            local, self.mesh.shard, [Shard(0)], run_check=False, shape=rows.shape, stride=rows.stride()
         )
 
     def _set_weights(self, tensors: dict[str, Any]) -> None:
         for name, parameter in self.model.named_parameters():
-            self._partitions.set_weight(parameter, tensors[name].full_tensor())
-        self._publish()
+            self._state.set_weight(parameter, tensors[name].full_tensor())
+        self._weights_changed()
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks from the model."""
+        """Remove DeepSpeed's hooks from the model."""
         self._wrapped.engine.destroy()
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's whole gradient between `gradients` and the step: every rank has to walk through all."""
+        """Yield every parameter's full gradient, between `gradients` and the step; every rank has to iterate over
+        all."""
         for name, parameter in self.model.named_parameters():
-            yield name, gradient(parameter)
+            yield name, full_gradient(parameter)

@@ -1,7 +1,7 @@
-"""DeepSpeed's groups, of a mesh: the object `mpu` that it asks for them.
+"""Process groups of a mesh as DeepSpeed's `mpu` object.
 
-A mesh given to DeepSpeed by sizes (`mesh_param`, or keys of its configuration) is never reduced over by ZeRO 0, 1 and 2
-(0.19.8), so that parameters drift apart; groups asked of an object are.
+With a mesh given by sizes (`mesh_param`, or keys of its config) DeepSpeed 0.19.8 never reduces gradients over the
+sequence-parallel ranks in ZeRO stages 0, 1 and 2, so parameters drift apart; with an `mpu` it does.
 """
 
 import torch.distributed as dist
@@ -10,35 +10,35 @@ from torch.distributed import ProcessGroup
 from longctx.parallel.mesh import Axis, Mesh
 
 
-def _alone() -> ProcessGroup:
-    """A group of this rank alone."""
-    group: ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True, group_desc="alone")
+def _single_rank_group() -> ProcessGroup:
+    """Create a group of only this rank."""
+    group: ProcessGroup = dist.new_group([dist.get_rank()], use_local_synchronization=True, group_desc="single rank")
     return group
 
 
 class Groups:
-    """The data-parallel axis of a mesh, its context-parallel one, which DeepSpeed calls sequence parallel, and both
-    together, over which gradients are summed and parameters divided; tensor parallelism is of one rank.
+    """DeepSpeed's `mpu` for a mesh: data parallel = dp, sequence parallel = cp, model parallel = one rank.
 
-    Raises ValueError where a mesh has tensor parallelism, or does not hold all ranks.
+    Gradients are reduced, and parameters partitioned, over dp x cp (the sequence-data-parallel group). Raises
+    ValueError if the mesh has tensor parallelism or does not contain all ranks.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         ranks = mesh.dp.size * mesh.cp.size
         if mesh.tp.size > 1:
-            raise ValueError(f"DeepSpeed: tp {mesh.tp.size}: its ranks divide sequences and parameters, not heads")
+            raise ValueError(f"DeepSpeed: tp is {mesh.tp.size}: expected 1, tensor parallelism is not supported")
         if ranks != dist.get_world_size():
             raise ValueError(
-                f"DeepSpeed: dp {mesh.dp.size} x cp {mesh.cp.size} = {ranks}, and there are {dist.get_world_size()} "
+                f"DeepSpeed: dp {mesh.dp.size} x cp {mesh.cp.size} = {ranks}, but there are {dist.get_world_size()} "
                 "ranks"
             )
-        alone = _alone()
-        self._tensor = Axis(1, 0, alone)
+        single = _single_rank_group()
+        self._model = Axis(1, 0, single)
         self._data, self._sequence = (
-            Axis(axis.size, axis.rank, alone if axis.group is None else axis.group) for axis in (mesh.dp, mesh.cp)
+            Axis(axis.size, axis.rank, single if axis.group is None else axis.group) for axis in (mesh.dp, mesh.cp)
         )
-        world: ProcessGroup = dist.group.WORLD  # type: ignore[assignment]  # of a process group that exists
-        self._both = Axis(ranks, dist.get_rank(), world)
+        world: ProcessGroup = dist.group.WORLD  # type: ignore[assignment]  # not None: the process group exists
+        self._sequence_data = Axis(ranks, dist.get_rank(), world)
 
     def get_data_parallel_group(self) -> ProcessGroup | None:
         return self._data.group
@@ -62,22 +62,22 @@ class Groups:
         return self._sequence.rank
 
     def get_sequence_data_parallel_group(self) -> ProcessGroup | None:
-        return self._both.group
+        return self._sequence_data.group
 
     def get_sequence_data_parallel_world_size(self) -> int:
-        return self._both.size
+        return self._sequence_data.size
 
     def get_sequence_data_parallel_rank(self) -> int:
-        return self._both.rank
+        return self._sequence_data.rank
 
     def get_model_parallel_group(self) -> ProcessGroup | None:
-        return self._tensor.group
+        return self._model.group
 
     def get_model_parallel_world_size(self) -> int:
-        return self._tensor.size
+        return self._model.size
 
     def get_model_parallel_rank(self) -> int:
-        return self._tensor.rank
+        return self._model.rank
 
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_world_size = get_model_parallel_world_size

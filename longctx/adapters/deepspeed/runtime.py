@@ -1,4 +1,4 @@
-"""DeepSpeed itself, begun on a process group that exists, and a model that it trains at one ZeRO stage."""
+"""DeepSpeed setup: its process group, the ZeRO settings, and the wrapped model that recipes train."""
 
 import io
 import logging
@@ -19,23 +19,23 @@ from longctx.errors import UserError
 Offload = Literal["none", "optimizer", "parameters"]
 
 
-def begin(device_type: str) -> None:
-    """Make DeepSpeed use the default process group, for tensors on `cpu` or `cuda`; every rank calls it.
+def init_distributed(device_type: str) -> None:
+    """Make DeepSpeed use the existing default process group, on `cpu` or `cuda`; every rank has to call it.
 
-    Raises UserError where it computes on another device.
+    Raises UserError if DeepSpeed's accelerator is another device.
     """
-    here = get_accelerator().device_name()
-    if here != device_type:
+    accelerator = get_accelerator().device_name()
+    if accelerator != device_type:
         raise UserError(
-            f"DeepSpeed computes on {here!r} in this process, and train.device is {device_type!r}: set the environment "
-            f"variable DS_ACCELERATOR={device_type}"
+            f"DeepSpeed's accelerator is {accelerator!r} in this process, but train.device is {device_type!r}: set the "
+            f"environment variable DS_ACCELERATOR={device_type}"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed's own calls, which a user of longctx cannot change.
+    # DeepSpeed's own calls, which users of longctx cannot change.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
     if device_type == "cpu":
-        # Its all-reduce through shared memory would be compiled first, for a minute, and gloo has one.
+        # DeepSpeed would first compile its shared-memory all-reduce, for a minute; gloo has an all-reduce.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed(
@@ -44,27 +44,27 @@ def begin(device_type: str) -> None:
 
 
 @dataclass(frozen=True)
-class Zero:
-    """What is divided over ranks: nothing (stage 0), optimizer states (1), gradients too (2), parameters too (3)."""
+class ZeroSettings:
+    """ZeRO settings. Partitioned over ranks: nothing (stage 0), optimizer states (1), gradients (2), parameters (3)."""
 
     stage: int
     offload: Offload = "none"
-    """What lies in the memory of the CPU: optimizer states, or parameters too."""
+    """What is offloaded to CPU memory: optimizer states, or parameters as well."""
     precision: Literal["fp32", "bf16"] = "fp32"
     clip: float = 0.0
-    """Largest norm of the gradient from stage 1 on; 0 for any."""
+    """Gradient clipping norm, from stage 1 on; 0: no clipping."""
     bucket: int = 500_000_000
-    """Numbers that are reduced together: DeepSpeed allocates a buffer of this length, however small the model."""
+    """Elements per reduction bucket: DeepSpeed allocates a buffer of this size, however small the model."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """DeepSpeed's configuration. The batches of a step are counted by the caller."""
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's config. Gradient accumulation boundaries are set by the caller."""
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": self.bucket}
         if self.offload != "none":
             zero["offload_optimizer"] = {"device": "cpu"}
         if self.offload == "parameters":
             zero["offload_param"] = {"device": "cpu"}
-        settings: dict[str, Any] = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.clip,
@@ -75,43 +75,44 @@ class Zero:
             "zero_optimization": zero,
         }
         if self.precision == "bf16":
-            settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-        return settings
+            config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        return config
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters that are computed with."""
+        """The dtype of the parameters in the forward pass."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-class Wrapped:
-    """A model and its optimizer in DeepSpeed's hands."""
+class DeepSpeedModel:
+    """A model and its optimizer, wrapped in a DeepSpeed engine."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: Zero, groups: Groups) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroSettings, groups: Groups) -> None:
         self.model, self.optimizer, self.zero = model, optimizer, zero
-        # Some of its optimizers print how much memory is in use as they are made.
+        # Some of DeepSpeed's optimizers print their memory use when they are created.
         with redirect_stdout(io.StringIO()):
             self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=zero.settings, mpu=groups, dist_init_required=False
+                model=model, optimizer=optimizer, config=zero.config, mpu=groups, dist_init_required=False
             )
 
     def begin_batch(self, *, last: bool) -> None:
-        """Before the forward pass of each batch: whether it is the last one of a step."""
+        """Set the gradient accumulation boundary, before the forward pass of each micro-batch: the step's `last`
+        one?"""
         self.engine.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a batch's gradient to the step's."""
+        """Accumulate the gradients of a micro-batch."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
 
-def partition(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, groups: Groups) -> None:
-    """Divide the parameters of a module over the ranks, as ZeRO 3 has them, in a dtype; those that are, stay so.
+def partition_parameters(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, groups: Groups) -> None:
+    """Cast a module's parameters to `dtype` and partition them over the ranks, as ZeRO 3 does; skips partitioned ones.
 
-    `config` is DeepSpeed's.
+    `config`: DeepSpeed's config.
     """
     for parameter in module.parameters():
         if not hasattr(parameter, "ds_id"):
-            # What `zero.Init` does for parameters that are made inside of it.
+            # `zero.Init` casts only parameters that are created inside its context.
             parameter.data = parameter.data.to(dtype)
     deepspeed.zero.Init(
         module=module,

@@ -1,7 +1,7 @@
-"""The linear layers of Hugging Face models over ranks: their own weights, our recurrences.
+"""Linear layers of transformers models over ranks: Gated DeltaNet, lightning attention and Mamba-2.
 
-Each function is the `forward` of a module of transformers, without a cache: the module keeps its parameters, and their
-names, and what mixes tokens is replaced. What a module says that is not computed here is refused.
+Each function replaces the `forward` of a transformers module, without a cache: the module keeps its parameters and
+their names; convolution and recurrence run over ranks. Unsupported options of a module are refused.
 """
 
 from collections.abc import Callable
@@ -13,30 +13,31 @@ from torch.nn import functional as F
 
 from longctx.adapters.huggingface.attention import layout_of
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.linear.operators import ADDITIVE, DELTA
-from longctx.layers.linear_attention import unit
+from longctx.kernels.linear.additive import ADDITIVE
+from longctx.kernels.linear.delta import DELTA
+from longctx.layers.linear_attention import l2_norm
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.convolution import short_convolution
 from longctx.parallel.linear.state_scan import state_scan
 
 
-def _convolved(module: Any, x: Tensor, layout: Layout) -> Tensor:
-    """By a module's `conv1d`, and its activation."""
+def _convolve(module: Any, x: Tensor, layout: Layout) -> Tensor:
+    """Apply a module's `conv1d` and its activation."""
     if module.activation not in ("silu", "swish"):
-        raise ValueError(f"{type(module).__name__}: activation {module.activation!r}; only SiLU follows a convolution")
+        raise ValueError(f"{type(module).__name__}: activation is {module.activation!r}: expected 'silu' or 'swish'")
     weight = module.conv1d.weight.squeeze(1)
     return short_convolution(x, weight, module.conv1d.bias, layout, activation="silu")
 
 
 def gated_delta(module: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
-    """`Qwen3NextGatedDeltaNet`: `[B, T_local, D]` to the same."""
+    """Forward of `Qwen3NextGatedDeltaNet`, `[B, T_local, D]` to the same."""
     layout = layout_of(arguments, module)
     q, k, v, z, b, a = module.fix_query_key_value_ordering(
         module.in_proj_qkvz(hidden_states), module.in_proj_ba(hidden_states)
     )
-    mixed = _convolved(module, torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1), layout)
+    mixed = _convolve(module, torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1), layout)
     q, k, v = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
-    q, k = (unit(x.unflatten(-1, (-1, module.head_k_dim))) for x in (q, k))
+    q, k = (l2_norm(x.unflatten(-1, (-1, module.head_k_dim))) for x in (q, k))
     v = v.unflatten(-1, (-1, module.head_v_dim))
     dtype = accumulation_dtype(a.dtype)
     log_decay = -module.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + module.dt_bias)
@@ -47,7 +48,7 @@ def gated_delta(module: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
 
 
 def lightning(module: Any, hidden_states: Tensor, **arguments: Any) -> tuple[Tensor, None]:
-    """`MiniMaxLightningAttention`: `[B, T_local, D]` to the same."""
+    """Forward of `MiniMaxLightningAttention`, `[B, T_local, D]` to the same and no attention weights."""
     layout = layout_of(arguments, module)
     qkv = module.act_fn(module.qkv_proj(hidden_states)).unflatten(-1, (module.num_attention_heads, -1))
     q, k, v = qkv.split(module.head_dim, dim=-1)
@@ -58,13 +59,13 @@ def lightning(module: Any, hidden_states: Tensor, **arguments: Any) -> tuple[Ten
 
 
 def mamba2(module: Any, hidden_states: Tensor, **arguments: Any) -> Tensor:
-    """`Mamba2Mixer`: `[B, T_local, D]` to the same."""
+    """Forward of `Mamba2Mixer`, `[B, T_local, D]` to the same."""
     layout = layout_of(arguments, module)
     keys = module.n_groups * module.ssm_state_size
     gate, mixed, dt = module.in_proj(hidden_states).split(
         [module.intermediate_size, module.conv_dim, module.num_heads], dim=-1
     )
-    x, k, q = _convolved(module, mixed, layout).split([module.intermediate_size, keys, keys], dim=-1)
+    x, k, q = _convolve(module, mixed, layout).split([module.intermediate_size, keys, keys], dim=-1)
     x = x.unflatten(-1, (module.num_heads, module.head_dim))
     k, q = (y.unflatten(-1, (module.n_groups, module.ssm_state_size)) for y in (k, q))
     dtype = accumulation_dtype(dt.dtype)
@@ -80,10 +81,10 @@ LINEAR: dict[str, Callable[..., Any]] = {
     "MiniMaxLightningAttention": lightning,
     "Mamba2Mixer": mamba2,
 }
-"""The modules that are replaced, by the names of their classes."""
+"""Forwards over ranks, by the class name of the module."""
 
 
-def replacement(module: nn.Module) -> Callable[..., Any] | None:
-    """What computes a module over ranks, also of one that a wrapper has given a class of its own; None for others."""
+def forward_over_ranks(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward over ranks of a linear layer, also one that FSDP has subclassed; None for other modules."""
     names = (kind.__name__ for kind in type(module).__mro__)
     return next((LINEAR[name] for name in names if name in LINEAR), None)

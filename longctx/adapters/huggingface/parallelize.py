@@ -1,8 +1,8 @@
-"""Exact sequence parallelism for a model of transformers: softmax layers, linear layers, packed documents, loss.
+"""`parallelize`: exact sequence parallelism for transformers models, hybrids and packed documents included.
 
-Every context-parallel rank is given the same whole sequences, and the model it gets back keeps its own part of them.
-Which models: those whose token mixers are known (`MODELS`). Others are refused, since a layer that mixes tokens by
-itself would silently see those of its own rank alone.
+Every context-parallel rank passes the same whole sequences, and the model computes its own shard of them. Only models
+whose token mixers are known (`MODELS`) are accepted: in others a layer that mixes tokens would silently see only the
+tokens of its own rank.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longctx.adapters.huggingface.attention import LAYOUT, NAME
-from longctx.adapters.huggingface.linear import replacement
+from longctx.adapters.huggingface.linear import forward_over_ranks
 from longctx.kernels.loss import IGNORE, linear_cross_entropy
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout, Order
@@ -26,23 +26,22 @@ from longctx.parallel.mesh import Axis, Mesh
 SOFTMAX = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 HYBRID = ("minimax", "qwen3_next", "mamba2")
 MODELS = (*SOFTMAX, *HYBRID)
-"""`config.model_type` of the models whose token mixers are known."""
+"""Supported `config.model_type`."""
 SOFTMAX_LAYERS, LINEAR_LAYERS = {"full_attention", "sliding_attention"}, {"linear_attention", "mamba"}
-"""What `config.layer_types` may say."""
+"""Supported entries of `config.layer_types`."""
 
 
 @dataclass
 class SequenceOutput(CausalLMOutputWithPast):  # type: ignore[misc]
-    """What a causal model gives, of this rank's tokens: `loss` is that of all, `logits` `[B, T_local, N]` only where
-    there are no labels."""
+    """Output of a parallelized model: the `loss` of all tokens, or without labels local `logits` `[B, T_local, N]`."""
 
     layout: Layout | None = None
-    """Where this rank's tokens stand; `layout.unshard` puts the parts of all ranks together."""
+    """The layout of the tokens over ranks; `layout.unshard` joins the shards of all ranks."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the model is split."""
+    """The arguments of `parallelize`."""
 
     mesh: Mesh
     order: Order
@@ -65,74 +64,76 @@ def parallelize(
     loss_tile: int = 1024,
     gradients: Literal["mean", "sum"] = "mean",
 ) -> nn.Module:
-    """The model itself, which from now on computes each sequence on the ranks of `mesh.cp` together.
+    """Patch a model to compute each sequence over the ranks of `mesh.cp`, and return it.
 
-    Call it with whole sequences, the same on every rank of cp: `input_ids` `[B, T]`, `labels` `[B, T]` (not shifted, as
-    everywhere in transformers), and `position_ids` `[B, T]` that begin anew at 0 with each packed document, all rows
-    alike; documents then do not see each other. T of any length. The loss is the mean over all labels of the sequences,
-    or their sum over `num_items_in_batch`, in tiles of `loss_tile` tokens, and the same number on every rank. Its
-    gradients are such that the `gradients` of all ranks of cp, their mean (FSDP2's and DDP's default) or their sum, are
-    those of one rank.
+    Call the model with whole sequences, the same on every rank of cp: `input_ids` `[B, T]`, `labels` `[B, T]` (not
+    shifted, as everywhere in transformers), and for packed documents `position_ids` `[B, T]` that restart at 0 at each
+    document, the same in all rows; documents do not attend to each other. T may have any length. The loss is the mean
+    over all labels of the sequences, or their sum over `num_items_in_batch`, in tiles of `loss_tile` tokens, equal on
+    every rank. `gradients`: how the cp ranks' gradients are reduced to those of one rank, "mean" (FSDP2's and DDP's
+    default) or "sum".
 
-    `order`, `attention` and `states` as in `longctx.parallel.layout.Layout`. Weights keep their names and their places;
-    wrap it with FSDP2 or DDP before or after. Raises ValueError for a model whose layers are not all known.
+    `order`, `attention` and `states` as in `longctx.parallel.layout.Layout`. Parameters keep their names; apply FSDP2
+    or DDP before or after. Raises ValueError for a model with unsupported layers or options.
     """
-    theirs: Any = model
-    linear = _linear_layers(theirs)
-    if theirs.config.model_type != "mamba2":
-        theirs.set_attn_implementation(NAME)
-    forwards = {module: forward for module in model.modules() if (forward := replacement(module)) is not None}
+    hf_model: Any = model
+    linear = _count_linear_layers(hf_model)
+    if hf_model.config.model_type != "mamba2":
+        hf_model.set_attn_implementation(NAME)
+    forwards = {module: forward for module in model.modules() if (forward := forward_over_ranks(module)) is not None}
     if len(forwards) != linear:
-        raise ValueError(f"parallelize: of {linear} linear layers {len(forwards)} have modules that are known here")
+        raise ValueError(f"parallelize: {len(forwards)} of {linear} linear layers have a supported module")
     for module, forward in forwards.items():
         module.forward = MethodType(forward, module)
-    head = theirs.get_output_embeddings()
+    head = hf_model.get_output_embeddings()
     head.forward = MethodType(_head, head)
     plan = _Plan(mesh, order, attention, states, loss_tile, gradients == "mean")
     model.forward = MethodType(partial(_forward, plan), model)
     return model
 
 
-def _linear_layers(model: Any) -> int:
-    """How many linear layers a model has. Raises ValueError where some of its layers are not known here."""
+def _count_linear_layers(model: Any) -> int:
+    """Count the linear layers of a model. Raises ValueError if it has unsupported layers or options."""
     name = type(model).__name__
-    if not any(each.__module__.startswith("transformers.models.") for each in type(model).__mro__):
-        raise ValueError(f"parallelize: {name} is not a model of transformers itself")
+    if not any(kind.__module__.startswith("transformers.models.") for kind in type(model).__mro__):
+        raise ValueError(f"parallelize: {name} is not a class of transformers.models")
     kind, layers = model.config.model_type, getattr(model.config, "layer_types", None) or ()
     if kind not in MODELS:
-        raise ValueError(f"parallelize: {kind!r} has layers that are not known here; there are {', '.join(MODELS)}")
-    strange = sorted(set(layers) - SOFTMAX_LAYERS - LINEAR_LAYERS)
-    if strange:
-        raise ValueError(f"parallelize: {kind!r}: layers of the kinds {', '.join(strange)} are not known here")
-    for key, why in _unlike_one_rank(model.config):
-        raise ValueError(f"parallelize: {kind!r}: {key}: {why}")
+        raise ValueError(f"parallelize: model_type {kind!r} is not supported; supported are {', '.join(MODELS)}")
+    unsupported = sorted(set(layers) - SOFTMAX_LAYERS - LINEAR_LAYERS)
+    if unsupported:
+        raise ValueError(f"parallelize: {kind!r}: layer_types {', '.join(unsupported)} are not supported")
+    for key, reason in _inexact_options(model.config):
+        raise ValueError(f"parallelize: {kind!r}: {key}: {reason}")
     head = model.get_output_embeddings()
     if head is None or head.bias is not None:
-        raise ValueError(f"parallelize: {name}: expected a model for causal language modelling, its head without bias")
+        raise ValueError(f"parallelize: {name}: expected a causal language model whose head has no bias")
     return sum(layer in LINEAR_LAYERS for layer in layers)
 
 
-def _unlike_one_rank(config: Any) -> Iterator[tuple[str, str]]:
-    """The keys of a configuration by which ranks would compute something else than one does, and why."""
+def _inexact_options(config: Any) -> Iterator[tuple[str, str]]:
+    """Yield the config keys with which ranks would not compute what one rank does, and the reasons."""
     if getattr(config, "output_router_logits", False):
-        yield "output_router_logits", "its losses would be those of one rank's tokens"
+        yield "output_router_logits", "the auxiliary loss would cover only one rank's tokens; set it to false"
     if getattr(config, "is_causal", None) is False:
-        yield "is_causal", "layers here see earlier tokens alone"
+        yield "is_causal", "only causal attention is supported"
     if getattr(config, "router_jitter_noise", 0):
-        yield "router_jitter_noise", "every rank would draw noise of its own; set it to 0"
-    positions = getattr(config, "rope_parameters", None) or {}
-    for each in (positions, *(value for value in positions.values() if isinstance(value, dict))):
-        if each.get("rope_type") in ("dynamic", "longrope"):
-            why = f"angles of the type {each['rope_type']!r} hang on the length, of which a rank sees a part"
-            yield "rope_parameters", why
+        yield "router_jitter_noise", "every rank would draw different noise; set it to 0"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            reason = (
+                f"rope_type {parameters['rope_type']!r} depends on the sequence length, and a rank has only a shard"
+            )
+            yield "rope_parameters", reason
 
 
 def _head(
     head: Any, x: Tensor, labels: Tensor | None = None, tile: int = 0, scale: float = 1.0
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Logits of `x [B, T, D]`, or with labels `[B, T]` their negative log likelihoods in tiles, summed times `scale`.
+    """Forward of the head: logits of `x [B, T, D]`, or with labels `[B, T]` the tiled cross-entropy times `scale`.
 
-    In the head's own call, so that what shards it gathers its matrix, and adds up its gradient.
+    Runs in the head's own forward, so that FSDP2 or ZeRO 3 gather its weight and reduce its gradient.
     """
     weight = head.weight
     if labels is None:
@@ -151,17 +152,17 @@ def _forward(
     **arguments: Any,
 ) -> SequenceOutput:
     if arguments.pop("return_dict", None) is False:
-        raise ValueError("return_dict: what comes back is a dictionary")
-    given = [name for name, value in arguments.items() if value is not None and value is not False]
-    if given:
-        raise ValueError(f"{', '.join(given)}: not computed over ranks")
+        raise ValueError("return_dict is False: only dictionary outputs are supported")
+    unsupported = [name for name, value in arguments.items() if value is not None and value is not False]
+    if unsupported:
+        raise ValueError(f"{', '.join(unsupported)}: not supported over ranks")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask {list(attention_mask.shape)}: expected one of padding, {list(input_ids.shape)}; documents "
-            "are told by position_ids that begin anew"
+            f"attention_mask has shape {list(attention_mask.shape)}: expected a padding mask, {list(input_ids.shape)}; "
+            "mark packed documents by position_ids that restart at 0"
         )
     if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
-        raise ValueError("attention_mask: tokens are hidden before others; only padding at the end may be")
+        raise ValueError("attention_mask: masks tokens before others; padding has to be at the end")
     layout = plan.layout(document_bounds(input_ids, position_ids))
     if position_ids is None:
         position_ids = torch.arange(layout.length, device=input_ids.device)[None].expand_as(input_ids)
@@ -172,17 +173,17 @@ def _forward(
     head = model.get_output_embeddings()
     if labels is None:
         return SequenceOutput(logits=head(hidden), layout=layout)
-    following = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
-    count = (following != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    # A number and no tensor, which mixed precision would round.
-    share, _ = head(hidden, layout.shard(following, fill=IGNORE), plan.loss_tile, 1 / float(count))
+    shifted = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
+    count = (shifted != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    # A Python float: mixed precision would round a tensor.
+    share, _ = head(hidden, layout.shard(shifted, fill=IGNORE), plan.loss_tile, 1 / float(count))
     factor = float(plan.mesh.cp.size) if plan.mean_over_ranks else 1.0
-    loss = _Whole.apply(share, plan.mesh.cp, factor)  # type: ignore[no-untyped-call]
+    loss = _SumOverRanks.apply(share, plan.mesh.cp, factor)  # type: ignore[no-untyped-call]
     return SequenceOutput(loss=loss, layout=layout)
 
 
-class _Whole(torch.autograd.Function):
-    """The sum of all ranks' shares of a loss; each has the gradient of its own share, times a factor."""
+class _SumOverRanks(torch.autograd.Function):
+    """Sums the ranks' shares of a loss; the gradient of each share is that of the sum times `factor`."""
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, axis: Axis, factor: float) -> Tensor:
@@ -195,15 +196,15 @@ class _Whole(torch.autograd.Function):
 
 
 def document_bounds(input_ids: Tensor, position_ids: Tensor | None) -> tuple[int, ...]:
-    """The `cu_seqlens` of sequences `[B, T]` whose documents' positions begin at 0.
+    """Return the `cu_seqlens` of sequences `[B, T]` from position ids that restart at 0 at each document.
 
-    Waits for the device. Raises ValueError where the rows are packed in different ways.
+    Synchronises with the device. Raises ValueError if the rows are packed differently.
     """
     length = input_ids.shape[1]
     if position_ids is None:
         return 0, length
     rows = position_ids.expand_as(input_ids)
     if not bool((rows == rows[:1]).all()):
-        raise ValueError("position_ids: the rows of a batch are packed in different ways; pack them into one row")
-    begins = (rows[0] == 0).nonzero()[:, 0].tolist()
-    return tuple(dict.fromkeys([0, *begins, length]))
+        raise ValueError("position_ids: the rows of a batch are packed differently; pack them into one row")
+    starts = (rows[0] == 0).nonzero()[:, 0].tolist()
+    return tuple(dict.fromkeys([0, *starts, length]))

@@ -1,6 +1,6 @@
-"""Layers for Megatron-Core, in its own terms: specs, process groups, layouts and checkpoints."""
+"""Megatron-Core adapter: layer specs, process groups, batch layouts and distributed checkpoints."""
 
-from longctx.adapters.versions import Tested
+from longctx.adapters.versions import TestedVersions
 
-TESTED = Tested("megatron-core", "megatron.core", oldest="0.16.1", newest="0.20", extra="megatron")
+TESTED = TestedVersions("megatron-core", "megatron.core", oldest="0.16.1", newest="0.20", extra="megatron")
 TESTED.check()

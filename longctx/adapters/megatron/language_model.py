@@ -1,8 +1,8 @@
-"""Megatron's GPT of a recipe's `[model]`, with the loss of its head in tiles.
+"""Megatron's `GPTModel` for a recipe's `[model]`, with a tiled, vocab-parallel loss.
 
-Every layer is `longctx.adapters.megatron.layer.Layer` with the mixers of the recipe, softmax attention included, so
-that positions, documents and the order of tokens over ranks are those of our layouts; embedding, norms, feed-forwards,
-head, and what divides them over ranks, are Megatron's.
+Every layer is a `longctx.adapters.megatron.layer.Layer` with the recipe's mixers, softmax attention included, so that
+positions, documents and token order follow longctx's layouts. Embedding, norms, feed-forwards and head, and their
+tensor parallelism, are Megatron's.
 """
 
 from typing import Any
@@ -20,26 +20,26 @@ from longctx.adapters.megatron.specs import block_spec, layer_spec
 from longctx.mixers import MIXERS
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
-from longctx.parallel.loss import divided_cross_entropy
+from longctx.parallel.loss import vocab_parallel_cross_entropy
 from longctx.parallel.mesh import Axis
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
-    """A stage of the pipeline; the last one gives losses."""
+    """A pipeline stage of the model; the last one returns losses."""
 
     loss_tile = 4096
-    """Tokens whose logits exist at one time."""
+    """Tokens whose logits are in memory at one time."""
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **unused: Any) -> Any:
-        """`[s, b, h]` to the negative log likelihoods (nats) of labels `[b, s]`: their sum, differentiable, and each.
+        """From `[s, b, h]` compute the negative log likelihoods (nats) of labels `[b, s]`: (sum, per token).
 
-        The gradients of the sum are not divided by anything.
+        Only the sum is differentiable; it is not averaged.
         """
         del unused
         if not self.post_process:
             return hidden_states
         assert labels is not None
-        tp = Axis.of(self.pg_collection.tp)
+        tp = Axis.from_group(self.pg_collection.tp)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         x = hidden_states
@@ -48,20 +48,20 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
         elif tp.size > 1:
             x = copy_to_tensor_model_parallel_region(x, group=tp.group)
         rows = x.transpose(0, 1).flatten(0, 1)
-        total, nll = divided_cross_entropy(rows, weight, labels.flatten(), self.loss_tile, tp)
+        total, nll = vocab_parallel_cross_entropy(rows, weight, labels.flatten(), self.loss_tile, tp)
         return total, nll.view(labels.shape)
 
 
 def transformer_config(model: ModelConfig, **engine: Any) -> TransformerConfig:
-    """Megatron's configuration of a model of dense feed-forwards; `engine`: parallel sizes, precision and what is
-    recomputed."""
+    """Return Megatron's config for a model with dense feed-forwards; `engine`: parallel sizes, precision and
+    recomputation."""
     tp = engine["tensor_model_parallel_size"]
     table = model.feed_forward(0)
     assert isinstance(table, SwigluConfig)
     return TransformerConfig(
         num_layers=model.depth,
         hidden_size=model.dim,
-        # Of Megatron's own attention, which no layer has.
+        # For Megatron's own attention, which no layer uses.
         num_attention_heads=tp,
         kv_channels=model.dim,
         ffn_hidden_size=table.width(model.dim),
@@ -76,7 +76,7 @@ def transformer_config(model: ModelConfig, **engine: Any) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        # What it begins with is filled in when it is built, and it is then moved.
+        # The weights are set after the model is built and moved to the device.
         perform_initialization=False,
         use_cpu_initialization=True,
         calculate_per_token_loss=True,
@@ -84,20 +84,19 @@ def transformer_config(model: ModelConfig, **engine: Any) -> TransformerConfig:
     )
 
 
-def build(
-    model: ModelConfig, rows: int, length: int, config: TransformerConfig, *, first: bool, last: bool
+def build_language_model(
+    model: ModelConfig, vocab_size: int, length: int, config: TransformerConfig, *, first: bool, last: bool
 ) -> LanguageModel:
-    """This rank's part of a model with `rows` in its vocabulary for sequences of `length` tokens: of the pipeline's
-    stage, which may be the `first` and the `last`. On the CPU; its weights are not drawn.
+    """Build this rank's shard of a pipeline stage, which may be the `first` and the `last`, on the CPU, uninitialised.
 
-    Raises ValueError where heads do not divide over the tensor-parallel ranks.
+    `length`: tokens per sequence. Raises ValueError if heads are not divisible by the tensor-parallel ranks.
     """
-    used = {letter: getattr(model, MIXERS[letter].name) for letter in set(model.pattern)}
-    spec = layer_spec(model.pattern, used, model.heads)
+    mixers = {letter: getattr(model, MIXERS[letter].name) for letter in set(model.pattern)}
+    spec = layer_spec(model.pattern, mixers, model.heads)
     return LanguageModel(
         config,
         block_spec(spec, config),
-        rows,
+        vocab_size,
         length,
         pre_process=first,
         post_process=last,

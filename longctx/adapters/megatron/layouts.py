@@ -1,7 +1,7 @@
-"""Megatron's batches as layouts: which tokens of which sequence a context-parallel rank has been given.
+"""Megatron batches as layouts: the tokens that each context-parallel rank holds.
 
-Megatron cuts a sequence into 2 cp chunks and gives rank r the chunks r and 2 cp - 1 - r; of a packed batch
-(`PackedSeqParams` with `qkv_format="thd"`) it cuts every document so.
+Megatron cuts a sequence into 2 cp chunks and assigns chunks r and 2 cp - 1 - r to rank r (zigzag); of packed sequences
+(`PackedSeqParams` with `qkv_format="thd"`) it cuts every document that way.
 """
 
 from collections.abc import Sequence
@@ -18,113 +18,114 @@ from torch import Tensor
 
 from longctx.parallel.all_to_all_reorder import Reorder
 from longctx.parallel.attention.api import SCHEDULES
-from longctx.parallel.layout import Layout
+from longctx.parallel.layout import Layout, Order
 from longctx.parallel.mesh import Axis, Grid
 
-MEGATRONS = {"p2p": "ring", "all_gather": "all-gather", "a2a": "ulysses", "a2a+p2p": "ulysses-ring"}
-"""What Megatron calls the schedules in `cp_comm_type`."""
+MEGATRON_SCHEDULES = {"p2p": "ring", "all_gather": "all-gather", "a2a": "ulysses", "a2a+p2p": "ulysses-ring"}
+"""Megatron's `cp_comm_type` to the names of `longctx.parallel.attention.SCHEDULES`."""
 
 
 def attention_schedule(cp_comm_type: str | None) -> str:
-    """The schedule of softmax layers that Megatron's `cp_comm_type` names, by its name or by ours.
+    """Return the attention schedule for a `cp_comm_type`, Megatron's name or longctx's; None: `auto`, the cheapest.
 
-    `auto`, the cheapest, where it says nothing. Raises ValueError for one that there is not.
+    Raises ValueError for an unknown one.
     """
-    name = MEGATRONS.get(cp_comm_type or "auto", cp_comm_type or "auto")
+    name = MEGATRON_SCHEDULES.get(cp_comm_type or "auto", cp_comm_type or "auto")
     if name not in SCHEDULES:
         raise ValueError(
-            f"cp_comm_type: there is no schedule {cp_comm_type!r}; there are {', '.join(SCHEDULES)}, and Megatron's "
-            f"names {', '.join(MEGATRONS)}"
+            f"cp_comm_type is {cp_comm_type!r}: expected one of {', '.join(SCHEDULES)}, or Megatron's "
+            f"{', '.join(MEGATRON_SCHEDULES)}"
         )
     return name
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a layer: Megatron's, as axes."""
+    """Megatron's tensor- and context-parallel groups of a layer, as axes."""
 
     tp: Axis
     cp: Axis
     grid: Grid | None
-    """cp as ulysses x ring, where `hierarchical_context_parallel_sizes` divides it in two."""
+    """cp as ulysses x ring, if `hierarchical_context_parallel_sizes` has two levels."""
 
     @classmethod
-    def of(cls, config: TransformerConfig, collection: Any) -> "Groups":
-        """Of a `ProcessGroupCollection`, or Megatron's global groups where there is none."""
+    def from_collection(cls, config: TransformerConfig, collection: Any) -> "Groups":
+        """Take the groups of a `ProcessGroupCollection`; None: Megatron's global `parallel_state` groups."""
         if collection is None:
             collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "hcp"])
-        tp, cp = (Axis.of(getattr(collection, name, None)) for name in ("tp", "cp"))
+        tp, cp = (Axis.from_group(getattr(collection, name, None)) for name in ("tp", "cp"))
         levels = config.hierarchical_context_parallel_sizes or []
         if cp.size == 1 or len(levels) != 2:
             return cls(tp, cp, None)
-        inner, outer = map(Axis.of, collection.hcp)
+        inner, outer = map(Axis.from_group, collection.hcp)
         return cls(tp, cp, Grid(inner.size, inner.group, outer.group))
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Megatron's rows of a batch, and the layout in which a layer of ours takes them."""
+class BatchLayout:
+    """The layout in which longctx computes a batch, and the all-to-alls between Megatron's token order and it."""
 
     layout: Layout
-    take: Reorder | None = None
-    """From Megatron's rows to the layout's; None where they are the same."""
-    give: Reorder | None = None
-    """And back."""
+    reorder: Reorder | None = None
+    """From Megatron's rows to the layout's; None if they are the same."""
+    restore: Reorder | None = None
+    """The inverse."""
 
-    def taken(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Megatron's rows `[b, s/cp, ...]` in the layout's order."""
-        take = self.take
-        return given if take is None else tuple(take(x, 1) for x in given)
+    def to_layout(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Reorder tensors `[b, s/cp, ...]` from Megatron's rows to the layout's."""
+        reorder = self.reorder
+        return tensors if reorder is None else tuple(reorder(x, 1) for x in tensors)
 
-    def given(self, x: Tensor) -> Tensor:
-        """And back."""
-        return x if self.give is None else self.give(x, 1)
+    def to_megatron(self, x: Tensor) -> Tensor:
+        """Reorder a tensor from the layout's rows back to Megatron's."""
+        return x if self.restore is None else self.restore(x, 1)
 
 
-class LayoutBatch(PackedSeqParams):  # type: ignore[misc]
-    """A batch that lies over ranks as a layout of ours says, in the place of what Megatron says of documents."""
+class LayoutPackedSeqParams(PackedSeqParams):  # type: ignore[misc]
+    """`packed_seq_params` of a batch that is already sharded by a longctx layout."""
 
-    def __init__(self, layout: Layout, weight: float) -> None:
-        """`weight`: what layers' own losses of the batch are multiplied with, before Megatron divides gradients."""
+    def __init__(self, layout: Layout, auxiliary_loss_scale: float) -> None:
+        """`auxiliary_loss_scale`: factor of the layers' auxiliary losses, before Megatron scales gradients."""
         super().__init__(qkv_format="thd")
-        self.placement, self.weight = Placement(layout), weight
+        self.batch_layout, self.auxiliary_loss_scale = BatchLayout(layout), auxiliary_loss_scale
 
 
 @lru_cache(maxsize=8)
-def placement(bounds: tuple[int, ...], packed: bool, groups: Groups, attention: str) -> Placement:
-    """Of one sequence with these `cu_seqlens`: made once for all layers, which keep their plans with the layout."""
+def _cached_batch_layout(cu_seqlens: tuple[int, ...], packed: bool, groups: Groups, attention: str) -> BatchLayout:
+    """Build the layout once for all layers, which cache their plans in it."""
     cp = groups.cp
     if cp.size == 1:
-        return Placement(Layout(bounds, attention=attention))
+        return BatchLayout(Layout(cu_seqlens, attention=attention))
+    order: Order = "balanced" if packed else "zigzag"
+    layout = Layout(cu_seqlens, order, cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention)
     if not packed:
-        return Placement(Layout(bounds, "zigzag", cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention))
-    layout = Layout(bounds, "balanced", cp.size, cp.rank, cp.group, grid=groups.grid, attention=attention)
-    have = [by_documents(bounds, cp.size, rank) for rank in range(cp.size)]
-    want = [layout.seen_by(rank).tokens for rank in range(cp.size)]
-    return Placement(layout, Reorder.of(have, want, cp), Reorder.of(want, have, cp))
+        return BatchLayout(layout)
+    have = [thd_partitioned_indices(cu_seqlens, cp.size, rank) for rank in range(cp.size)]
+    want = [layout.for_rank(rank).tokens for rank in range(cp.size)]
+    return BatchLayout(layout, Reorder.plan(have, want, cp), Reorder.plan(want, have, cp))
 
 
-def placed(rows: int, packed: PackedSeqParams | None, groups: Groups, attention: str) -> Placement:
-    """Of a batch of which this rank has `rows` tokens."""
-    if isinstance(packed, LayoutBatch):
-        return packed.placement
+def batch_layout(rows: int, packed: PackedSeqParams | None, groups: Groups, attention: str) -> BatchLayout:
+    """Return the layout of a batch of which this rank has `rows` tokens per sequence."""
+    if isinstance(packed, LayoutPackedSeqParams):
+        return packed.batch_layout
     length = rows * groups.cp.size
-    bounds = (0, length) if packed is None else packed_bounds(packed, length)
-    return placement(bounds, packed is not None, groups, attention)
+    cu_seqlens = (0, length) if packed is None else packed_cu_seqlens(packed, length)
+    return _cached_batch_layout(cu_seqlens, packed is not None, groups, attention)
 
 
-def by_documents(bounds: Sequence[int], size: int, rank: int) -> Tensor:
-    """The tokens that Megatron gives a context-parallel rank of a packed batch, `[T / size]` int64: of every document
-    the chunks `rank` and `2 size - 1 - rank` of 2 size.
+def thd_partitioned_indices(cu_seqlens: Sequence[int], size: int, rank: int) -> Tensor:
+    """Return the tokens that Megatron assigns to a context-parallel rank of packed sequences (THD), `[T / size]` int64.
 
-    Raises ValueError where a document does not divide.
+    These are the chunks `rank` and `2 size - 1 - rank` of 2 size, of every document. Raises ValueError if a document is
+    not divisible.
     """
     parts = []
-    for begin, end in pairwise(bounds):
+    for begin, end in pairwise(cu_seqlens):
         chunk, rest = divmod(end - begin, 2 * size)
         if rest:
             raise ValueError(
-                f"packed batch: a document of {end - begin} tokens does not divide into {2 * size} chunks for "
+                f"packed sequences: a document of {end - begin} tokens is not divisible into {2 * size} chunks for "
                 f"{size} context-parallel ranks; pad it (cu_seqlens_q_padded)"
             )
         first, second = (begin + number * chunk for number in (rank, 2 * size - 1 - rank))
@@ -132,21 +133,21 @@ def by_documents(bounds: Sequence[int], size: int, rank: int) -> Tensor:
     return torch.cat(parts)
 
 
-def packed_bounds(packed: PackedSeqParams, length: int) -> tuple[int, ...]:
-    """The `cu_seqlens` of a packed batch of `length` tokens over all ranks, on the host, without empty documents; read
-    from the device once a batch. What lies behind the last document is one more.
+def packed_cu_seqlens(packed: PackedSeqParams, length: int) -> tuple[int, ...]:
+    """Return the `cu_seqlens` of packed sequences of `length` tokens over all ranks, on the host; cached in `packed`.
 
-    Padding at a document's end belongs to it: nothing before it sees it. Raises ValueError for another format, and for
-    groups that change from batch to batch (`local_cp_size`).
+    Empty documents are dropped; tokens after the last document are one more document. Padding at the end of a document
+    counts as part of it: no earlier token attends to it. Raises ValueError for another format than THD, and for hybrid
+    context parallelism (`local_cp_size`).
     """
     if packed.qkv_format != "thd":
-        raise ValueError(f"packed batch: qkv_format is {packed.qkv_format!r}; only 'thd' says where documents begin")
+        raise ValueError(f"packed sequences: qkv_format is {packed.qkv_format!r}: expected 'thd'")
     if packed.local_cp_size is not None:
-        raise ValueError("packed batch: hybrid context parallelism (local_cp_size) changes groups from batch to batch")
-    held: tuple[int, ...] | None = getattr(packed, "_longctx_bounds", None)
-    if held is None:
+        raise ValueError("packed sequences: hybrid context parallelism (local_cp_size) is not supported")
+    cu_seqlens: tuple[int, ...] | None = getattr(packed, "_longctx_cu_seqlens", None)
+    if cu_seqlens is None:
         padded = packed.cu_seqlens_q_padded
-        given = (packed.cu_seqlens_q if padded is None else padded).tolist()
-        held = tuple(dict.fromkeys([0, *given, length]))
-        packed._longctx_bounds = held
-    return held
+        values = (packed.cu_seqlens_q if padded is None else padded).tolist()
+        cu_seqlens = tuple(dict.fromkeys([0, *values, length]))
+        packed._longctx_cu_seqlens = cu_seqlens
+    return cu_seqlens

@@ -1,4 +1,4 @@
-"""A layer's own loss in Megatron's backward pass, at the scale of the model's."""
+"""Auxiliary losses of layers in Megatron's backward pass, at the scale of the model's loss."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class _Attach(torch.autograd.Function):
+class _AttachAuxiliaryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor, config: TransformerConfig, factor: float) -> Tensor:
         ctx.config, ctx.factor, ctx.dtype, ctx.device = config, factor, loss.dtype, loss.device
@@ -22,19 +22,20 @@ class _Attach(torch.autograd.Function):
         return grads[0], grad, None, None
 
 
-def attach(out: Tensor, loss: Tensor, config: TransformerConfig, factor: float) -> Tensor:
-    """`out` itself, which brings into the backward pass the gradient of a loss times a factor.
+def attach_auxiliary_loss(out: Tensor, loss: Tensor, config: TransformerConfig, factor: float) -> Tensor:
+    """Return `out`; its backward pass also backpropagates `loss` times a factor, and Megatron's loss scale.
 
-    loss: this rank's share; the shares of the context- and tensor-parallel ranks add up to the loss of a micro-batch.
+    loss: this rank's share; the shares of the context- and tensor-parallel ranks sum to the loss of a micro-batch. (As
+    Megatron's `MoEAuxLossAutoScaler`, with a factor per loss.)
     """
-    return _Attach.apply(out, loss, config, factor)  # type: ignore[no-untyped-call]
+    return _AttachAuxiliaryLoss.apply(out, loss, config, factor)  # type: ignore[no-untyped-call]
 
 
-def mean_over_batches(config: TransformerConfig, cp: int, tokens: int) -> float:
-    """The factor with which the step's loss has the mean over its micro-batches, of `tokens` tokens over all ranks:
-    Megatron divides gradients by the number of data- and context-parallel ranks, or with `calculate_per_token_loss` by
-    the tokens of the step."""
+def auxiliary_loss_scale(config: TransformerConfig, cp: int, tokens: int) -> float:
+    """Return the factor that makes an auxiliary loss the mean over the step's micro-batches, of `tokens` tokens each
+    over all ranks: Megatron divides gradients by the data- and context-parallel ranks, or by the step's tokens with
+    `calculate_per_token_loss`."""
     if config.calculate_per_token_loss:
         return tokens
-    known = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None
-    return cp / (num_microbatches_calculator.get_num_microbatches() if known else 1)
+    initialized = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None
+    return cp / (num_microbatches_calculator.get_num_microbatches() if initialized else 1)

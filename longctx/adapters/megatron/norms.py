@@ -1,4 +1,7 @@
-"""The norm of layers without TransformerEngine and Apex: what Megatron has there refuses sequence parallelism."""
+"""LayerNorm and RMSNorm without TransformerEngine and Apex, for Megatron's sequence parallelism.
+
+Megatron's own fallback (`WrappedTorchNorm`) does not support sequence parallelism.
+"""
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,13 +12,13 @@ from longctx.kernels.pointwise import rms_norm
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over channels, as `config.normalization` says."""
+    """LayerNorm or RMSNorm over channels, by `config.normalization`."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        """Raises ValueError for a normalization that there is not, and for a weight that is centred at zero."""
+        """Raises ValueError for another normalization, and for a zero-centered gamma."""
         super().__init__()
         if config.normalization not in ("LayerNorm", "RMSNorm"):
-            raise ValueError(f"normalization: {config.normalization!r}; there are LayerNorm and RMSNorm")
+            raise ValueError(f"normalization is {config.normalization!r}: expected 'LayerNorm' or 'RMSNorm'")
         if config.layernorm_zero_centered_gamma:
             raise ValueError("layernorm_zero_centered_gamma: needs TransformerEngine or Apex")
         self.eps, self.rms = eps, config.normalization == "RMSNorm"
@@ -24,11 +27,11 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, **options))
         self.bias = None if self.rms else nn.Parameter(torch.zeros(hidden_size, **options))
         for parameter in self.parameters():
-            # Megatron then adds the gradients up over the tensor-parallel ranks, each of which has a slice.
+            # Marks gradients that Megatron sums over the tensor-parallel ranks, each of which has a sequence slice.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to the same."""
+        """Normalise `[..., D]` over D."""
         if self.rms:
             return rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

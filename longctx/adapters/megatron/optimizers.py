@@ -1,12 +1,12 @@
-"""What Megatron's optimizers need where its own cases end.
+"""Fixes for Megatron's optimizers: parameters of two dtypes in one group, and checkpoints with torch's Adam.
 
-Parameters of two dtypes in one group: its distributed optimizer (0.16 to 0.20) puts those in float32 first and goes on
-counting as if it had not, so that checkpoints would have one parameter's moments under another's name. So does its
-other optimizer of half precision, in more than one place: there such a save is refused.
+Two dtypes in one parameter group: the distributed optimizer (0.16 to 0.20) puts float32 parameters first but numbers
+them as if it had not, so checkpoints would have one parameter's moments under another's name. The other half-precision
+optimizer has the same fault in several places; there, saving is refused.
 
-Torch's Adam, which it takes where there is neither Apex nor TransformerEngine: that makes its state at the first step,
-and counts steps for each parameter. Megatron reads the state before; its distributed optimizer does not expect the
-count among what it fills, and gives all parameters one count together, which each of them would then raise.
+Torch's Adam, which Megatron uses without Apex and TransformerEngine: it creates its state at the first step and has a
+step count per parameter. Megatron reads the state before the first step; its distributed optimizer does not expect the
+step count among the state that it fills, and shares one count tensor among all parameters, which each would increment.
 """
 
 from collections.abc import Iterator
@@ -20,51 +20,51 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 
-def count_both_dtypes() -> None:
-    """From now on distributed optimizers know where parameters of two dtypes stand in a group, and others refuse to
-    save them."""
-    begin = DistributedOptimizer.__init__
-    if hasattr(begin, "__wrapped__"):
+def fix_mixed_dtype_groups() -> None:
+    """Patch Megatron: the distributed optimizer numbers parameters of two dtypes correctly, the other refuses to save
+    them."""
+    init = DistributedOptimizer.__init__
+    if hasattr(init, "__wrapped__"):
         return
 
-    @wraps(begin)
-    def begin_and_count(self: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
+    @wraps(init)
+    def init_and_renumber(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
         groups = zip(getattr(self, "model_fp32_groups", ()), getattr(self, "model_float16_groups", ()), strict=True)
-        for number, (exact, rounded) in enumerate(groups):
-            for place, parameter in enumerate((*exact, *rounded)):
-                self.model_param_group_index_map[parameter] = number, place
+        for number, (fp32, float16) in enumerate(groups):
+            for index, parameter in enumerate((*fp32, *float16)):
+                self.model_param_group_index_map[parameter] = number, index
 
-    DistributedOptimizer.__init__ = begin_and_count
+    DistributedOptimizer.__init__ = init_and_renumber
     save = Float16OptimizerWithFloat16Params.sharded_state_dict
 
     @wraps(save)
-    def save_of_one_dtype(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_one_dtype(self: Any, *args: Any, **kwargs: Any) -> Any:
         if any(self.fp32_from_fp32_groups):
             raise ValueError(
-                "checkpoint: the optimizer has parameters in float32 beside those in half precision, which Megatron "
-                "saves under each other's names: take the distributed optimizer (--use-distributed-optimizer)"
+                "checkpoint: the optimizer has float32 and half-precision parameters, which Megatron saves under each "
+                "other's names: use the distributed optimizer (--use-distributed-optimizer)"
             )
         return save(self, *args, **kwargs)
 
-    Float16OptimizerWithFloat16Params.sharded_state_dict = save_of_one_dtype
+    Float16OptimizerWithFloat16Params.sharded_state_dict = save_one_dtype
 
 
-def _on_adam(optimizer: Any) -> Iterator[Any]:
-    """The parts of a Megatron optimizer that step with torch's."""
+def _with_torch_adam(optimizer: Any) -> Iterator[Any]:
+    """Yield the chained optimizers of a Megatron optimizer that use torch's Adam."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.Adam):
             yield part
 
 
 @contextmanager
-def moments(optimizer: Any) -> Iterator[None]:
-    """Meanwhile a Megatron optimizer that made no step has the state that it makes at its first one."""
-    parts = list(_on_adam(optimizer))
+def initialized_moments(optimizer: Any) -> Iterator[None]:
+    """Give a Megatron optimizer that has taken no step zero moments inside the block, as loading expects."""
+    parts = list(_with_torch_adam(optimizer))
     for part in parts:
         for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-            empty = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            part.optimizer.state[parameter] = {"step": torch.zeros(()), **empty}
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            part.optimizer.state[parameter] = {"step": torch.zeros(()), **zeros}
     try:
         yield
     finally:
@@ -72,24 +72,24 @@ def moments(optimizer: Any) -> Iterator[None]:
             part.optimizer.state.clear()
 
 
-def load_optimizer(optimizer: Any, loaded: Any) -> None:
-    """Load a state that was read from a checkpoint."""
-    for part in _on_adam(optimizer):
+def load_optimizer(optimizer: Any, state_dict: Any) -> None:
+    """Load a Megatron optimizer's state from a checkpoint."""
+    for part in _with_torch_adam(optimizer):
         if hasattr(part, "_set_main_param_and_optimizer_states"):
-            _keep_count(part)
-    optimizer.load_state_dict(loaded)
-    for part in _on_adam(optimizer):
+            _keep_step_count(part)
+    optimizer.load_state_dict(state_dict)
+    for part in _with_torch_adam(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
 
 
-def _keep_count(part: Any) -> None:
-    """Have a distributed optimizer leave the count of steps, which it has set by then, as it is."""
-    fill_in = part._set_main_param_and_optimizer_states
+def _keep_step_count(part: Any) -> None:
+    """Make a distributed optimizer keep the step count, which it has already loaded, when it fills in the state."""
+    set_states = part._set_main_param_and_optimizer_states
 
-    def fill_all_but_the_count(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, place = part.model_param_group_index_map[model_param]
-        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
-        fill_in(model_param, {"step": state["step"], **tensors})
+    def set_states_but_step(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group, index = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][index]]
+        set_states(model_param, {"step": state["step"], **tensors})
 
-    part._set_main_param_and_optimizer_states = fill_all_but_the_count
+    part._set_main_param_and_optimizer_states = set_states_but_step

@@ -1,4 +1,4 @@
-"""The parameters of Megatron's model under the names that they have in the built-in one, and how ranks divide them."""
+"""Parameter names of the built-in model for Megatron's parameters, with their tensor-parallel shards."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,62 +9,67 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 
 from longctx.adapters.megatron.language_model import LanguageModel
-from longctx.convert.megatron_table import FEED_FORWARD, NORMS, WHOLE
+from longctx.convert.megatron_table import FEED_FORWARD, NORMS, OUTSIDE_LAYERS
 from longctx.mixers.shares import Share
 from longctx.parallel.mesh import Axis
 
-_OF_LAYER = {theirs: ours for ours, theirs in FEED_FORWARD.items()} | {names[-1]: ours for ours, names in NORMS.items()}
-"""The names of a layer's parameters, Megatron's and ours; those of its mixer follow `self_attention.mixer.` there and
-`mixer.` here."""
+_OF_LAYER = {megatron: name for name, megatron in FEED_FORWARD.items()} | {
+    megatron[-1]: name for name, megatron in NORMS.items()
+}
+"""A layer's parameter names, Megatron's to the built-in model's; mixer parameters have the prefix
+`self_attention.mixer.` in Megatron and `mixer.` in the built-in model."""
 _MIXER = ("self_attention.mixer.", "mixer.")
-_OUTSIDE = {theirs: ours for ours, theirs in WHOLE.items()}
+_OUTSIDE = {megatron: name for name, megatron in OUTSIDE_LAYERS.items()}
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
-class Placed(NamedTuple):
-    """A parameter on a rank."""
+class NamedShard(NamedTuple):
+    """This rank's shard of a parameter."""
 
     name: str
     """In the built-in model."""
     parameter: Tensor
     share: Share | None
-    """How tensor-parallel ranks divide it; each has it whole where None."""
+    """How tensor-parallel ranks shard it; None: replicated."""
 
 
-def parameters(model: LanguageModel, tp: int) -> Iterator[Placed]:
-    """Every parameter of a pipeline's stage, over `tp` tensor-parallel ranks."""
-    for name, parameter in model.named_parameters():
-        match = _LAYER.fullmatch(name)
+def named_shards(model: LanguageModel, tp: int) -> Iterator[NamedShard]:
+    """Yield every parameter of a pipeline stage, over `tp` tensor-parallel ranks."""
+    for megatron, parameter in model.named_parameters():
+        match = _LAYER.fullmatch(megatron)
         if match is None:
-            ours = _OUTSIDE[name]
-            if ours == "head.weight" and model.share_embeddings_and_output_weights:
-                ours = "embedding.weight"  # the last stage's copy of what the first one has
+            name = _OUTSIDE[megatron]
+            if name == "head.weight" and model.share_embeddings_and_output_weights:
+                name = "embedding.weight"  # the last stage's copy of the first stage's embedding
             rows = Share(0, (len(parameter) * tp,))
-            yield Placed(ours, parameter, None if ours == "norm.weight" else rows)
+            yield NamedShard(name, parameter, None if name == "norm.weight" else rows)
             continue
         layer, rest = model.decoder.layers[int(match[1])], match[2]
-        ours = _OF_LAYER[rest] if rest in _OF_LAYER else _MIXER[1] + rest.removeprefix(_MIXER[0])
+        name = _OF_LAYER[rest] if rest in _OF_LAYER else _MIXER[1] + rest.removeprefix(_MIXER[0])
         share = layer.self_attention.shares.get(rest.removeprefix(_MIXER[0]))
         if rest == "mlp.linear_fc1.weight":
             share = Share(0, (len(parameter) * tp // 2,) * 2)
         elif rest == "mlp.linear_fc2.weight":
             share = Share(1, (parameter.shape[1] * tp,))
-        yield Placed(f"blocks.{layer.layer_number - 1}.{ours}", parameter, share)
+        yield NamedShard(f"blocks.{layer.layer_number - 1}.{name}", parameter, share)
 
 
-def mark(model: LanguageModel, tp: int) -> None:
-    """Say of each parameter whether ranks divide it, which Megatron's layers do as they draw it, and these are not
-    drawn: the norm of the gradient would count what is divided once."""
-    for placed in parameters(model, tp):
-        if placed.share is not None and not hasattr(placed.parameter, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(placed.parameter, True, placed.share.dim, 1)
+def mark_tensor_parallel(model: LanguageModel, tp: int) -> None:
+    """Set Megatron's `tensor_model_parallel` attributes on sharded parameters.
+
+    Megatron's layers set them when they initialise a parameter, which is skipped here; without them the gradient norm
+    would count only one rank's shard.
+    """
+    for shard in named_shards(model, tp):
+        if shard.share is not None and not hasattr(shard.parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(shard.parameter, True, shard.share.dim, 1)
 
 
 @torch.no_grad()
-def fill(model: LanguageModel, tp: Axis, whole: Callable[[str], Tensor]) -> None:
-    """Fill every parameter with this rank's part of what `whole` gives for its name in the built-in model."""
-    for placed in parameters(model, tp.size):
-        value = whole(placed.name)
-        if placed.share is not None:
-            value = placed.share.of(value, tp.rank, tp.size)
-        placed.parameter.copy_(value)
+def set_parameters(model: LanguageModel, tp: Axis, full_tensor: Callable[[str], Tensor]) -> None:
+    """Set every parameter to this rank's shard of `full_tensor(name)`, by its name in the built-in model."""
+    for shard in named_shards(model, tp.size):
+        value = full_tensor(shard.name)
+        if shard.share is not None:
+            value = shard.share.shard(value, tp.rank, tp.size)
+        shard.parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""The models of transformers that the built-in one can be, by `model_type`. A new one is a file here and a name."""
+"""Supported models of transformers, by `model_type`. To add one, add a file here and an entry in `FAMILIES`."""
 
 from longctx.convert.families.base import Family
 from longctx.convert.families.llama import Llama, Mixtral

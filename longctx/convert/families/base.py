@@ -1,4 +1,4 @@
-"""What a family of models is to a conversion, and how the keys of a `config.json` are read: each one, or refused."""
+"""Base class of model families, and the reader of `config.json`, which accepts or refuses every key."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ from longctx.model.config import ModelConfig
 
 Value = TypeVar("Value")
 
-_NEEDED: Any = object()
-_WITHOUT_MATHEMATICS = (
+_REQUIRED: Any = object()
+_IGNORED_KEYS = (
     "_name_or_path",
     "bos_token_id",
     "dtype",
@@ -28,69 +28,68 @@ _WITHOUT_MATHEMATICS = (
     "transformers_version",
     "use_cache",
 )
-"""Keys of every family that say how a model begins, is stored, is trained or is run."""
+"""Keys of every family that concern initialisation, storage, training or serving, not the model's output."""
 
 
 class Keys:
-    """The keys of a `config.json`. What is wrong with them is collected in `problems`, a line for each."""
+    """The keys of a `config.json`. Mistakes are collected in `problems`, one line each."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
-        self._seen = set(_WITHOUT_MATHEMATICS)
+        self._seen = set(_IGNORED_KEYS)
         self.problems: list[str] = []
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is there, with a value."""
+        """Return whether the key exists with a value other than null."""
         return self._values.get(name) is not None
 
-    def _read(self, name: str, default: Value, right: Callable[[Any], bool], words: str) -> Value:
+    def _read(self, name: str, default: Value, valid: Callable[[Any], bool], expected: str) -> Value:
         self._seen.add(name)
         value = self._values.get(name)
         if value is None:
-            if default is _NEEDED:
-                self.problems.append(f"{name}: is missing")
+            if default is _REQUIRED:
+                self.problems.append(f"{name}: missing")
             return default
-        if not right(value):
-            self.problems.append(f"{name}: {value!r} is not {words}")
+        if not valid(value):
+            self.problems.append(f"{name}: {value!r} is not {expected}")
             return default
         return value
 
-    def integer(self, name: str, default: int = _NEEDED) -> int:
-        """A whole number above 0; 1 where the key is needed and not there, or is no number."""
-        value = self._read(name, default, lambda v: type(v) is int and v > 0, "a whole number above 0")
-        return 1 if value is _NEEDED else value
+    def integer(self, name: str, default: int = _REQUIRED) -> int:
+        """Read a positive integer; returns 1 if a required key is missing or invalid."""
+        value = self._read(name, default, lambda v: type(v) is int and v > 0, "a positive integer")
+        return 1 if value is _REQUIRED else value
 
     def number(self, name: str, default: float) -> float:
-        """A number."""
+        """Read a number."""
         return float(self._read(name, default, _is_number, "a number"))
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """Read a boolean."""
         return self._read(name, default, lambda v: type(v) is bool, "true or false")
 
     def raw(self, name: str) -> Any:
-        """Its value as it is; None where it is not there."""
+        """Read a value unchecked; None if the key is missing."""
         self._seen.add(name)
         return self._values.get(name)
 
     def only(self, name: str, *allowed: Any, why: str) -> None:
-        """Refuse the key unless it is absent or has one of these values."""
+        """Refuse the key unless it is missing or has one of these values."""
         value = self.raw(name)
         if value is not None and value not in allowed:
-            wanted = " or ".join(map(repr, allowed)) or "nothing"
-            self.problems.append(f"{name}: {value!r}, where {wanted} can be converted: {why}")
+            supported = " or ".join(map(repr, allowed)) or "nothing"
+            self.problems.append(f"{name}: {value!r} is not supported, only {supported}: {why}")
 
-    def pass_over(self, *names: str) -> None:
-        """Keys that change nothing that the model computes."""
+    def ignore(self, *names: str) -> None:
+        """Accept keys that do not change the model's output."""
         self._seen.update(names)
 
-    def refuse_the_rest(self) -> None:
-        """Refuse every key that nobody has asked for, unless it has no value."""
+    def refuse_unread(self) -> None:
+        """Refuse every key that was not read, unless it is null or false."""
         for name in sorted(self._values.keys() - self._seen):
             if self._values[name] is not None and self._values[name] is not False:
                 self.problems.append(
-                    f"{name}: {self._values[name]!r} is not known here; take it out where it changes nothing that the "
-                    "model computes"
+                    f"{name}: {self._values[name]!r} is unknown; remove it if it does not change the model's output"
                 )
 
 
@@ -98,16 +97,16 @@ Names = TypeVar("Names", str, list[str])
 
 
 def period(names: Names) -> Names:
-    """What a pattern of layers repeats: the shortest beginning that gives it."""
+    """Return the shortest prefix that a pattern of layers repeats."""
     depth = len(names)
     return next(names[:n] for n in range(1, depth + 1) if (names[:n] * depth)[:depth] == names)
 
 
-Part = TypeVar("Part", bound=Config)
+Table = TypeVar("Table", bound=Config)
 
 
-def part(model: ModelConfig, kind: type[Part]) -> Part:
-    """A table of the model, which has it."""
+def table_of(model: ModelConfig, kind: type[Table]) -> Table:
+    """Return a table of the model's configuration, which must have it."""
     table = getattr(model, kind.name)  # type: ignore[attr-defined]
     assert isinstance(table, kind), kind
     return table
@@ -123,29 +122,30 @@ class Family(ABC):
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     letters: ClassVar[str]
-    """The mixers that it can have, as in `model.layers`."""
+    """Supported mixers, by their letters in `model.layers`."""
     ffns: ClassVar[tuple[str, ...]]
-    """The feed-forwards that it can have."""
+    """Supported feed-forwards, by name."""
 
     @abstractmethod
     def read(self, keys: Keys) -> dict[str, Any]:
-        """The fields of the built-in configuration, all said that have a say in shapes; mistakes go to the keys."""
+        """Return the fields of the built-in configuration, explicitly for all that affect shapes; mistakes are added to
+        `keys`."""
 
     @abstractmethod
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The keys of `config.json` for a model of its letters and feed-forwards; what it has no words for is left out:
-        `read` of them is then another model."""
+        """Return the keys of `config.json` for a model of supported mixers and feed-forwards. Options that the family
+        does not have are omitted; the caller detects them, because `read` then returns another model."""
 
     @abstractmethod
     def table(self, model: ModelConfig, shapes: Mapping[str, torch.Size]) -> RowTable:
-        """Where the tensors of the built-in model, of these shapes, lie in the family's."""
+        """Return the row table between the built-in model's tensors, of these shapes, and the family's."""
 
-    def passed_over(self, name: str) -> bool:
-        """Whether a tensor in a file is none that the model is made of, and is rightly there."""
+    def ignores(self, name: str) -> bool:
+        """Return whether a tensor in a file is known and not part of the model."""
         return name.endswith("rotary_emb.inv_freq")
 
     def derived(self, model: ModelConfig, values: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
-        """Tensors that stand in its files and follow from the configuration, which `values` are: float32. In a source
-        they may be missing."""
+        """Return tensors of the files, float32, that are computed from the configuration `values`. A source may lack
+        them."""
         del model, values
         return {}

@@ -1,4 +1,4 @@
-"""Mamba-2: state-space layers alone."""
+"""Mamba-2: only state-space layers."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from longctx.convert.families.base import Family, Keys, part
+from longctx.convert.families.base import Family, Keys, table_of
 from longctx.convert.row_table import RowTable
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.model.config import ModelConfig
 
-_NOT_COMPUTED_WITH = (
+_IGNORED_KEYS = (
     "chunk_size",
     "intermediate_size",
     "norm_before_gate",
@@ -25,11 +25,11 @@ _NOT_COMPUTED_WITH = (
     "time_step_rank",
     "time_step_scale",
 )
-"""How a model begins, sizes of chunks, the dtype of the stream, and what published files have for other programs."""
+"""Initialisation, chunk sizes, the dtype of the residual stream, and keys of published files for other programs."""
 
 
 class Mamba2(Family):
-    """A mixer in each layer and no feed-forward."""
+    """A Mamba-2 mixer in each layer and no feed-forward."""
 
     model_type: ClassVar[str] = "mamba2"
     architecture: ClassVar[str] = "Mamba2ForCausalLM"
@@ -37,14 +37,14 @@ class Mamba2(Family):
     ffns: ClassVar[tuple[str, ...]] = ("none",)
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        keys.only("hidden_act", "silu", "swish", why="the convolution's activation and the gate's are SiLU here")
-        keys.only("use_bias", False, why="projections have no bias here")
-        keys.pass_over(*_NOT_COMPUTED_WITH)
+        keys.only("hidden_act", "silu", "swish", why="the convolution and the gate use SiLU")
+        keys.only("use_bias", False, why="projections have no bias")
+        keys.ignore(*_IGNORED_KEYS)
         heads, head_dim = keys.integer("num_heads"), keys.integer("head_dim")
         dim, inner = keys.integer("hidden_size"), heads * head_dim
         if dim * keys.integer("expand", 2) != inner:
-            keys.problems.append(f"expand: times hidden_size it has to be num_heads * head_dim, {inner}")
-        least, most = self._limits(keys)
+            keys.problems.append(f"expand: expand * hidden_size must be num_heads * head_dim = {inner}")
+        dt_min, dt_max = self._dt_limits(keys)
         return {
             "layers": "M",
             "ffn": "none",
@@ -60,24 +60,24 @@ class Mamba2(Family):
                 "groups": keys.integer("n_groups"),
                 "conv": keys.integer("conv_kernel", 4),
                 "conv_bias": keys.flag("use_conv_bias", True),
-                "dt_min": least,
-                "dt_max": most,
+                "dt_min": dt_min,
+                "dt_max": dt_max,
             },
         }
 
-    def _limits(self, keys: Keys) -> tuple[float, float | None]:
-        given = keys.raw("time_step_limit") or [0.0, math.inf]
-        given = given if isinstance(given, list) else [given]
-        # JSON has no infinity, so transformers writes a table in its place.
-        infinite = [isinstance(x, dict) and x == {"__float__": "Infinity"} for x in given]
-        numbers = [math.inf if none else x for x, none in zip(given, infinite, strict=True)]
+    def _dt_limits(self, keys: Keys) -> tuple[float, float | None]:
+        limits = keys.raw("time_step_limit") or [0.0, math.inf]
+        limits = limits if isinstance(limits, list) else [limits]
+        # JSON has no infinity; transformers writes a table instead.
+        infinite = [isinstance(x, dict) and x == {"__float__": "Infinity"} for x in limits]
+        numbers = [math.inf if is_infinite else x for x, is_infinite in zip(limits, infinite, strict=True)]
         if len(numbers) != 2 or not all(type(x) in (int, float) for x in numbers):
-            keys.problems.append(f"time_step_limit: {given!r} is not two numbers")
+            keys.problems.append(f"time_step_limit: {limits!r} is not a list of two numbers")
             return 0.0, None
         return float(numbers[0]), None if math.isinf(numbers[1]) else float(numbers[1])
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        layer = part(model, Mamba2Config).resolved(model.dim)
+        layer = table_of(model, Mamba2Config).resolved(model.dim)
         assert layer.head_dim is not None
         return {
             "hidden_act": "silu",
@@ -114,12 +114,12 @@ class Mamba2(Family):
             "norm.weight": "norm.weight",
             "out.weight": "out_proj.weight",
         }
-        if part(model, Mamba2Config).conv_bias:
+        if table_of(model, Mamba2Config).conv_bias:
             names["conv.bias"] = "conv1d.bias"
         for layer in range(model.depth):
             theirs = f"backbone.layers.{layer}"
             table.put(f"blocks.{layer}.mixer_norm.weight", f"{theirs}.norm.weight")
-            table.put(f"blocks.{layer}.mixer.conv.weight", f"{theirs}.mixer.conv1d.weight", middle=True)
+            table.put(f"blocks.{layer}.mixer.conv.weight", f"{theirs}.mixer.conv1d.weight", conv=True)
             for ours, name in names.items():
                 table.put(f"blocks.{layer}.mixer.{ours}", f"{theirs}.mixer.{name}")
         return table

@@ -1,4 +1,4 @@
-"""MiniMax: lightning and softmax attention, experts in every layer, a stream that norms replace."""
+"""MiniMax-01: lightning and softmax attention, experts in every layer, post-norm residual stream."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longctx.convert.families.base import Family, Keys, part, period
+from longctx.convert.families.base import Family, Keys, period, table_of
 from longctx.convert.families.llama import (
     put_attention,
+    put_backbone,
     put_experts,
-    put_stream,
     read_attention,
+    read_backbone,
     read_experts,
-    read_stream,
     write_attention,
-    write_stream,
+    write_backbone,
 )
-from longctx.convert.families.patterns import FULL, LINEAR, by_heads, read_pattern
+from longctx.convert.families.patterns import FULL, LINEAR, ranges_by_part, read_pattern
 from longctx.convert.row_table import RowTable
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -27,11 +27,11 @@ from longctx.model.moe import MoeConfig
 
 _LETTERS = {LINEAR: LightningConfig.letter, FULL: SoftmaxConfig.letter}
 _FACTORS = {SoftmaxConfig.name: "full_attn", LightningConfig.name: "linear_attn", MoeConfig.name: "mlp"}
-"""By the name of what is added to the stream, the word for it in the keys of its factors."""
+"""Prefixes of the keys of residual factors, by the name of the mixer or feed-forward."""
 _NORM_EPS = 1e-6
-"""Of the norm in a lightning layer, which no key says."""
+"""Epsilon of the norm in lightning layers, which has no key."""
 _BLOCK = 256
-"""Tokens for which transformers keeps powers of the decays, where `block_size` is not said."""
+"""Default of `block_size`: tokens for which transformers stores powers of the decays."""
 
 
 class MiniMax(Family):
@@ -48,11 +48,11 @@ class MiniMax(Family):
         softmax = read_attention(keys, 1e6, 8)
         if "sliding_window" in keys:
             softmax["window"] = keys.integer("sliding_window")
-        keys.pass_over("sliding_window")
+        keys.ignore("sliding_window")
         keys.integer("block_size", _BLOCK)
-        keys.only("rotary_dim", softmax["head_dim"], why="transformers turns all channels of a head")
-        keys.only("postnorm", True, why="transformers has no other form of the stream")
-        found = read_stream(keys, 1e-5) | {
+        keys.only("rotary_dim", softmax["head_dim"], why="transformers rotates all channels of a head")
+        keys.only("postnorm", True, why="transformers has only the post-norm residual stream")
+        fields = read_backbone(keys, 1e-5) | {
             "layers": period(pattern),
             "ffn": MoeConfig.name,
             "block": "postnorm",
@@ -60,30 +60,30 @@ class MiniMax(Family):
             "moe": read_experts(keys, "num_local_experts", "intermediate_size"),
         }
         if SoftmaxConfig.letter in pattern:
-            found["softmax"] = softmax
+            fields["softmax"] = softmax
         if LightningConfig.letter in pattern:
             same = {"heads": softmax["heads"], "head_dim": softmax["head_dim"]}
-            found["lightning"] = {**same, "form": "minimax", "norm_eps": _NORM_EPS}
-        return found
+            fields["lightning"] = {**same, "form": "minimax", "norm_eps": _NORM_EPS}
+        return fields
 
     def _factors(self, keys: Keys, pattern: str) -> dict[str, list[float]] | None:
-        found = {}
+        factors = {}
         for name, word in _FACTORS.items():
             pair = [keys.number(f"{word}_{kind}_factor", 1.0) for kind in ("alpha", "beta")]
             letter = {kind.name: kind.letter for kind in (SoftmaxConfig, LightningConfig)}.get(name)
             if pair != [1.0, 1.0] and (letter is None or letter in pattern):
-                found[name] = pair
-        return found or None
+                factors[name] = pair
+        return factors or None
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         kinds = {letter: kind for kind, letter in _LETTERS.items()}
-        moe = part(model, MoeConfig)
+        moe = table_of(model, MoeConfig)
         factors: dict[str, float] = {}
         for name, word in _FACTORS.items():
             alpha, beta = (model.residual or {}).get(name, (1.0, 1.0))
             factors |= {f"{word}_alpha_factor": alpha, f"{word}_beta_factor": beta}
-        found = {
-            **write_stream(model),
+        fields = {
+            **write_backbone(model),
             **factors,
             "layer_types": [kinds[letter] for letter in model.pattern],
             "block_size": _BLOCK,
@@ -92,60 +92,60 @@ class MiniMax(Family):
             "intermediate_size": moe.hidden,
         }
         if SoftmaxConfig.letter in model.pattern:
-            softmax = part(model, SoftmaxConfig)
-            return found | write_attention(softmax, model.dim) | {"sliding_window": softmax.window}
-        lightning = part(model, LightningConfig).resolved(model.dim)
+            softmax = table_of(model, SoftmaxConfig)
+            return fields | write_attention(softmax, model.dim) | {"sliding_window": softmax.window}
+        lightning = table_of(model, LightningConfig).resolved(model.dim)
         heads = {"num_attention_heads": lightning.heads, "num_key_value_heads": lightning.heads}
-        return found | heads | {"head_dim": lightning.head_dim}
+        return fields | heads | {"head_dim": lightning.head_dim}
 
     def table(self, model: ModelConfig, shapes: Mapping[str, torch.Size]) -> RowTable:
         table = RowTable(shapes)
-        put_stream(table, model)
+        put_backbone(table, model)
         for layer, letter in enumerate(model.pattern):
             if letter == SoftmaxConfig.letter:
-                put_attention(table, part(model, SoftmaxConfig), model.dim, layer)
+                put_attention(table, table_of(model, SoftmaxConfig), model.dim, layer)
             else:
-                self._put_lightning(table, part(model, LightningConfig).resolved(model.dim), layer)
+                self._put_lightning(table, table_of(model, LightningConfig).resolved(model.dim), layer)
             ours, theirs = f"blocks.{layer}.ffn", f"model.layers.{layer}.block_sparse_moe"
-            put_experts(table, part(model, MoeConfig), model.dim, ours, theirs, ("w1", "w3", "w2"))
+            put_experts(table, table_of(model, MoeConfig), model.dim, ours, theirs, ("w1", "w3", "w2"))
         return table
 
     def _put_lightning(self, table: RowTable, lightning: LightningConfig, layer: int) -> None:
-        """Of each head the rows of its queries, its keys and its values; the gate by itself."""
+        """Map a lightning layer; the rows of qkv are grouped by head, and the gate is a separate matrix."""
         ours, theirs = f"blocks.{layer}.mixer", f"model.layers.{layer}.self_attn"
         assert lightning.head_dim is not None
-        runs = by_heads(f"{theirs}.qkv_proj.weight", lightning.heads, dict.fromkeys("qkv", lightning.head_dim))
-        table.put(f"{ours}.qkvu.weight", *runs["q"], *runs["k"], *runs["v"], f"{theirs}.output_gate.weight")
+        ranges = ranges_by_part(f"{theirs}.qkv_proj.weight", lightning.heads, dict.fromkeys("qkv", lightning.head_dim))
+        table.put(f"{ours}.qkvu.weight", *ranges["q"], *ranges["k"], *ranges["v"], f"{theirs}.output_gate.weight")
         table.put(f"{ours}.norm.weight", f"{theirs}.norm.weight")
         table.put(f"{ours}.out.weight", f"{theirs}.out_proj.weight")
 
     def derived(self, model: ModelConfig, values: Mapping[str, Any]) -> dict[str, Callable[[], Tensor]]:
-        """The decays of lightning layers and their powers up to `block_size`, which stand among their parameters."""
-        found: dict[str, Callable[[], Tensor]] = {}
+        """Return the decays of lightning layers and their powers up to `block_size`, which its files include."""
+        tensors: dict[str, Callable[[], Tensor]] = {}
         for layer, letter in enumerate(model.pattern):
             if letter != LightningConfig.letter:
                 continue
-            heads, name = part(model, LightningConfig).heads, f"model.layers.{layer}.self_attn"
+            heads, name = table_of(model, LightningConfig).heads, f"model.layers.{layer}.self_attn"
             rate = partial(_rates, heads, layer, model.depth)
             tokens = torch.arange(1, (values.get("block_size") or _BLOCK) + 1)
-            found[f"{name}.slope_rate"] = rate
-            found[f"{name}.query_decay"] = partial(_decays, rate, tokens[:, None])
-            found[f"{name}.key_decay"] = partial(_decays, rate, len(tokens) - tokens[:, None])
-            found[f"{name}.diagonal_decay"] = partial(_between, rate, tokens[:, None] - tokens)
-        return found
+            tensors[f"{name}.slope_rate"] = rate
+            tensors[f"{name}.query_decay"] = partial(_decays, rate, tokens[:, None])
+            tensors[f"{name}.key_decay"] = partial(_decays, rate, len(tokens) - tokens[:, None])
+            tensors[f"{name}.diagonal_decay"] = partial(_causal_decays, rate, tokens[:, None] - tokens)
+        return tensors
 
 
 def _rates(heads: int, layer: int, depth: int) -> Tensor:
-    """`[H, 1, 1]`: what the logarithm of the state falls by in a token, in the roundings of transformers."""
+    """Return the log decay per token, negated, `[H, 1, 1]`, rounded as in transformers."""
     slopes = (1 / 2 ** (8 / heads)) ** torch.arange(1, heads + 1)
     return (slopes * (1 - layer / (depth - 1 + 1e-5) + 1e-5))[:, None, None]
 
 
 def _decays(rate: Callable[[], Tensor], tokens: Tensor) -> Tensor:
-    """`[H, n, 1]`: what is left after so many tokens."""
+    """Return the decay over `tokens`, `[H, n, 1]`."""
     return torch.exp(-rate() * tokens)
 
 
-def _between(rate: Callable[[], Tensor], distance: Tensor) -> Tensor:
-    """`[1, H, n, n]`: what is left from an earlier token to a later one, 0 from a later one."""
+def _causal_decays(rate: Callable[[], Tensor], distance: Tensor) -> Tensor:
+    """Return the causal decay between tokens of a block, `[1, H, n, n]`; 0 above the diagonal."""
     return torch.exp(-rate() * distance[None, None]).tril()

@@ -76,8 +76,8 @@ def refusals():
 
 def test_what_does_not_fit_is_refused(ranks):
     dims, rotary, heads = ranks.run(refusals, size=2)[0]
-    assert "batch_dim_idx 0, and the sequence is dim 0" in dims
-    assert "rotary_pos_emb: turn queries and keys" in rotary
+    assert "batch_dim_idx is 0: expected 1, since the sequence is dim 0" in dims
+    assert "rotary_pos_emb: apply rotary embeddings to query and key before" in rotary
     assert "7 query heads do not divide over 2 ranks" in heads
     with pytest.raises(ValueError, match="sp_stream"):
         DistributedAttention(local, None, sp_stream="a stream")

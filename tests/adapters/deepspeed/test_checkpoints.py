@@ -10,7 +10,7 @@ pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[d
 from torch.distributed.checkpoint import FileSystemReader
 
 from longctx.checkpoint.save import Checkpointer, TrainerState
-from longctx.checkpoint.weights import described, find_weights
+from longctx.checkpoint.weights import find_weights, stored_config
 from longctx.errors import UserError
 from tests.adapters.deepspeed.training import RATES, Run, batches_of, deepspeed_engine, torch_engine
 from tests.model.cases import VOCABULARY, model_of
@@ -27,7 +27,7 @@ def leg(name, run, source, target, first, steps):
         results = [engine.step(batches_of(run, engine.mesh, n), RATES[n % 3]) for n in range(first, first + steps)]
         if target is not None:
             checkpointer = Checkpointer(target, keep=1, timeout=60)
-            state = TrainerState(first + steps, 0, 0, "", described(model_of(run.experts), VOCABULARY))
+            state = TrainerState(first + steps, 0, 0, "", stored_config(model_of(run.experts), VOCABULARY))
             engine.save(checkpointer, state)
             checkpointer.close()
         return [(r.loss, r.grad_norm) for r in results]
@@ -118,7 +118,7 @@ def test_a_checkpoint_has_the_torch_engines_tensors_in_rows_on_all_ranks(ranks, 
 def begun(run, path):
     with deepspeed_engine(run) as engine:
         engine.load_weights(find_weights(path, "with train.init=DIR"))
-        assert engine._partitions.steps == 0
+        assert engine._state.steps == 0
         return [engine.losses(batch).nll for batch in batches_of(run, engine.mesh, 0)]
 
 

@@ -29,7 +29,7 @@ def first_gradients(runs):
         with deepspeed_engine(run) as engine:
             engine.gradients(batches_of(run, engine.mesh, 0))
             gradients = {name: g.clone() for name, g in engine.named_gradients()}
-            answers.append((gradients, engine.notes))
+            answers.append((gradients, engine.startup_messages))
     return answers
 
 
@@ -182,21 +182,21 @@ def test_routers_are_computed_in_float32_in_a_bf16_model(ranks, stage):
 
 def probed(run, injected):
     """The gradient of a run whose engine multiplies gradients by `injected` besides; and what it tells the user."""
-    from longctx.adapters.deepspeed.runtime import Wrapped
+    from longctx.adapters.deepspeed.runtime import DeepSpeedModel
 
-    backward = Wrapped.backward
-    Wrapped.backward = lambda self, loss: backward(self, loss * injected)
+    backward = DeepSpeedModel.backward
+    DeepSpeedModel.backward = lambda self, loss: backward(self, loss * injected)
     try:
         return first_gradients([run])[0]
     finally:
-        Wrapped.backward = backward
+        DeepSpeedModel.backward = backward
 
 
 def uneven(run, what):
     """The error of an engine that counts batches or ranks differently."""
-    from longctx.adapters.deepspeed.runtime import Wrapped
+    from longctx.adapters.deepspeed.runtime import DeepSpeedModel
 
-    backward, begin, seen = Wrapped.backward, Wrapped.begin_batch, {}
+    backward, begin, seen = DeepSpeedModel.backward, DeepSpeedModel.begin_batch, {}
 
     def begin_batch(self, *, last):
         seen["last"] = last
@@ -206,13 +206,13 @@ def uneven(run, what):
         doubled = seen["last"] if what == "batches" else torch.distributed.get_rank() == 1
         backward(self, loss * (2.0 if doubled else 1.0))
 
-    Wrapped.backward, Wrapped.begin_batch = other, begin_batch
+    DeepSpeedModel.backward, DeepSpeedModel.begin_batch = other, begin_batch
     try:
         with pytest.raises(ValueError) as caught, deepspeed_engine(run):  # noqa: PT011 - the text is looked at below
             pass
         return str(caught.value)
     finally:
-        Wrapped.backward, Wrapped.begin_batch = backward, begin
+        DeepSpeedModel.backward, DeepSpeedModel.begin_batch = backward, begin
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -236,16 +236,16 @@ def test_nothing_is_told_of_a_scale_of_1(ranks):
 def test_a_scale_that_differs_between_batches_or_ranks_is_an_error(ranks, stage, what):
     for text in ranks.run(uneven, Run(stage=stage, dp=2, accumulation=3), what, size=2):
         assert f"ZeRO stage {stage} multiplies the gradients of 3 batches on each of 2 ranks by [[" in text
-        assert "they have to count equally. Take another zero_stage" in text
+        assert "the factors have to be equal. Use another zero_stage" in text
 
 
 def untouched(run):
     """Whether measuring changed weights, moments or buffers."""
     with deepspeed_engine(run) as engine:
         engine.step(batches_of(run, engine.mesh, 0), 0.01)
-        before = engine._tensors(whole=True)
+        before = engine._state_dict()
         engine._scale(5)
-        after = engine._tensors(whole=True)
+        after = engine._state_dict()
         return [
             torch.equal(x.to_local() if hasattr(x, "to_local") else x, y.to_local() if hasattr(y, "to_local") else y)
             for x, y in zip(*(map(flat_tensors, (before, after))), strict=True)

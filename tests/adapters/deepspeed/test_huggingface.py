@@ -91,8 +91,8 @@ def refusals():
 
 def test_what_would_drift_apart_is_refused(ranks):
     for divided, mpu in ranks.run(refusals, size=2):
-        assert divided.startswith("initialize: weight is divided over 1 of 2 ranks: make the model outside of")
-        assert mpu == "initialize: mpu: its groups are made of the mesh"
+        assert divided.startswith("initialize: weight is partitioned over 1 of 2 ranks: build the model outside")
+        assert mpu == "initialize: mpu: the groups come from the mesh; leave mpu out"
 
 
 def dtypes(stage):

@@ -101,22 +101,25 @@ def test_the_scale_of_gradients_is_told_and_nothing_else_is(tmp_path, workplace)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine=deepspeed", "parallel.dp_replicate=2"], "ZeRO divides what it divides over all ranks: use dp_shard"),
-        (["engine=deepspeed", "parallel.tp=2"], "engine = 'deepspeed' has no tp; engine = 'megatron' has"),
+        (["engine=deepspeed", "parallel.dp_replicate=2"], "ZeRO shards over all ranks: use dp_shard"),
+        (
+            ["engine=deepspeed", "parallel.tp=2"],
+            "engine = 'deepspeed' does not support tp above 1; use engine = 'megatron'",
+        ),
         (
             ["engine=deepspeed", *MIXTURE, "parallel.ep=2"],
-            "engine = 'deepspeed' keeps all experts together; engine = 'torch' divides them",
+            "engine = 'deepspeed' does not support expert parallelism; use engine = 'torch'",
         ),
         (
             ["engine=deepspeed", "train.precision=bf16", "deepspeed.zero_stage=0"],
-            "DeepSpeed adds gradients up in bf16 in stage 0, where train.precision is 'bf16'; take 1, 2 or 3",
+            "stage 0 with train.precision = 'bf16' accumulates gradients in bf16; use stage 1, 2 or 3",
         ),
-        (["engine=deepspeed", "deepspeed.offload=parameters"], "'parameters' needs zero_stage 3 or more, not 2"),
+        (["engine=deepspeed", "deepspeed.offload=parameters"], "'parameters' needs zero_stage 3 or higher, not 2"),
         (
             ["engine=deepspeed", "deepspeed.offload=optimizer", "deepspeed.zero_stage=0"],
-            "'optimizer' needs zero_stage 1 or more, not 0",
+            "'optimizer' needs zero_stage 1 or higher, not 0",
         ),
-        (["deepspeed.zero_stage=3"], "this table is the engine 'deepspeed''s, and engine is 'torch'; remove it"),
+        (["deepspeed.zero_stage=3"], "this table is for engine = 'deepspeed', but engine = 'torch'; remove it"),
     ],
 )
 def test_what_it_does_not_have_is_refused(workplace, overrides, message):

@@ -44,13 +44,13 @@ class OurExchange:
 
         sequence_dim = gather if scatter == 2 else scatter
         module = DistributedAttention(lambda q, k, v: q, group, 2, sequence_dim)
-        rows = module._rows_second(x)
+        rows = module._swap_sequence_dim(x)
         if scatter == 2:
             cls.heads = x.shape[2]
             heads = HeadPartition(cls.heads, cls.heads, module.axis.size)
-            return module._rows_second(scatter_heads(rows, rows, rows, heads, module.axis.group)[0])
+            return module._swap_sequence_dim(scatter_heads(rows, rows, rows, heads, module.axis.group)[0])
         heads = HeadPartition(cls.heads, cls.heads, module.axis.size)
-        return module._rows_second(gather_heads(rows, heads, module.axis.group))
+        return module._swap_sequence_dim(gather_heads(rows, heads, module.axis.group))
 
 
 def run(checkout, name, method, arguments):
@@ -67,9 +67,9 @@ def run(checkout, name, method, arguments):
             patch.object(tests, "get_shard_size_list", lambda heads, size: [heads // size] * size),
             patch.object(tests.AutoModel, "from_pretrained", lambda name: torch.nn.Linear(3, 3)),
         ):
-            from longctx.adapters.deepspeed.runtime import begin
+            from longctx.adapters.deepspeed.runtime import init_distributed
 
-            begin("cpu")
+            init_distributed("cpu")
             stack.enter_context(redirect_stdout(io.StringIO()))  # they print shapes
             case = object.__new__(getattr(tests, name))
             getattr(case, method)(**arguments)

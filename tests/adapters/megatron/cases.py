@@ -242,5 +242,5 @@ def whole(run: Run, answers: list[Answer]) -> tuple[torch.Tensor, dict[str, torc
         if how is None:
             gradients[name] = each[0]
         else:
-            gradients[name] = torch.cat(each, how) if isinstance(how, int) else how.whole(each)
+            gradients[name] = torch.cat(each, how) if isinstance(how, int) else how.join(each)
     return found, gradients

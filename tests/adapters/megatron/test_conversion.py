@@ -9,7 +9,7 @@ from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import find_checkpoint, from_megatron, to_megatron
 from longctx.convert.megatron_script import SPEC, script_spec
 from longctx.mixers.gla import GlaConfig
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.linear import LinearConfig
 from longctx.mixers.softmax import SoftmaxConfig
@@ -22,7 +22,7 @@ from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
 from tests.convert.cases import HOW, save, values
 
-HEADS = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
+HEADS = HeadMixtureConfig(mixers=("softmax", "lightning"), shared=4, active=2)
 OPTIONS = SoftmaxConfig(heads=8, kv_heads=4, head_dim=4, rope_theta=300.0, window=9, qk_norm="rms", output_gate=True)
 CASES = {
     "LSG": {},

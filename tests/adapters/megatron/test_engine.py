@@ -15,7 +15,7 @@ from longctx.convert.megatron import from_megatron
 from longctx.errors import UserError
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
-from tests.train.runs import losses, metrics, mistake, train, went_on_to_be_killed, write_workplace
+from tests.train.runs import interrupted_copy, losses, metrics, mistake, train, write_workplace
 
 STEPS = ["train.steps=8", "checkpoint.every=4", "evaluation.every=8", "evaluation.sequences=3"]
 HYBRID = ["model.layers=LES", "model.depth=4", "model.gated_deltanet.heads=2", "model.lightning.heads=2"]
@@ -120,7 +120,7 @@ def test_a_mixture_of_heads_is_that_of_the_built_in_engine(ranks, workplace, mix
 
 def test_a_mixture_of_heads_goes_on_on_other_ranks_and_is_converted(ranks, workplace, mixture, tmp_path):
     ranks.run(megatron, workplace, tmp_path / "run", [*MIXTURE, "parallel.tp=2"], size=4)
-    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "on", 4)
+    out = interrupted_copy(tmp_path / "run", tmp_path / "on", 4)
     ranks.run(megatron, workplace, out, [*MIXTURE, ONE, "parallel.pp=2"], size=2)
     assert_same(curve(out), curve(mixture))
     from_megatron(tmp_path / "run", None, tmp_path / "weights")
@@ -151,7 +151,7 @@ RESUMED = {name: RUNS[name] for name in ("one rank", "tp 2", "pp 2", "ulysses 2 
 
 @pytest.mark.parametrize(("size", "overrides"), RESUMED.values(), ids=RESUMED)
 def test_it_goes_on_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in, saved, tmp_path, size, overrides):
-    out = went_on_to_be_killed(saved, tmp_path / "run", 4)
+    out = interrupted_copy(saved, tmp_path / "run", 4)
     ranks.run(megatron, workplace, out, [*HYBRID, *overrides], size=size)
     assert_same(curve(out), curve(built_in))
 
@@ -159,12 +159,12 @@ def test_it_goes_on_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in,
 def test_it_goes_on_without_the_distributed_optimizer_and_never_with_another_one(ranks, workplace, built_in, tmp_path):
     whole = [*HYBRID, "megatron.distributed_optimizer=false"]
     ranks.run(megatron, workplace, tmp_path / "run", [*whole, "parallel.tp=2", "parallel.cp=1"], size=2)
-    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "on", 4)
+    out = interrupted_copy(tmp_path / "run", tmp_path / "on", 4)
     ranks.run(megatron, workplace, out, whole, size=2)
     assert_same(curve(out), curve(built_in))
-    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "other", 4)
+    out = interrupted_copy(tmp_path / "run", tmp_path / "other", 4)
     (said,) = set(ranks.run(mistake, workplace, out, [*HYBRID, "engine=megatron"], "auto", on_cpu, size=2))
-    assert "of a run with megatron.distributed_optimizer = False, and this one has True" in said
+    assert "from a run with megatron.distributed_optimizer = False, but this run has True" in said
 
 
 def full_disk(workplace, out, overrides):
@@ -215,18 +215,18 @@ def test_bf16_follows_the_curve_of_float32_and_goes_on(ranks, workplace, built_i
     ranks.run(megatron, workplace, tmp_path / "run", overrides, size=2)
     for found, want in zip(losses(tmp_path / "run"), losses(built_in), strict=True):
         assert found == pytest.approx(want, rel=0.02)
-    out = went_on_to_be_killed(tmp_path / "run", tmp_path / "resumed", 4)
+    out = interrupted_copy(tmp_path / "run", tmp_path / "resumed", 4)
     ranks.run(megatron, workplace, out, overrides, size=2)
     assert curve(out) == curve(tmp_path / "run")
 
 
 def test_a_checkpoint_of_another_engine_is_refused(ranks, workplace, built_in, saved, tmp_path):
-    out = went_on_to_be_killed(saved, tmp_path / "run", 4)
+    out = interrupted_copy(saved, tmp_path / "run", 4)
     (said,) = set(ranks.run(mistake, workplace, out, HYBRID, size=2))
-    assert "step-00000004 has the tensors of engine = 'megatron'" in said
-    out = went_on_to_be_killed(built_in, tmp_path / "other", 4)
+    assert "step-00000004 has tensors in the format of engine = 'megatron'" in said
+    out = interrupted_copy(built_in, tmp_path / "other", 4)
     (said,) = set(ranks.run(mistake, workplace, out, [*HYBRID, "engine=megatron"], "auto", on_cpu, size=2))
-    assert "step-00000004 has the tensors of engine = 'torch'" in said
+    assert "step-00000004 has tensors in the format of engine = 'torch'" in said
 
 
 def test_without_a_gpu_it_is_refused(ranks, workplace, tmp_path):
@@ -237,4 +237,4 @@ def test_without_a_gpu_it_is_refused(ranks, workplace, tmp_path):
 def test_a_length_that_sequence_parallelism_does_not_divide_is_refused(ranks, workplace, tmp_path):
     overrides = [*HYBRID, ONE, "engine=megatron", "parallel.tp=2", "data.sequence_length=63"]
     (said,) = set(ranks.run(mistake, workplace, tmp_path / "run", overrides, "auto", on_cpu, size=2))
-    assert "a rank has 63 tokens of 63, which 2 tensor-parallel ranks do not divide" in said
+    assert "a rank has 63 of 63 tokens, which is not a multiple of tp = 2" in said

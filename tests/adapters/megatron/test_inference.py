@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.adapters.megatron.specs import layer_spec
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from tests.adapters.megatron.cases import LENGTH, Run, gpt, parallel, tokens
 from tests.adapters.megatron.shim import on_cpu
 
@@ -42,7 +42,7 @@ def test_token_by_token_as_all_at_once(ranks, pattern, window):
 
 
 def test_a_mixture_of_heads_token_by_token(ranks):
-    heads = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
+    heads = HeadMixtureConfig(mixers=("softmax", "lightning"), shared=4, active=2)
     for run in (Run(), Run(tp=2)):
         for want, got in ranks.run(generated, layer_spec("LS", heads=heads), run, None, size=run.tp):
             assert (got - want).norm() <= 1e-10 * want.norm()

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
 from longctx.adapters.megatron import specs
-from longctx.adapters.megatron.router import Choice
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.adapters.megatron.router import RouterConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from tests.adapters.megatron.cases import EXPERTS, Run, trained, whole
 
 HYBRIDS = {name: value for name, value in vars(specs).items() if isinstance(value, specs.ModuleSpec)}
@@ -62,20 +62,20 @@ def test_every_stack_equals_itself_on_one_rank(ranks, name):
 
 @pytest.mark.parametrize("by", ["token", "similarity", "attention"])
 def test_experts_that_tokens_choose_together(ranks, by):
-    spec = specs.layer_spec("S", choice=Choice(by=by, similarity_dim=6, temperature=0.5))
+    spec = specs.layer_spec("S", router=RouterConfig(kind=by, similarity_dim=6, temperature=0.5))
     over = [Run(cp=2, batch=2), Run(tp=2, sequence_parallel=True), Run(tp=2, cp=2, sequence_parallel=True)]
     check(ranks, spec, [replace(run, options=EXPERTS) for run in [*over, Run(cp=4, packed=True)]])
 
 
 def test_a_mixture_of_heads(ranks):
-    heads = HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2)
+    heads = HeadMixtureConfig(mixers=("softmax", "lightning"), shared=4, active=2)
     over = [Run(cp=2, batch=2), Run(cp=4), Run(cp=2, packed=True), Run(tp=2), Run(tp=2, cp=2, sequence_parallel=True)]
     check(ranks, specs.layer_spec("LS", heads=heads), [*over, Run(tp=2, cp=2, packed=True)])
 
 
 def test_a_mixture_of_heads_without_shared_ones(ranks):
-    learned = HeadsMixConfig(mixers=("gated_deltanet", "mamba2"), active=2)
-    by_norm = HeadsMixConfig(mixers=("softmax",), active=2, router="norm")
+    learned = HeadMixtureConfig(mixers=("gated_deltanet", "mamba2"), active=2)
+    by_norm = HeadMixtureConfig(mixers=("softmax",), active=2, router="norm")
     over = [Run(cp=2), Run(tp=2, cp=2, sequence_parallel=True), Run(tp=4, sequence_parallel=True, batch=2)]
     check(ranks, specs.layer_spec("EM", heads=learned), over)
     check(ranks, specs.layer_spec("S", heads=by_norm), over)

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
-from longctx.adapters.megatron.router import Choice
+from longctx.adapters.megatron.router import RouterConfig
 from longctx.adapters.megatron.specs import layer_spec
-from longctx.mixers.head_mixture import HeadsMixConfig
+from longctx.mixers.head_mixture import HeadMixtureConfig
 from tests.adapters.megatron.cases import EXPERTS, Run, gpt, losses, parallel
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import Training, trained
@@ -45,7 +45,7 @@ def test_losses_are_those_of_one_rank(ranks, alone, size, training):
         assert found == pytest.approx(alone[:3], rel=1e-5 if training.distributed else 1e-9)
 
 
-MIXTURE = layer_spec("LS", heads=HeadsMixConfig(mixers=("softmax", "lightning"), shared=4, active=2))
+MIXTURE = layer_spec("LS", heads=HeadMixtureConfig(mixers=("softmax", "lightning"), shared=4, active=2))
 
 
 def test_a_mixture_of_heads_goes_on_on_other_ranks(ranks, tmp_path):
@@ -61,8 +61,8 @@ def test_a_mixture_of_heads_goes_on_on_other_ranks(ranks, tmp_path):
 
 GRAPHS = {
     "token": layer_spec("LS"),
-    "similarity": layer_spec("LS", choice=Choice(by="similarity", similarity_dim=6, temperature=0.5)),
-    "attention": layer_spec("S", choice=Choice(by="attention")),
+    "similarity": layer_spec("LS", router=RouterConfig(kind="similarity", similarity_dim=6, temperature=0.5)),
+    "attention": layer_spec("S", router=RouterConfig(kind="attention")),
 }
 
 

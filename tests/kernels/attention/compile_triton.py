@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longctx.kernels.attention import triton as attention_triton
-from longctx.kernels.attention.triton import BACKWARD, FORWARD, config
+from longctx.kernels.attention.triton import BACKWARD, FORWARD, tile_config
 
 POINTERS = dict.fromkeys(("LSE", "DELTA"), "*fp32") | dict.fromkeys(("BEGIN", "END", "FIRST", "LAST"), "*i32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,7 +21,7 @@ def main(capability: str, head_dims: str, dtypes: str) -> None:
         for head_dim in map(int, head_dims.split()):
             for name, table in (("_forward_kernel", FORWARD), ("_dq_kernel", BACKWARD), ("_dkv_kernel", BACKWARD)):
                 kernel = getattr(attention_triton, name)
-                tile = config(table, head_dim, DTYPES[dtype], (major, minor))
+                tile = tile_config(table, head_dim, DTYPES[dtype], (major, minor))
                 size = max(16, triton.next_power_of_2(head_dim))
                 constants = {
                     "K_PAD": size, "V_PAD": size, "TILE_Q": tile.queries, "TILE_K": tile.keys, "UPCAST": False,

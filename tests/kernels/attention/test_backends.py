@@ -10,16 +10,17 @@ import torch
 from longctx.kernels.attention import backends as attention_backends
 from longctx.kernels.attention import block as attention
 from longctx.kernels.attention.backends import BACKENDS, Call
-from longctx.kernels.attention.block import CAUSAL, FULL, explain_backends, sliding_window
+from longctx.kernels.attention.block import CAUSAL, FULL, IntervalMask, explain_backends, sliding_window
 from longctx.kernels.attention.flex import Flex
 from longctx.kernels.attention.vendor import FlashAttn
 from tests.kernels.attention.cases import by_reference, dense, draw, masks
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+WINDOW = IntervalMask(window=2)
 
 
 def first_able(call):
-    return next(name for name, entry in BACKENDS.items() if entry.lacks(call) is None)
+    return next(name for name, entry in BACKENDS.items() if entry.refusal(call) is None)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def _gpu(monkeypatch):
 
 @pytest.mark.usefixtures("_gpu")
 def test_the_first_backend_that_lacks_nothing_is_taken(monkeypatch):
-    window, ragged = sliding_window(4, 4, 2), torch.ones(4, 4, dtype=torch.bool)
+    window, ragged = sliding_window(4, 4, WINDOW), torch.ones(4, 4, dtype=torch.bool)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     expected = {
         (cpu, F32, FULL, 64): "cpu-flash",
@@ -63,13 +64,13 @@ def test_the_first_backend_that_lacks_nothing_is_taken(monkeypatch):
 
 @pytest.mark.usefixtures("_gpu")
 def test_flex_refuses_a_map_of_tiles_as_large_as_the_sequence_squared():
-    call = Call(torch.device("cuda"), BF16, sliding_window(4, 4, 2), 64, (2**20 // 128) ** 2)
-    assert BACKENDS["flex"].lacks(call) is None
+    call = Call(torch.device("cuda"), BF16, sliding_window(4, 4, WINDOW), 64, (2**20 // 128) ** 2)
+    assert BACKENDS["flex"].refusal(call) is None
     many = attention_backends.describe(
         *(torch.empty(1, 2**20, 16, 64, device="meta") for _ in range(3)), masks()["gathered"]
     )
     assert many.tiles == 16 * (2**20 // 128) ** 2
-    assert "entries" in BACKENDS["flex"].lacks(Call(torch.device("cuda"), BF16, CAUSAL, 64, many.tiles))
+    assert "entries" in BACKENDS["flex"].refusal(Call(torch.device("cuda"), BF16, CAUSAL, 64, many.tiles))
 
 
 def test_a_named_backend_that_cannot_says_what_it_lacks_and_which_ones_can():
@@ -80,16 +81,17 @@ def test_a_named_backend_that_cannot_says_what_it_lacks_and_which_ones_can():
         lambda: attention.backward(do, q, k, v, out, lse, CAUSAL, 1.0, "cuda-flash"),
     ):
         with pytest.raises(
-            ValueError, match=r"'cuda-flash' cannot: it runs on CUDA.* cpu. These can: cpu-flash, tiled"
+            ValueError,
+            match=r"'cuda-flash' does not support this call: it runs on CUDA.* cpu. Supported by: cpu-flash, tiled",
         ):
             call()
-    with pytest.raises(ValueError, match="no backend 'flash'; there are cpu-flash"):
+    with pytest.raises(ValueError, match="no backend 'flash'; choose one of cpu-flash"):
         attention.forward(q, k, v, CAUSAL, 1.0, "flash")
 
 
 def test_explain_says_of_every_backend_what_it_lacks():
     q, k, v, _ = draw(6, 6)
-    reasons = explain_backends(q, k, v, sliding_window(6, 6, 2))
+    reasons = explain_backends(q, k, v, sliding_window(6, 6, WINDOW))
     assert list(reasons) == list(BACKENDS)
     assert reasons["cpu-flash"] is None
     assert reasons["tiled"] is None
@@ -103,10 +105,10 @@ def test_arguments_that_do_not_fit_are_refused():
         ((q, k[..., :3], v, FULL), "do not fit"),
         ((q, k, v.float(), FULL), "one dtype"),
         ((q, k, v, CAUSAL), "as many queries as keys, not 6 and 8"),
-        ((q, k, v, torch.ones(8, 6, dtype=torch.bool)), r"not bool \(6, 8\)"),
-        ((q, k, v, torch.ones(6, 8)), "not bool"),
-        ((q, k, v, sliding_window(6, 7, 2)), "7 keys are not for"),
-        ((q, k, v, sliding_window(5, 8, 2)), r"\(5,\) queries"),
+        ((q, k, v, torch.ones(8, 6, dtype=torch.bool)), r"must be bool \(6, 8\)"),
+        ((q, k, v, torch.ones(6, 8)), "must be bool"),
+        ((q, k, v, sliding_window(6, 7, WINDOW)), "7 keys, but q and k have"),
+        ((q, k, v, sliding_window(5, 8, WINDOW)), r"\(5,\) queries"),
     ):
         with pytest.raises(ValueError, match=message):
             attention.forward(*arguments, 1.0)

@@ -8,7 +8,7 @@ import torch
 
 from longctx.kernels.attention import block as attention
 from longctx.kernels.attention import tiled as attention_tiled
-from longctx.kernels.attention.block import FULL, Positions
+from longctx.kernels.attention.block import FULL, IntervalMask, Positions
 from tests.kernels.attention.cases import by_reference, dense, draw, gathered, masks
 
 in_interpreter = pytest.mark.skipif(
@@ -55,10 +55,10 @@ def test_every_mask_equals_the_dense_reference(backend, heads, kv_heads, key_dim
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_blocks_of_keys_merge_to_the_whole_and_their_gradients_add_up(backend, window):
-    mask = gathered(20, 50, window=window)
+    mask = gathered(20, 50, IntervalMask(window=window))
     q, k, v, do = draw(20, 50, key_dim=12, value_dim=8, dtype=BACKENDS[backend])
     want = by_reference(q, k, v, do, dense(mask), 0.3)
-    blocks = [(at, Positions(mask.query, mask.key[at], window=window)) for at in map(slice, (0, 17, 33), (17, 33, 50))]
+    blocks = [(at, Positions(mask.query, mask.key[at], mask=mask.mask)) for at in map(slice, (0, 17, 33), (17, 33, 50))]
 
     out, lse = torch.zeros_like(do), torch.full((2, 4, 20), float("-inf"), dtype=do.dtype)
     for at, block in blocks:
@@ -73,7 +73,7 @@ def test_blocks_of_keys_merge_to_the_whole_and_their_gradients_add_up(backend, w
 
 
 def test_plain_masks_are_masks_by_position_too(backend):
-    mask = Positions(torch.arange(11), torch.arange(20), causal=False)
+    mask = Positions(torch.arange(11), torch.arange(20), mask=IntervalMask(causal=False))
     inputs = draw(11, 20, dtype=BACKENDS[backend])
     assert_near(computed(*inputs, FULL, backend), computed(*inputs, mask, backend), backend, "full")
 
@@ -92,7 +92,7 @@ def test_strided_inputs_give_the_same_and_are_left_as_they_were(backend):
 
 @pytest.mark.parametrize("t", [0, 23, 39])
 def test_changing_a_key_leaves_earlier_outputs_bitwise_unchanged(backend, t):
-    mask = Positions(torch.arange(40), torch.arange(40), window=30)
+    mask = Positions(torch.arange(40), torch.arange(40), mask=IntervalMask(window=30))
     q, k, v, _ = draw(40, 40, dtype=torch.float32)
     before, _ = attention.forward(q, k, v, mask, 0.3, backend)
     k[:, t], v[:, t] = 50 * torch.randn_like(k[:, t]), 50 * torch.randn_like(v[:, t])

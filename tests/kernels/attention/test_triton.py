@@ -11,16 +11,16 @@ import torch
 pytest.importorskip("triton", reason="needs triton: pip install 'longctx[triton]'")
 
 from longctx.kernels.attention import triton as attention_triton
-from longctx.kernels.attention.masks import query_bounds, sliding_window, visible_tiles
-from longctx.kernels.attention.triton import BACKWARD, FORWARD, SMALL, Config, config
+from longctx.kernels.attention.masks import IntervalMask, query_bounds, sliding_window, visible_tiles
+from longctx.kernels.attention.triton import BACKWARD, FORWARD, SMALL, TileConfig, tile_config
 from tests.kernels.attention.cases import draw, gathered, masks
 
-TILE = Config(16, 16, 4, 1)
+TILE = TileConfig(16, 16, 4, 1)
 CASES = {
-    "window": sliding_window(48, 48, 9),
+    "window": sliding_window(48, 48, IntervalMask(window=9)),
     "zigzag halves, window": masks()["zigzag halves, window"],
     "zigzag halves, documents, window": masks()["zigzag halves, documents, window"],
-    "gathered, window": gathered(24, 60, batch=1, heads=2, window=4),
+    "gathered, window": gathered(24, 60, IntervalMask(window=4), batch=1, heads=2),
 }
 in_interpreter = pytest.mark.skipif(
     not attention_triton.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
@@ -83,11 +83,11 @@ def test_a_key_tile_reads_no_query_tile_that_does_not_see_it(name):
 
 
 def test_the_table_gives_a_tile_for_every_head_dim():
-    assert config(FORWARD, 1, torch.bfloat16, (9, 0)) == FORWARD[64]
-    assert config(FORWARD, 65, torch.bfloat16, (9, 0)) == FORWARD[128]
-    assert config(BACKWARD, 256, torch.float16, (8, 0)) == BACKWARD[256]
-    assert config(BACKWARD, 128, torch.float32, (9, 0)) == SMALL[128]
-    assert config(FORWARD, 128, torch.bfloat16, (8, 9)) == SMALL[128]
+    assert tile_config(FORWARD, 1, torch.bfloat16, (9, 0)) == FORWARD[64]
+    assert tile_config(FORWARD, 65, torch.bfloat16, (9, 0)) == FORWARD[128]
+    assert tile_config(BACKWARD, 256, torch.float16, (8, 0)) == BACKWARD[256]
+    assert tile_config(BACKWARD, 128, torch.float32, (9, 0)) == SMALL[128]
+    assert tile_config(FORWARD, 128, torch.bfloat16, (8, 9)) == SMALL[128]
 
 
 @pytest.mark.parametrize(

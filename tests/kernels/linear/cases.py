@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from longctx.kernels.linear import reference
-from longctx.kernels.linear.operators import ADDITIVE, DELTA
+from longctx.kernels.linear.additive import ADDITIVE
+from longctx.kernels.linear.delta import DELTA
+from longctx.kernels.linear.recurrence import Inputs
 
 KINDS = {
     "no decay": (ADDITIVE, None),
@@ -111,14 +113,14 @@ def by_recurrence(case, segments, gate_grads=True, module=None):
 
     r = module or case.recurrence
     q, k, v, gates = case.q, case.k, case.v, case.gates
-    carries = r.summarize(k, v, gates, segments)
+    carries = r.summarize(Inputs(None, k, v, gates), segments)
     *states, end = exclusive_scan([carries[n] for n in range(len(segments))], case.state)
-    out, ends = r.apply(q, k, v, gates, segments, torch.stack(states))
-    backward = r.summarize_grad(q, k, v, gates, segments, case.do)
+    out, ends = r.apply(Inputs(q, k, v, gates), segments, torch.stack(states))
+    backward = r.summarize_grad(Inputs(q, k, v, gates), segments, case.do)
     order = reversed(range(len(segments)))
     *flowing, dstate = exclusive_scan([backward[n] for n in order], case.dend)
     dq, dk, dv, dgates, dstates = r.apply_grad(
-        q, k, v, gates, segments, case.do, torch.stack(states), torch.stack(flowing[::-1]), gate_grads
+        Inputs(q, k, v, gates), segments, case.do, torch.stack(states), torch.stack(flowing[::-1]), gate_grads
     )
     named = {f"d{name}": g for name, g in named_gates(case, dgates).items()}
     result = {"o": out, "end": end, "dq": dq, "dk": dk, "dv": dv, **named, "dstate": dstate}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longctx.kernels.linear import reference
-from longctx.kernels.linear.recurrence import Carry, Segment, compose
+from longctx.kernels.linear.recurrence import Carry, Inputs, Segment, compose
 from tests.kernels.linear.cases import GROUPS, KINDS, by_recurrence, by_reference, draw, named_gates, relative
 
 LENGTHS = [1, 2, 63, 64, 65, 128, 200]
@@ -108,20 +108,20 @@ def test_gradcheck_of_the_reference(kind):
 def test_combine_is_associative_through_resets(kind):
     case = draw(kind, 30)
     segments = [Segment(0, 10), Segment(10, 20, (3,)), Segment(20, 30)]
-    carry = case.recurrence.summarize(case.k, case.v, case.gates, segments)
+    carry = case.recurrence.summarize(Inputs(None, case.k, case.v, case.gates), segments)
     a, b, c = (carry[n] for n in range(3))
     left, right = compose(compose(a, b), c), compose(a, compose(b, c))
     assert isinstance(left, Carry)
     torch.testing.assert_close(left.state, right.state)
     torch.testing.assert_close(left.transition, right.transition)
-    whole = case.recurrence.summarize(case.k, case.v, case.gates, [Segment(0, 30, (13,))])[0]
+    whole = case.recurrence.summarize(Inputs(None, case.k, case.v, case.gates), [Segment(0, 30, (13,))])[0]
     torch.testing.assert_close(left.state, whole.state)
     torch.testing.assert_close(left.carry_over(case.state), whole.carry_over(case.state))
 
 
 def test_a_reset_drops_even_a_state_that_is_not_finite():
     case = draw("scalar", 5)
-    carry = case.recurrence.summarize(case.k, case.v, case.gates, [Segment(0, 5, (2,))])[0]
+    carry = case.recurrence.summarize(Inputs(None, case.k, case.v, case.gates), [Segment(0, 5, (2,))])[0]
     assert torch.equal(carry.transition, torch.full((2, 3), float("-inf"), dtype=torch.float64))
 
 
@@ -130,13 +130,13 @@ def test_a_reset_drops_even_a_state_that_is_not_finite():
 def test_changing_a_token_leaves_earlier_outputs_bitwise_unchanged(kind, t):
     case = draw(kind, 200).to(torch.float32)
     segments, states = [Segment(0, 200, (60,))], case.state[None]
-    before, _ = case.recurrence.apply(case.q, case.k, case.v, case.gates, segments, states)
+    before, _ = case.recurrence.apply(Inputs(case.q, case.k, case.v, case.gates), segments, states)
     for x in (case.q, case.k, case.v):
         x[:, t] = 100 * torch.randn_like(x[:, t])
     for gate in case.gates:
         if gate.dim() > 1:
             gate[:, t] *= 1.5
-    after, _ = case.recurrence.apply(case.q, case.k, case.v, case.gates, segments, states)
+    after, _ = case.recurrence.apply(Inputs(case.q, case.k, case.v, case.gates), segments, states)
     assert torch.equal(before[:, :t], after[:, :t])
     assert not torch.equal(before[:, t], after[:, t])
 
@@ -173,7 +173,7 @@ def test_nothing_holds_a_result_but_who_asked_for_it(kind):
 def test_no_token_leaves_the_state_as_it_is(kind):
     case = draw(kind, 3)
     empty = case.cut(0, 0)
-    out, ends = case.recurrence.apply(empty.q, empty.k, empty.v, empty.gates, [Segment(0, 0)], case.state[None])
+    out, ends = case.recurrence.apply(Inputs(empty.q, empty.k, empty.v, empty.gates), [Segment(0, 0)], case.state[None])
     assert out.shape == (2, 0, 3, 7)
     assert torch.equal(ends[0], case.state)
 

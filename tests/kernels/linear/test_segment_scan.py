@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.kernels.linear.recurrence import Carry, compose
-from longctx.kernels.linear.segment_scan import combined, scan_segments
+from longctx.kernels.linear.segment_scan import compose_segments, scan_segments
 
 
 def draw(kind, count=5, key_dim=5, value_dim=7):
@@ -39,7 +39,7 @@ def test_scan_and_whole_are_the_maps_one_after_the_other(kind, reverse, count):
     folded = carries[order[0]]
     for number in order[1:]:
         folded = compose(folded, carries[number])
-    together = combined(carries, reverse=reverse)
+    together = compose_segments(carries, reverse=reverse)
     torch.testing.assert_close(together.transition, folded.transition)
     torch.testing.assert_close(together.state, folded.state)
 
@@ -51,10 +51,10 @@ def test_the_kernel_is_the_loop(kind, reverse, key_dim, value_dim):
     pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
-    from longctx.kernels.linear.triton_segment_scan import scan_recurrence
+    from longctx.kernels.linear.triton_segment_scan import scan_segments_triton
 
     carries, state = draw(kind, 5, key_dim, value_dim)
     want, end = scan_segments(carries, state, reverse=reverse)
-    got, last = scan_recurrence(carries.transition, carries.state, state, reverse)
+    got, last = scan_segments_triton(carries.transition, carries.state, state, reverse)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(last, end)

@@ -18,12 +18,12 @@ SPILLS = {"additive": 400, "delta": 900}
 SHARED = 227 * 1024
 NUMBERS = {"heads", "batch", "chunks"}
 PLACES = {"ids", "bounds"}
-WIDE = {"gate", "beta", "states", "ends", "dends", "dstates", "transition", "state_out", "total_out", "edges"} | {
+WIDE = {"gate", "beta", "states", "ends", "dends", "dstates", "transition", "state_out", "total_out", "end_terms"} | {
     "keeps_in",
     "keeps_out",
 }
 """float32, as are those of GATES; all others are as the tokens."""
-GATES = {"terms_in", "terms_out", "dgate", "dbeta"}
+GATES = {"q_dq_in", "q_dq_out", "dgate", "dbeta"}
 
 
 def source(kernel, decay, key_dim, value_dim, blocks, absent):
@@ -32,7 +32,7 @@ def source(kernel, decay, key_dim, value_dim, blocks, absent):
     from triton.compiler import ASTSource
 
     constants = {
-        **dict.fromkeys((f"{x}_SHARE" for x in ("Q", "K", "V", "X", "Y", "GATE", "BETA")), 1),
+        **dict.fromkeys((f"{x}_GROUP" for x in ("Q", "K", "V", "X", "Y", "GATE", "BETA")), 1),
         "READERS": 1,
         "REVERSE": True,
         "K": key_dim,
@@ -68,7 +68,7 @@ def additive(decay, key_dim, value_dim):
     from longctx.kernels.linear.additive.triton_backward import dk_dv_kernel, dq_kernel
     from longctx.kernels.linear.additive.triton_forward import apply_kernel, summary_kernel
 
-    together = tuning.table(f"dk_dv/{decay}", key_dim, value_dim, torch.bfloat16, 90)
+    together = tuning.default_tiles(f"dk_dv/{decay}", key_dim, value_dim, torch.bfloat16, 90)
     yield "summary", summary_kernel, GATES
     yield "apply", apply_kernel, GATES
     yield "dq", dq_kernel, ()
@@ -76,7 +76,7 @@ def additive(decay, key_dim, value_dim):
         yield "dk_dv", dk_dv_kernel, ()
     else:
         yield "dk", dk_dv_kernel, ("dv",)
-        yield "dv", dk_dv_kernel, ("dk", "edges", *GATES)
+        yield "dv", dk_dv_kernel, ("dk", "end_terms", *GATES)
 
 
 def delta(decay, key_dim, value_dim):
@@ -85,12 +85,12 @@ def delta(decay, key_dim, value_dim):
     from longctx.kernels.linear.delta.triton_grads import grads_kernel
     from longctx.kernels.linear.delta.triton_prepare import prepare_kernel
 
-    kept = ("chunk_states", "writes_out", "chunk_dstates", "dright_out", "dv")
-    decayed = () if decay == "vector" else ("asking", "writing", "reading", "keeps_in", "keeps_out")
+    kept = ("chunk_states", "u_out", "chunk_dstates", "drhs_out", "dv")
+    decayed = () if decay == "vector" else ("decayed_k", "written_k", "decayed_q", "keeps_in", "keeps_out")
     yield "delta_prepare", prepare_kernel, decayed
-    yield "delta_forward", forward_kernel, ("ids", "q", "scores", "reading", "states", "out", *kept, *decayed)
+    yield "delta_forward", forward_kernel, ("ids", "q", "scores", "decayed_q", "states", "out", *kept, *decayed)
     yield "delta_forward", forward_kernel, ("transition", *kept, *decayed)
-    yield "delta_forward", forward_kernel, ("q", "scores", "reading", "out", "ends", "transition", *decayed)
+    yield "delta_forward", forward_kernel, ("q", "scores", "decayed_q", "out", "ends", "transition", *decayed)
     yield "delta_backward", backward_kernel, ("ids", "dends", *kept, *decayed)
     yield "delta_backward", backward_kernel, ("transition", *decayed)
     yield "delta_grads", grads_kernel, ("dgate",) if decay == "constant" else ()
@@ -108,7 +108,7 @@ def compile_all(kernels, decay, key_dim, value_dim):
     from triton.backends.compiler import GPUTarget
 
     for name, kernel, absent in kernels(decay, key_dim, value_dim):
-        sizes = tuning.table(f"{name}/{decay}", key_dim, value_dim, torch.bfloat16, 90)
+        sizes = tuning.default_tiles(f"{name}/{decay}", key_dim, value_dim, torch.bfloat16, 90)
         compiled = triton.compile(
             source(kernel, decay, key_dim, value_dim, sizes, absent),
             target=GPUTarget("cuda", 90, 32),
@@ -125,7 +125,7 @@ def compile_all(kernels, decay, key_dim, value_dim):
 
 @pytest.mark.parametrize("kernels", [pytest.param(additive, marks=pytest.mark.slow), delta])
 @pytest.mark.parametrize(
-    "decay", [x if x == "scalar" else pytest.param(x, marks=pytest.mark.slow) for x in tuning.DECAYS]
+    "decay", [x if x == "scalar" else pytest.param(x, marks=pytest.mark.slow) for x in tuning.DECAY_KINDS]
 )
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"),

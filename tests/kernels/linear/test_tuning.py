@@ -11,13 +11,13 @@ CPU = torch.device("cpu")
 SIZES = {"chunk": 64, "block_k": 16, "block_v": 32, "warps": 2, "stages": 3}
 
 
-@pytest.mark.parametrize("decay", tuning.DECAYS)
-@pytest.mark.parametrize("kernel", tuning.KERNELS + tuning.DELTA_KERNELS)
+@pytest.mark.parametrize("decay", tuning.DECAY_KINDS)
+@pytest.mark.parametrize("kernel", tuning.ADDITIVE_KERNELS + tuning.DELTA_KERNELS)
 @pytest.mark.parametrize("dims", [(1, 1), (16, 512), (24, 100), (128, 128), (256, 257)], ids=str)
 def test_blocks_fit_registers_and_kernels(kernel, decay, dims):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for architecture in (80, 90):
-            blocks = tuning.table(f"{kernel}/{decay}", *dims, dtype, architecture)
+            blocks = tuning.default_tiles(f"{kernel}/{decay}", *dims, dtype, architecture)
             assert blocks["block_k"] * blocks["block_v"] <= 128 * 128
             for size in ("chunk", "block_k", "block_v"):
                 assert blocks[size] >= 16
@@ -28,15 +28,15 @@ def test_blocks_fit_registers_and_kernels(kernel, decay, dims):
 
 
 def test_candidates_begin_with_the_table():
-    for kernel in tuning.KERNELS + tuning.DELTA_KERNELS:
+    for kernel in tuning.ADDITIVE_KERNELS + tuning.DELTA_KERNELS:
         name = f"{kernel}/scalar"
         tried = tuning.candidates(name, 128, 128, torch.bfloat16, CPU)
-        assert tried[0] == tuning.table(name, 128, 128, torch.bfloat16, 90)
+        assert tried[0] == tuning.default_tiles(name, 128, 128, torch.bfloat16, 90)
         assert len({tuple(blocks.values()) for blocks in tried}) == len(tried) > 10
 
 
 def test_unknown_kernels_and_dims_are_refused():
-    with pytest.raises(ValueError, match="no kernel 'apply/matrix'"):
+    with pytest.raises(ValueError, match="unknown kernel 'apply/matrix'"):
         tuning.choose_tiles("apply/matrix", 16, 16, torch.bfloat16, CPU)
     with pytest.raises(ValueError, match="513"):
         tuning.choose_tiles("apply/scalar", 513, 16, torch.bfloat16, CPU)
@@ -44,7 +44,7 @@ def test_unknown_kernels_and_dims_are_refused():
 
 def test_forced_sizes_hold_inside_only():
     usual = tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU)
-    with tuning.forced("dq/scalar", SIZES):
+    with tuning.override_tiles("dq/scalar", SIZES):
         assert tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU) == SIZES
         assert tuning.choose_tiles("dk/scalar", 20, 20, torch.float32, CPU) != SIZES
     assert tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU) == usual
@@ -53,14 +53,14 @@ def test_forced_sizes_hold_inside_only():
 def test_what_was_measured_is_saved_and_read_in_another_process(tmp_path, monkeypatch):
     # A clock on the CPU: the second attempt is the fastest.
     times = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(tuning, "_measured", {})
-    monkeypatch.setattr(tuning, "_seconds", lambda run, least: next(times))
+    monkeypatch.setattr(tuning, "_tuned", {})
+    monkeypatch.setattr(tuning, "_seconds", lambda run, best_seconds: next(times))
     pytest.importorskip("triton")
     attempts = [{**SIZES, "warps": warps} for warps in (1, 2, 4)]
     best = tuning.tune("apply/vector", 20, 20, torch.float32, CPU, lambda: None, attempts)
     assert best == SIZES == tuning.choose_tiles("apply/vector", 32, 17, torch.float32, CPU)
     tuning.save(tmp_path / "tuning.json")
-    monkeypatch.setattr(tuning, "_measured", {})
+    monkeypatch.setattr(tuning, "_tuned", {})
     assert tuning.choose_tiles("apply/vector", 20, 20, torch.float32, CPU) != SIZES
     monkeypatch.setenv("LONGCTX_TUNING", str(tmp_path / "tuning.json"))
     assert tuning.choose_tiles("apply/vector", 20, 20, torch.float32, CPU) == SIZES

@@ -83,5 +83,5 @@ def test_what_does_not_fit_is_named(function):
     chosen = torch.ones(2, 4, HEADS, dtype=torch.bool)
     with pytest.raises(ValueError, match="routed projection: x is"):
         function(torch.zeros(2, 4, 2), torch.zeros(HEADS, 3, 9), chosen)
-    with pytest.raises(ValueError, match="do not fit: expected chosen bool"):
+    with pytest.raises(ValueError, match="do not match: expected chosen bool"):
         function(torch.zeros(2, 4, DIM), torch.zeros(HEADS, 3, DIM), chosen.int())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.kernels.routed import permute as module
-from longctx.kernels.routed.permute import combine, spread
+from longctx.kernels.routed.permute import combine, permute
 
 PLACES = {
     "all": [[3, 0], [5, 1], [2, 4]],
@@ -43,10 +43,10 @@ def test_values_and_gradients(monkeypatch, places, block):
                 want[token] += weights[token, column] * rows[place]
     got = combine(rows, places, weights)
     torch.testing.assert_close(got, want)
-    assert torch.equal(spread(x, tokens, places), x[tokens])
+    assert torch.equal(permute(x, tokens, places), x[tokens])
     if got.numel():
         assert torch.autograd.gradcheck(lambda r, w: combine(r, places, w), (rows, weights))
-        assert torch.autograd.gradcheck(lambda y: spread(y, tokens, places), (x,))
+        assert torch.autograd.gradcheck(lambda y: permute(y, tokens, places), (x,))
 
 
 def test_halves_are_summed_in_float32():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from longctx.kernels.attention.block import CAUSAL_MASK, IntervalMask
 from longctx.parallel.attention.cost_model import AttentionShape, estimates, explained
-from longctx.parallel.attention.visibility import Reach
 from longctx.parallel.layout import Layout
 from longctx.parallel.link_speeds import Speeds, measure_speeds
 from longctx.parallel.mesh import Grid, Mesh
@@ -16,7 +16,7 @@ def layout(size=4, length=4096, order="zigzag", bandwidth=1e9, latency=0.0, flop
 
 
 def shape(heads=8, kv_heads=8, window=None):
-    return AttentionShape(heads, kv_heads, 128, 128, 2, Reach(window=window))
+    return AttentionShape(heads, kv_heads, 128, 128, 2, IntervalMask(window=window))
 
 
 def by_name(found):
@@ -32,17 +32,17 @@ def test_received_bytes_are_those_of_the_formulas():
 
 
 def test_expected_bytes_of_the_ring_are_those_that_travel(ranks):
-    bounds, order, reach = (0, 17, 47), "zigzag", {"causal": True, "window": 9}
-    answers = ranks.run(ring_bytes, bounds, order, reach, size=4)
+    bounds, order, mask = (0, 17, 47), "zigzag", IntervalMask(window=9)
+    answers = ranks.run(ring_bytes, bounds, order, mask, size=4)
     model = Layout(bounds, order, 4)
     # The tests' tensors are float64 and hold 2 sequences.
-    found = by_name(estimates(model, AttentionShape(*HEADS, 6, 4, 8, Reach(**reach))))
+    found = by_name(estimates(model, AttentionShape(*HEADS, 6, 4, 8, mask)))
     assert 2 * found["ring"].received == max(answers)
 
 
-def ring_bytes(bounds, order, reach):
+def ring_bytes(bounds, order, mask):
     here = Layout.on(Mesh.build("cpu", cp=4), bounds, order)
-    return attend(*draw(bounds[-1]), here, "ring", reach)[5].get("exchange", 0)
+    return attend(*draw(bounds[-1]), here, "ring", mask)[5].get("exchange", 0)
 
 
 def test_a_window_makes_the_ring_the_cheapest_and_few_heads_with_a_fast_link_ulysses():
@@ -97,9 +97,11 @@ def test_measured_speeds_are_the_same_on_every_rank_and_those_of_the_slowest(ran
 
 def chosen(bounds):
     here = Layout.on(Mesh.build("cpu", cp=4), bounds, "zigzag")
-    auto = attend(*draw(bounds[-1]), here, "auto", {"window": None, "causal": True})
-    names = [each.schedule for each in here.cached(("choice", AttentionShape(*HEADS, 6, 4, 8, Reach())), lambda: [])]
-    named = attend(*draw(bounds[-1]), here, names[0], {"window": None, "causal": True})
+    auto = attend(*draw(bounds[-1]), here, "auto", CAUSAL_MASK)
+    names = [
+        each.schedule for each in here.cached(("choice", AttentionShape(*HEADS, 6, 4, 8, CAUSAL_MASK)), lambda: [])
+    ]
+    named = attend(*draw(bounds[-1]), here, names[0], CAUSAL_MASK)
     return all(torch.equal(a, b) for a, b in zip(auto[:4], named[:4], strict=True)), auto[4] == named[4]
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from longctx.parallel.attention.api import routed_attention, softmax_attention
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
-from tests.parallel.attention.test_api import REACHES, grid, schedules
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
+from tests.parallel.attention.test_api import MASKS, grid, schedules
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, pairs, pairs_or_everything
 
 HEADS = 4
 ROUTES = ["some", "none", "all to one head"]
@@ -48,7 +48,7 @@ def gathered(x, rows):
     return x.gather(1, index) * (rows >= 0).transpose(1, 2)[..., None]
 
 
-def routed(layout, routes, schedule, reach):
+def routed(layout, routes, schedule, mask):
     counts = layout.shard(reads(layout.length, routes))
     for gap in layout.padding:
         counts[:, gap] = 0
@@ -60,7 +60,7 @@ def routed(layout, routes, schedule, reach):
     second = 1 + (rows == before).transpose(1, 2)[..., None].double()
     queries = (gathered(q, rows) * second).requires_grad_()
     queries.data[(rows < 0).transpose(1, 2)] = float("nan")
-    out = routed_attention(queries, k, v, rows, layout, 0.3, schedule=schedule, **reach)
+    out = routed_attention(queries, k, v, rows, layout, 0.3, schedule=schedule, mask=mask)
     assert (out.detach()[(rows < 0).transpose(1, 2)] == 0).all()
     out.backward(gathered(do, rows))
 
@@ -79,10 +79,10 @@ def routed(layout, routes, schedule, reach):
 
 def on_rank(cases):
     mesh = Mesh.build("cpu", cp=dist.get_world_size(), ulysses=grid(dist.get_world_size()))
-    return [routed(Layout.on(mesh, bounds, order), routes, s, reach) for bounds, order, routes, s, reach in cases]
+    return [routed(Layout.on(mesh, bounds, order), routes, s, mask) for bounds, order, routes, s, mask in cases]
 
 
-def dense(bounds, routes, reach):
+def dense(bounds, routes, mask):
     """The same by attention of all queries, twice, with a gradient where there is a query."""
     q, k, v, do = (x.requires_grad_() for x in draw(bounds[-1]))
     counts = reads(bounds[-1], routes)
@@ -90,28 +90,23 @@ def dense(bounds, routes, reach):
     for nth in range(2):
         query = (q.detach() * (1 + nth)).requires_grad_()
         there = (counts > nth)[..., None]
-        out = softmax_attention(query, k, v, Layout(bounds), 0.3, **reach) * there
+        out = softmax_attention(query, k, v, Layout(bounds), 0.3, mask=mask) * there
         out.backward(do)
         outs.append(out.detach())
         grads.append(query.grad)
     return torch.stack(outs, dim=2), torch.stack(grads, dim=2), k.grad, v.grad
 
 
-def cases_of(size):
-    bounds = [*PACKINGS.values(), *UNEVEN.values()]
-    everything = list(itertools.product(bounds, ORDERS, ROUTES, schedules(size), REACHES))
-    return everything[:: 1 if size == 1 else 11]
-
-
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_routed_queries_get_what_all_queries_get_there(ranks, size):
-    cases = cases_of(size)
-    if size == 1:
-        cases = cases[::5]
+@pairs_or_everything
+def test_routed_queries_get_what_all_queries_get_there(ranks, size, combinations):
+    cases = combinations([*PACKINGS.values(), *UNEVEN.values()], ORDERS, ROUTES, schedules(size), MASKS)
+    if combinations is not pairs:
+        cases = cases[::11]  # of 1,620
     answers = ranks.run(on_rank, cases, size=size)
-    for number, (bounds, order, routes, schedule, reach) in enumerate(cases):
+    for number, (bounds, order, routes, schedule, mask) in enumerate(cases):
         layout = Layout(bounds, order, size)
         parts = zip(*(answer[number] for answer in answers), strict=True)
-        for name, part, want in zip(("o", "dq", "dk", "dv"), parts, dense(bounds, routes, reach), strict=True):
+        for name, part, want in zip(("o", "dq", "dk", "dv"), parts, dense(bounds, routes, mask), strict=True):
             got = layout.unshard(part)
-            assert (got - want).norm() <= 1e-10 * max(want.norm(), 1), (name, bounds, order, routes, schedule, reach)
+            assert (got - want).norm() <= 1e-10 * max(want.norm(), 1), (name, bounds, order, routes, schedule, mask)

@@ -1,7 +1,5 @@
 """Halos, and the short convolution over ranks, against one rank that holds the whole sequence."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -9,13 +7,12 @@ from longctx.kernels import reference
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.convolution import short_convolution
 from longctx.parallel.linear.halo import left_halo
-from longctx.parallel.traffic import counted
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
+from longctx.parallel.traffic import count_traffic
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here, pairs_or_everything
 
 SHORT = {"slices of one token": (0, 2, 5, 8), "slices of two tokens": (0, 16), "one of two": (0, 7, 8, 9, 16)}
 """Packed sequences whose slices, over 4 ranks, are shorter than a window of 3 tokens."""
 BOUNDS = [*PACKINGS.values(), *SHORT.values(), *UNEVEN.values()]
-CASES = list(itertools.product(BOUNDS, ORDERS, [False, True]))
 BATCH, CHANNELS = 2, 3
 MOST_PIECES = 64
 
@@ -28,15 +25,15 @@ def draw(length, width):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def halos_on_rank(cases, widths):
+def halos_on_rank(cases):
     answers = []
-    for (bounds, order, continued), width in itertools.product(cases, widths):
+    for bounds, order, continued, width in cases:
         layout = layout_here(bounds, order, 4 if continued else 0)
         x, initial, _, _, _, dhalos = draw(bounds[-1], width)
         x, initial = layout.shard(x).requires_grad_(), initial.requires_grad_()
-        with counted() as traffic:
+        with count_traffic() as traffic:
             halo = left_halo(x, layout, width, initial=initial if continued else None)
-            halo.backward(dhalos[list(layout.numbers(layout.rank))])
+            halo.backward(dhalos[list(layout.pieces_of(layout.rank))])
         answers.append((halo.detach(), x.grad, initial.grad, dict(traffic.calls), dict(traffic.bytes)))
     return answers
 
@@ -54,15 +51,16 @@ def whole_halos(layout, continued, width):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_each_slice_gets_the_tokens_before_it_and_their_gradients_go_back(ranks, size):
-    widths = (0, 1, 3, 7)
-    answers = ranks.run(halos_on_rank, CASES, widths, size=size)
-    for number, ((bounds, order, continued), width) in enumerate(itertools.product(CASES, widths)):
+@pairs_or_everything
+def test_each_slice_gets_the_tokens_before_it_and_their_gradients_go_back(ranks, size, combinations):
+    cases = combinations(BOUNDS, ORDERS, [False, True], [0, 1, 3, 7])
+    answers = ranks.run(halos_on_rank, cases, size=size)
+    for number, (bounds, order, continued, width) in enumerate(cases):
         layout = Layout(bounds, order, size)
         want, dx, dinitial = whole_halos(layout, continued, width)
         halos, dxs, dinitials, calls, received = zip(*(answer[number] for answer in answers), strict=True)
         for rank, halo in enumerate(halos):
-            assert torch.equal(halo, want[list(layout.numbers(rank))]), (bounds, order, width)
+            assert torch.equal(halo, want[list(layout.pieces_of(rank))]), (bounds, order, width)
         torch.testing.assert_close(layout.unshard(dxs), dx, rtol=1e-12, atol=1e-12)
         for each in dinitials if continued else ():
             torch.testing.assert_close(each, dinitial, rtol=1e-12, atol=1e-12)
@@ -80,7 +78,7 @@ def convolved_on_rank(cases, taps, dtype):
         layout = layout_here(bounds, order, 4 if continued else 0)
         x, initial, weight, bias, dy, _ = (t.to(dtype) for t in draw(bounds[-1], taps - 1))
         leaves = [leaf.requires_grad_() for leaf in (layout.shard(x), weight, bias, initial)]
-        with counted() as traffic:
+        with count_traffic() as traffic:
             y = short_convolution(*leaves[:3], layout, "silu", initial=initial if continued else None)
             y.backward(layout.shard(dy))
         answers.append((y.detach(), [leaf.grad for leaf in leaves], dict(traffic.calls)))
@@ -100,9 +98,11 @@ def convolved_whole(bounds, continued, taps):
 @pytest.mark.parametrize(
     ("size", "dtype", "bound"), [(1, torch.float64, 1e-12), (2, torch.float32, 1e-5), (4, torch.float64, 1e-12)]
 )
-def test_every_layout_equals_the_reference_on_one_rank(ranks, size, dtype, bound, taps):
-    answers = ranks.run(convolved_on_rank, CASES, taps, dtype, size=size)
-    for number, (bounds, order, continued) in enumerate(CASES):
+@pairs_or_everything
+def test_every_layout_equals_the_reference_on_one_rank(ranks, size, dtype, bound, taps, combinations):
+    cases = combinations(BOUNDS, ORDERS, [False, True])
+    answers = ranks.run(convolved_on_rank, cases, taps, dtype, size=size)
+    for number, (bounds, order, continued) in enumerate(cases):
         layout = Layout(bounds, order, size)
         want, grads = convolved_whole(bounds, continued, taps)
         ys, parts, calls = zip(*(answer[number] for answer in answers), strict=True)
@@ -121,7 +121,7 @@ def received_bytes(length, dtype):
     layout = layout_here((0, length), "zigzag")
     x, _, weight, bias, dy, _ = draw(length, 3)
     x = layout.shard(x).to(dtype).requires_grad_()
-    with counted() as traffic:
+    with count_traffic() as traffic:
         short_convolution(x, weight, bias, layout).backward(layout.shard(dy).to(dtype))
     return traffic.bytes["all_gather"]
 
@@ -179,7 +179,7 @@ def test_wrong_arguments_are_refused():
     x, initial, weight, bias, _, _ = draw(8, 3)
     with pytest.raises(ValueError, match=r"x has shape \[8, 3\]: expected \[batch, tokens, channels\]"):
         left_halo(x[0], Layout((0, 8)), 3)
-    with pytest.raises(ValueError, match="x has 8 tokens: expected the 4 that the layout gives this rank"):
+    with pytest.raises(ValueError, match="x has 8 tokens: expected 4, this rank's share of the layout"):
         left_halo(x, Layout((0, 8), size=2), 3)
     with pytest.raises(ValueError, match="width is -1: expected a number of tokens"):
         left_halo(x, Layout((0, 8)), -1)
@@ -191,7 +191,7 @@ def test_wrong_arguments_are_refused():
         left_halo(x, Layout((0, 8), past_tokens=1), 3, initial=initial.float())
     with pytest.raises(ValueError, match="this layout is over 2 ranks and has no process group"):
         left_halo(x[:, :4], Layout((0, 8), size=2), 3)
-    with pytest.raises(ValueError, match="x has 8 tokens: expected the 4 that the layout gives this rank"):
+    with pytest.raises(ValueError, match="x has 8 tokens: expected 4, this rank's share of the layout"):
         short_convolution(x, weight, bias, Layout((0, 8), size=2))
     with pytest.raises(ValueError, match=r"weight has shape \[2, 4\]: expected \[channels, taps\] = \[3, 4\]"):
         short_convolution(x, weight[:2], bias, Layout((0, 8)))

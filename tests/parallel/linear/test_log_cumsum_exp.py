@@ -7,7 +7,7 @@ import torch
 
 from longctx.parallel.layout import Layout
 from longctx.parallel.linear.log_cumsum_exp import log_cumsum_exp
-from longctx.parallel.traffic import counted
+from longctx.parallel.traffic import count_traffic
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 CASES = list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS))
@@ -25,7 +25,7 @@ def on_rank(cases):
         layout = layout_here(bounds, order)
         x, dz, dbefore = map(layout.shard, draw(bounds[-1]))
         x.requires_grad_()
-        with counted() as traffic:
+        with count_traffic() as traffic:
             z, before = log_cumsum_exp(x, layout)
             torch.autograd.backward([z, before], [dz, dbefore])
         answers.append((z.detach(), before.detach(), x.grad, dict(traffic.calls)))
@@ -60,7 +60,7 @@ def test_nothing_at_all_has_no_gradient():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="x has 12 tokens: expected the 10 that the layout gives this rank"):
+    with pytest.raises(ValueError, match="x has 12 tokens: expected 10, this rank's share of the layout"):
         log_cumsum_exp(torch.zeros(1, 12, 3), Layout((0, 10)))
     with pytest.raises(ValueError, match=r"x is torch\.bfloat16: expected"):
         log_cumsum_exp(torch.zeros(1, 10, 3).bfloat16(), Layout((0, 10)))

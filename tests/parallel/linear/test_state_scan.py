@@ -5,12 +5,23 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from longctx.parallel.layout import Layout
+from longctx.parallel.layout import STATE_SCHEDULES, Layout
 from longctx.parallel.linear.state_scan import begin_state_scan, state_scan
-from longctx.parallel.traffic import counted
+from longctx.parallel.traffic import count_traffic
 from tests.kernels.linear.cases import KINDS, by_reference, draw
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
+from tests.parallel.cases import (
+    ORDERS,
+    PACKINGS,
+    UNEVEN,
+    few_examples,
+    layout_here,
+    many_examples,
+    packings,
+    pairs_or_everything,
+)
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 HEADS = (4, 2, 4, 2)
@@ -30,10 +41,13 @@ def on_rank(kind, cases, dtype, states="all-gather", begun=False):
         layout = layout_here(bounds, order, 4 if continued else 0, states)
         case, tokens, gates = sharded(draw(kind, bounds[-1], heads=HEADS), layout, dtype)
         state = case.state.clone().requires_grad_()
-        with counted() as traffic:
+        with count_traffic() as traffic:
             asked = {"initial_state": state if continued else None, "final_state": True}
-            early = begin_state_scan(case.recurrence, *tokens[1:], gates, layout, **asked) if begun else None
-            out, final = state_scan(case.recurrence, *tokens, gates, layout, **asked, begun=early)
+            if begun:
+                q, k, v = tokens
+                out, final = begin_state_scan(case.recurrence, k, v, gates, layout, **asked).finish(q)
+            else:
+                out, final = state_scan(case.recurrence, *tokens, gates, layout, **asked)
             torch.autograd.backward([out, final], [layout.shard(case.do), case.dend])
         grads = [x.grad for x in (*tokens, *gates, state)]
         answers.append((out.detach(), final.detach(), grads, dict(traffic.calls)))
@@ -44,8 +58,9 @@ def on_rank(kind, cases, dtype, states="all-gather", begun=False):
 @pytest.mark.parametrize(
     ("size", "dtype", "bound"), [(1, torch.float64, 1e-10), (2, torch.float32, 1e-5), (4, torch.float64, 1e-10)]
 )
-def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype, bound):
-    cases = list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS, [False, True]))
+@pairs_or_everything
+def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype, bound, combinations):
+    cases = combinations([*PACKINGS.values(), *UNEVEN.values()], ORDERS, [False, True])
     answers = ranks.run(on_rank, kind, cases, dtype, size=size)
     compare(answers, kind, cases, size, dtype, bound)
     assert all(answer[-1] == ({"all_gather": 2} if size > 1 else {}) for each in answers for answer in each)
@@ -83,9 +98,10 @@ def compare(answers, kind, cases, size, dtype, bound):
 @each_kind
 @pytest.mark.parametrize("states", ["ring", "tree"])
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_other_schedules_of_states_give_the_same(ranks, kind, states, size):
+@pairs_or_everything
+def test_other_schedules_of_states_give_the_same(ranks, kind, states, size, combinations):
     bounds = [PACKINGS["ends inside slices"], PACKINGS["over all ranks but the ends"], UNEVEN["a ragged end"]]
-    cases = list(itertools.product(bounds, ORDERS, [False, True]))
+    cases = combinations(bounds, ORDERS, [False, True])
     answers = ranks.run(on_rank, kind, cases, torch.float64, states, size=size)
     compare(answers, kind, cases, size, torch.float64, 1e-10)
     assert all(set(answer[-1]) == ({"exchange"} if size > 1 else set()) for each in answers for answer in each)
@@ -99,10 +115,27 @@ def test_a_scan_that_was_begun_early_gives_the_same(ranks, kind):
     assert all(answer[-1] == {"all_gather": 2} for each in answers for answer in each)
 
 
+case_lists = st.lists(st.tuples(packings(), st.sampled_from(ORDERS), st.booleans()), min_size=4, max_size=4)
+any_scan = given(cases=case_lists, kind=st.sampled_from(list(KINDS)), states=st.sampled_from(STATE_SCHEDULES))
+
+
+@few_examples
+@any_scan
+def test_documents_that_begin_and_end_anywhere_equal_one_rank(ranks, cases, kind, states):
+    compare(ranks.run(on_rank, kind, cases, torch.float64, states, size=4), kind, cases, 4, torch.float64, 1e-10)
+
+
+@pytest.mark.slow
+@many_examples
+@any_scan
+def test_eight_ranks_equal_one_rank(eight_ranks, cases, kind, states):
+    compare(eight_ranks.run(on_rank, kind, cases, torch.float64, states), kind, cases, 8, torch.float64, 1e-10)
+
+
 def what_travels(kind, states, order):
     layout = layout_here((0, 64), order, 0, states)
     case, tokens, gates = sharded(draw(kind, 64), layout, torch.float64)
-    with counted() as traffic:
+    with count_traffic() as traffic:
         out, _ = state_scan(case.recurrence, *tokens, gates, layout)
         out.backward(layout.shard(case.do))
     return traffic.bytes["exchange"]
@@ -127,7 +160,7 @@ def test_the_ring_sends_states_and_the_tree_maps(ranks, kind, transition):
 def received_bytes(kind, length):
     layout = layout_here((0, length), "zigzag")
     case, tokens, gates = sharded(draw(kind, length), layout, torch.float64)
-    with counted() as traffic:
+    with count_traffic() as traffic:
         out, _ = state_scan(case.recurrence, *tokens, gates, layout)
         out.backward(layout.shard(case.do))
     return traffic.bytes["all_gather"]
@@ -168,7 +201,7 @@ def test_changing_a_token_leaves_earlier_outputs_on_all_ranks_bitwise_unchanged(
 def test_wrong_arguments_are_refused():
     case = draw("constant", 8)
     arguments = (case.recurrence, case.q, case.k, case.v, case.gates)
-    with pytest.raises(ValueError, match="q has 8 tokens: expected the 4 that the layout gives this rank"):
+    with pytest.raises(ValueError, match="q has 8 tokens: expected 4, this rank's share of the layout"):
         state_scan(*arguments, Layout((0, 4)))
     with pytest.raises(ValueError, match="first document is not continued"):
         state_scan(*arguments, Layout((0, 8)), initial_state=case.state)

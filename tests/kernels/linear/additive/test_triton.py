@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from longctx.kernels.linear import tuning
 from longctx.kernels.linear.additive import triton as additive
-from longctx.kernels.linear.recurrence import Carry, Segment, exclusive_scan
+from longctx.kernels.linear.recurrence import Carry, Inputs, Segment, exclusive_scan
 from longctx.kernels.linear.reference import linear_recurrence
-from longctx.kernels.linear.triton_launch import LONGEST_SEGMENT, LaunchShape
+from longctx.kernels.linear.triton_launch import MAX_SEGMENT, LaunchPlan
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -94,16 +94,16 @@ def check(case, bound=1e-5, dtype=torch.float32):
     """All functions against the reference."""
     out, ends, dq, dk, dv, dstates, *dgates = case.wanted()
     q, k, v, gates, do, states, dends = case.on_device(dtype)
-    got_out, got_ends = additive.apply(q, k, v, gates, case.segments, states)
+    got_out, got_ends = additive.apply(Inputs(q, k, v, gates), case.segments, states)
     assert got_out.dtype == dtype
     assert distance(got_out, out) < bound
     assert distance(got_ends, ends) < bound
-    carry = additive.summarize(k, v, gates, case.segments)
+    carry = additive.summarize(Inputs(None, k, v, gates), case.segments)
     assert distance(carry.carry_over(states), ends) < bound
-    back = additive.summarize_grad(q, k, v, gates, case.segments, do)
+    back = additive.summarize_grad(Inputs(q, k, v, gates), case.segments, do)
     assert distance(back.carry_over(dends), dstates) < bound
     assert torch.allclose(carry.transition, back.transition)
-    *got, got_gates, got_states = additive.apply_grad(q, k, v, gates, case.segments, do, states, dends, True)
+    *got, got_gates, got_states = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, True)
     for name, ours, want in zip(("dq", "dk", "dv", "dstates"), (*got, got_states), (dq, dk, dv, dstates), strict=True):
         assert distance(ours, want) < bound, name
     for ours, want, gate in zip(got_gates, dgates, gates, strict=True):
@@ -122,8 +122,8 @@ def test_all_passes_equal_the_reference(decay, starts):
 def test_without_gradients_of_gates_the_others_are_the_same(decay):
     case = Case.draw(decay, [Segment(0, 20, (7,))])
     q, k, v, gates, do, states, dends = case.on_device()
-    with_gates = additive.apply_grad(q, k, v, gates, case.segments, do, states, dends, True)
-    without = additive.apply_grad(q, k, v, gates, case.segments, do, states, dends, False)
+    with_gates = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, True)
+    without = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, False)
     assert without[3] == (None,) * len(gates)
     for got, want in zip((*with_gates[:3], with_gates[4]), (*without[:3], without[4]), strict=True):
         assert torch.equal(got, want)
@@ -155,7 +155,7 @@ def test_lengths_and_starts(decay, starts, length):
     check(Case.draw(decay, [Segment(0, length, places[starts])], batch=2))
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", [pytest.param("scalar", marks=pytest.mark.slow), "vector"])
 @pytest.mark.parametrize("heads", [(4, 2, 2, 2), (4, 1, 4, 4), (6, 3, 1, 3), (2, 2, 2, 1), (1, 1, 4, 2)], ids=str)
 def test_grouped_heads(decay, heads):
     check(Case.draw(decay, [Segment(0, 18, (7,))], heads=heads, dims=(6, 4)))
@@ -172,7 +172,7 @@ def test_head_dims(decay, dims):
     check(Case.draw(decay, [Segment(0, 19)], heads=(1, 1, 1, 1), dims=dims))
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", [pytest.param("scalar", marks=pytest.mark.slow), "vector"])
 def test_head_dims_that_take_several_programs(decay):
     check(Case.draw(decay, [Segment(0, 19, (9,))], heads=(1, 1, 1, 1), dims=(136, 129)))
 
@@ -195,18 +195,20 @@ def test_constant_decays_from_none_to_all():
 @pytest.mark.parametrize("decay", DECAYS)
 def test_segments_joined_by_the_scan_are_one_segment(decay):
     whole = [Segment(0, 66, (29,))]
-    case = Case.draw(decay, whole)
+    case = Case.draw(decay, whole, heads=(1, 1, 1, 1))
     q, k, v, gates, do, states, dends = case.on_device()
     parts = whole[0].cut(23)
-    out, ends = additive.apply(q, k, v, gates, whole, states)
-    carry = additive.summarize(k, v, gates, parts)
+    out, ends = additive.apply(Inputs(q, k, v, gates), whole, states)
+    carry = additive.summarize(Inputs(None, k, v, gates), parts)
     *received, end = exclusive_scan([carry[n] for n in range(len(parts))], states[0])
     assert distance(end, ends[0].double().cpu()) < 1e-5
-    assert distance(additive.apply(q, k, v, gates, parts, torch.stack(received))[0], out.double().cpu()) < 1e-5
-    back = additive.summarize_grad(q, k, v, gates, parts, do)
+    assert distance(additive.apply(Inputs(q, k, v, gates), parts, torch.stack(received))[0], out.double().cpu()) < 1e-5
+    back = additive.summarize_grad(Inputs(q, k, v, gates), parts, do)
     *flowing, dstate = exclusive_scan([back[n] for n in reversed(range(len(parts)))], dends[0])
-    split = additive.apply_grad(q, k, v, gates, parts, do, torch.stack(received), torch.stack(flowing[::-1]), True)
-    one = additive.apply_grad(q, k, v, gates, whole, do, states, dends, True)
+    split = additive.apply_grad(
+        Inputs(q, k, v, gates), parts, do, torch.stack(received), torch.stack(flowing[::-1]), True
+    )
+    one = additive.apply_grad(Inputs(q, k, v, gates), whole, do, states, dends, True)
     assert distance(dstate, one[4][0].double().cpu()) < 1e-5
     for got, want in zip(split[:3], one[:3], strict=True):
         assert distance(got, want.double().cpu()) < 1e-5
@@ -218,7 +220,7 @@ def test_segments_joined_by_the_scan_are_one_segment(decay):
 def test_the_gradient_of_a_decay_that_acts_on_nothing_is_zero(decay):
     case = Case.draw(decay, [Segment(0, 40, (0, 17, 18))])
     q, k, v, gates, do, states, dends = case.on_device()
-    (dgate,) = additive.apply_grad(q, k, v, gates, case.segments, do, states, dends, True)[3]
+    (dgate,) = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, True)[3]
     firsts = torch.tensor([0, 17, 18], device=DEVICE)
     assert not dgate[:, firsts].any()
     assert dgate[:, 1:17].abs().amin() > 0
@@ -228,15 +230,15 @@ def test_the_gradient_of_a_decay_that_acts_on_nothing_is_zero(decay):
 def test_changing_a_token_leaves_earlier_outputs_bitwise_unchanged(decay):
     q, k, v, gates, _, states, _ = Case.draw(decay, [Segment(0, 40)]).on_device()
     segments = [Segment(0, 40)]
-    before, _ = additive.apply(q, k, v, gates, segments, states)
+    before, _ = additive.apply(Inputs(q, k, v, gates), segments, states)
     for x in (q, k, v, *(gate for gate in gates if gate.dim() > 1)):
         x[:, 21] = -100 * torch.rand_like(x[:, 21])
-    after, _ = additive.apply(q, k, v, gates, segments, states)
+    after, _ = additive.apply(Inputs(q, k, v, gates), segments, states)
     assert torch.equal(before[:, :21], after[:, :21])
     assert not torch.equal(before[:, 21], after[:, 21])
 
 
-@pytest.mark.parametrize("decay", ["scalar", "vector"])
+@pytest.mark.parametrize("decay", [pytest.param("scalar", marks=pytest.mark.slow), "vector"])
 def test_strided_inputs_give_the_same_and_stay_as_they_are(decay):
     case = Case.draw(decay, [Segment(0, 20, (3,))], batch=2)
     plain = case.on_device()
@@ -251,11 +253,11 @@ def test_strided_inputs_give_the_same_and_stay_as_they_are(decay):
     strided = [q2, k2, v2, do2, states2, dends2, *gates2]
     assert not any(x.is_contiguous() for x in strided)
     copies = [x.clone() for x in strided]
-    want = additive.apply(q, k, v, gates, case.segments, states)
-    got = additive.apply(q2, k2, v2, gates2, case.segments, states2)
+    want = additive.apply(Inputs(q, k, v, gates), case.segments, states)
+    got = additive.apply(Inputs(q2, k2, v2, gates2), case.segments, states2)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    want = additive.apply_grad(q, k, v, gates, case.segments, do, states, dends, True)
-    got = additive.apply_grad(q2, k2, v2, gates2, case.segments, do2, states2, dends2, True)
+    want = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, True)
+    got = additive.apply_grad(Inputs(q2, k2, v2, gates2), case.segments, do2, states2, dends2, True)
     for a, b in zip((*got[:3], *got[3], got[4]), (*want[:3], *want[3], want[4]), strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(a, b) for a, b in zip(strided, copies, strict=True))
@@ -265,12 +267,12 @@ def test_strided_inputs_give_the_same_and_stay_as_they_are(decay):
 def test_no_tokens(decay):
     case = Case.draw(decay, [Segment(0, 0)], batch=2)
     q, k, v, gates, do, states, dends = case.on_device()
-    out, ends = additive.apply(q, k, v, gates, case.segments, states)
+    out, ends = additive.apply(Inputs(q, k, v, gates), case.segments, states)
     assert out.shape == do.shape
     assert torch.equal(ends, states)
-    carry = additive.summarize(k, v, gates, case.segments)
+    carry = additive.summarize(Inputs(None, k, v, gates), case.segments)
     assert torch.equal(carry.carry_over(states), states)
-    dq, dk, dv, dgates, dstates = additive.apply_grad(q, k, v, gates, case.segments, do, states, dends, True)
+    dq, dk, dv, dgates, dstates = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, True)
     assert [x.shape for x in (dq, dk, dv, *dgates)] == [x.shape for x in (q, k, v, *gates)]
     assert torch.equal(dstates, dends)
 
@@ -280,11 +282,11 @@ def test_half_precision_does_not_overflow(decay):
     case = Case.draw(decay, [Segment(0, 40)], strength=0.1)
     case.k, case.q = case.k * 60, case.q * 60
     q, k, v, gates, _, states, _ = case.on_device(torch.float16)
-    state = additive.summarize(k, v, gates, case.segments).carry_over(states)
+    state = additive.summarize(Inputs(None, k, v, gates), case.segments).carry_over(states)
     assert state.dtype == torch.float32
     exact = Case(q.double().cpu(), k.double().cpu(), v.double().cpu(), case.gates, *list(vars(case).values())[4:])
     assert distance(state, exact.wanted()[1]) < 1e-3
-    out, _ = additive.apply(q, k, v / 1000, gates, case.segments, states / 1000)
+    out, _ = additive.apply(Inputs(q, k, v / 1000, gates), case.segments, states / 1000)
     assert out.isfinite().all()
 
 
@@ -301,21 +303,21 @@ def test_bfloat16(decay, dims):
 def test_what_the_kernels_do_not_take_is_refused():
     case = Case.draw("none", [Segment(0, 4)], dims=(4, 4))
     with pytest.raises(ValueError, match="float64"):
-        additive.summarize(case.k, case.v, (), case.segments)
-    wide = torch.zeros(1, 4, 2, tuning.LARGEST_DIM + 1, device=DEVICE)
-    with pytest.raises(ValueError, match=f"{tuning.LARGEST_DIM + 1}"):
-        additive.summarize(wide, wide, (), case.segments)
+        additive.summarize(Inputs(None, case.k, case.v, ()), case.segments)
+    wide = torch.zeros(1, 4, 2, tuning.MAX_HEAD_DIM + 1, device=DEVICE)
+    with pytest.raises(ValueError, match=f"{tuning.MAX_HEAD_DIM + 1}"):
+        additive.summarize(Inputs(None, wide, wide, ()), case.segments)
 
 
 def test_tf32_is_followed(monkeypatch):
     seen = []
-    monkeypatch.setattr(LaunchShape, "launch", lambda self, *args, **kwargs: seen.append(self.precision))
+    monkeypatch.setattr(LaunchPlan, "launch", lambda self, *args, **kwargs: seen.append(self.precision))
     k = torch.zeros(1, 4, 1, 4, device=DEVICE)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for allowed in (True, False):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            additive.summarize(k, k, (), [Segment(0, 4)])
+            additive.summarize(Inputs(None, k, k, ()), [Segment(0, 4)])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     assert [kind["PRECISION"] for kind in seen] == ["tf32", "ieee"]
@@ -323,13 +325,13 @@ def test_tf32_is_followed(monkeypatch):
 
 def test_segment_length():
     assert additive.segment_length(1, 4096, DEVICE) == 1024
-    assert additive.segment_length(64, 2**22, DEVICE) == LONGEST_SEGMENT
+    assert additive.segment_length(64, 2**22, DEVICE) == MAX_SEGMENT
 
 
 def test_carry_of_a_segment_with_a_start_lets_nothing_through():
     case = Case.draw("vector", [Segment(0, 9), Segment(9, 18, (4,))])
     _, k, v, gates, *_ = case.on_device()
-    carry = additive.summarize(k, v, gates, case.segments)
+    carry = additive.summarize(Inputs(None, k, v, gates), case.segments)
     assert isinstance(carry, Carry)
     assert distance(carry.transition[0], case.gates[0][:, :9].sum(dim=1)) < 1e-6
     assert torch.isneginf(carry.transition[1]).all()

@@ -1,4 +1,4 @@
-"""Ranks that agree on an error: what one of them cannot do, none of them begins."""
+"""Errors on all ranks at once: if one rank fails, none of them continues into the next collective."""
 
 import pickle
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ class RankError(RuntimeError):
     """Another rank failed; its own traceback is in its log."""
 
 
-def _portable(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001 - pickling may fail in any way
@@ -20,12 +20,12 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextmanager
-def agreement() -> Iterator[None]:
-    """Run the block on every rank of the default group; where it fails on one, fail on all with the same error.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Run the block on every rank of the default group; if it fails on one, raise on all.
 
-    A ValueError (what a user can mend) is raised everywhere as it is, the lowest rank's first; anything else is
-    raised as it is where it happened and as a RankError elsewhere. The block must not hold collectives that a rank
-    could leave early, since the others would wait in them.
+    A ValueError (a user error) is raised unchanged on every rank; of several, the lowest rank's. Any other error is
+    raised unchanged where it happened and as a RankError elsewhere. The block must not contain collectives that a
+    failing rank would skip, since the other ranks would wait in them.
     """
     error: Exception | None = None
     try:
@@ -33,7 +33,7 @@ def agreement() -> Iterator[None]:
     except Exception as caught:  # noqa: BLE001 - raised again below, on every rank
         error = caught
     errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else _portable(error))
+    dist.all_gather_object(errors, None if error is None else _picklable(error))
     for rank, other in enumerate(errors):
         if isinstance(other, ValueError):
             raise other

@@ -1,4 +1,4 @@
-"""What the machine can do at most: the limits that kernels are measured against, in the run that measures them."""
+"""Machine limits for roofline comparisons: measured matmul, batched matmul and copy rates."""
 
 import os
 import platform
@@ -12,42 +12,42 @@ from longctx.bench.timing import Clock, median_seconds
 from longctx.system import device_name, matmul_rate
 
 BATCHED = ((8, 128), (8, 256), (8, 512), (32, 128))
-"""Count and size of the square matrices of the batched products: from the chunks of the recurrences upwards."""
+"""Count and size of the square matrices of batched products: from the chunk sizes of the recurrences upwards."""
 COPIED = 2**28
-"""Bytes of the tensor that is copied: many times a processor's caches."""
+"""Bytes of the copied tensor: many times the size of any CPU cache."""
 SECONDS = 0.5
-"""For each rate, beside a warm-up."""
+"""Time per rate, not counting the warm-up."""
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineRates:
     """A device and its measured rates in one dtype."""
 
     name: str
     cores: int
-    """Physical ones that this process may run on, at most; of the host where the device is a GPU."""
+    """Physical cores that this process may use; of the host if the device is a GPU."""
     threads: int
     torch: str
     python: str
     dtype: str
     matmul: float
-    """FLOP/s of large square products."""
+    """FLOP/s of large square matmuls."""
     batched: dict[str, float]
-    """FLOP/s of batched products, by shape."""
+    """FLOP/s of batched matmuls, by shape."""
     copy: float
-    """Bytes read and written each second, together."""
+    """Bytes per second, reads plus writes."""
 
     @property
     def best_batched(self) -> float:
-        """The largest rate of batched products."""
+        """The highest rate of batched matmuls."""
         return max(self.batched.values())
 
 
-def measure_machine(device_type: str, dtype_name: str) -> Machine:
+def measure_rates(device_type: str, dtype_name: str) -> MachineRates:
     """Measure the device in this process."""
     device, dtype = torch.device(device_type), getattr(torch, dtype_name)
     physical = psutil.cpu_count(logical=False) or 1
-    return Machine(
+    return MachineRates(
         name=device_name(device),
         cores=min(physical, len(os.sched_getaffinity(0))),
         threads=torch.get_num_threads(),
@@ -61,7 +61,7 @@ def measure_machine(device_type: str, dtype_name: str) -> Machine:
 
 
 def batched_rate(device: torch.device, dtype: torch.dtype, count: int, size: int) -> float:
-    """FLOP/s of `count` square products of `size` in one call."""
+    """Measure the FLOP/s of a batched matmul of `count` square matrices of `size`."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (count, size, size)
     a, b = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
@@ -70,14 +70,14 @@ def batched_rate(device: torch.device, dtype: torch.dtype, count: int, size: int
 
 
 def copy_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes a second that a copy reads and writes, together."""
+    """Measure the bytes per second, reads plus writes, of a copy."""
     source = torch.ones(COPIED // dtype.itemsize, dtype=dtype, device=device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call, timed in groups that are long beside the clock."""
+    """Measure the median seconds of a call, timed in groups that are long relative to the clock resolution."""
     with torch.inference_mode():
         clock = Clock(device)
         once = median_seconds(call, clock, repeats=3, seconds=SECONDS)
@@ -88,12 +88,3 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
                 call()
 
         return median_seconds(several, clock, repeats=10**6, seconds=SECONDS) / group
-
-
-def free_bytes(device_type: str) -> int:
-    """Memory that can be had now without taking it from others."""
-    if device_type == "cuda":
-        free: int = torch.cuda.mem_get_info()[0]
-        return free
-    available: int = psutil.virtual_memory().available
-    return available

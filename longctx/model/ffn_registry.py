@@ -1,4 +1,4 @@
-"""Feed-forward layers, by name. A new one is a file here and a name in `FFNS`."""
+"""Registry of feed-forward layers, by the names that recipes use. A new one is a file here and an entry in `FFNS`."""
 
 from longctx.model.ffn import FeedForwardConfig, SwigluConfig
 from longctx.model.moe import MoeConfig
@@ -6,4 +6,4 @@ from longctx.model.moe import MoeConfig
 FFNS: dict[str, type[FeedForwardConfig]] = {config.name: config for config in (SwigluConfig, MoeConfig)}
 
 NO_FFN = "none"
-"""In the place of a name, of a layer that is a mixer alone."""
+"""The name for layers without a feed-forward."""

@@ -1,0 +1,59 @@
+"""Durable writes: files and folders are synced, and no descriptor stays open."""
+
+import os
+
+import pytest
+
+from longctx import files
+from longctx.files import sync
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The inodes of what is synced."""
+    inodes = []
+    fsync = os.fsync
+
+    def recorded(descriptor):
+        inodes.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", recorded)
+    return inodes
+
+
+def descriptors():
+    return sorted(os.listdir("/dev/fd"))
+
+
+def test_a_file_and_the_entries_of_a_folder_are_synced(tmp_path, synced):
+    (tmp_path / "a").write_text("text")
+    before = descriptors()
+    sync(tmp_path / "a")
+    sync(tmp_path)
+    assert synced == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
+    assert descriptors() == before
+
+
+def test_the_content_stays(tmp_path):
+    (tmp_path / "a").write_text("text")
+    sync(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "text"
+
+
+def test_a_failed_sync_is_raised_and_the_descriptor_is_closed(tmp_path, monkeypatch):
+    def failing(descriptor):
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "a").write_text("text")
+    before = descriptors()
+    monkeypatch.setattr(files.os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(tmp_path / "a")
+    assert descriptors() == before
+
+
+def test_a_missing_file_is_not_created(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        sync(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
