@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
+from longctx.kernels.attention.block import CAUSAL_MASK
 from longctx.parallel.attention.cost_model import AttentionShape, estimates
-from longctx.parallel.attention.visibility import Reach, score_elements
+from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.link_speeds import Speeds
 from longctx.parallel.mesh import Grid
@@ -50,7 +51,7 @@ def layouts() -> None:
         for bound in bounds[1:-1]:
             left.plot([bound, bound], [-0.5, 0.5], color="black", linewidth=1)
         left.set(xlim=(0, tokens), ylim=(-0.5, 0.5), yticks=[0], yticklabels=[f"{name}\n{order}"], xticks=[])
-        work = np.array([score_elements(layout.seen_by(rank), Reach()) for rank in range(RANKS)])
+        work = np.array([score_elements(layout.for_rank(rank)) for rank in range(RANKS)])
         share = work / work.mean()
         right.bar(range(RANKS), share, color=COLOURS[:RANKS])
         right.axhline(1, color="black", linewidth=0.8)
@@ -147,7 +148,7 @@ LENGTHS = [2**n for n in range(13, 24)]
 
 def _estimates(tokens: int, kv_heads: int, speeds: Speeds) -> dict[str, float]:
     layout = Layout((0, tokens), "zigzag", CP, grid=Grid(INNER, None, None), speeds=speeds)
-    shape = AttentionShape(HEADS, kv_heads, HEAD_DIM, HEAD_DIM, NUMBER, Reach())
+    shape = AttentionShape(HEADS, kv_heads, HEAD_DIM, HEAD_DIM, NUMBER, CAUSAL_MASK)
     return {each.schedule: each for each in estimates(layout, shape)}
 
 
