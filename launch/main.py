@@ -62,15 +62,18 @@ def _options(
     """Define the options before the command."""
 
 
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a .toml recipe, or name of a bundled one, e.g. quickstart.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
+]
+
+
 @app.command("train")
 def _train(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="Path of a .toml recipe, or name of a bundled one, e.g. quickstart."),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", show_default="one per GPU, or 1", help="Number of ranks on this machine."),
@@ -101,8 +104,8 @@ def _train(
 
 @app.command("verify")
 def _verify(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As for train.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As for train.")] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Use a narrow model with the same layer types and a short sequence.")
     ] = False,
@@ -260,7 +263,7 @@ def _bench_kernels(
     ] = None,
     peers: Annotated[bool, typer.Option(help="Also measure peer libraries, on the same inputs.")] = True,
     peer_seconds: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Skip a peer whose run takes longer.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Skip a peer whose run takes longer than this.")
     ] = 180.0,
     scaling: Annotated[
         str, typer.Option(metavar="N,N|none", help="Compare throughput at these two sequence lengths.")
@@ -313,8 +316,8 @@ def _bench_parallel(
 ) -> None:
     """Benchmark a sequence-parallel layer: time, communication wait, bytes received.
 
-    By default every rank runs on a host of an emulated network: network namespaces, joined by a bridge. With --gbit
-    none, ranks communicate through shared memory, or through NCCL if there is a GPU for each.
+    By default each rank runs in its own network namespace, joined by a bridge, which emulates a network of hosts. With
+    --gbit none, ranks communicate through shared memory, or through NCCL if there is a GPU for each.
     """
     from longctx.launch.bench_parallel import ParallelOptions, bench_parallel, select_methods
 
@@ -400,14 +403,14 @@ def _convert_from_megatron(
         list[str],
         typer.Argument(
             metavar="SOURCE [KEY=VALUE ...]",
-            help="Megatron-Core checkpoint in torch_dist format, the checkpoint directory of its training script, or a "
-            "run of engine = 'megatron'. KEY=VALUE overrides the recipe.",
+            help="Megatron-Core checkpoint in torch_dist format, the checkpoint directory of its training script, or "
+            "the directory of a run with engine = 'megatron'. KEY=VALUE overrides the recipe.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],
     to: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Recipe of the model; not needed for a run of engine = 'megatron'."),
+        typer.Option(metavar="RECIPE", help="Recipe of the model; not needed for a run with engine = 'megatron'."),
     ] = None,
 ) -> None:
     """Import a Megatron-Core checkpoint.

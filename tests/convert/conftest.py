@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.convert.families import exported, like_llama
+from tests.convert.models import exported, like_llama
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from longctx.convert.families import FAMILIES
 from longctx.convert.huggingface import RECIPE, built_in_config, from_huggingface, to_huggingface
 from longctx.errors import UserError
 from tests.convert.cases import HOW, values
-from tests.convert.families import (
+from tests.convert.models import (
     MODELS,
     exported,
     like_llama,

@@ -10,15 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from longctx.checkpoint.weights import find_weights
 from longctx.convert import huggingface
-from longctx.convert.families.qwen3_next import _rotary_fraction
 from longctx.convert.huggingface import from_huggingface, to_huggingface
 from longctx.errors import UserError
 from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.head_mixture import HeadMixtureConfig
 from longctx.mixers.lightning import LightningConfig
-from longctx.mixers.softmax import SoftmaxConfig
 from tests.convert.cases import HOW, save
-from tests.convert.families import (
+from tests.convert.models import (
     SOFTMAX,
     change,
     exported,
@@ -28,188 +26,11 @@ from tests.convert.families import (
     like_mixtral,
     like_qwen3_next,
     numbered,
+    refused,
 )
 from tests.model.cases import hybrid
 
-
-def refused(folder):
-    """The words, and that nothing was written."""
-    out = folder.parent / "out"
-    with pytest.raises(UserError) as caught:
-        from_huggingface(folder, out)
-    assert not list(out.parent.glob("out*"))
-    return str(caught.value)
-
-
 # Configurations that cannot be
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"model_type": "gpt2"}, "model_type: 'gpt2' is not supported, only llama, "),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported, only 'silu' or 'swish'"),
-        ({"attention_bias": True}, "attention_bias: True is not supported, only False: projections have no bias"),
-        ({"is_causal": False}, "is_causal: False is not supported, only True"),
-        ({"mlp_bias": True}, "mlp_bias: True is not supported, only False"),
-        ({"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported, only 0: there is no dropout"),
-        ({"hidden_size": "gone"}, "hidden_size: missing"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers: 'two' is not a positive integer"),
-        ({"sliding_window": 5}, "sliding_window: 5 is unknown"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: {'bits': 4} is unknown"),
-        ({"architectures": 3}, "architectures: 3 is not supported, only ['LlamaForCausalLM']"),
-        ({"model_type": ["llama"]}, "model_type: ['llama'] is not supported, only llama, "),
-        ({"rope_parameters": "long"}, "rope_parameters: 'long' is not a table"),
-        (
-            {"architectures": ["LlamaModel"]},
-            "architectures: ['LlamaModel'] is not supported, only ['LlamaForCausalLM']",
-        ),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-            "rope_scaling.rope_type: 'yarn' is not supported, only 'default' or",
-        ),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: missing"),
-        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: 0.5, which transformers ignores"),
-        ({"num_attention_heads": 5}, "num_attention_heads: must divide hidden_size for llama"),
-        ({"num_key_value_heads": 4}, "softmax.kv_heads: 6 query heads are not a multiple of 4 key/value heads"),
-        ({"rms_norm_eps": 0.0}, "norm_eps"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_a_key_that_changes_the_model_is_refused_by_name(theirs, keys, said):
-    change(theirs, **keys)
-    told = refused(theirs)
-    assert said in told
-    assert str(theirs / "config.json") in told
-
-
-def test_positions_may_be_written_as_before_transformers_5(theirs, tmp_path):
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    change(theirs, rope_parameters="gone", rope_theta=5e5, rope_scaling={"type": "llama3", **scaling})
-    from_huggingface(theirs, tmp_path / "out")
-    softmax = find_weights(tmp_path / "out", HOW).model["softmax"]
-    assert (softmax["rope_theta"], softmax["rope_scaling"]) == (5e5, scaling)
-
-
-def test_all_keys_are_told_at_once(theirs):
-    change(theirs, attention_bias=True, hidden_act="relu", new_thing=3)
-    told = refused(theirs)
-    assert [line.partition(":")[0] for line in told.splitlines()[1:]] == ["hidden_act", "attention_bias", "new_thing"]
-
-
-def test_keys_without_a_value_and_those_of_training_are_no_mistake(theirs, tmp_path):
-    change(theirs, quantization_config=None, some_switch=False, use_cache=False, initializer_range=0.5)
-    from_huggingface(theirs, tmp_path / "out")
-
-
-def test_in_a_mixtral_noise_of_the_router_is_refused(tmp_path):
-    folder = exported(tmp_path, like_mixtral())
-    change(folder, router_jitter_noise=0.1)
-    assert "router_jitter_noise: 0.1 is not supported, only 0" in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"use_bias": True}, "use_bias: True is not supported, only False: projections have no bias"),
-        ({"expand": 3}, "expand: expand * hidden_size must be num_heads * head_dim = 24"),
-        ({"time_step_limit": 0.1}, "time_step_limit: [0.1] is not a list of two numbers"),
-        ({"time_step_limit": [0.1]}, "time_step_limit: [0.1] is not a list of two numbers"),
-        ({"time_step_limit": [0.1, 0.01]}, "mamba2.dt_min: 0.1 is above dt_max, 0.01"),
-        ({"conv_kernel": 9}, "mamba2"),
-        ({"n_groups": 3}, "mamba2.groups: 3 groups do not divide 4 heads"),
-    ],
-    ids=str,
-)
-def test_keys_of_mamba2(tmp_path, keys, said):
-    folder = exported(tmp_path, like_mamba2())
-    change(folder, **keys)
-    assert said in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (
-            {"layer_types": ["full_attention"] * 3},
-            "layer_types: ['full_attention', 'full_attention', 'full_attention'] is",
-        ),
-        ({"layer_types": [["full_attention"]] * 4}, "is not a list of 4 of linear_attention, full_attention"),
-        ({"layer_types": ["sliding_attention"] * 4}, "is not a list of 4 of linear_attention, full_attention"),
-        ({"mlp_only_layers": 3}, "mlp_only_layers: 3 is not a list of layers"),
-        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: 0 is not a positive integer"),
-        ({"linear_num_key_heads": 3}, "gated_deltanet.qk_heads: 4 heads are not a multiple of 3 query/key heads"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_keys_of_qwen3_next(tmp_path, keys, said):
-    folder = exported(tmp_path, like_qwen3_next())
-    change(folder, **keys)
-    assert said in refused(folder)
-
-
-def test_of_qwen3_next_layers_that_predict_several_tokens_are_passed_over(tmp_path):
-    folder = exported(tmp_path, like_qwen3_next())
-    file = folder / "model.safetensors"
-    save_file(load_file(file) | {"mtp.layers.0.mlp.gate.weight": torch.ones(3, 12)}, file)
-    from_huggingface(folder, tmp_path / "out")
-
-
-def test_layers_that_are_not_listed_alternate_as_transformers_has_it(tmp_path):
-    folder = exported(tmp_path, like_qwen3_next(layers="ES", depth=4))
-    change(folder, layer_types="gone", full_attention_interval=2)
-    from_huggingface(folder, tmp_path / "out")
-    assert find_weights(tmp_path / "out", HOW).model["layers"] == "ES"
-
-
-def test_the_share_of_channels_that_are_turned_is_found_again_by_rounding_down():
-    for head_dim in range(2, 300):
-        for rotary_dim in range(2, head_dim + 1, 2):
-            layer = SoftmaxConfig(heads=1, head_dim=head_dim, rotary_dim=rotary_dim)
-            assert int(head_dim * _rotary_fraction(layer)) == rotary_dim, (head_dim, rotary_dim)
-
-
-def test_decays_that_are_not_those_of_the_configuration_are_refused(tmp_path):
-    folder = exported(tmp_path, like_minimax())
-    file, name = folder / "model.safetensors", "model.layers.0.self_attn.slope_rate"
-    tensors = load_file(file)
-    for changed, said in (
-        (1.01 * tensors[name], "does not match the configuration"),
-        (torch.ones(3), "expected [3, 1"),
-    ):
-        save_file(tensors | {name: changed}, file)
-        assert said in refused(folder)
-    change(folder, block_size=8)
-    assert "query_decay is [3, 256, 1] F32, expected [3, 8, 1]" in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("make", "keys", "said"),
-    [
-        (like_minimax, {"block_size": "x"}, "block_size: 'x' is not a positive integer"),
-        (like_minimax, {"block_size": -3}, "block_size: -3 is not a positive integer"),
-        (like_mamba2, {"time_step_limit": [0.0, True]}, "time_step_limit: [0.0, True] is not a list of two numbers"),
-        (like_mamba2, {"time_step_limit": [0.0, {"__float__": "x"}]}, "is not a list of two numbers"),
-    ],
-)
-def test_values_of_a_wrong_type_are_told_by_their_key(tmp_path, make, keys, said):
-    folder = exported(tmp_path, make())
-    change(folder, **keys)
-    assert said in refused(folder)
-
-
-def test_a_norm_of_its_own_that_is_the_models_is_no_difference(tmp_path):
-    config = like_minimax(norm_eps=1e-6)
-    alike = config.model_copy(update={"lightning": config.lightning.model_copy(update={"norm_eps": None})})
-    save(tmp_path / "weights", 1, alike)
-    assert to_huggingface(tmp_path / "weights", tmp_path / "theirs").model_type == "minimax"
-
-
-def test_decays_may_be_missing(tmp_path):
-    folder = exported(tmp_path, like_minimax())
-    file = folder / "model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if not k.endswith(("_decay", "slope_rate"))}, file)
-    from_huggingface(folder, tmp_path / "out")
 
 
 def test_no_config_and_a_broken_one(theirs):

@@ -11,7 +11,7 @@ from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.convert.upcycle import upcycle
 from longctx.recipe import load
 from tests.convert import cases
-from tests.convert.families import like_minimax, like_qwen3_next
+from tests.convert.models import like_minimax, like_qwen3_next
 from tests.train import runs
 from tests.train.runs import losses, train, write_workplace
 

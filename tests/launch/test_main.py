@@ -1,9 +1,7 @@
 """The command line: what each command calls, what it says, and its exit status."""
 
-import json
 import subprocess
 import sys
-import types
 
 import pytest
 from typer.testing import CliRunner
@@ -12,35 +10,6 @@ import longctx
 from longctx.errors import UserError
 from longctx.launch import main as commands
 from longctx.launch import train as training
-from longctx.recipe import Recipe, load
-
-RECIPE = """
-name = "tiny"
-[model]
-layers = "L"
-depth = 2
-dim = 16
-lightning.heads = 2
-[data]
-path = "corpus"
-sequence_length = 64
-[train]
-steps = 4
-device = "cpu"
-[evaluation]
-every = 2
-[checkpoint]
-every = 2
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "tiny.toml").write_text(RECIPE)
-    return "tiny.toml"
 
 
 def run(*arguments):
@@ -98,107 +67,6 @@ def test_ctrl_c_is_status_130(monkeypatch):
 
     monkeypatch.setattr(training, "train", interrupt)
     assert run("train", "a.toml")[0] == 130
-
-
-# train
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """The jobs that would have been started, each with the status 7."""
-    jobs = []
-
-    def run_ranks(entry, arguments, **options):
-        jobs.append((entry, json.loads(json.dumps(arguments)), options))
-        return 7
-
-    monkeypatch.setattr(training, "run_ranks", run_ranks)
-    return jobs
-
-
-def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, monkeypatch):
-    assert run("train", recipe, "train.steps=5", "parallel.cp=2", "--nproc", "2", "--out", "here")[0] == 7
-    ((entry, arguments, options),) = started
-    assert options["ranks"] == 2
-    assert str(options["logs"]) == "here/logs"
-
-    called = []
-    trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume))
-    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
-    assert entry == "longctx.launch.train:run_rank"
-    training.run_rank(**arguments)
-    assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto")]
-
-
-def test_train_names_the_run_after_the_recipe_and_uses_one_rank_on_a_cpu(recipe, started):
-    run("train", recipe)
-    ((_, arguments, options),) = started
-    assert (arguments["out"], options["ranks"]) == ("runs/tiny", 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["train.stps=3"], "command line: train.stps: unknown key; did you mean 'steps'?"),
-        (["parallel.cp=2", "parallel.ulysses=3"], "parallel.ulysses: cp = 2 is not a multiple of ulysses = 3"),
-        (["parallel.cp=2"], "start a multiple of 2 (--nproc 2 on one machine)"),
-        (["--nproc", "2"], "train.sequences_per_step: 1 is not a multiple of the data-parallel size 2"),
-        (["--resume", "gone"], "--resume gone: there is no such directory"),
-    ],
-)
-def test_what_cannot_run_is_refused_before_any_rank_starts(recipe, started, arguments, text):
-    status, stderr = run("train", recipe, *arguments)
-    assert (status, started) == (2, [])
-    assert text in stderr
-
-
-def test_a_run_directory_that_cannot_be_made_is_named(recipe, tmp_path):
-    (tmp_path / "file").touch()
-    assert run("train", recipe, "--out", "file") == (
-        2,
-        "error: file/logs: cannot be created: Not a directory; choose another --out\n",
-    )
-
-
-def test_inside_a_job_this_process_is_the_rank(recipe, started, monkeypatch):
-    called = []
-    trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume))
-    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
-    for name, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    assert run("train", recipe, "parallel.cp=2", "--resume", "never")[0] == 0
-    ((found, out, resume),) = called
-    assert isinstance(found, Recipe)
-    assert (out, resume, started) == ("runs/tiny", "never", [])
-
-    status, stderr = run("train", recipe, "--nproc", "2")
-    assert status == 2
-    assert "already one rank of 2" in stderr
-    assert "parallel: dp_replicate * cp = 1 * 4" in run("train", recipe, "parallel.cp=4")[1]
-    monkeypatch.delenv("MASTER_ADDR")
-    assert "MASTER_ADDR is not" in run("train", recipe)[1]
-
-
-def test_an_error_inside_a_job_is_left_for_torchrun(recipe, tmp_path, monkeypatch):
-    def fail(recipe, out, resume):
-        raise KeyError("the cause")
-
-    trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = fail
-    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
-    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    for name, value in (names | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}).items():
-        monkeypatch.setenv(name, value)
-    assert isinstance(CliRunner().invoke(commands.app, ["train", recipe]).exception, KeyError)
-    assert "the cause" in (tmp_path / "error.json").read_text()
 
 
 # data

@@ -75,7 +75,7 @@ def on_rank(kv, changes, cells):
     ids=str,
 )
 def test_over_ranks_by_every_schedule_as_on_one(ranks, kv, changes):
-    """Beside what tests/mixers/test_matrix.py does: the other kinds of keys and values."""
+    """Beside what tests/mixers/test_parity.py does: the other kinds of keys and values."""
     schedules = config_of(kv, **changes).available_schedules(4, 2)[1]
     assert len(schedules) == 5
     cells = [((0, 7, 33), "zigzag", schedule) for schedule in schedules] + [((0, 1, 20, 48), "contiguous", "ring")]

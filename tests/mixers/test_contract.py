@@ -1,5 +1,6 @@
 """What every registered mixer has to fulfil."""
 
+import importlib
 import itertools
 
 import pytest
@@ -200,3 +201,11 @@ def test_shrunk_is_the_same_kind_of_mixer_and_fits_the_width_that_is_verified_wi
 def test_letters_and_names_are_of_one_mixer_each():
     assert all(kind.letter == letter and len(letter) == 1 for letter, kind in MIXERS.items())
     assert len({kind.name for kind in MIXERS.values()}) == len(MIXERS)
+
+
+@each_mixer
+def test_every_mixer_is_compared_with_its_equations(letter):
+    """In the test file of its module, where linear mixers have a table of them."""
+    module = MIXERS[letter].__module__.rpartition(".")[2]
+    tests = importlib.import_module(f"tests.mixers.test_{module}")
+    assert letter in getattr(tests, "EQUATIONS", {}) or letter in ("L", "S", "A")

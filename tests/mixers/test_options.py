@@ -5,7 +5,7 @@ import torch
 
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
-from tests.mixers import test_contract, test_matrix
+from tests.mixers import test_contract, test_parity
 from tests.mixers import test_head_mixture as test_heads
 from tests.mixers import test_tensor_parallel as test_division
 from tests.mixers.cases import DIM, OPTIONS, draw, run
@@ -22,11 +22,11 @@ def test_a_packed_document_is_as_it_would_be_alone(option):
 
 @each_option
 def test_ranks_change_nothing(ranks, option):
-    """About ten cells of the matrix that all mixers are measured by."""
-    cells = test_matrix.matrix(option, 2)
+    """About ten of the combinations that all mixers are tested with."""
+    cells = test_parity.combinations(option, 2)
     cells = cells[4 :: len(cells) // 10]
-    answers = ranks.run(test_matrix.on_rank, option, torch.float64, cells, size=2)
-    test_matrix.compare(answers, option, 2, torch.float64, cells)
+    answers = ranks.run(test_parity.on_rank, option, torch.float64, cells, size=2)
+    test_parity.compare(answers, option, 2, torch.float64, cells)
 
 
 @each_option

@@ -1,9 +1,12 @@
 """Which folder may import which: the contracts of pyproject.toml hold, and notice a broken arrow."""
 
 import ast
+import json
 import shutil
 import subprocess
 import sys
+import tomllib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,43 @@ def test_a_broken_arrow_is_noticed(copy: Path, module: str, statement: str) -> N
     assert result.returncode == 1, result.stdout + result.stderr
     assert "BROKEN" in result.stdout
     assert f"longctx.{module.split('/')[0].removesuffix('.py')}" in result.stdout
+
+
+def test_the_order_is_total_and_every_package_is_in_it() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract for contract in contracts if contract["type"] == "layers")
+    assert not [line for line in layers["layers"] if set(line) & set(":|")], "a line is one package"
+    assert layers["exhaustive"]
+    assert not {"ignore_imports", "exhaustive_ignores"} & layers.keys()
+
+
+def import_graph(tree: Path) -> dict[str, list[str]]:
+    """The modules that each file imports, at its top, in a function or for its types."""
+    code = """
+import json, sys
+import grimp
+sys.path.insert(0, "")
+graph = grimp.build_graph("longctx", cache_dir=None)
+print(json.dumps({module: sorted(graph.find_modules_directly_imported_by(module)) for module in graph.modules}))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_no_file_imports_itself_by_way_of_others(tree: Path) -> None:
+    graph = import_graph(tree)
+    assert len(graph) > 200
+    TopologicalSorter(graph).prepare()
+
+
+def test_an_import_in_a_function_does_not_hide_a_cycle(copy: Path) -> None:
+    with (copy / "longctx/errors.py").open("a") as file:
+        file.write("\n\ndef late() -> None:\n    import longctx.files\n")
+    with (copy / "longctx/files.py").open("a") as file:
+        file.write("\nimport longctx.errors\n")
+    with pytest.raises(CycleError, match=r"longctx\.files"):
+        TopologicalSorter(import_graph(copy)).prepare()
 
 
 def test_only_an_adapter_imports_another_framework(copy: Path) -> None:

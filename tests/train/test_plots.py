@@ -9,10 +9,8 @@ import pytest
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 
-from longctx.engines.metrics import EvaluationMetrics, MetricsWriter, PositionLoss, RouterMetrics, RunInfo, StepMetrics
+from longctx.engines.metrics import EvaluationMetrics, MetricsWriter, PositionLoss, RunInfo, StepMetrics
 from longctx.errors import UserError
-from longctx.train.plot_routing import routing_figure
-from longctx.train.plot_style import smooth
 from longctx.train.plots import FEW_TOKENS, draw, loss_figure, position_figure
 
 RUN = RunInfo(1000, 1, {}, "a processor", "fp32", 6e3, 1e9, {}, unigram_loss=3.0)
@@ -144,55 +142,3 @@ def test_earlier_evaluations_are_faint_and_few() -> None:
     strengths = [line.get_alpha() or 1.0 for line in earlier]
     assert strengths == sorted(strengths)
     assert strengths[-1] <= 0.5
-
-
-@pytest.mark.parametrize("window", [1, 2, 5, 50])
-def test_smoothing_keeps_straight_lines_straight(window: int) -> None:
-    line = np.linspace(5.0, 2.0, 40)
-    np.testing.assert_allclose(smooth(line, window), line)
-
-
-def test_smoothing_averages_what_is_finite() -> None:
-    values = np.array([1.0, math.nan, 3.0, math.inf, 5.0])
-    np.testing.assert_allclose(smooth(values, 3), [1.0, 2.0, 3.0, 4.0, 5.0])
-    np.testing.assert_array_equal(smooth(np.full(3, math.nan), 3), np.full(3, math.nan))
-
-
-def test_smoothing_removes_noise() -> None:
-    noise = np.random.default_rng(0).normal(size=1000)
-    assert smooth(noise, 25)[12:-12].std() == pytest.approx(1 / 5, rel=0.2)
-
-
-def routed(count: int, dropped: float = 0.0) -> list[StepMetrics]:
-    names = [f"blocks.{n}.{part}" for n in range(3) for part in ("mixer", "ffn")]
-    return [
-        replace(
-            s, routers={name: RouterMetrics(1 + n + 1 / s.step, 2.0 - n / 10, dropped) for n, name in enumerate(names)}
-        )
-        for s in falling(count)
-    ]
-
-
-def test_routers_are_drawn_by_layer_where_there_are_any(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        for metrics in routed(4):
-            writer.step(metrics)
-    assert draw(tmp_path / "metrics.jsonl", tmp_path)[-1] == tmp_path / "routing.png"
-    load, entropy = routing_figure(routed(4), []).axes
-    drawn = lines(load.get_lines())
-    assert list(drawn) == [f"blocks.{n}.{part}" for n in range(3) for part in ("mixer", "ffn")]
-    assert xs(drawn["blocks.1.ffn"]) == [1, 2, 3, 4]
-    assert ys(drawn["blocks.1.ffn"]) == [4 + 1 / n for n in (1, 2, 3, 4)]
-    heads, experts, deeper = (drawn[name] for name in ("blocks.1.mixer", "blocks.1.ffn", "blocks.2.ffn"))
-    assert heads.get_linestyle() != experts.get_linestyle() == deeper.get_linestyle()
-    assert tuple(heads.get_color()) == tuple(experts.get_color()) != tuple(deeper.get_color())
-    assert ys(lines(entropy.get_lines())["blocks.0.ffn"]) == [1.9] * 4
-
-
-def test_drops_and_fluctuation_have_panels_where_they_are_known() -> None:
-    first, second = (replace(evaluation(n, 500), fluctuation=f) for n, f in ((2, {}), (4, {"blocks.0.ffn": 0.25})))
-    figure = routing_figure(routed(4, dropped=0.1), [first, second])
-    assert len(figure.axes) == 4
-    assert ys(figure.axes[2].get_lines()[0]) == [0.1] * 4
-    (points,) = [line for line in figure.axes[3].get_lines() if len(xs(line))]
-    assert (xs(points), ys(points)) == ([4], [0.25])

@@ -20,7 +20,7 @@ from longctx.recipe import load
 from tests.compare.peers import in_float64
 from tests.convert.cases import model_of as model_of_weights
 from tests.convert.cases import save
-from tests.convert.families import MODELS as BUILT_IN
+from tests.convert.models import MODELS as BUILT_IN
 
 pytestmark = pytest.mark.usefixtures("plain_torch")
 

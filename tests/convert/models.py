@@ -1,8 +1,11 @@
-"""Models that transformers has a class for, by name, and their files."""
+"""Models that transformers has a class for, by name, their files, and files that are refused."""
 
 import json
 
-from longctx.convert.huggingface import to_huggingface
+import pytest
+
+from longctx.convert.huggingface import from_huggingface, to_huggingface
+from longctx.errors import UserError
 from longctx.mixers.deltanet import GatedDeltaNetConfig
 from longctx.mixers.lightning import LightningConfig
 from longctx.mixers.mamba2 import Mamba2Config
@@ -90,3 +93,12 @@ def numbered(folder, number):
     """A file of its several."""
     (file,) = folder.glob(f"model-{number:05d}-of-*.safetensors")
     return file
+
+
+def refused(folder):
+    """The message with which the import of `folder` is refused; nothing is written."""
+    out = folder.parent / "out"
+    with pytest.raises(UserError) as caught:
+        from_huggingface(folder, out)
+    assert not list(out.parent.glob("out*"))
+    return str(caught.value)

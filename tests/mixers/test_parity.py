@@ -1,7 +1,6 @@
-"""Every mixer, by every schedule, in every layout, packed in every way, over ranks: as on one rank.
+"""Parity of every mixer over ranks with one rank: each schedule, layout and packing.
 
-The whole matrix is slow; of it every `STRIDE`th cell is always run, which has every schedule, every order and every
-packing in it, and most pairs of them.
+All combinations are slow; by default every `STRIDE`th is run: each schedule, order and packing, and most pairs of them.
 """
 
 import itertools
@@ -12,7 +11,6 @@ import torch.distributed as dist
 
 from longctx.mixers import MIXERS
 from longctx.parallel.layout import Layout
-from longctx.parallel.local_ranks import LocalRanks
 from longctx.parallel.mesh import Mesh
 from tests.mixers.cases import built, config_of, draw, run
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
@@ -26,8 +24,8 @@ def grid(size):
     return 2 if size % 2 == 0 else 1
 
 
-def matrix(letter, size):
-    """The documents, the order, and the layout's schedules of each cell."""
+def combinations(letter, size):
+    """The documents, the order, and the layout's schedules of each combination."""
     field, schedules = config_of(letter).available_schedules(size, grid(size))
     ways = [{field: schedule} for schedule in schedules]
     return list(itertools.product([*PACKINGS.values(), *UNEVEN.values()], ORDERS, ways))
@@ -75,30 +73,24 @@ each_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=["float64", "float32"]
 
 @each_mixer
 @pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (2, torch.float64), (4, torch.float32)])
-def test_cells_of_the_matrix_equal_one_rank(ranks, letter, size, dtype):
-    cells = matrix(letter, size)
+def test_some_combinations_equal_one_rank(ranks, letter, size, dtype):
+    cells = combinations(letter, size)
     # From another cell for each number of ranks.
     cells = cells[size % STRIDE :: STRIDE]
     compare(ranks.run(on_rank, letter, dtype, cells, size=size), letter, size, dtype, cells)
 
 
-def test_the_cells_that_are_always_run_have_everything_in_them():
+def test_the_default_combinations_have_each_schedule_order_and_packing():
     for letter, size in itertools.product(MIXERS, (2, 4)):
-        cells = matrix(letter, size)
+        cells = combinations(letter, size)
         for column, chosen in zip(zip(*cells, strict=True), zip(*cells[size::STRIDE], strict=True), strict=True):
             assert all(value in chosen for value in column)
-
-
-@pytest.fixture(scope="module")
-def eight():
-    with LocalRanks(8) as pool:
-        yield pool
 
 
 @pytest.mark.slow
 @each_mixer
 @each_dtype
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_whole_matrix_equals_one_rank(eight, letter, size, dtype):
-    cells = matrix(letter, size)
-    compare(eight.run(on_rank, letter, dtype, cells, size=size), letter, size, dtype, cells)
+def test_all_combinations_equal_one_rank(eight_ranks, letter, size, dtype):
+    cells = combinations(letter, size)
+    compare(eight_ranks.run(on_rank, letter, dtype, cells, size=size), letter, size, dtype, cells)

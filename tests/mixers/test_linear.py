@@ -1,0 +1,66 @@
+"""Linear attention with feature maps: the layer against its equations."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from longctx.mixers.linear import LinearConfig
+from longctx.model.initialise import initialise
+from longctx.parallel.layout import Layout
+from tests.mixers.cases import DIM
+from tests.mixers.equations import BOUNDS, EPS, check, draw, each_of, heads, normed, recurrence, silu
+
+
+def basic_linear(m, x, c):
+    q, k, v = heads(x @ m.qkv.weight.T, c.heads + 2 * c.kv_heads).split([c.heads, c.kv_heads, c.kv_heads], dim=2)
+
+    def phi(y, f):
+        y = torch.einsum("bthk,hkj->bthj", y, f.weight) + f.bias
+        e = torch.cat([y.exp(), (-y).exp()], dim=-1)
+        return e / e.sum(dim=-1, keepdim=True)
+
+    q, k = phi(q, m.feature_q), phi(k, m.feature_k)
+    o, weights = recurrence(q, k, v), recurrence(q, k, torch.ones_like(v))
+    return (o / (weights + 1e-6)).flatten(2) @ m.out.weight.T
+
+
+EQUATIONS = {"B": basic_linear}
+
+
+@each_of("B")
+def test_layer_and_gradients_equal_the_equations(letter):
+    check(letter, EQUATIONS[letter[0]])
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "silu", "elu1"])
+def test_feature_maps_without_a_denominator(name):
+    mixer, x = (
+        LinearConfig(heads=2, head_dim=5, feature_map=name, normalize=False).build(DIM, 0, 1, EPS).double(),
+        draw(),
+    )
+    initialise(mixer, seed=5)
+    maps = {"identity": lambda y: y, "relu": F.relu, "silu": silu, "elu1": lambda y: torch.where(y > 0, y + 1, y.exp())}
+    q, k, v = heads(x @ mixer.qkv.weight.T, 6).split(2, dim=2)
+    o = recurrence(maps[name](q), maps[name](k), v)
+    want = normed(o).flatten(2) @ mixer.out.weight.T
+    torch.testing.assert_close(mixer(x, Layout(BOUNDS)), want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LinearConfig(heads=6, kv_heads=4), "kv_heads: 6 query heads are not a multiple of 4 key/value heads"),
+        (LinearConfig(heads=5), "heads: 5 heads do not divide dim 12; set head_dim or change heads"),
+        (LinearConfig(heads=2, feature_map="silu"), "normalize: silu has negative features, whose sum may be 0"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_named_by_their_key(config, message):
+    (problem,) = config.problems(12)
+    assert problem.startswith(message)
+
+
+def test_flops_are_those_of_the_parts():
+    layout = Layout((0, 3, 10))
+    basic = LinearConfig(heads=4, kv_heads=2, head_dim=3).build(8, 0, 1, EPS)
+    assert basic.flops(layout) == 10 * (2 * 8 * 24 + 2 * 12 * 8 + 2 * (4 + 2) * 3 * (3 + 1))
