@@ -1,11 +1,10 @@
 """Weights to begin with: where they may lie, what is told of damaged ones, and a run that begins with them."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import find_weights, write_weights
+from longctx.data.staging import staging
 from longctx.errors import UserError
 from tests.convert.cases import save
 from tests.model.cases import VOCABULARY, hybrid
@@ -143,31 +143,24 @@ def test_what_holds_no_weights_is_told_with_what_does(workplace):
         find_weights(workplace / "corpus", HOW)
 
 
-WRITE = """
-import sys, time
-from pathlib import Path
-import torch
-from longctx.data.staging import staging
-from longctx.checkpoint.lazy_tensors import LazyTensor
-from longctx.checkpoint.weights import write_weights
+def write_and_be_killed(out):
+    """Write half of a tensor, and die of SIGKILL."""
 
-def make(begin, end):
-    if begin:
-        print("half", flush=True)
-        time.sleep(60)
-    return torch.zeros(end - begin, 3)
+    def make(begin, end):
+        if begin:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(end - begin, 3)
 
-with staging(Path(sys.argv[1])) as folder:
-    write_weights(folder, {"w": LazyTensor(torch.Size([4, 3]), make, rows=2)}, {"vocab_size": 5}, {})
-"""
+    with staging(out) as folder:
+        write_weights(folder, {"w": LazyTensor(torch.Size([4, 3]), make, rows=2)}, {"vocab_size": 5}, {})
 
 
 def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_weights(tmp_path):
     out = tmp_path / "out"
-    with subprocess.Popen([sys.executable, "-c", WRITE, out], stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "half\n"
-        os.kill(writer.pid, signal.SIGKILL)
+    writer = multiprocessing.get_context("forkserver").Process(target=write_and_be_killed, args=(out,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
     assert not out.exists()
     (left,) = tmp_path.glob("out.partial-*")
     assert list(left.glob("*.distcp"))

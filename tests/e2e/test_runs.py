@@ -84,6 +84,7 @@ def test_a_checkpoint_that_is_being_written_when_a_rank_is_killed_is_not_there(r
     assert checkpoints(tmp_path / "out") == [f"step-{step:08d}" for step in (2, 4, 6)]
 
 
+@pytest.mark.slow
 def test_a_mistake_that_the_ranks_find_is_said_once(ranks, workplace):
     ranks.run(train, workplace, workplace / "three" / "out", ["train.steps=3"], size=2)
     (workplace / "three" / "tiny.toml").write_text((workplace / "tiny.toml").read_text())

@@ -135,7 +135,7 @@ def train_plainly(clip, experts):
 
 
 RUNS = {
-    "1 rank": [Run(), Run(train=UNCLIPPED), Run(experts="token")],
+    "1 rank": [Run(), Run(experts="token")],
     "2 ranks": [
         Run(dp_shard=2),
         Run(cp=2, train=UNCLIPPED),
@@ -146,12 +146,12 @@ RUNS = {
         Run(dp_replicate=2, cp=2, order="contiguous"),
         Run(dp_replicate=2, dp_shard=2, ep=2, experts="token", train=UNCLIPPED),
         Run(dp_shard=2, cp=2, ep=2, experts="token", train=TILED),
-        Run(dp_shard=2, cp=2, ep=4, experts="token"),
     ],
     "tokens together, 1 rank": [Run(experts="similarity"), Run(experts="attention", train=TILED)],
     "tokens together, 2 ranks": [Run(cp=2, ep=2, experts="similarity"), Run(cp=2, experts="attention")],
 }
 MORE_RUNS = {
+    "1 rank": [Run(train=UNCLIPPED)],
     "2 ranks": [
         Run(dp_replicate=2),
         Run(cp=2, order="contiguous"),
@@ -162,6 +162,7 @@ MORE_RUNS = {
         Run(dp_replicate=2, dp_shard=2, train=UNCLIPPED),
         Run(dp_shard=2, cp=2, train=TILED),
         Run(dp_replicate=2, cp=2, ep=2, experts="token"),
+        Run(dp_shard=2, cp=2, ep=4, experts="token"),
     ],
     "tokens together, 4 ranks": [
         Run(cp=4, ep=2, experts="similarity", train=TILED),

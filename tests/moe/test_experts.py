@@ -1,5 +1,7 @@
 """Experts over ranks, against each token's experts computed one by one."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,10 +13,10 @@ from longctx.moe.experts import mixture_of_experts
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 from longctx.parallel.traffic import count_traffic as counting
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here, pairs_or_everything
 
 EXPERTS, DIM, HIDDEN = 8, 6, 5
-CASES = [(bounds, order) for bounds in (*PACKINGS.values(), *UNEVEN.values()) for order in ORDERS]
+BOUNDS = [*PACKINGS.values(), *UNEVEN.values()]
 LOGITS = {
     "of chance": lambda x: x,
     "an expert that gets no token": lambda x: x - torch.tensor([0, 0, 0, 99.0, 0, 0, 0, 0]),
@@ -34,6 +36,7 @@ def draw(length):
     return normal(2, length, DIM), normal(2, length, EXPERTS), normal(2, length, DIM), *weights
 
 
+@cache
 def one_by_one(bounds, rule, kind):
     """Output and gradients of x, logits and weights on one rank."""
     x, logits, do, gate_up, down = draw(bounds[-1])
@@ -79,8 +82,9 @@ def on_rank(cases, rule, tile=None):
     "rule", [TokenChoice(3), TokenChoice(2, score="sigmoid", capacity=0.7)], ids=["all", "capacity"]
 )
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_experts_over_ranks_equal_each_token_by_itself(ranks, size, rule):
-    cases = [(bounds, order, kind) for (bounds, order) in CASES for kind in LOGITS][:: 1 if size == 1 else 7]
+@pairs_or_everything
+def test_experts_over_ranks_equal_each_token_by_itself(ranks, size, rule, combinations):
+    cases = combinations(BOUNDS, ORDERS, list(LOGITS))
     answers = ranks.run(on_rank, cases, rule, size=size)
     for number, (bounds, order, kind) in enumerate(cases):
         layout = Layout(bounds, order, size)

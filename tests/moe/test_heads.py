@@ -20,7 +20,7 @@ from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from tests.parallel.attention.test_api import grid, schedules
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, pairs, pairs_or_everything
 
 HEADS, KV_HEADS, SHARED, ACTIVE = 12, 6, 4, 3
 NAMES = ("q", "k", "v", "routed", "shared", "kinds")
@@ -71,17 +71,15 @@ def on_rank(cases):
     return [attend(Layout.on(mesh, bounds, order), router, s, window) for bounds, order, router, s, window in cases]
 
 
-def cases_of(size):
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pairs_or_everything
+def test_what_is_routed_equals_all_heads_times_their_weights(ranks, size, combinations):
     # Ulysses gives whole key/value heads: of 2 that shared heads read and 4 that routed ones do.
     fitting = [s for s in schedules(size) if s != "ulysses" or size == 2]
     bounds = [*PACKINGS.values(), *UNEVEN.values()]
-    everything = list(itertools.product(bounds, ORDERS, ["learned", "by norm"], fitting, [None, 5]))
-    return everything[:: 5 if size == 1 else 7]
-
-
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_what_is_routed_equals_all_heads_times_their_weights(ranks, size):
-    cases = cases_of(size)
+    cases = combinations(bounds, ORDERS, ["learned", "by norm"], fitting, [None, 5])
+    if combinations is not pairs:
+        cases = cases[::5]  # of several hundred
     answers = ranks.run(on_rank, cases, size=size)
     for number, (bounds, order, router, schedule, window) in enumerate(cases):
         layout, case = Layout(bounds, order, size), f"{bounds} {order} {router} {schedule} {window}"

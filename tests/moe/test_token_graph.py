@@ -1,7 +1,5 @@
 """Scores shared along a graph of tokens, against the dense matrices S and A written out, in float64."""
 
-import itertools
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +13,7 @@ from longctx.parallel.attention.api import BETWEEN_OWNERS
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Grid, Mesh
 from longctx.parallel.traffic import count_traffic
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, pairs_or_everything
 
 DIM, EXPERTS, WIDTH, HEADS, KV_HEADS = 7, 5, 3, 4, 2
 NAMES = {
@@ -89,10 +87,11 @@ def schedules(size):
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_it_is_the_equation_under_every_layout_and_schedule(ranks, size, kind):
+@pairs_or_everything
+def test_it_is_the_equation_under_every_layout_and_schedule(ranks, size, kind, combinations):
     bounds, orders = [*PACKINGS.values(), *UNEVEN.values()], ORDERS[:1] if size == 1 else ORDERS
-    cases = [*itertools.product(bounds, orders, ["auto"], WINDOWS[kind])]
-    cases += itertools.product(bounds[::2], [orders[-1]], schedules(size), WINDOWS[kind])
+    cases = combinations(bounds, orders, ["auto"], WINDOWS[kind])
+    cases += combinations(bounds[::2], [orders[-1]], schedules(size), WINDOWS[kind])
     answers = ranks.run(on_rank, kind, cases, 2 if size == 4 else 1, size=size)
     for number, (bounds, order, schedule, window) in enumerate(cases):
         layout, drawn = Layout(bounds, order, size), draw(bounds[-1])

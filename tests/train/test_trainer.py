@@ -297,7 +297,7 @@ def test_logits_that_are_no_numbers_stop_all_ranks_with_layer_and_step(ranks, wo
 
 
 def test_a_run_tells_how_even_the_weights_of_attention_experts_are(ranks, workplace, tmp_path):
-    ranks.run(train, workplace, tmp_path / "out", [*ATTENTION_EXPERTS, "evaluation.every=4"], size=2)
+    ranks.run(train, workplace, tmp_path / "out", [*ATTENTION_EXPERTS, "train.steps=5", "evaluation.every=2"], size=2)
     found = metrics(tmp_path / "out")
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
     for step in found.steps:
