@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import debug
 
+PRELOADED = [__name__]
+"""Modules that are imported once, before the ranks are forked."""
+
 
 class LocalRankError(RuntimeError):
     """A rank raised, crashed or timed out; the message contains the tracebacks."""
@@ -93,7 +96,7 @@ class LocalRanks:
     def _start(self) -> None:
         # Forked from a server that has imported torch but has computed nothing: torch is imported once for all ranks.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(PRELOADED)
         threads = max(1, len(os.sched_getaffinity(0)) // self.size)
         for _ in range(self.size):
             here, there = context.Pipe()

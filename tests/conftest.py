@@ -1,6 +1,7 @@
 """Fixtures of all tests: a pool of ranks that is started once, and poisoned memory; progress of a long run."""
 
 import gc
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -13,9 +14,18 @@ if not torch.cuda.is_available():
     # Read when Triton's kernels are defined: without a GPU they run in its interpreter, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from longctx.parallel import local_ranks
 from longctx.parallel.local_ranks import LocalRanks
 from tests.poison import poison
 from tests.progress import Progress
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from tests.interpreter import patch_once_per_kernel
+
+    patch_once_per_kernel()
+
+# Most tests' functions need these on a rank.
+local_ranks.PRELOADED += ["pytest", "hypothesis", "longctx.train.trainer"]
 
 # No deadlines: on a busy machine they fail tests that hold.
 hypothesis.settings.register_profile("longctx", deadline=None, max_examples=50)

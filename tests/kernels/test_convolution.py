@@ -90,12 +90,12 @@ def test_values_and_gradients_equal_the_reference(width, activation, starts):
         check(draw(length, width), activation, starts(length))
 
 
-@pytest.mark.parametrize("elements", [1, 15, 40, 100, 2**18])
+@pytest.mark.parametrize("elements", [1, 40, 2**18, *(pytest.param(n, marks=pytest.mark.slow) for n in (15, 100))])
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
 def test_tiles_of_any_size_give_the_same(starts, elements, monkeypatch):
     monkeypatch.setattr(convolution, "TILE_ELEMENTS", elements)
-    for length, width, bias in itertools.product((1, 5, 17), (1, 2, 4, 8), (True, False)):
-        check(draw(length, width, batch=3, bias=bias), "silu", starts(length))
+    for length, width in itertools.product((1, 5, 17), (1, 2, 4, 8)):
+        check(draw(length, width, batch=3, bias=width != 2), "silu", starts(length))
 
 
 def test_a_document_may_start_at_any_place(monkeypatch):

@@ -13,7 +13,8 @@ from longctx.moe.experts import mixture_of_experts
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 from longctx.parallel.traffic import count_traffic as counting
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here, pairs_or_everything
+from tests.combinations import pairs_or_everything
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 EXPERTS, DIM, HIDDEN = 8, 6, 5
 BOUNDS = [*PACKINGS.values(), *UNEVEN.values()]

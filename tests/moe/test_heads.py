@@ -19,8 +19,9 @@ from longctx.moe.heads import Pairs, mixture_of_heads
 from longctx.parallel.attention.api import softmax_attention
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from tests.combinations import pairs, pairs_or_everything
 from tests.parallel.attention.test_api import grid, schedules
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, pairs, pairs_or_everything
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
 
 HEADS, KV_HEADS, SHARED, ACTIVE = 12, 6, 4, 3
 NAMES = ("q", "k", "v", "routed", "shared", "kinds")

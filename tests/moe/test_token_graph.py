@@ -13,7 +13,8 @@ from longctx.parallel.attention.api import BETWEEN_OWNERS
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Grid, Mesh
 from longctx.parallel.traffic import count_traffic
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, pairs_or_everything
+from tests.combinations import pairs_or_everything
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
 
 DIM, EXPERTS, WIDTH, HEADS, KV_HEADS = 7, 5, 3, 4, 2
 NAMES = {

@@ -73,6 +73,7 @@ def of_groups(ulysses, ring):
             group = dist.new_group(part)
             if dist.get_rank() in part:
                 groups[name] = group
+    dist.barrier()  # a rank that is done would close connections that others still make
     try:
         mesh = Mesh.from_groups("cpu", cp=dist.group.WORLD, **groups)
     except ValueError as error:

@@ -46,6 +46,8 @@ def computed(q, k, v, do, mask, backend, scale=0.3):
 def test_every_mask_equals_the_dense_reference(backend, heads, kv_heads, key_dim, value_dim, every):
     chosen = masks()
     if backend == "triton" and not every:  # in the interpreter, slow
+        if key_dim < 8 or value_dim < 8:
+            pytest.skip("one of the slow ones")
         chosen = {name: chosen[name] for name in ("causal", "zigzag halves, documents, window", "gathered, window")}
     for name, mask in chosen.items():
         inputs = draw(mask.query.shape[-1], len(mask.key), heads, kv_heads, key_dim, value_dim, dtype=BACKENDS[backend])

@@ -22,6 +22,10 @@ CASES = {
     "zigzag halves, documents, window": masks()["zigzag halves, documents, window"],
     "gathered, window": gathered(24, 60, IntervalMask(window=4), batch=1, heads=2),
 }
+each_case = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "zigzag halves, window")) for name in CASES],
+)
 in_interpreter = pytest.mark.skipif(
     not attention_triton.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )
@@ -35,7 +39,7 @@ def without(x, kept):
 
 
 @in_interpreter
-@pytest.mark.parametrize("name", CASES)
+@each_case
 def test_a_query_tile_reads_no_key_tile_that_it_does_not_see(name):
     mask = CASES[name]
     queries, keys = mask.query.shape[-1], len(mask.key)
@@ -60,7 +64,7 @@ def test_a_query_tile_reads_no_key_tile_that_it_does_not_see(name):
 
 
 @in_interpreter
-@pytest.mark.parametrize("name", CASES)
+@each_case
 def test_a_key_tile_reads_no_query_tile_that_does_not_see_it(name):
     mask = CASES[name]
     queries, keys = mask.query.shape[-1], len(mask.key)

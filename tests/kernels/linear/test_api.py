@@ -16,6 +16,11 @@ from longctx.kernels.linear.recurrence import Inputs, Segment
 from tests.kernels.linear.cases import GROUPS, KINDS, by_reference, draw, named_gates, relative
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
+RICHEST = ("constant", "vector", "delta, vector")
+"""Of each recurrence the kind that has all there is, and a gate that is constant over the sequence."""
+richest_kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in RICHEST)) for kind in KINDS]
+)
 
 
 class Short:
@@ -236,7 +241,7 @@ def test_feature_maps_are_their_equations():
     torch.testing.assert_close(hedgehog(x, weight, torch.full((3, 4), 0.5, dtype=torch.float64)), want_hedgehog)
 
 
-@each_kind
+@richest_kinds
 def test_the_compiler_takes_the_operators_whole(kind):
     case = draw(kind, 66).to(torch.float32)
 
@@ -257,7 +262,7 @@ def test_the_compiler_takes_the_operators_whole(kind):
 @pytest.mark.parametrize(
     "function", ["summarize", "apply", "summarize_grad", "apply_grad", "query_grad", "key_value_grad"]
 )
-@each_kind
+@richest_kinds
 def test_shapes_that_the_compiler_is_told_are_those_that_come_out(kind, function):
     case = draw(kind, 20, heads=GROUPS["fewer values"]).to(torch.bfloat16)
     gates, segments = list(case.gates), [0, 7, 1, 3, 7, 20, 0]

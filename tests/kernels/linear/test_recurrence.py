@@ -9,6 +9,7 @@ import torch
 
 from longctx.kernels.linear import reference
 from longctx.kernels.linear.recurrence import Carry, Inputs, Segment, compose
+from tests.combinations import pairs_first
 from tests.kernels.linear.cases import GROUPS, KINDS, by_recurrence, by_reference, draw, named_gates, relative
 
 LENGTHS = [1, 2, 63, 64, 65, 128, 200]
@@ -30,11 +31,9 @@ def check(case, segments, starts, bound):
         assert relative(second, first) < bound or first.norm() < 1e-200, name
 
 
-@each_kind
-@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("kind", "length", "starts"), pairs_first(list(KINDS), LENGTHS, list(STARTS)))
 def test_forward_and_backward_equal_the_reference(kind, length, starts):
-    starts = starts(length)
+    starts = STARTS[starts](length)
     check(draw(kind, length), [Segment(0, length, starts)], starts, 1e-11)
 
 

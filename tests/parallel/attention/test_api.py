@@ -17,7 +17,8 @@ from longctx.parallel.attention.visibility import KVOwners, score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.traffic import count_traffic
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, few_examples, many_examples, packings, pairs_or_everything
+from tests.combinations import pairs_or_everything
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, few_examples, many_examples, packings
 
 MASKS = [CAUSAL_MASK, IntervalMask(window=5), IntervalMask(causal=False), IntervalMask(causal=False, window=3)]
 HEADS = (8, 2)

@@ -12,7 +12,8 @@ from longctx.parallel.attention.ring import RingSchedule, plan_steps
 from longctx.parallel.attention.visibility import KVOwners, row_count
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import count_traffic
-from tests.parallel.cases import ORDERS, layout_here, pairs
+from tests.combinations import pairs
+from tests.parallel.cases import ORDERS, layout_here
 
 CPU = torch.device("cpu")
 BATCH, HEADS, KV_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 2, 3, 5

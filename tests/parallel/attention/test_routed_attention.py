@@ -9,8 +9,9 @@ import torch.distributed as dist
 from longctx.parallel.attention.api import routed_attention, softmax_attention
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from tests.combinations import pairs, pairs_or_everything
 from tests.parallel.attention.test_api import MASKS, grid, schedules
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, pairs, pairs_or_everything
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
 
 HEADS = 4
 ROUTES = ["some", "none", "all to one head"]

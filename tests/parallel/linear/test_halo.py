@@ -8,7 +8,8 @@ from longctx.parallel.layout import Layout
 from longctx.parallel.linear.convolution import short_convolution
 from longctx.parallel.linear.halo import left_halo
 from longctx.parallel.traffic import count_traffic
-from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here, pairs_or_everything
+from tests.combinations import pairs_or_everything
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 SHORT = {"slices of one token": (0, 2, 5, 8), "slices of two tokens": (0, 16), "one of two": (0, 7, 8, 9, 16)}
 """Packed sequences whose slices, over 4 ranks, are shorter than a window of 3 tokens."""

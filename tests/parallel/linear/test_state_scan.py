@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 from longctx.parallel.linear.state_scan import begin_state_scan, state_scan
 from longctx.parallel.traffic import count_traffic
+from tests.combinations import pairs_or_everything
 from tests.kernels.linear.cases import KINDS, by_reference, draw
-from tests.parallel.cases import (
-    ORDERS,
-    PACKINGS,
-    UNEVEN,
-    few_examples,
-    layout_here,
-    many_examples,
-    packings,
-    pairs_or_everything,
-)
+from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, few_examples, layout_here, many_examples, packings
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 HEADS = (4, 2, 4, 2)

@@ -179,8 +179,15 @@ def test_tiles_of_any_size(kind, blocks, monkeypatch):
     check(case, [Segment(0, 40, (20,))], (20,))
 
 
-@each_kind
-@pytest.mark.parametrize("starts", [(), (10, 34)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "starts"),
+    [
+        *((kind, ()) for kind in DELTA),
+        ("delta, vector", (10, 34)),
+        *(pytest.param(kind, (10, 34), marks=pytest.mark.slow) for kind in DELTA[:2]),
+    ],
+    ids=str,
+)
 def test_decays_of_exp_minus_10000(kind, starts):
     case = draw(kind, 50, batch=1, heads=ONE, key_dim=16, value_dim=16, strong=True)
     check(case, [Segment(0, 50, starts)], starts)
@@ -222,8 +229,14 @@ def test_the_gradient_of_a_decay_that_acts_on_nothing_is_zero(kind):
     assert got["dlog_decay"][:, 1:17].abs().amin() > 0
 
 
-@each_kind
-@pytest.mark.parametrize("t", [0, 21, 32])
+@pytest.mark.parametrize(
+    ("kind", "t"),
+    [
+        *((kind, 21) for kind in DELTA),
+        *(("delta, vector", t) for t in (0, 32)),
+        *(pytest.param(kind, t, marks=pytest.mark.slow) for kind in DELTA[:2] for t in (0, 32)),
+    ],
+)
 def test_changing_a_token_leaves_earlier_outputs_bitwise_unchanged(kind, t):
     case = on_device(draw(kind, 40, batch=1, heads=ONE))
     segments, states = [Segment(0, 40)], case.state[None]

@@ -1,0 +1,35 @@
+"""Combinations of parameters: all of them, or a few in which every pair occurs."""
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+
+def pairs(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """A few combinations of a value per row, in which any two values of two rows meet at least once."""
+    everything = list(product(*(range(len(row)) for row in rows)))
+    missing = {pair for numbers in everything for pair in combinations(enumerate(numbers), 2)}
+    chosen = []
+    while missing:
+        best = max(everything, key=lambda numbers: len(missing.intersection(combinations(enumerate(numbers), 2))))
+        missing.difference_update(combinations(enumerate(best), 2))
+        chosen.append(best)
+    return [tuple(row[n] for row, n in zip(rows, numbers, strict=True)) for numbers in sorted(chosen)]
+
+
+def everything(*rows: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """All combinations of a value per row."""
+    return list(product(*rows))
+
+
+pairs_or_everything = pytest.mark.parametrize(
+    "combinations", [pairs, pytest.param(everything, marks=pytest.mark.slow)], ids=["pairs", "everything"]
+)
+
+
+def pairs_first(*rows: Sequence[Any]) -> list[Any]:
+    """All combinations as parameters of a test, slow ones those that `pairs` leaves out."""
+    chosen = pairs(*rows)
+    return [pytest.param(*values, marks=[] if values in chosen else [pytest.mark.slow]) for values in everything(*rows)]
