@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from longctx.kernels.attention.block import CAUSAL_MASK
+from longctx.kernels.attention.masks import CAUSAL_MASK
 from longctx.parallel.attention.cost_model import AttentionShape, estimates
 from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout

@@ -34,7 +34,7 @@ def test_an_error_comes_with_its_reason_and_its_traceback() -> None:
     assert not caught.value.died
 
 
-def test_a_process_that_is_killed_is_told_from_an_error() -> None:
+def test_a_process_that_is_killed_is_distinguished_from_an_error() -> None:
     with pytest.raises(IsolatedProcessError, match="was killed") as caught:
         run_isolated(1, die)
     assert caught.value.died

@@ -83,7 +83,7 @@ def test_it_is_read_on_any_number_of_ranks(ranks, tmp_path, written, read):
     assert ranks.run(whole, tmp_path / "step-00000003", size=read) == [3.0] * read
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
+def test_training_continues_while_a_checkpoint_is_written(ranks, tmp_path):
     assert ranks.run(changed_while_written, tmp_path, size=2) == [7.0, 7.0]
 
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_written_is_an_error_on_every_rank_and_harms_nothing(rank
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
-def test_a_failed_save_is_told_by_the_next_one(ranks, tmp_path):
+def test_a_failed_save_is_reported_by_the_next_one(ranks, tmp_path):
     ranks.run(fail_at_the_next_save, tmp_path, size=2)
 
 
@@ -309,7 +309,7 @@ def damaged(saved, tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "trainer.json"])
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_file_that_is_missing_or_cut_short_is_told_with_what_to_do(damaged, name, damage):
+def test_a_file_that_is_missing_or_cut_short_is_reported_with_what_to_do(damaged, name, damage):
     file = damaged / name
     if damage == "cut":
         os.truncate(file, file.stat().st_size - 10)
@@ -350,7 +350,7 @@ def unreadable(path: Path) -> str:
     return str(caught.value)
 
 
-def test_another_model_is_told_by_every_difference(tmp_path):
+def test_another_model_is_reported_by_every_difference(tmp_path):
     check_same_model(tmp_path, state(1), dict(MODEL))
     with pytest.raises(UserError, match=r"dim: 16, expected 32; heads: None, expected 2\. Train this model in"):
         check_same_model(tmp_path, state(1), {"dim": 32, "vocab_size": 320, "heads": 2})

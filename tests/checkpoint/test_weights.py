@@ -88,14 +88,14 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path):
     assert torch.equal(find_weights(tmp_path, HOW).read_rows("w", 2, 7), whole[2:7])
 
 
-def test_another_model_is_told_by_every_difference(written):
+def test_another_model_is_reported_by_every_difference(written):
     weights = find_weights(written, HOW)
     weights.check(hybrid(), VOCABULARY)
     with pytest.raises(UserError, match=r"of another model: dim: 12, expected 18; vocab_size: 29, expected 64\."):
         weights.check(hybrid(dim=18), 64)
 
 
-def test_tensors_that_are_not_the_configurations_are_told(copy):
+def test_tensors_that_are_not_the_configurations_are_reported(copy):
     said = json.loads((copy / "weights.json").read_text())
     said["model"]["tie_embeddings"] = False
     (copy / "weights.json").write_text(json.dumps(said))
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_names_the_others(trained, tmp_path):
         find_weights(run, HOW)
 
 
-def test_what_holds_no_weights_is_told_with_what_does(workplace):
+def test_what_holds_no_weights_is_reported_with_what_does(workplace):
     with pytest.raises(UserError, match=r"nowhere: no such directory\. Use weights with train\.init=DIR: a "):
         find_weights(workplace / "nowhere", HOW)
     with pytest.raises(UserError, match=r"corpus has no weights\. Use weights with train\.init=DIR: a checkpoint, "):
@@ -197,7 +197,7 @@ def begun(ranks, workplace, trained):
 
 
 @pytest.mark.parametrize("how", RANKS)
-def test_a_run_begins_with_weights_and_nothing_else(begun, trained, how):
+def test_a_run_starts_from_weights_and_nothing_else(begun, trained, how):
     """Step, data, schedule and optimizer are a new run's: what two updates give shows the last."""
     run = begun(how)
     found = metrics(run).steps
@@ -215,7 +215,7 @@ def test_ranks_change_nothing(begun):
     assert losses(begun("1 rank")) == pytest.approx(losses(begun("2 ranks")), rel=1e-5)
 
 
-def test_the_recipe_keeps_it_and_a_run_that_goes_on_does_not_look_at_it(ranks, trained, workplace, tmp_path):
+def test_the_recipe_keeps_it_and_a_run_that_resumes_does_not_look_at_it(ranks, trained, workplace, tmp_path):
     init = shutil.copytree(trained, tmp_path / "init")
     ranks.run(train, workplace, tmp_path / "whole", [f"train.init={init}", "train.steps=4"], size=2)
     assert f'init = "{init}"' in (tmp_path / "whole/recipe.toml").read_text()
@@ -237,7 +237,7 @@ def refused(ranks, workplace, out, *arguments) -> str:
     return messages[0]
 
 
-def test_mistakes_are_told_on_every_rank(ranks, trained, workplace, tmp_path):
+def test_mistakes_are_reported_on_every_rank(ranks, trained, workplace, tmp_path):
     out = tmp_path / "out"
     assert "/nowhere: no such directory" in refused(ranks, workplace, out, ["train.init=/nowhere"])
     told = refused(ranks, workplace, out, [f"train.init={trained}", "model.dim=32"])
@@ -248,13 +248,13 @@ def test_mistakes_are_told_on_every_rank(ranks, trained, workplace, tmp_path):
     assert f"checkpoint {cut} is damaged: __0_0.distcp has 100 bytes" in told
 
 
-def test_what_is_not_there_on_one_machine_is_told_on_every_rank(ranks, workplace, trained, tmp_path):
+def test_what_is_not_there_on_one_machine_is_reported_on_every_rank(ranks, workplace, trained, tmp_path):
     told = ranks.run(with_weights_of_its_own, workplace, tmp_path / "out", [trained, Path("/nowhere")], size=2)
     assert told[0] == told[1]
     assert "/nowhere: no such directory" in told[0]
 
 
-def test_other_weights_on_one_machine_are_told_on_every_rank(ranks, workplace, trained, tmp_path):
+def test_other_weights_on_one_machine_are_reported_on_every_rank(ranks, workplace, trained, tmp_path):
     both = [trained, trained / "checkpoints/step-00000002"]
     told = ranks.run(with_weights_of_its_own, workplace, tmp_path / "out", both, size=2)
     assert told[0] == told[1] == (

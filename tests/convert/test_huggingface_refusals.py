@@ -53,7 +53,7 @@ def rewrite(folder, function):
     return index, file
 
 
-def test_every_tensor_that_is_missing_of_another_shape_or_unknown_is_told(theirs):
+def test_every_tensor_that_is_missing_of_another_shape_or_unknown_is_reported(theirs):
     def changed(tensors):
         del tensors["model.layers.0.self_attn.o_proj.weight"]
         tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(3)
@@ -211,7 +211,7 @@ def test_what_is_there_is_not_replaced(theirs, tmp_path):
         "heads",
     ],
 )
-def test_a_model_that_no_class_has_is_told_by_every_key(tmp_path, config, said):
+def test_a_model_that_no_class_has_is_reported_by_every_key(tmp_path, config, said):
     save(tmp_path / "built-in", 0, config)
     with pytest.raises(UserError) as caught:
         to_huggingface(tmp_path / "built-in", tmp_path / "out")
@@ -225,7 +225,7 @@ def test_how_a_model_is_trained_is_no_part_of_it(tmp_path):
     to_huggingface(tmp_path / "built-in", tmp_path / "out")
 
 
-def test_a_full_disk_is_told_and_nothing_is_left(tmp_path):
+def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path):
     save(tmp_path / "built-in", 0, like_llama())
     with (
         patch.object(huggingface, "write_file", side_effect=OSError(28, "No space left on device")),

@@ -6,7 +6,7 @@ from longctx.mixers.softmax import SoftmaxConfig
 from tests.model.cases import hybrid
 
 
-def test_what_megatrons_script_has_to_be_told():
+def test_which_options_megatrons_script_needs():
     softmax = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, rope_theta=5e5, window=5)
     assert script_arguments(hybrid(softmax=softmax, tie_embeddings=False)) == (
         "--num-layers 3 --hidden-size 12 --ffn-hidden-size 10 --swiglu --disable-bias-linear --normalization RMSNorm "

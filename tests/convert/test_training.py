@@ -53,7 +53,7 @@ def converted(workplace, sources, out) -> Path:
     [(2, ["parallel.ep=2"]), (2, ["parallel.cp=1"]), (1, ["parallel.cp=1"])],
     ids=["ep 2", "dp 2", "1 rank"],
 )
-def test_the_first_step_is_the_dense_models_and_training_goes_on(
+def test_the_first_step_is_the_dense_models_and_training_continues(
     ranks, workplace, dense, continued, tmp_path, size, overrides
 ):
     """With the experts divided, sharded by rows, and whole."""
@@ -74,7 +74,7 @@ def test_of_two_models_it_runs(ranks, workplace, dense, tmp_path):
 
 
 @pytest.mark.parametrize("config", [like_qwen3_next(), like_minimax()], ids=["qwen3_next", "minimax"])
-def test_of_a_model_of_transformers_a_run_begins_and_is_exported(ranks, workplace, tmp_path, monkeypatch, config):
+def test_of_a_model_of_transformers_a_run_starts_and_is_exported(ranks, workplace, tmp_path, monkeypatch, config):
     monkeypatch.setattr(cases, "VOCABULARY", 320)
     cases.save(tmp_path / "built-in", 0, config)
     to_huggingface(tmp_path / "built-in", tmp_path / "theirs")

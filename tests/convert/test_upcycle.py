@@ -251,7 +251,7 @@ def left_by(sources, out, error):
     return str(caught.value)
 
 
-def test_a_full_disk_is_told_and_nothing_is_left(dense, tmp_path):
+def test_a_full_disk_is_reported_and_nothing_is_left(dense, tmp_path):
     stream, opened = FileSystem.create_stream, []
 
     def full(self, path, mode):
@@ -301,13 +301,13 @@ def test_more_shared_experts_than_one(dense, tmp_path):
     ],
     ids=["dim", "layers", "depth", "norm_eps"],
 )
-def test_a_model_of_another_shape_is_told_by_every_difference(dense, tmp_path, changes, said):
+def test_a_model_of_another_shape_is_reported_by_every_difference(dense, tmp_path, changes, said):
     fields = {name: getattr(routed(), name) for name in routed().model_fields_set}
     config = type(routed())(**(fields | changes))
     assert said in refused(dense[:1], tmp_path / "out", config)
 
 
-def test_a_dense_layer_of_another_width_is_told_with_both_shapes(dense, tmp_path):
+def test_a_dense_layer_of_another_width_is_reported_with_both_shapes(dense, tmp_path):
     fields = {name: getattr(routed(), name) for name in routed().model_fields_set}
     config = type(routed())(**(fields | {"swiglu": SwigluConfig(hidden=14)}))
     told = refused(dense[:1], tmp_path / "out", config)
@@ -318,7 +318,7 @@ def test_a_dense_layer_of_another_width_is_told_with_both_shapes(dense, tmp_path
     assert f"[12, 10] of {dense[0]}" in told
 
 
-def test_what_no_rule_covers_and_what_nothing_takes_are_told_by_name_and_shape(dense, tmp_path):
+def test_what_no_rule_covers_and_what_nothing_takes_are_reported_by_name_and_shape(dense, tmp_path):
     with patch.object(rules, "RULES", rules.RULES[1:]):
         told = refused(dense[:1], tmp_path / "out", routed())
     assert "blocks.0.ffn.experts.gate_up [4, 20, 12] of the recipe's model" in told

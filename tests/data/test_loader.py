@@ -68,7 +68,7 @@ def test_cu_seqlens_say_where_documents_begin(fresh, lengths, length, seed):
         assert sequence.cu_seqlens.tolist() == [0, *ends[ends < length].tolist(), length]
 
 
-def test_a_long_document_goes_on_in_the_next_sequences(fresh):
+def test_a_long_document_continues_in_the_next_sequences(fresh):
     stream = SequenceStream(fresh([10, 3]), 4, seed=0, shuffle=False)
     long, short = document_of(0, 10).tolist(), document_of(1, 3).tolist()
     first, second, third = (stream[i] for i in range(3))

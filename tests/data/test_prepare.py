@@ -136,7 +136,7 @@ def test_something_is_always_left_to_train_on(tmp_path):
         Corpus(tmp_path / "out", "heldout")
 
 
-def test_the_manifest_tells_what_is_there(tmp_path):
+def test_the_manifest_reports_what_is_there(tmp_path):
     folder = write_tree(tmp_path / "in", {f"{n:02}.txt": "x" * n for n in range(1, 33)})
     manifest = prepared([folder], tmp_path / "out", shard_tokens=100)
     split = manifest.splits["train"]

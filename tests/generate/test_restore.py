@@ -108,7 +108,7 @@ def test_another_corpus_is_noticed(trained, tmp_path):
     assert not restore(trained, [f"data.path={tmp_path / 'corpus'}"]).same_corpus
 
 
-def test_a_corpus_that_is_not_there_is_told_with_what_to_do(trained):
+def test_a_corpus_that_is_not_there_is_reported_with_what_to_do(trained):
     with pytest.raises(UserError) as caught:
         restore(trained, ["data.path=gone"])
     assert str(caught.value).startswith(
@@ -117,7 +117,7 @@ def test_a_corpus_that_is_not_there_is_told_with_what_to_do(trained):
     assert str(caught.value).endswith("If the corpus has moved, add data.path=DIR")
 
 
-def test_a_tokenizers_file_that_is_not_there_is_told(ranks, workplace, tmp_path):
+def test_a_tokenizers_file_that_is_not_there_is_reported(ranks, workplace, tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
     prepare([workplace / "corpus-texts"], tmp_path / "corpus", tokenizer=str(tokenizer), progress=False, workers=1)
     overrides = ("train.steps=2", "parallel.cp=1", f"data.path={tmp_path / 'corpus'}")
@@ -131,7 +131,7 @@ def test_a_tokenizers_file_that_is_not_there_is_told(ranks, workplace, tmp_path)
 # Mistakes
 
 
-def test_what_is_no_run_is_told_with_those_there_are(trained, tmp_path, monkeypatch):
+def test_what_is_no_run_is_reported_with_those_there_are(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"gone is not a run: there is no such directory\. Give .*runs/<name>\.$"):
         restore(Path("gone"))
@@ -142,14 +142,14 @@ def test_what_is_no_run_is_told_with_those_there_are(trained, tmp_path, monkeypa
         restore(Path("runs/tiny/checkpoints"))
 
 
-def test_a_run_without_a_checkpoint_is_told(copy):
+def test_a_run_without_a_checkpoint_is_reported(copy):
     for name in ("step-00000002", "step-00000004"):
         (copy / "checkpoints" / name).rename(copy / "checkpoints" / f"{name}.partial")
     with pytest.raises(UserError, match="has no checkpoint yet: train until the first one"):
         restore(copy)
 
 
-def test_a_checkpoint_of_another_model_is_told(copy):
+def test_a_checkpoint_of_another_model_is_reported(copy):
     recipe = (copy / "recipe.toml").read_text()
     assert "\ndim = 16\n" in recipe
     (copy / "recipe.toml").write_text(recipe.replace("\ndim = 16\n", "\ndim = 32\n"))
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_model_is_told(copy):
         restore(copy)
 
 
-def test_a_checkpoint_of_megatrons_tensors_is_told_with_what_makes_weights_of_it(copy):
+def test_a_checkpoint_of_megatrons_tensors_is_reported_with_what_makes_weights_of_it(copy):
     trainer = copy / "checkpoints/step-00000004/trainer.json"
     content = json.loads(trainer.read_text())
     content["state"]["format"] = "megatron"
@@ -175,7 +175,7 @@ def test_what_has_no_part_in_generation_cannot_be_overridden(trained, override):
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed"])
-def test_a_damaged_checkpoint_is_told_with_the_others(copy, damage):
+def test_a_damaged_checkpoint_is_reported_with_the_others(copy, damage):
     newest = copy / "checkpoints/step-00000004"
     file = newest / (".metadata" if damage == "zeroed" else "__0_0.distcp")
     if damage == "cut":

@@ -117,6 +117,6 @@ def test_rows_beyond_the_vocabulary_are_never_drawn():
         ({"vocabulary": 0}, "vocabulary: 0 tokens"),
     ],
 )
-def test_a_mistake_is_told_at_once(given, words):
+def test_a_mistake_is_reported_at_once(given, words):
     with pytest.raises(UserError, match=words):
         generate(model(), **({"tokens": [1, 2], "count": 3} | given))

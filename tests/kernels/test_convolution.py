@@ -336,7 +336,7 @@ def test_the_compiler_takes_the_operators_whole(bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shapes_that_the_compiler_is_told_are_those_that_come_out(dtype, bias):
+def test_shapes_of_the_fake_operators_are_those_of_the_results(dtype, bias):
     case = draw(20, 4, bias=bias).to(dtype)
     low = replace(case, weight=case.weight.float())
     arguments = (low.x, low.weight, low.bias, torch.stack([low.before] * 2), [7, 20, 0, 7], [3, 11], "silu")

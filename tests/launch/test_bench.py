@@ -86,7 +86,7 @@ def test_a_peer_that_is_not_installed_gives_its_line(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("here")
-def test_a_disagreement_is_told_by_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disagreement_is_reported_by_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "BOUNDS", {"float32": -1.0})
     status, out, _ = invoke(*SMALL, "--only", "rms-norm")
     assert status == 1

@@ -55,7 +55,7 @@ def run(*arguments):
     return convert("upcycle", *arguments)
 
 
-def test_sources_and_overrides_are_told_apart():
+def test_sources_and_overrides_are_reported_separately():
     arguments = ["runs/a", "model.moe.experts=8", "./b=c", "step-1", "seed=3", "model.moe={experts = 2}"]
     sources, overrides = split_arguments(arguments)
     assert sources == [Path("runs/a"), Path("b=c"), Path("step-1")]

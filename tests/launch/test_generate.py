@@ -101,7 +101,7 @@ def test_a_mistake_is_its_message_and_status_2(trained, arguments, words):
     assert "Traceback" not in said
 
 
-def test_a_prompt_that_is_no_text_is_told(trained, tmp_path):
+def test_a_prompt_that_is_no_text_is_reported(trained, tmp_path):
     (tmp_path / "prompt").write_bytes(b"ab\xff")
     status, _, said = run(trained, "--prompt-file", tmp_path / "prompt")
     assert status == 2

@@ -17,7 +17,7 @@ def test_ranks_find_torchruns_environment(start, tmp_path):
         assert (tmp_path / f"rank-{rank}.txt").read_text() == f"{rank} {rank} 3 3 127.0.0.1 7"
 
 
-def test_ranks_share_the_cores_unless_told_otherwise(start, tmp_path, monkeypatch):
+def test_ranks_share_the_cores_unless_set_otherwise(start, tmp_path, monkeypatch):
     assert start("describe", 2).wait()[0] == 0
     assert (tmp_path / "rank-1.txt").read_text().split()[-1] == str(threads_per_rank(2))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))

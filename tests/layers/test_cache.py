@@ -77,7 +77,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS.keys())
 @pytest.mark.parametrize("pieces", [(1,) * 28, (3, 1, 1, 2, 20, 1)], ids=str)
-def test_other_forms_of_a_layer_go_on_too(config, pieces):
+def test_other_forms_of_a_layer_resume_too(config, pieces):
     mixer, (x, _) = config.build(DIM, 1, 4, 1e-5).double(), draw(28)
     got, _ = in_pieces(mixer, x, pieces)
     torch.testing.assert_close(got, mixer(x, Layout((0, 28))).detach(), rtol=1e-11, atol=1e-12)

@@ -155,14 +155,14 @@ def test_neither_work_nor_memory_of_a_token_grows_with_those_before_where_mathem
         assert 0 < small == large
 
 
-def test_what_softmax_attention_remembers_is_keys_and_values_of_all_tokens_and_half_as_much_room():
+def test_the_kv_cache_holds_every_token_and_at_most_half_as_much_room_more():
     _, cache = in_pieces(built("S"), draw(90)[0], (60, *[1] * 30))
     of_a_token = 2 * 2 * (4 + 4) * 8  # B 2 x 2 key/value heads of 4 channels and 4, float64
     assert 90 * of_a_token <= cache.nbytes <= 1.5 * 90 * of_a_token
 
 
 @each_mixer
-def test_what_does_not_fit_what_is_remembered_is_refused_and_changes_nothing(letter):
+def test_a_layout_that_does_not_continue_the_cache_is_refused_and_changes_nothing(letter):
     mixer, (x, _) = built(letter), draw(10)
     want, _ = in_pieces(mixer, x, (4, 6))
     got, cache = in_pieces(mixer, x[:, :4], (4,))

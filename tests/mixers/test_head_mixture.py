@@ -154,7 +154,7 @@ def test_a_document_in_pieces_is_as_it_would_be_whole(letter):
 
 
 @each_mixer
-def test_every_head_remembers_tokens_that_no_one_reads_it_at(letter):
+def test_every_heads_state_contains_tokens_that_no_query_of_it_reads(letter):
     """Reading is per token, writing is not: a head that was not read before knows all earlier tokens when it is."""
     mixer, (x, _) = routed(letter), draw(20)
     chosen = mixer.head_router(x, Layout((0, 20))).chosen[0]
@@ -225,7 +225,7 @@ def test_an_output_of_a_layer_that_does_not_route_is_its_output_alone():
     assert accumulation_dtype(out.dtype) == out.dtype
 
 
-def test_what_is_told_of_schedules_is_of_shared_and_of_routed_heads():
+def test_what_is_reported_of_schedules_is_of_shared_and_of_routed_heads():
     def told(shared, router=True):
         mixer = built("S")
         if router:

@@ -158,7 +158,7 @@ def test_heads_that_do_not_fit_are_named_with_their_key(arguments, words):
     assert problem.startswith(words)
 
 
-def test_two_mistakes_are_both_told():
+def test_two_mistakes_are_both_reported():
     problems = SoftmaxConfig(heads=4, kv_heads=3, head_dim=5).problems(12)
     assert [problem.split(":")[0] for problem in problems] == ["head_dim", "kv_heads"]
 

@@ -121,7 +121,7 @@ def refused(**changes):
         ),
     ],
 )
-def test_a_mistake_is_told_with_its_key(changes, words):
+def test_a_mistake_is_reported_with_its_key(changes, words):
     assert words in refused(**changes)
 
 
@@ -132,7 +132,7 @@ def test_all_mistakes_are_in_one_message():
     assert places == sorted(places)
 
 
-def test_wrong_types_and_unknown_keys_are_told_together():
+def test_wrong_types_and_unknown_keys_are_reported_together():
     with pytest.raises(ValidationError) as caught:
         ModelConfig(layers="L", depth=0, dim="1.5", lightnin=LightningConfig(heads=1), norm_eps=0.0)
     assert {error["loc"] for error in caught.value.errors()} == {("depth",), ("dim",), ("lightnin",), ("norm_eps",)}

@@ -200,7 +200,7 @@ def test_the_schedule_of_a_similarity_router_is_said_where_it_is_chosen():
     assert attention.describe_schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16) is None
 
 
-def test_scores_that_are_no_numbers_are_told_where_logits_are():
+def test_scores_that_are_no_numbers_are_reported_where_logits_are():
     layer = layer_of(router="similarity")
     assert layer(draw(), LAYOUT).report.finite
     with torch.no_grad():

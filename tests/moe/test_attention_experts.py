@@ -64,7 +64,7 @@ def test_ranks_reports_add_up_to_that_of_one_and_padding_is_not_in_them(order):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_told_with_their_layer(value):
+def test_logits_that_are_not_finite_are_reported_with_their_layer(value):
     drawn = logits()
     drawn[1, 4, 2] = value
     routing = RouterStats()

@@ -108,7 +108,7 @@ def test_half_precision_is_routed_in_float32():
     assert routing.weights.dtype == routing.report.loss.dtype == torch.float32
 
 
-def test_logits_that_are_no_numbers_are_told_and_still_route_somewhere():
+def test_logits_that_are_no_numbers_are_reported_and_still_route_somewhere():
     logits = draw()
     assert route(logits, TokenChoice(2)).report.finite
     logits[1, 4, 2] = math.nan

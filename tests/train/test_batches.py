@@ -60,7 +60,7 @@ def test_what_is_taken_is_what_was_asked_for_in_order_and_read_once(stream_and_p
     assert [number for number, _ in stream.read] == [1, 3, 5, 7, 8, 9, 10, 11]
 
 
-def test_reading_goes_on_in_a_thread_while_the_caller_computes(stream_and_prefetcher):
+def test_reading_continues_in_a_thread_while_the_caller_computes(stream_and_prefetcher):
     stream, prefetcher = stream_and_prefetcher
     prefetcher.request(range(3))
     prefetcher.close()

@@ -200,7 +200,7 @@ def test_before_the_first_step_the_panel_says_how_long_it_takes() -> None:
     assert "stopped before the first step" in "\n".join(panel(display))
 
 
-def test_time_goes_on_during_a_long_step() -> None:
+def test_time_advances_during_a_long_step() -> None:
     clock = Clock()
     display = live(clock)
     display.step(replace(step(1), seconds=70.0, seconds_left=700.0))

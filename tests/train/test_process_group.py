@@ -64,7 +64,7 @@ def lose_rank_1() -> str:
     return str(caught.value)
 
 
-def test_a_peer_that_is_gone_is_told_with_what_was_under_way(ranks):
+def test_a_peer_that_is_gone_is_reported_with_what_was_under_way(ranks):
     told, _ = ranks.run(lose_rank_1, size=2)
     assert told.startswith("step 3: rank 0 lost contact with another rank, which died or timed out")
     assert "--resume auto" in told

@@ -218,7 +218,7 @@ def divided(ranks, workplace) -> Path:
     return workplace / "divided"
 
 
-def test_a_run_tells_how_its_experts_are_chosen(divided):
+def test_a_run_reports_how_its_experts_are_chosen(divided):
     found = metrics(divided)
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
     assert found.runs[0].mesh["ep"] == 2
@@ -296,7 +296,7 @@ def test_logits_that_are_no_numbers_stop_all_ranks_with_layer_and_step(ranks, wo
     assert len(losses(tmp_path / "out")) == 2
 
 
-def test_a_run_tells_how_even_the_weights_of_attention_experts_are(ranks, workplace, tmp_path):
+def test_a_run_reports_how_even_the_weights_of_attention_experts_are(ranks, workplace, tmp_path):
     ranks.run(train, workplace, tmp_path / "out", [*ATTENTION_EXPERTS, "train.steps=5", "evaluation.every=2"], size=2)
     found = metrics(tmp_path / "out")
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
@@ -385,7 +385,7 @@ def test_a_recipe_that_does_not_fit_what_is_there(ranks, workplace, tmp_path, ov
     assert message in refusals(ranks, workplace, tmp_path / "out", overrides)
 
 
-def test_what_one_rank_lacks_is_told_on_every_rank(ranks, workplace, tmp_path):
+def test_what_one_rank_lacks_is_reported_on_every_rank(ranks, workplace, tmp_path):
     arguments = (["data.path=/nowhere"], "auto", nothing, 1)
     assert "/nowhere" in refusals(ranks, workplace, tmp_path / "out", *arguments)
 
@@ -454,7 +454,7 @@ def test_checkpoints_that_do_not_fit_the_run(ranks, whole, workplace, overrides,
         assert message in told
 
 
-def test_a_checkpoint_from_before_a_key_of_the_model_goes_on(ranks, whole, workplace, tmp_path):
+def test_a_checkpoint_from_before_a_key_of_the_model_resumes(ranks, whole, workplace, tmp_path):
     out = interrupted_copy(whole, tmp_path / "out", 4)
     file = out / "checkpoints" / "step-00000004" / "trainer.json"
     content = json.loads(file.read_text())

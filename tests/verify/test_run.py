@@ -121,7 +121,7 @@ def with_a_lost_token_on_rank_1(subject, case, precision):
         return measure(subject, case, precision)
 
 
-def test_a_token_that_its_experts_lose_is_told(ranks, monkeypatch):
+def test_a_token_that_its_experts_lose_is_reported(ranks, monkeypatch):
     only(monkeypatch, Case(2, "zigzag", False, ep=2))
     subject = Subject(with_experts(), TrainConfig(steps=1), VOCABULARY, 32, 1)
     row = next(verify(subject, ranks, measure=with_a_lost_token_on_rank_1))

@@ -123,7 +123,7 @@ def begun(run, path):
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_run_begins_with_weights(ranks, tmp_path, stage):
+def test_a_run_starts_from_weights(ranks, tmp_path, stage):
     ranks.run(leg, "torch", TWO, None, tmp_path, 0, 2, size=2)
     run = replace(TWO, stage=stage)
     want = ranks.run(losses_after, TWO, newest(tmp_path), size=2)

@@ -216,7 +216,7 @@ def uneven(run, what):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_wrong_scale_of_gradients_is_found_corrected_and_told(ranks, stage):
+def test_a_wrong_scale_of_gradients_is_found_corrected_and_reported(ranks, stage):
     run = Run(stage=stage, dp=2, cp=2, accumulation=2)
     scale = 3.0 / (4 if stage == 3 else 2)
     for gradients, notes in ranks.run(probed, run, 3.0, size=4):
@@ -227,7 +227,7 @@ def test_a_wrong_scale_of_gradients_is_found_corrected_and_told(ranks, stage):
         )
 
 
-def test_nothing_is_told_of_a_scale_of_1(ranks):
+def test_nothing_is_reported_of_a_scale_of_1(ranks):
     assert all(notes == () for _, notes in ranks.run(probed, Run(stage=2, cp=2), 1.0, size=2))
 
 

@@ -74,7 +74,7 @@ def test_a_run_is_the_torch_engines(ranks, built_in, tmp_path, size, name, overr
     assert metrics(tmp_path / "run").runs[0].parameters == metrics(built_in / name).runs[0].parameters
 
 
-def test_it_goes_on_from_the_torch_engines_checkpoint_and_the_other_way_round(ranks, built_in, tmp_path):
+def test_it_resumes_from_the_torch_engines_checkpoint_and_the_other_way_round(ranks, built_in, tmp_path):
     half = built_in / "mixture" / "checkpoints" / "step-00000004"
     ranks.run(run, built_in, tmp_path / "a", [*MIXTURE, "deepspeed.zero_stage=3"], str(half), size=2)
     wanted = curve(built_in / "mixture")[0][4:]
@@ -85,7 +85,7 @@ def test_it_goes_on_from_the_torch_engines_checkpoint_and_the_other_way_round(ra
     assert [loss for loss, _ in curve(tmp_path / "c")[0]] == pytest.approx([loss for loss, _ in wanted], rel=1e-5)
 
 
-def test_the_scale_of_gradients_is_told_and_nothing_else_is(tmp_path, workplace):
+def test_the_scale_of_gradients_is_reported_and_nothing_else_is(tmp_path, workplace):
     """In processes of its own, as users start it."""
     command = [sys.executable, "-m", "longctx", "train", str(workplace / "tiny.toml"), "--out", str(tmp_path / "run")]
     command += ["--nproc", "2", "engine=deepspeed", "deepspeed.zero_stage=3", f"data.path={workplace / 'corpus'}"]

@@ -118,7 +118,7 @@ def test_a_mixture_of_heads_is_that_of_the_built_in_engine(ranks, workplace, mix
     assert len(metrics(mixture).evaluations[-1].fluctuation) == 4
 
 
-def test_a_mixture_of_heads_goes_on_on_other_ranks_and_is_converted(ranks, workplace, mixture, tmp_path):
+def test_a_mixture_of_heads_resumes_on_other_ranks_and_is_converted(ranks, workplace, mixture, tmp_path):
     ranks.run(megatron, workplace, tmp_path / "run", [*MIXTURE, "parallel.tp=2"], size=4)
     out = interrupted_copy(tmp_path / "run", tmp_path / "on", 4)
     ranks.run(megatron, workplace, out, [*MIXTURE, ONE, "parallel.pp=2"], size=2)
@@ -150,13 +150,13 @@ RESUMED = {name: RUNS[name] for name in ("one rank", "tp 2", "pp 2", "ulysses 2 
 
 
 @pytest.mark.parametrize(("size", "overrides"), RESUMED.values(), ids=RESUMED)
-def test_it_goes_on_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in, saved, tmp_path, size, overrides):
+def test_it_resumes_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in, saved, tmp_path, size, overrides):
     out = interrupted_copy(saved, tmp_path / "run", 4)
     ranks.run(megatron, workplace, out, [*HYBRID, *overrides], size=size)
     assert_same(curve(out), curve(built_in))
 
 
-def test_it_goes_on_without_the_distributed_optimizer_and_never_with_another_one(ranks, workplace, built_in, tmp_path):
+def test_it_resumes_without_the_distributed_optimizer_and_never_with_another_one(ranks, workplace, built_in, tmp_path):
     whole = [*HYBRID, "megatron.distributed_optimizer=false"]
     ranks.run(megatron, workplace, tmp_path / "run", [*whole, "parallel.tp=2", "parallel.cp=1"], size=2)
     out = interrupted_copy(tmp_path / "run", tmp_path / "on", 4)
@@ -183,13 +183,13 @@ def full_disk(workplace, out, overrides):
         return mistake(workplace, out, ["engine=megatron", *overrides], "auto", on_cpu)
 
 
-def test_a_save_that_fails_on_one_rank_is_told_by_all(ranks, workplace, tmp_path):
+def test_a_save_that_fails_on_one_rank_is_reported_by_all(ranks, workplace, tmp_path):
     (said,) = set(ranks.run(full_disk, workplace, tmp_path / "run", HYBRID, size=2))
     assert "step-00000004 could not be written: rank 1: [Errno 28] No space left on device" in said
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-def test_it_begins_with_weights_of_the_built_in_engine(ranks, workplace, built_in, tmp_path):
+def test_it_starts_from_weights_of_the_built_in_engine(ranks, workplace, built_in, tmp_path):
     begin = [*HYBRID, "train.steps=2", f"train.init={built_in}"]
     ranks.run(train, workplace, tmp_path / "torch", [*begin, ONE], size=1)
     ranks.run(megatron, workplace, tmp_path / "run", [*begin, "parallel.tp=2"], size=4)
@@ -209,7 +209,7 @@ def test_its_checkpoint_becomes_weights_of_the_built_in_model(ranks, workplace, 
         find_weights(saved, "as SOURCE")
 
 
-def test_bf16_follows_the_curve_of_float32_and_goes_on(ranks, workplace, built_in, tmp_path):
+def test_bf16_follows_the_curve_of_float32_and_resumes(ranks, workplace, built_in, tmp_path):
     """With decays in float32 beside it, in one optimizer."""
     overrides = [*HYBRID, "train.precision=bf16"]
     ranks.run(megatron, workplace, tmp_path / "run", overrides, size=2)

@@ -48,7 +48,7 @@ def test_losses_are_those_of_one_rank(ranks, alone, size, training):
 MIXTURE = layer_spec("LS", heads=HeadMixtureConfig(mixers=("softmax", "lightning"), shared=4, active=2))
 
 
-def test_a_mixture_of_heads_goes_on_on_other_ranks(ranks, tmp_path):
+def test_a_mixture_of_heads_resumes_on_other_ranks(ranks, tmp_path):
     folder = tmp_path / "checkpoint"
     alone = ranks.run(trained, MIXTURE, Training(Run(), 6), size=1)[0]
     for found in ranks.run(trained, MIXTURE, Training(Run(tp=2, cp=2, sequence_parallel=True), 3, save=folder), size=4):
@@ -122,7 +122,7 @@ ONWARD = {
 """Ranks, stages of the pipeline, and how many of these a rank has."""
 
 
-def test_saved_on_some_ranks_it_goes_on_on_others(ranks, alone, tmp_path):
+def test_saved_on_some_ranks_it_resumes_on_others(ranks, alone, tmp_path):
     folder = tmp_path / "checkpoint"
     ranks.run(trained, HYBRID, Training(Run(tp=2, cp=2), 3, save=folder), size=4)
     for name, (run, pp, chunks) in ONWARD.items():

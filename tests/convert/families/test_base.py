@@ -12,7 +12,7 @@ from tests.convert.models import (
 )
 
 
-def test_all_keys_are_told_at_once(theirs):
+def test_all_keys_are_reported_at_once(theirs):
     change(theirs, attention_bias=True, hidden_act="relu", new_thing=3)
     told = refused(theirs)
     assert [line.partition(":")[0] for line in told.splitlines()[1:]] == ["hidden_act", "attention_bias", "new_thing"]
@@ -32,7 +32,7 @@ def test_keys_without_a_value_and_those_of_training_are_no_mistake(theirs, tmp_p
         (like_mamba2, {"time_step_limit": [0.0, {"__float__": "x"}]}, "is not a list of two numbers"),
     ],
 )
-def test_values_of_a_wrong_type_are_told_by_their_key(tmp_path, make, keys, said):
+def test_values_of_a_wrong_type_are_reported_by_their_key(tmp_path, make, keys, said):
     folder = exported(tmp_path, make())
     change(folder, **keys)
     assert said in refused(folder)

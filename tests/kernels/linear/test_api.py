@@ -263,7 +263,7 @@ def test_the_compiler_takes_the_operators_whole(kind):
     "function", ["summarize", "apply", "summarize_grad", "apply_grad", "query_grad", "key_value_grad"]
 )
 @richest_kinds
-def test_shapes_that_the_compiler_is_told_are_those_that_come_out(kind, function):
+def test_shapes_of_the_fake_operators_are_those_of_the_results(kind, function):
     case = draw(kind, 20, heads=GROUPS["fewer values"]).to(torch.bfloat16)
     gates, segments = list(case.gates), [0, 7, 1, 3, 7, 20, 0]
     states = torch.stack([case.state, case.state])
