@@ -1,4 +1,4 @@
-"""What layers remember: keys and values in buffers that grow, inputs of convolutions of any width."""
+"""Caches of layers: keys and values in buffers that grow, inputs of convolutions of any width."""
 
 import math
 

@@ -110,15 +110,15 @@ def test_flops_are_those_of_every_product_that_is_needed(kv, monkeypatch):
     assert mixer.flops(Layout(bounds)) == counter.get_total_flops() + pairs
 
 
-def test_shared_keys_are_remembered_once_for_all_experts():
-    remembered = {}
+def test_shared_keys_are_cached_once_for_all_experts():
+    cached = {}
     for kv in ("each", "shared"):
         mixer = built(kv)
         cache = mixer.new_cache()
         with torch.no_grad():
             mixer(draw(20)[0], Layout((0, 20)), cache)
-        remembered[kv] = cache.nbytes
-    assert remembered["each"] == 3 * remembered["shared"] > 0
+        cached[kv] = cache.nbytes
+    assert cached["each"] == 3 * cached["shared"] > 0
 
 
 def test_each_expert_begins_at_the_scale_of_a_softmax_layer():

@@ -89,11 +89,11 @@ def test_a_second_derivative_is_refused(letter):
         dx.square().sum().backward()
 
 
-# Going on from what is remembered
+# Decoding from a cache
 
 
 def in_pieces(mixer, x, pieces):
-    """The outputs for `x [B, T, D]` that comes in pieces, and what is remembered in the end."""
+    """The outputs for `x [B, T, D]` that comes in pieces, and the cache after them."""
     cache = mixer.new_cache()
     with torch.no_grad():
         parts = ((part, Layout((0, part.shape[1]), past_tokens=cache.tokens)) for part in x.split(pieces, dim=1))
@@ -132,7 +132,7 @@ def test_in_pieces_under_autocast_only_projections_are_rounded(letter):
 
 
 def work_of_a_token(mixer, tokens):
-    """FLOPs, as torch counts them, of a token that comes after so many, and the bytes that are remembered then."""
+    """FLOPs, as torch counts them, of a token that comes after so many, and the bytes of the cache then."""
     _, cache = in_pieces(mixer, draw(tokens)[0], [*[5] * (tokens // 5)])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run(mixer, draw(1)[0], Layout((0, 1), past_tokens=tokens), cache)

@@ -235,7 +235,7 @@ def test_of_a_prompt_only_the_last_token_has_logits():
     assert rows.most == 2 * 200
 
 
-def test_what_is_remembered_of_another_model_or_batch_is_refused():
+def test_a_cache_of_another_model_or_batch_is_refused():
     model, x = decoder(hybrid()), tokens(5, batch=2)
     with pytest.raises(ValueError, match="cache has 2 layers, and the decoder has 3"):
         model.next_logits(x, decoder(hybrid(depth=2)).new_cache())

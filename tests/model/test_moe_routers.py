@@ -173,7 +173,7 @@ def test_a_document_in_pieces_is_routed_as_the_whole(router, window, pieces):
     assert cache[1].nbytes == sum(buffer.untyped_storage().nbytes() for buffer in kept)
 
 
-def test_scores_are_remembered_once_and_not_for_each_head():
+def test_scores_are_cached_once_and_not_for_each_head():
     cache, model = Cache(), decoder(routed_by("attention"))
     block, layout = model.blocks[1].eval(), Layout((0, 13))
     with torch.no_grad():

@@ -14,7 +14,7 @@ PROMPT = 20
 
 
 def generated(spec, run, window):
-    """The logits of the last tokens, all at once and from what layers remember."""
+    """The logits of the last tokens, all at once and from the layers' caches."""
     from megatron.core import parallel_state
     from megatron.core.inference.contexts import StaticInferenceContext
 
