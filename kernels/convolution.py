@@ -1,12 +1,12 @@
 """Short causal convolution per channel (depthwise), as in Mamba-2, Gated DeltaNet and KDA, for packed documents.
 
-    y[t, c] = activation(bias[c] + sum_{i < W} weight[c, i] x[t - (W - 1) + i, c])
+    y[t, c] = activation(bias[c] + sum_{i < J} weight[c, i] x[t - (J - 1) + i, c])
 
 The last tap multiplies the token itself (the order of Dao's causal_conv1d). Tokens before the start of a document count
-as zeros. The local tokens may be several segments of a sequence; each comes with the W - 1 tokens before it (`before`),
+as zeros. The local tokens may be several segments of a sequence; each comes with the J - 1 tokens before it (`before`),
 zeros where those belong to another document than the last of them.
 
-Computed as W shifted multiply-adds over a tile of tokens that stays in cache: on a CPU 3 to 19 times faster than
+Computed as J shifted multiply-adds over a tile of tokens that stays in cache: on a CPU 3 to 19 times faster than
 torch's grouped conv1d on the same tile, which copies channels-last tokens. On other devices one tile covers the whole
 tensor. Computed in the accumulation dtype and cast once; the backward pass recomputes the activation's input.
 """
@@ -60,10 +60,10 @@ def _masked_rows(starts: Sequence[int], first: int, begin: int, end: int, width:
 
 
 class _Tile:
-    """The shifted, masked inputs of the W taps for one tile."""
+    """The shifted, masked inputs of the J taps for one tile."""
 
     def __init__(self, x: Tensor, before: Tensor, begin: int, end: int, masked: Sequence[Tensor | None]) -> None:
-        """Take tokens `[begin, end)` of a segment `x [B, T, D]` preceded by `before [B, W - 1, D]`."""
+        """Take tokens `[begin, end)` of a segment `x [B, T, D]` preceded by `before [B, J - 1, D]`."""
         dtype, reach = accumulation_dtype(x.dtype), before.shape[1]
         missing = max(0, reach - begin)
         window = x[:, begin - reach + missing : end].to(dtype)
@@ -79,7 +79,7 @@ class _Tile:
         return x if rows is None else x.index_fill(1, rows, 0.0)
 
     def preactivation(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the input of the activation for weight `[W, D]`."""
+        """Return the input of the activation for weight `[J, D]`."""
         out = self.taps[0] * weight[0] if bias is None else torch.addcmul(bias, self.taps[0], weight[0])
         for tap, row in zip(self.taps[1:], weight[1:], strict=True):
             out.addcmul_(tap, row)
@@ -87,7 +87,7 @@ class _Tile:
 
 
 def _by_taps(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return weight by taps, `[W, D]`, and bias, both in the accumulation dtype."""
+    """Return weight by taps, `[J, D]`, and bias, both in the accumulation dtype."""
     return weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
@@ -143,7 +143,7 @@ def _backward(
         batches, tokens = _tiles(x, last - first)
         for batch in batches:
             segment, dsegment, grads = x[batch, first:last], dx[batch, first:last], dy[batch, first:last]
-            # The last W - 1 tokens of a tile also get gradients from the next tile, so they are stored with it.
+            # The last J - 1 tokens of a tile also get gradients from the next tile, so they are stored with it.
             pending = torch.zeros(segment.shape[0], width - 1, x.shape[2], dtype=dtype, device=x.device)
             for begin, end in tokens:
                 masked = _masked_rows(starts, first, first + begin, first + end, width)
@@ -275,7 +275,7 @@ def _check_tokens(name: str, tensor: Tensor, x: Tensor, shape: Sequence[int], me
 
 
 def check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dims: str) -> None:
-    """Raise ValueError, naming the argument, if x does not have the dims `dims` (channels last), or weight `[D, W]`,
+    """Raise ValueError, naming the argument, if x does not have the dims `dims` (channels last), or weight `[D, J]`,
     bias `[D]` or activation do not fit."""
     if x.dim() != dims.count(",") + 1:
         raise ValueError(f"x has shape {list(x.shape)}: expected {dims}")
@@ -328,9 +328,9 @@ def causal_convolution(
 ) -> Tensor:
     """Compute the short causal convolution of the local tokens, `[B, T, D]` in x's dtype.
 
-    Shapes: x `[B, T, D]`; weight `[D, W]`, its last column for the token itself; bias `[D]`; activation None or "silu".
+    Shapes: x `[B, T, D]`; weight `[D, J]`, its last column for the token itself; bias `[D]`; activation None or "silu".
     `segments` cover the tokens, in any order; by default one segment without document starts. A document that starts in
-    a segment sees no token before its start. before `[N, B, W - 1, D]` in x's dtype has the tokens that precede each
+    a segment sees no token before its start. before `[N, B, J - 1, D]` in x's dtype has the tokens that precede each
     segment in the sequence if they belong to the document that the segment continues, else zeros (`final_window`);
     zeros by default. weight and bias may have another dtype than x. Differentiable in every tensor.
 
@@ -348,7 +348,7 @@ def causal_convolution(
 
 
 def final_window(x: Tensor, count: int, *, starts: Sequence[int] = (), before: Tensor | None = None) -> Tensor:
-    """Return the convolution window after a sequence: its last `count` (W - 1) tokens, `[B, count, D]`.
+    """Return the convolution window after a sequence: its last `count` (J - 1) tokens, `[B, count, D]`.
 
     Zeros where the last document has fewer tokens. It is the `window` of `step` and the `before` of the next segment.
     Shapes: x `[B, T, D]`; before `[B, count, D]`, the tokens that precede x, zeros by default; starts: offsets of
@@ -371,9 +371,9 @@ def final_window(x: Tensor, count: int, *, starts: Sequence[int] = (), before: T
 def step(
     x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Decode one token: return y `[B, D]` and the new window, given the window `[B, W - 1, D]` of the tokens before it.
+    """Decode one token: return y `[B, D]` and the new window, given the window `[B, J - 1, D]` of the tokens before it.
 
-    Shapes: x `[B, D]`, weight `[D, W]`, bias `[D]`. Same equation as `causal_convolution`, in the accumulation dtype
+    Shapes: x `[B, D]`, weight `[D, J]`, bias `[D]`. Same equation as `causal_convolution`, in the accumulation dtype
     and cast once; differentiable by autograd.
     """
     check_arguments(x, weight, bias, activation, "[batch, channels]")

@@ -16,10 +16,10 @@ def short_convolution(
     starts: tuple[int, ...] = (),
     before: Tensor | None = None,
 ) -> Tensor:
-    """Compute `y_t = activation(bias + sum_{i < W} weight[:, i] x_{t - (W - 1) + i})`, token by token, `[B, T, D]`.
+    """Compute `y_t = activation(bias + sum_{i < J} weight[:, i] x_{t - (J - 1) + i})`, token by token, `[B, T, D]`.
 
     Taps reach back to the start of the token's document; the first document continues from `before`. Shapes: x
-    `[B, T, D]`, weight `[D, W]` (causal_conv1d's order), bias `[D]`, before `[B, W - 1, D]`, zeros by default;
+    `[B, T, D]`, weight `[D, J]` (causal_conv1d's order), bias `[D]`, before `[B, J - 1, D]`, zeros by default;
     activation None or "silu".
     """
     taps, out = weight.shape[1], []

@@ -82,7 +82,8 @@ def _train(
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="auto: from the run's latest checkpoint, if any; never: fresh run; PATH: from this checkpoint.",
+            help="auto: from the run's latest checkpoint, if any; never: from step 0, an error if the run has "
+            "checkpoints; PATH: from this checkpoint.",
         ),
     ] = "auto",
     out: Annotated[
@@ -94,8 +95,8 @@ def _train(
 ) -> None:
     """Train a model from a recipe.
 
-    Launches its ranks on this machine. Under torchrun, or if a cluster sets RANK, WORLD_SIZE and MASTER_ADDR, the
-    process runs as one rank of that job. Ctrl-C and SIGTERM save a checkpoint before exiting.
+    Starts one process per rank on this machine. Under torchrun, or if a cluster sets RANK, WORLD_SIZE and
+    MASTER_ADDR, the process runs as one rank of that job. Ctrl-C and SIGTERM save a checkpoint before exiting.
     """
     from longctx.launch.train import train
 
@@ -114,8 +115,8 @@ def _verify(
 ) -> None:
     """Verify that a recipe computes the same on N ranks as on one.
 
-    Compares loss, logits and every parameter's gradient on each parallel layout with those on a single rank. Exit
-    status 1 if a difference is out of bounds.
+    Compares loss, logits and every parameter's gradient in each parallel configuration with those on a single rank.
+    Exit status 1 if a difference is out of bounds.
     """
     from longctx.launch.verify import run
 
@@ -351,8 +352,8 @@ def _convert_upcycle(
 ) -> None:
     """Upcycle trained dense models to a mixture of experts.
 
-    Expert e is a copy of the feed-forward of source e mod N; routers are randomly initialised; other parameters are
-    averaged over the sources. Start a run from the result with train.init=DIR.
+    With N sources, expert e is a copy of the feed-forward of source e mod N. Expert routers are random, head routers
+    zero; other parameters are averaged over the sources. Start a run from the result with train.init=DIR.
     """
     from longctx.launch.convert import run_upcycle
 
@@ -365,8 +366,8 @@ def _convert_from_huggingface(
         list[str],
         typer.Argument(
             metavar="SOURCE|KEY=VALUE",
-            help="Folder with config.json and safetensors files. KEY=VALUE sets how experts are trained: "
-            "model.moe.balance, z, jitter, capacity.",
+            help="Folder with config.json and safetensors files. KEY=VALUE sets training options of experts, "
+            "model.moe.{balance,z,jitter,capacity}, which config.json lacks.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output directory; must not exist.")],

@@ -1,4 +1,4 @@
-"""`longctx verify`: table of the differences between one rank and every parallel layout."""
+"""`longctx verify`: table of the differences between one rank and every parallel configuration."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, time
             soft_wrap=True,
         )
     rows = []
-    columns = f"{'precision':9}  {'layout':54}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
+    columns = f"{'precision':9}  {'configuration':54}  {'loss':>8}  {'logits':>8}  {'gradient':>8}"
     console.print(f"[bold]{columns}[/bold]  parameter nearest its bound", soft_wrap=True)
     with LocalRanks(ranks, timeout=timeout) as pool:
         for row in verify(subject, pool):
@@ -71,8 +71,8 @@ def _vocabulary(recipe: Recipe) -> int:
 
 
 def _parameters(rows: Sequence[Row]) -> Table:
-    """Tabulate each parameter's largest gradient difference over the layouts, by precision."""
-    table = Table(title="Largest gradient difference over all layouts", title_justify="left", box=None)
+    """Tabulate each parameter's largest gradient difference over the configurations, by precision."""
+    table = Table(title="Largest gradient difference over all configurations", title_justify="left", box=None)
     table.add_column("parameter")
     precisions = list(dict.fromkeys(row.precision for row in rows))
     for precision in precisions:

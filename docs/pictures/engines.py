@@ -5,7 +5,7 @@ PYTHONPATH=. .venv/bin/python docs/pictures/engines.py
 from the checkout's root, after `make test-adapters`, which installs the engines, and `make quickstart`, which prepares
 the data.
 
-In float32, and without a GPU with the tests' answers for what Megatron-Core asks of CUDA.
+In float32; without a GPU, with the tests' substitutes for the CUDA functions that Megatron-Core calls.
 """
 
 import sys
@@ -32,7 +32,7 @@ OVERRIDES = [
 
 
 def curve(engine: Engine, place: Path) -> list[float]:
-    """The loss of each step."""
+    """Return the loss of each step."""
     out = place / str(len(list(place.iterdir())))
     with LocalRanks(engine.ranks, timeout=3000) as ranks:
         ranks.run(run, engine, "quickstart", out, OVERRIDES, size=engine.ranks)
@@ -40,7 +40,7 @@ def curve(engine: Engine, place: Path) -> list[float]:
 
 
 def draw(alone: list[float], found: dict[str, list[float]]) -> None:
-    """The curves, and how far each is from one rank's."""
+    """Draw the curves, and each one's relative difference from one rank's."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     steps = range(1, len(alone) + 1)
     left.plot(steps, alone, color=BASELINE, linewidth=4, alpha=0.4, label=ALONE.name)
@@ -50,8 +50,8 @@ def draw(alone: list[float], found: dict[str, list[float]]) -> None:
         right.semilogy(steps, [max(each, 1e-9) for each in apart], color=colour, linewidth=1)
     right.axhline(2.0**-24, color=BASELINE, linewidth=0.8, linestyle="--")
     right.text(1, 2.0**-24 * 1.15, "rounding of float32", color=BASELINE, fontsize=8)
-    left.set(xlabel="step", title="Training loss (nats a byte)")
-    right.set(xlabel="step", title="Relative difference to one rank of the torch engine")
+    left.set(xlabel="step", title="Training loss (nats per byte)")
+    right.set(xlabel="step", title="Relative difference from one rank of the torch engine")
     left.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         tidy(axes)
@@ -59,7 +59,7 @@ def draw(alone: list[float], found: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    """Train, say how far apart the curves are, and draw."""
+    """Train, draw, and print the largest difference of each curve."""
     with tempfile.TemporaryDirectory() as folder:
         alone = curve(ALONE, Path(folder))
         found = {engine.name: curve(engine, Path(folder)) for engine in OTHERS}

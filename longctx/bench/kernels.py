@@ -151,7 +151,7 @@ def _unit_inputs(shape: Shape, generator: torch.Generator) -> Inputs:
     return {"gate_up": _tokens(shape, generator, 2 * shape.heads * shape.head_dim)}
 
 
-def _gated_unit(inputs: Inputs) -> Tensor:
+def _swiglu(inputs: Inputs) -> Tensor:
     return swiglu(inputs["gate_up"])
 
 
@@ -187,7 +187,7 @@ _ALL = (
     _delta_kernel("kda", "channel"),
     Kernel("attention", _qkv, _attention, _attention_flops, recurrent=False),
     Kernel("rms-norm", _norm_inputs, _rms_norm, None, recurrent=False),
-    Kernel("gated-unit", _unit_inputs, _gated_unit, None, recurrent=False),
+    Kernel("swiglu", _unit_inputs, _swiglu, None, recurrent=False),
 )
 KERNELS = {kernel.name: kernel for kernel in _ALL}
 """Kernels by name, in the order of the tables."""

@@ -154,7 +154,7 @@ def _torch_rms_norm(inputs: Inputs) -> Workload:
     return Workload(inputs, run)
 
 
-def _torch_gated_unit(inputs: Inputs) -> Workload:
+def _torch_swiglu(inputs: Inputs) -> Workload:
     def run(leaves: Inputs) -> Tensor:
         gate, up = leaves["gate_up"].chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -175,7 +175,7 @@ def _torch_peers(device: str) -> list[Peer]:
     return [
         Peer("attention", "torch SDPA", device, _sdpa),
         Peer("rms-norm", "torch rms_norm", device, _torch_rms_norm),
-        Peer("gated-unit", "torch silu, mul", device, _torch_gated_unit),
+        Peer("swiglu", "torch silu, mul", device, _torch_swiglu),
     ]
 
 

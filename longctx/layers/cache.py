@@ -1,6 +1,6 @@
 """KV cache and recurrent state for decoding, and the operations that run with or without them.
 
-Linear layers decode from a fixed-size cache: the recurrent state, the last W - 1 inputs of a short convolution, and
+Linear layers decode from a fixed-size cache: the recurrent state, the last J - 1 inputs of a short convolution, and
 LightNet's running log-sum-exp per channel. Softmax attention keeps a KV cache of all tokens or, with a sliding window,
 of the last ones. A router that averages scores over earlier tokens caches these scores.
 """
@@ -35,7 +35,7 @@ class Cache:
         self.state: Tensor | None = None
         """Recurrent state of a linear layer, `[B, H, K, V]` in the accumulation dtype."""
         self.conv_window: Tensor | None = None
-        """Last W - 1 inputs of a short convolution, `[B, W - 1, D]`, zeros before the first token."""
+        """Last J - 1 inputs of a short convolution, `[B, J - 1, D]`, zeros before the first token."""
         self.log_sum: Tensor | None = None
         """LightNet's running log-sum-exp of each channel's keys, `[B, 1, D]` in the accumulation dtype."""
         self.kv = KVBuffer()

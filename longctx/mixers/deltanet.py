@@ -33,7 +33,7 @@ class _DeltaConfig(HeadsConfig):
     conv: Integer = Field(default=4, ge=0, le=8)
     """Kernel size of the short convolution on q, k and v, followed by SiLU; 0 for none."""
     negative_eigenvalues: bool = False
-    """Scale b to at most 2 instead of 1, so that transitions can have negative eigenvalues (Grazzi et al. 2024)."""
+    """Scale beta to (0, 2) instead of (0, 1): transitions can then have negative eigenvalues (Grazzi et al. 2024)."""
 
 
 class DeltaNetConfig(_DeltaConfig):

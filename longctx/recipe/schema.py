@@ -37,9 +37,9 @@ class Recipe(Config):
     seed: Integer = Field(default=1, ge=0)
     """Seed of the initial parameters and of the data order."""
     engine: Literal["torch", "deepspeed", "megatron"] = "torch"
-    """Training backend. `torch`: FSDP2, built in. `deepspeed`: DeepSpeed ZeRO, which shards optimizer state, gradients
-    and parameters over all ranks, or offloads them to CPU memory (docs/deepspeed.md). `megatron`: Megatron-Core's
-    linear layers, tensor and pipeline parallelism, optimizer and checkpoints; GPUs only (docs/megatron.md)."""
+    """Training backend. `torch`: FSDP2, built in. `deepspeed`: ZeRO stages 0 to 3, with CPU offload of optimizer states
+    or parameters (docs/deepspeed.md). `megatron`: Megatron-Core's column- and row-parallel projections, tensor and
+    pipeline parallelism, optimizer and checkpoints; GPUs only (docs/megatron.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -103,7 +103,7 @@ class PlainDisplay:
         self.message(
             f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
             f"grad norm {metrics.grad_norm:.3g}  {human_count(metrics.tokens_per_second)} tok/s  "
-            f"{metrics.utilisation:.0%} of matmul rate  {human_bytes(metrics.memory_bytes)}  {_load(metrics)}"
+            f"{metrics.utilisation:.0%} MFU  {human_bytes(metrics.memory_bytes)}  {_load(metrics)}"
             f"{human_duration(metrics.seconds_left)} left"
         )
 

@@ -2,9 +2,9 @@
 
 | schedule | keys and values | elements that a rank receives, forward |
 |---|---|---|
-| `all-gather` | of all ranks, a slice of heads at a time (`all_gather.py`) | (W-1) T_r H_kv (K+V) |
+| `all-gather` | of all ranks, a slice of heads at a time (`all_gather.py`) | (W-1) T_local H_kv (K+V) |
 | `ring` | of one rank after another, only visible rows (`ring.py`) | the visible ones of these |
-| `ulysses` | of all tokens, for some heads (`ulysses.py`) | (W-1)/W T_r (H K + H_kv (K+V) + H V) |
+| `ulysses` | of all tokens, for some heads (`ulysses.py`) | (W-1)/W T_local (H K + H_kv (K+V) + H V) |
 | `ulysses-ring`, `ulysses-all-gather` | Ulysses within groups, the other between them (2-D) | of both |
 
 The layout (documents, padding) and the mask decide what a query sees. Plans are made once per layout and cached in it.

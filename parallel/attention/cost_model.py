@@ -1,11 +1,11 @@
-"""Cost model of attention schedules: arithmetic, bytes and latency, from which `auto` chooses the fastest one.
+"""Cost model of attention schedules: compute, bytes and latency, from which `auto` chooses the fastest one.
 
-With r the arithmetic of the rank that has most, and c the bytes that it receives, both in seconds at the given speeds,
+With r the compute of the rank that has most, and c the bytes that it receives, both in seconds at the given speeds,
 forward and backward together:
 
     all-gather   r + c / s + max(0, c (1 - 1/s) - r)     s slices of heads: the first is exposed, the others overlap
     ring         r + max(0, c - r (1 - 1/n))             n steps: communication overlaps with the first n - 1 of them
-    ulysses      r + c                                   nothing overlaps, and every rank has the same arithmetic
+    ulysses      r + c                                   nothing overlaps, and every rank has the same compute
     2-D          Ulysses within groups, plus ring or all-gather between them
 
 plus the latency of each call of a collective, and of each hop within one. Arithmetic is `7 (K + V)` operations per head
@@ -40,7 +40,7 @@ class ScheduleEstimate:
     """The expected time of a schedule on the slowest rank, forward and backward, in seconds."""
 
     schedule: str
-    arithmetic: float
+    compute: float
     exposed: float
     """Communication that does not overlap with computation, latencies included."""
     received: int
@@ -49,11 +49,11 @@ class ScheduleEstimate:
     @property
     def seconds(self) -> float:
         """Return the expected time, in seconds."""
-        return self.arithmetic + self.exposed
+        return self.compute + self.exposed
 
     def __str__(self) -> str:
         return (
-            f"{self.schedule} {1e3 * self.seconds:.3g} ms ({1e3 * self.arithmetic:.3g} ms arithmetic, "
+            f"{self.schedule} {1e3 * self.seconds:.3g} ms ({1e3 * self.compute:.3g} ms compute, "
             f"{1e3 * self.exposed:.3g} ms exposed communication, {self.received / 2**20:.3g} MiB)"
         )
 
@@ -72,7 +72,7 @@ class _Model:
     def kv_heads(self, ulysses: int) -> int:
         return HeadPartition(self.shape.heads, self.shape.kv_heads, ulysses).most_keys
 
-    def arithmetic(self, pairs: int, ulysses: int) -> float:
+    def compute(self, pairs: int, ulysses: int) -> float:
         shape = self.shape
         return 7.0 * pairs * (shape.key_dim + shape.value_dim) * shape.heads / ulysses / self.speeds.flops
 
@@ -84,10 +84,10 @@ class _Model:
         # Gathered forward and backward; gradients are summed in at least 4 bytes per element.
         received = 2 * keys + keys * max(4, self.shape.element_size) // self.shape.element_size
         slices = min(HEAD_SLICES, kv_heads)
-        arithmetic = self.arithmetic(max(owners.score_elements), ulysses)
+        compute = self.compute(max(owners.score_elements), ulysses)
         seconds = received / speeds.bandwidth
-        exposed = seconds / slices + max(0.0, seconds * (1 - 1 / slices) - arithmetic)
-        return ScheduleEstimate("all-gather", arithmetic, exposed + 3 * slices * others * speeds.latency, received)
+        exposed = seconds / slices + max(0.0, seconds * (1 - 1 / slices) - compute)
+        return ScheduleEstimate("all-gather", compute, exposed + 3 * slices * others * speeds.latency, received)
 
     def ring(self, ulysses: int) -> ScheduleEstimate:
         owners, speeds = self.owners(ulysses), self.speeds
@@ -101,15 +101,15 @@ class _Model:
         worst = ScheduleEstimate("ring", 0.0, 0.0, 0)
         received = 0
         for reader in range(size):
-            arithmetic = self.arithmetic(owners.score_elements[reader], ulysses)
+            compute = self.compute(owners.score_elements[reader], ulysses)
             bytes_ = (2 * sum(rows[reader]) + sent[reader]) * row
             received = max(received, bytes_)
             steps = 1 + sum(1 for number in rows[reader] if number)
-            exposed = max(0.0, bytes_ / speeds.bandwidth - arithmetic * (1 - 1 / steps))
+            exposed = max(0.0, bytes_ / speeds.bandwidth - compute * (1 - 1 / steps))
             exposed += 3 * (steps - 1) * speeds.latency
-            if arithmetic + exposed > worst.seconds:
-                worst = ScheduleEstimate("ring", arithmetic, exposed, bytes_)
-        return ScheduleEstimate("ring", worst.arithmetic, worst.exposed, received)
+            if compute + exposed > worst.seconds:
+                worst = ScheduleEstimate("ring", compute, exposed, bytes_)
+        return ScheduleEstimate("ring", worst.compute, worst.exposed, received)
 
     def ulysses(self, size: int) -> ScheduleEstimate:
         """Estimate the two all-to-alls between tokens and heads, forward and backward."""
@@ -125,10 +125,10 @@ class _Model:
         """Estimate Ulysses in groups of `ranks`, and the schedule between groups where there are several."""
         inner = self.ulysses(ranks)
         if between is None:
-            arithmetic = self.arithmetic(sum(self.owners(ranks).score_elements), ranks)
-            return replace(inner, schedule=name, arithmetic=arithmetic)
+            compute = self.compute(sum(self.owners(ranks).score_elements), ranks)
+            return replace(inner, schedule=name, compute=compute)
         outer = between(ranks)
-        return ScheduleEstimate(name, outer.arithmetic, inner.exposed + outer.exposed, inner.received + outer.received)
+        return ScheduleEstimate(name, outer.compute, inner.exposed + outer.exposed, inner.received + outer.received)
 
 
 def fitting(heads: int, size: int, ulysses: int) -> list[str]:
@@ -158,4 +158,4 @@ def estimates(layout: Layout, shape: AttentionShape) -> list[ScheduleEstimate]:
 def explained(ranked: Sequence[ScheduleEstimate]) -> str:
     """Describe the chosen schedule, the first, and the others in one line."""
     best, *others = ranked
-    return f"{best}" + (f"; instead of {', '.join(map(str, others))}" if others else "")
+    return f"{best}, estimated" + (f"; alternatives: {', '.join(map(str, others))}" if others else "")

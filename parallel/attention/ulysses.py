@@ -71,7 +71,7 @@ class HeadPartition:
 
 
 class _ScatterHeads(torch.autograd.Function):
-    """q, k, v from all heads of this rank's rows, `[B, T_r, heads, D]`, to its heads of the U T_r rows of all ranks."""
+    """q, k, v from all heads of this rank's rows, `[B, T_local, heads, D]`, to its heads of `U T_local` rows."""
 
     @staticmethod
     @rank_forward
@@ -125,14 +125,14 @@ def _gather_heads(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
 
 
 def scatter_rows_of(x: Tensor, size: int, group: ProcessGroup) -> Tensor:
-    """Exchange all heads of this rank's rows, `[B, T_r, H, D]`, for its heads of all ranks' rows; no gradient."""
+    """Exchange all heads of this rank's rows, `[B, T_local, H, D]`, for its heads of all ranks' rows; no gradient."""
     sent = list(x.chunk(size, dim=2))
     received = all_to_all(sent, [sent[0].numel()] * size, group).wait()
     return torch.cat([flat.view(sent[0].shape) for flat in received], dim=1)
 
 
 class _GatherHeads(torch.autograd.Function):
-    """From this rank's heads of all ranks' rows, `[B, U T_r, H / U, V]`, to all heads of its rows, `[B, T_r, H, V]`."""
+    """From its heads of all ranks' rows, `[B, U T_local, H / U, V]`, to all heads of its rows, `[B, T_local, H, V]`."""
 
     @staticmethod
     @rank_forward
@@ -149,7 +149,7 @@ class _GatherHeads(torch.autograd.Function):
 def scatter_heads(
     q: Tensor, k: Tensor, v: Tensor, heads: HeadPartition, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q `[B, U T_r, H / U, K]`, and k and v of the heads that these read, for all ranks' rows in rank order.
+    """Return q `[B, U T_local, H / U, K]`, and k and v of the heads that these read, for all ranks' rows in rank order.
 
     Where query heads do not read the key/value heads equally often, these are repeated, so that groups are equal.
     """
@@ -161,6 +161,6 @@ def scatter_heads(
 
 
 def gather_heads(out: Tensor, heads: HeadPartition, group: ProcessGroup) -> Tensor:
-    """Return all heads of this rank's rows, `[B, T_r, H, V]`, from the outputs: the inverse of `scatter_heads`."""
+    """Return all heads of this rank's rows, `[B, T_local, H, V]`, from the outputs: the inverse of `scatter_heads`."""
     result: Tensor = _GatherHeads.apply(out, heads.size, group)  # type: ignore[no-untyped-call]
     return result

@@ -1,6 +1,6 @@
 """Short causal convolution over ranks, with documents reset.
 
-A slice needs only the W - 1 tokens before it (`longctx.parallel.linear.halo`), whatever the sequence length.
+A slice needs only the J - 1 tokens before it (`longctx.parallel.linear.halo`), whatever the sequence length.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from longctx.parallel.linear.halo import add_to_tails, check_initial, check_toke
 
 
 def _mask_documents_(halos: Tensor, layout: Layout) -> Tensor:
-    """Zero the tokens of earlier documents in `halos [N, B, W - 1, D]`, in place.
+    """Zero the tokens of earlier documents in `halos [N, B, J - 1, D]`, in place.
 
-    A document may start in the last W - 2 tokens before a slice, which the slice's own starts do not include.
+    A document may start in the last J - 2 tokens before a slice, which the slice's own starts do not include.
     """
     width = halos.shape[2]
     for halo, part in zip(halos, layout.slices, strict=True):
@@ -29,7 +29,7 @@ def _mask_documents_(halos: Tensor, layout: Layout) -> Tensor:
 
 class _ShortConvolution(torch.autograd.Function):
     # One function instead of `left_halo` and `causal_convolution`: autograd would add two full-length gradients of x,
-    # one of them zero except for W - 1 tokens.
+    # one of them zero except for J - 1 tokens.
 
     @staticmethod
     @rank_forward
@@ -70,8 +70,8 @@ def short_convolution(
 ) -> Tensor:
     """Compute `longctx.kernels.convolution.causal_convolution` over ranks; documents reset.
 
-    Shapes: x `[B, T_local, D]`, this rank's tokens; weight `[D, W]`, its last column for the token itself; bias `[D]`
-    or None; activation None or "silu". initial `[B, W - 1, D]`, the same on every rank, are the tokens before the
+    Shapes: x `[B, T_local, D]`, this rank's tokens; weight `[D, J]`, its last column for the token itself; bias `[D]`
+    or None; activation None or "silu". initial `[B, J - 1, D]`, the same on every rank, are the tokens before the
     sequence, zeros by default; only a layout with `past_tokens` may have them.
 
     Returns `[B, T_local, D]` in x's dtype. Differentiable in every tensor: the gradients of weight and bias are this

@@ -108,7 +108,7 @@ def check_tokens(x: Tensor, layout: Layout) -> None:
 def check_initial(initial: Tensor, x: Tensor, layout: Layout, width: int) -> None:
     """Raise ValueError where initial is not `[B, width, D]` like x, or the layout would ignore it."""
     if not layout.past_tokens:
-        raise ValueError("initial is given, but the layout's first document is not continued and would ignore it")
+        raise ValueError("initial is given, but the layout has past_tokens = 0 and would ignore it")
     shape = [x.shape[0], width, x.shape[2]]
     if list(initial.shape) != shape:
         raise ValueError(f"initial has shape {list(initial.shape)}: expected [batch, width, channels] = {shape}")

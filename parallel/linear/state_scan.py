@@ -52,7 +52,7 @@ def begin_state_scan(
     """
     layout.check_length("k", k)
     if initial_state is not None and not layout.past_tokens:
-        raise ValueError("initial_state is given, but the layout's first document is not continued and would ignore it")
+        raise ValueError("initial_state is given, but the layout has past_tokens = 0 and would ignore it")
     plan = _plan(layout, initial_state, final_state)
     return StateScan(layout, begin_scan(recurrence, k, v, gates, plan, initial_state), final_state)
 

@@ -34,7 +34,7 @@ def test_bf16_halves_them() -> None:
 
 
 def test_several_lengths() -> None:
-    found = measure_lengths(task("gated-unit"), (100, 50))
+    found = measure_lengths(task("swiglu"), (100, 50))
     assert all(isinstance(one, Measurement) for one in found)
     assert [one.input_bytes for one in found] == [100 * 2 * 2 * 12 * 4, 50 * 2 * 2 * 12 * 4]
 

@@ -40,7 +40,7 @@ def sharded(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": {"weight": distribute_tensor(torch.arange(600.0) + value, mesh, [Shard(0)])}}
 
 
-def whole(path: Path) -> float:
+def read_all(path: Path) -> float:
     """The value with which a checkpoint was saved, once all of it was read."""
     tensors = sharded(-1.0)
     load_tensors(path, tensors)
@@ -68,7 +68,7 @@ def names(folder: Path) -> list[str]:
 
 def written_and_read(folder: Path) -> tuple[float, TrainerState]:
     save(folder, 3)
-    return whole(folder / "step-00000003"), read_state(folder / "step-00000003")
+    return read_all(folder / "step-00000003"), read_state(folder / "step-00000003")
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -80,7 +80,7 @@ def test_what_was_saved_is_read_again(ranks, tmp_path, size):
 @pytest.mark.parametrize(("written", "read"), [(2, 1), (1, 2), (2, 4)])
 def test_it_is_read_on_any_number_of_ranks(ranks, tmp_path, written, read):
     ranks.run(save, tmp_path, 3, size=written)
-    assert ranks.run(whole, tmp_path / "step-00000003", size=read) == [3.0] * read
+    assert ranks.run(read_all, tmp_path / "step-00000003", size=read) == [3.0] * read
 
 
 def test_training_continues_while_a_checkpoint_is_written(ranks, tmp_path):
@@ -98,7 +98,7 @@ def changed_while_written(folder: Path) -> float:
         assert list_checkpoints(folder) == []
         changed.set()
         checkpointer.close()
-    return whole(folder / "step-00000001")
+    return read_all(folder / "step-00000001")
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def test_one_of_a_later_step_is_of_an_attempt_that_was_given_up(ranks, tmp_path)
 def test_one_of_the_same_step_is_replaced(ranks, tmp_path):
     ranks.run(save, tmp_path, 5, size=2)
     ranks.run(save_another, tmp_path, size=2)
-    assert ranks.run(whole, tmp_path / "step-00000005", size=2) == [8.0, 8.0]
+    assert ranks.run(read_all, tmp_path / "step-00000005", size=2) == [8.0, 8.0]
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -165,7 +165,7 @@ def killed_at_each_change(folder: Path) -> int:
         found = list_checkpoints(here)
         assert found, names(here)
         for path in found:
-            assert read_state(path).step == whole(path)
+            assert read_state(path).step == read_all(path)
         save(here, 4)
         assert names(here)[-1] == "step-00000004"
         assert not list(here.glob("*.partial"))
@@ -256,7 +256,7 @@ def failing_save(folder: Path, cause: Callable[[], AbstractContextManager[None]]
         with pytest.raises(UserError) as caught:
             checkpointer.wait()
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000001"]
-    assert whole(folder / "step-00000001") == 1.0
+    assert read_all(folder / "step-00000001") == 1.0
     checkpointer.save(sharded(3), state(3))
     checkpointer.close()
     return str(caught.value)

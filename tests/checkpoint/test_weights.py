@@ -183,8 +183,8 @@ RANKS = {
 
 
 @pytest.fixture(scope="module")
-def begun(ranks, workplace, trained):
-    """`begun(how)`: the run of 4 steps, with a checkpoint of each, that begins with the weights on these ranks."""
+def started(ranks, workplace, trained):
+    """`started(how)`: the run of 4 steps, with a checkpoint of each, that begins with the weights on these ranks."""
 
     @cache
     def run(how):
@@ -197,9 +197,9 @@ def begun(ranks, workplace, trained):
 
 
 @pytest.mark.parametrize("how", RANKS)
-def test_a_run_starts_from_weights_and_nothing_else(begun, trained, how):
+def test_a_run_starts_from_weights_and_nothing_else(started, trained, how):
     """Step, data, schedule and optimizer are a new run's: what two updates give shows the last."""
-    run = begun(how)
+    run = started(how)
     found = metrics(run).steps
     assert [step.step for step in found] == [1, 2, 3, 4]
     assert found[0].tokens == 2 * 64
@@ -211,8 +211,8 @@ def test_a_run_starts_from_weights_and_nothing_else(begun, trained, how):
     assert (after - before * (1 - 0.1 * 1.5e-3)).abs().median().item() == pytest.approx(1.5e-3, rel=1e-2)
 
 
-def test_ranks_change_nothing(begun):
-    assert losses(begun("1 rank")) == pytest.approx(losses(begun("2 ranks")), rel=1e-5)
+def test_ranks_change_nothing(started):
+    assert losses(started("1 rank")) == pytest.approx(losses(started("2 ranks")), rel=1e-5)
 
 
 def test_the_recipe_keeps_it_and_a_run_that_resumes_does_not_look_at_it(ranks, trained, workplace, tmp_path):

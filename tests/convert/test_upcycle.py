@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from longctx.checkpoint import lazy_tensors as making
+from longctx.checkpoint import lazy_tensors
 from longctx.checkpoint.weights import find_weights
 from longctx.convert import upcycle as module
 from longctx.convert.upcycle import upcycle
@@ -219,7 +219,7 @@ def test_with_all_heads_read_a_mixture_of_heads_computes_what_its_source_does(de
 def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
     """What is alive at one time is what is being written and what is being made."""
     alive, most = {}, []
-    lookup = making._LazyPlanner.lookup_object
+    lookup = lazy_tensors._LazyPlanner.lookup_object
 
     def counted(self, index):
         most.append(sum(numbers for storage, numbers in alive.items() if not storage.expired()))
@@ -228,7 +228,10 @@ def test_tensors_are_made_one_by_one_and_experts_in_pieces(dense, tmp_path):
         return tensor
 
     matrix = 4 * 20 * 12
-    with patch.object(making._LazyPlanner, "lookup_object", counted), patch.object(module, "BUFFER_BYTES", 2 * matrix):
+    with (
+        patch.object(lazy_tensors._LazyPlanner, "lookup_object", counted),
+        patch.object(module, "BUFFER_BYTES", 2 * matrix),
+    ):
         _, found = made(dense, tmp_path / "out", routed(experts=7))
     assert len(most) == len(found) + 2 * (3 + 1)  # gate_up in 4 pieces, down, of half the size, in 2
     pieces = [tensor.numel() for name, tensor in found.items() if ".experts." not in name] + [2 * 20 * 12]

@@ -77,7 +77,7 @@ def batches_of(run, engine, seed):
     return batches
 
 
-def whole(parameters):
+def full_tensors(parameters):
     return {name: p.detach().full_tensor().clone() for name, p in parameters}
 
 
@@ -90,7 +90,9 @@ def train(runs):
         gradients = {name: g.clone() for name, g in engine.named_gradients()}
         engine.optimizer.zero_grad()
         results = [engine.step(batches_of(run, engine, seed), lr) for lr, seed in STEPS]
-        after = whole(engine.model.named_parameters()) | {n: b for n, b in engine.model.named_buffers() if "bias" in n}
+        after = full_tensors(engine.model.named_parameters()) | {
+            n: b for n, b in engine.model.named_buffers() if "bias" in n
+        }
         answers.append((gradients, [(r.loss, r.grad_norm) for r in results], after))
     return answers
 
@@ -194,12 +196,12 @@ def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, runs):
 
 def step_without_labels(run):
     engine = engine_of(run)
-    before = whole(engine.model.named_parameters())
+    before = full_tensors(engine.model.named_parameters())
     batches = [
         Batch(b.tokens, torch.full_like(b.labels, IGNORE), b.layout) for b in batches_of(run, engine, STEPS[0][1])
     ]
     result = engine.step(batches, 0.1)
-    return before, result, whole(engine.model.named_parameters())
+    return before, result, full_tensors(engine.model.named_parameters())
 
 
 def test_weight_decay_acts_on_matrices_alone_and_a_step_without_labels_does_nothing_else(ranks):
@@ -246,12 +248,12 @@ def test_bf16_computes_in_bfloat16_and_keeps_everything_else_in_float32(ranks):
     run = Run(cp=2, train=TrainConfig(steps=1, precision="bf16"))
     want_gradients, results, _ = train_plainly(1.0, None)
     answers = ranks.run(bf16_step, run, size=2)
-    whole = sum(nll for _, nll, *_ in answers) / sum(LABELS)
+    full_tensors = sum(nll for _, nll, *_ in answers) / sum(LABELS)
     for loss, _, gradients, dtypes, seen in answers:
         assert dtypes == {torch.float32}
         assert seen == [torch.bfloat16]
         assert loss == pytest.approx(results[0][0], rel=1e-2)
-        assert loss == pytest.approx(whole, rel=1e-6), "the share of a label was rounded"
+        assert loss == pytest.approx(full_tensors, rel=1e-6), "the share of a label was rounded"
         for name, want in want_gradients.items():
             # Rounding to 8 bits grows on the way back through so narrow a model: to 1 in 4 in its first layer.
             assert (gradients[name].double() - want).norm() < 0.35 * want.norm(), name

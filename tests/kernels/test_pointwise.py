@@ -1,4 +1,4 @@
-"""Normalisation and the gated unit, in tiles, against their equations."""
+"""Normalisation and SwiGLU, in tiles, against their equations."""
 
 import pytest
 import torch

@@ -48,12 +48,12 @@ def test_every_kernel_is_printed_and_written(tmp_path: Path) -> None:
     for row in found["rows"]:
         assert row["measured"]["seconds"] > 0
         assert row["tokens_per_second"] == pytest.approx(512 / row["measured"]["seconds"])
-        assert (row["flops"] is None) == (row["kernel"] in ("rms-norm", "gated-unit"))
+        assert (row["flops"] is None) == (row["kernel"] in ("rms-norm", "swiglu"))
         assert row["of_copy"] > 0
         assert row["shape"] == {"tokens": 512, "heads": 2, "head_dim": 8, "dtype": "float32"}
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert found["options"]["tokens"] == 512
-    assert {row["kernel"] for row in found["peers"]} >= {"attention", "rms-norm", "gated-unit"}
+    assert {row["kernel"] for row in found["peers"]} >= {"attention", "rms-norm", "swiglu"}
     for row in found["peers"]:
         assert row["ratio"] > 0
         assert row["version"]
@@ -108,11 +108,11 @@ def test_each_measurement_runs_in_a_process_of_its_own(monkeypatch: pytest.Monke
     threads = 1
     status, out, told = invoke(
         *("--tokens", "256", "--heads", "1", "--head-dim", "4", "--threads", str(threads)),
-        *("--only", "gated-unit", "--no-peers", "--scaling", "none"),
+        *("--only", "swiglu", "--no-peers", "--scaling", "none"),
     )
     assert status == 0, told
     assert " cores, 1 thread; " in out or "1 core, 1 thread; " in out
-    assert len([line for line in out.splitlines() if line.split()[:1] == ["gated-unit"]]) == 2
+    assert len([line for line in out.splitlines() if line.split()[:1] == ["swiglu"]]) == 2
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SIXTEEN = {letter: {name: 2 * count for name, count in EIGHT[letter].items()} fo
 """As many, half of which all tokens read, and half of which are routed."""
 
 
-def whole(letter, router=None, **changes):
+def on_one_rank(letter, router=None, **changes):
     counts = (EIGHT if router is None else SIXTEEN).get(letter, EIGHT[letter[0]])
     config = config_of(letter).model_copy(update=counts | changes)
     mixer = config.build(DIM, 1, 4, 1e-5)
@@ -48,9 +48,9 @@ def trained(mixer, layout):
     return y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}
 
 
-def divided(letter, router, tp):
+def over_ranks(letter, router, tp):
     mesh = Mesh.build("cpu", tp=tp, cp=dist.get_world_size() // tp)
-    mixer = whole(letter, router)
+    mixer = on_one_rank(letter, router)
     shares = head_shares(mixer)
     shard_heads(mixer, mesh.tp)
     return mesh.tp.rank, mesh.cp.rank, *trained(mixer, Layout.on(mesh, BOUNDS, "zigzag")), shares
@@ -65,9 +65,9 @@ CELLS += [pytest.param(*mixture, *sizes, marks=pytest.mark.slow) for mixture in 
 
 @pytest.mark.parametrize(("letter", "router", "size", "tp"), CELLS)
 def test_summands_add_up_to_the_layer(ranks, letter, router, size, tp):
-    mixer = whole(letter, router)
+    mixer = on_one_rank(letter, router)
     y, dx, gradients = trained(mixer, Layout(BOUNDS))
-    answers = ranks.run(divided, letter, router, tp, size=size)
+    answers = ranks.run(over_ranks, letter, router, tp, size=size)
     shares = answers[0][-1]
     layout = Layout(BOUNDS, "zigzag", size // tp)
 
@@ -87,7 +87,7 @@ def test_summands_add_up_to_the_layer(ranks, letter, router, size, tp):
 @pytest.mark.parametrize("router", [None, "learned"])
 @pytest.mark.parametrize("letter", LETTERS)
 def test_parts_that_are_put_together_are_the_whole(letter, router):
-    mixer = whole(letter, router)
+    mixer = on_one_rank(letter, router)
     tensors = dict([*mixer.named_parameters(), *mixer.named_buffers()])
     for name, share in head_shares(mixer).items():
         parts = [share.shard(tensors[name], rank, 4) for rank in range(4)]
@@ -97,7 +97,7 @@ def test_parts_that_are_put_together_are_the_whole(letter, router):
 
 def refusal(letter, changes, shared=None):
     mesh = Mesh.build("cpu", tp=2)
-    mixer = whole(letter, **changes) if letter in EIGHT else config_of(letter).build(DIM, 0, 1, 1e-5)
+    mixer = on_one_rank(letter, **changes) if letter in EIGHT else config_of(letter).build(DIM, 0, 1, 1e-5)
     if shared is not None:
         mixer.add_head_router(
             HeadMixtureConfig(mixers=(config_of(letter).name,), shared=shared, active=2), DIM, mixer.heads
@@ -138,16 +138,16 @@ def test_each_kind_of_heads_of_a_mixture_has_to_divide(ranks, letter, shared, me
 
 def buffers(letter):
     mesh = Mesh.build("cpu", tp=2)
-    mixer = whole(letter, "learned")
+    mixer = on_one_rank(letter, "learned")
     shard_heads(mixer, mesh.tp)
-    divided = mixer.log_decay.clone()
+    over_ranks = mixer.log_decay.clone()
     mixer.reset_buffers()
-    return divided, mixer.log_decay
+    return over_ranks, mixer.log_decay
 
 
 @pytest.mark.parametrize("letter", ["L", "R"])
 def test_decays_that_are_made_again_are_those_of_the_heads_here(ranks, letter):
     first, second = ranks.run(buffers, letter, size=2)
-    for divided, made in (first, second):
-        torch.testing.assert_close(made, divided, rtol=1e-7, atol=0)
+    for over_ranks, made in (first, second):
+        torch.testing.assert_close(made, over_ranks, rtol=1e-7, atol=0)
     assert not torch.equal(first[0], second[0])

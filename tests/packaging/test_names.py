@@ -17,9 +17,13 @@ TWICE = {
 """Classes that two files define under one name, and why."""
 RETIRED = (
     "Begun",
+    "begun",
     "Exchange",
     "Heads",
+    "Holder",
     "Holders",
+    "Problem",
+    "making",
     "Reach",
     "Memory",
     "to_heads",

@@ -12,7 +12,7 @@ from tests.kernels.test_loss import draw
 VOCABULARY = 12
 
 
-def divided(tile):
+def over_ranks(tile):
     """On a rank: the loss, each token's, the summed gradient of x, and that of this rank's rows."""
     x, weight, labels = draw(vocab=VOCABULARY)
     axis = Axis.from_group(dist.group.WORLD)
@@ -31,7 +31,7 @@ def test_loss_and_gradients_are_those_of_the_whole_head(ranks, size, tile):
     x, weight, labels = (t.requires_grad_() if t.is_floating_point() else t for t in draw(vocab=VOCABULARY))
     want = reference.linear_cross_entropy(x, weight, labels)
     (want.sum() / 3).backward()
-    found = ranks.run(divided, tile, size=size)
+    found = ranks.run(over_ranks, tile, size=size)
     for total, nll, dx, _ in found:
         torch.testing.assert_close(total, want.sum().detach() / 3)
         torch.testing.assert_close(nll, want.detach())

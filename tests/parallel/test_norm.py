@@ -34,7 +34,7 @@ def norm(dtype):
     return answers
 
 
-def whole(per_token):
+def expected(per_token):
     x, scale, dy = draw(per_token)
     leaves = [x.requires_grad_(), scale.requires_grad_()]
     y = reference.rms_norm(*leaves, EPS)
@@ -47,7 +47,7 @@ def test_output_and_gradients_equal_the_norm_over_all_channels(ranks, size):
     answers = ranks.run(norm, torch.float64, size=size)
     for per_token in (False, True):
         shards = zip(*(by_scale[per_token][0] for by_scale in answers), strict=True)
-        for parts, want in zip(shards, whole(per_token), strict=True):
+        for parts, want in zip(shards, expected(per_token), strict=True):
             torch.testing.assert_close(torch.cat(parts, dim=-1), want, rtol=1e-12, atol=1e-12)
 
 
@@ -69,4 +69,4 @@ def test_each_pass_sums_one_number_per_token(ranks, size):
 
 def test_one_rank_needs_no_process_group():
     x, scale, _ = draw(False)
-    torch.testing.assert_close(tensor_parallel_rms_norm(x, scale, EPS, Axis()), whole(False)[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(tensor_parallel_rms_norm(x, scale, EPS, Axis()), expected(False)[0], rtol=1e-12, atol=0)

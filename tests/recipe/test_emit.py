@@ -68,14 +68,14 @@ class Optional(Config):
     value: int | None = None
 
 
-class Holder(Config):
+class Required(Config):
     required: Optional
 
 
 def test_a_table_without_values_is_written_as_well(tmp_path):
     path = tmp_path / "empty.toml"
-    path.write_text(dump(Holder(required=Optional())))
-    assert load_as(Holder, path) == Holder(required=Optional())
+    path.write_text(dump(Required(required=Optional())))
+    assert load_as(Required, path) == Required(required=Optional())
 
 
 @pytest.mark.parametrize("value", [0, -5, True, 0.1, float("inf"), "", "\x7f\x00\n", [1, [2]], {"a": {"b c": 1}}])

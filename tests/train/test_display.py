@@ -87,7 +87,7 @@ def test_plain_lines_name_every_number() -> None:
     display.step(step(140))
     assert file.getvalue().splitlines() == [
         "12.3M parameters, fp32 · 2 ranks (cp 2) on AMD [EPYC] · 178 GFLOP/s matmul rate",
-        "step 140/200  loss 2.1234  lr 3.00e-04  grad norm 0.812  1.2M tok/s  43% of matmul rate  3.4 GiB  2m10s left",
+        "step 140/200  loss 2.1234  lr 3.00e-04  grad norm 0.812  1.2M tok/s  43% MFU  3.4 GiB  2m10s left",
     ]
 
 

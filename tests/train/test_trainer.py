@@ -44,17 +44,17 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(ranks, workplace) -> Path:
+def uninterrupted(ranks, workplace) -> Path:
     """8 uninterrupted steps on 2 context-parallel ranks, 2 sequences accumulated in each; checkpoints at 2, 4, 6, 8."""
-    ranks.run(train, workplace, workplace / "whole", ["evaluation.every=4"], size=2)
-    return workplace / "whole"
+    ranks.run(train, workplace, workplace / "uninterrupted", ["evaluation.every=4"], size=2)
+    return workplace / "uninterrupted"
 
 
 # A run from its start to its end
 
 
-def test_a_run_learns_and_leaves_what_it_promises(whole, workplace):
-    found = metrics(whole)
+def test_a_run_learns_and_leaves_what_it_promises(uninterrupted, workplace):
+    found = metrics(uninterrupted)
     assert [step.step for step in found.steps] == list(range(1, 9))
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
     assert [evaluation.step for evaluation in found.evaluations] == [4, 8]
@@ -64,22 +64,22 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, workplace):
     # Every schedule was reckoned with, and one was chosen.
     (layers, chosen) = next(iter(found.runs[0].attention.items()))
     assert layers.startswith("layer 1")
-    assert all(f"{name} " in chosen for name in ("ring", "all-gather", "ulysses", "; instead of"))
-    assert checkpoints(whole) == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+    assert all(f"{name} " in chosen for name in ("ring", "all-gather", "ulysses", "; alternatives:"))
+    assert checkpoints(uninterrupted) == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
     for picture in ("loss.png", "loss_by_position.png"):
-        assert (whole / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
+        assert (uninterrupted / "pictures" / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_recipe_beside_the_checkpoints_is_the_one_that_ran(whole, workplace):
+def test_the_recipe_beside_the_checkpoints_is_the_one_that_ran(uninterrupted, workplace):
     overrides = [f"data.path={workplace / 'corpus'}", "evaluation.every=4"]
-    assert load(whole / "recipe.toml") == load(workplace / "tiny.toml", overrides)
+    assert load(uninterrupted / "recipe.toml") == load(workplace / "tiny.toml", overrides)
 
 
-def test_a_run_that_is_done_is_left_alone(ranks, whole, workplace, tmp_path):
-    out = shutil.copytree(whole, tmp_path / "out")
+def test_a_run_that_is_done_is_left_alone(ranks, uninterrupted, workplace, tmp_path):
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
     ranks.run(train, workplace, out, size=2)
-    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert checkpoints(out) == checkpoints(whole)
+    assert (out / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert checkpoints(out) == checkpoints(uninterrupted)
 
 
 # Resuming
@@ -94,19 +94,19 @@ def test_a_run_that_is_done_is_left_alone(ranks, whole, workplace, tmp_path):
     ],
     ids=["cp 2, accumulating", "dp 2, accumulating", "4 ranks, replicated"],
 )
-def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, whole, workplace, tmp_path, size, overrides):
-    if overrides != CP2:  # `whole` has those
-        whole = tmp_path / "whole"
-        ranks.run(train, workplace, whole, overrides, size=size)
-    out = interrupted_copy(whole, tmp_path / "out", 4)
+def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, uninterrupted, workplace, tmp_path, size, overrides):
+    if overrides != CP2:  # `uninterrupted` has those
+        uninterrupted = tmp_path / "whole"
+        ranks.run(train, workplace, uninterrupted, overrides, size=size)
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 4)
     ranks.run(train, workplace, out, overrides, size=size)
-    found, expected = metrics(out), metrics(whole)
+    found, expected = metrics(out), metrics(uninterrupted)
     assert [run.step for run in found.runs] == [0, 4]
     # With the speeds that were measured at first, not with those of the second start.
     assert found.runs[0].attention == found.runs[1].attention
     for name in ("step", "loss", "lr", "grad_norm", "tokens"):
         assert [getattr(step, name) for step in found.steps] == [getattr(step, name) for step in expected.steps]
-    there = tensors(whole / "checkpoints" / "step-00000008")
+    there = tensors(uninterrupted / "checkpoints" / "step-00000008")
     for name, tensor in tensors(out / "checkpoints" / "step-00000008").items():
         assert torch.equal(tensor, there[name]), name
 
@@ -124,22 +124,22 @@ def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, whole, workpl
     ids=["1 rank", "contiguous", "dp_shard 2", "dp_replicate 2", "cp 4", "dp_shard 2, cp 2"],
 )
 def test_resumed_on_other_ranks_every_number_is_the_same_to_rounding(
-    ranks, whole, workplace, tmp_path, size, overrides
+    ranks, uninterrupted, workplace, tmp_path, size, overrides
 ):
-    out = interrupted_copy(whole, tmp_path / "out", 4)
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 4)
     ranks.run(train, workplace, out, overrides, size=size)
-    assert losses(out)[:4] == losses(whole)[:4]
-    assert losses(out)[4:] == pytest.approx(losses(whole)[4:], rel=1e-5)
-    there = tensors(whole / "checkpoints" / "step-00000008")
+    assert losses(out)[:4] == losses(uninterrupted)[:4]
+    assert losses(out)[4:] == pytest.approx(losses(uninterrupted)[4:], rel=1e-5)
+    there = tensors(uninterrupted / "checkpoints" / "step-00000008")
     for name, tensor in tensors(out / "checkpoints" / "step-00000008").items():
         if name.startswith("model."):
             assert torch.linalg.vector_norm(tensor - there[name]) <= 1e-4 * torch.linalg.vector_norm(there[name]), name
 
 
-def test_a_resumed_run_reads_the_sequences_that_follow(ranks, whole, workplace, tmp_path):
+def test_a_resumed_run_reads_the_sequences_that_follow(ranks, uninterrupted, workplace, tmp_path):
     """The losses above would not show it on a corpus whose sequences are all alike."""
     reads = ranks.run(train, workplace, tmp_path / "first", ["train.steps=3"], "auto", sequences_read, size=2)
-    out = interrupted_copy(whole, tmp_path / "out", 6)
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 6)
     again = ranks.run(train, workplace, out, ["parallel.cp=1", "parallel.dp_shard=2"], "auto", sequences_read, size=2)
     assert reads == [[0, 1, 2, 3, 4, 5]] * 2
     assert again == [[12, 14], [13, 15]]
@@ -161,31 +161,33 @@ def sequences_read() -> Iterator[list[int]]:
         yield numbers
 
 
-def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(ranks, whole, workplace, tmp_path):
+def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(ranks, uninterrupted, workplace, tmp_path):
     """Else the next start would take a checkpoint of the attempt that was given up for the newest."""
-    out = shutil.copytree(whole, tmp_path / "out")
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
     back = str(out / "checkpoints" / "step-00000002")
     overrides = ["checkpoint.every=3", "optimizer.lr=1e-4", "train.steps=5", "schedule.warmup=0"]
     ranks.run(train, workplace, out, overrides, back, size=2)
     assert checkpoints(out) == ["step-00000002", "step-00000003", "step-00000005"]
-    assert losses(out)[:2] == losses(whole)[:2]
+    assert losses(out)[:2] == losses(uninterrupted)[:2]
     assert len(losses(out)) == 5
 
 
-def test_a_checkpoint_of_another_run_begins_a_new_one(ranks, whole, workplace, tmp_path):
-    start = str(whole / "checkpoints" / "step-00000006")
+def test_a_checkpoint_of_another_run_begins_a_new_one(ranks, uninterrupted, workplace, tmp_path):
+    start = str(uninterrupted / "checkpoints" / "step-00000006")
     ranks.run(train, workplace, tmp_path / "out", [], start, size=2)
     assert [step.step for step in metrics(tmp_path / "out").steps] == [7, 8]
-    assert [step.loss for step in metrics(tmp_path / "out").steps] == losses(whole)[6:]
+    assert [step.loss for step in metrics(tmp_path / "out").steps] == losses(uninterrupted)[6:]
 
 
-def test_sigterm_saves_at_the_end_of_the_step_even_where_one_rank_alone_gets_it(ranks, whole, workplace, tmp_path):
+def test_sigterm_saves_at_the_end_of_the_step_even_where_one_rank_alone_gets_it(
+    ranks, uninterrupted, workplace, tmp_path
+):
     out = tmp_path / "out"
     ranks.run(train, workplace, out, [], "auto", sigterm_on_rank_1_in_step_3, size=2)
     assert checkpoints(out) == ["step-00000002", "step-00000003"]
     assert not (out / "pictures").exists()
     ranks.run(train, workplace, out, size=2)
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(uninterrupted)
 
 
 @contextmanager
@@ -212,14 +214,14 @@ EXPERTS = (
 
 
 @pytest.fixture(scope="module")
-def divided(ranks, workplace) -> Path:
-    """8 steps with experts that are divided over 2 context-parallel ranks."""
-    ranks.run(train, workplace, workplace / "divided", [*EXPERTS, "parallel.ep=2"], size=2)
-    return workplace / "divided"
+def expert_parallel(ranks, workplace) -> Path:
+    """8 steps with experts that are sharded over 2 context-parallel ranks."""
+    ranks.run(train, workplace, workplace / "expert_parallel", [*EXPERTS, "parallel.ep=2"], size=2)
+    return workplace / "expert_parallel"
 
 
-def test_a_run_reports_how_its_experts_are_chosen(divided):
-    found = metrics(divided)
+def test_a_run_reports_how_its_experts_are_chosen(expert_parallel):
+    found = metrics(expert_parallel)
     assert found.steps[-1].loss < found.steps[0].loss - 0.5
     assert found.runs[0].mesh["ep"] == 2
     for step in found.steps:
@@ -231,8 +233,8 @@ def test_a_run_reports_how_its_experts_are_chosen(divided):
     first, second = found.evaluations
     assert first.fluctuation == {}
     assert 0 < second.fluctuation["blocks.0.ffn"] < 1
-    assert (divided / "pictures" / "routing.png").read_bytes().startswith(b"\x89PNG")
-    bias = tensors(divided / "checkpoints" / "step-00000008")["model.blocks.0.ffn.bias"]
+    assert (expert_parallel / "pictures" / "routing.png").read_bytes().startswith(b"\x89PNG")
+    bias = tensors(expert_parallel / "checkpoints" / "step-00000008")["model.blocks.0.ffn.bias"]
     assert 0 < bias.abs().max() <= 8 * 1.001e-3
 
 
@@ -246,13 +248,15 @@ def test_a_run_reports_how_its_experts_are_chosen(divided):
     ],
     ids=["the same", "1 rank", "ep 4", "ep 2, dp_replicate 2"],
 )
-def test_experts_are_laid_out_anew_over_other_ranks(ranks, divided, workplace, tmp_path, size, overrides):
-    out = interrupted_copy(divided, tmp_path / "out", 4)
+def test_experts_are_laid_out_anew_over_other_ranks(ranks, expert_parallel, workplace, tmp_path, size, overrides):
+    out = interrupted_copy(expert_parallel, tmp_path / "out", 4)
     ranks.run(train, workplace, out, [*EXPERTS, *overrides], size=size)
     assert losses(out)[4:] == (
-        losses(divided)[4:] if overrides == ["parallel.ep=2"] else pytest.approx(losses(divided)[4:], rel=1e-5)
+        losses(expert_parallel)[4:]
+        if overrides == ["parallel.ep=2"]
+        else pytest.approx(losses(expert_parallel)[4:], rel=1e-5)
     )
-    there = tensors(divided / "checkpoints" / "step-00000008")
+    there = tensors(expert_parallel / "checkpoints" / "step-00000008")
     for name, tensor in tensors(out / "checkpoints" / "step-00000008").items():
         if name.startswith("model."):
             assert torch.linalg.vector_norm(tensor - there[name]) <= 1e-4 * torch.linalg.vector_norm(there[name]), name
@@ -347,7 +351,7 @@ def work_counted() -> Iterator[Counter[str]]:
     ids=["fp32", "bf16", "activation_checkpointing", "ffn_tile", "all of them"],
 )
 def test_an_option_of_training_changes_what_runs_and_not_the_losses(
-    ranks, whole, workplace, tmp_path, size, overrides, work, rel
+    ranks, uninterrupted, workplace, tmp_path, size, overrides, work, rel
 ):
     """3 steps of 2 blocks over 2 sequences, which 2 data-parallel ranks divide."""
     overrides = ["train.steps=3", "schedule.kind=constant", *overrides]
@@ -396,8 +400,8 @@ def test_another_corpus_on_one_rank(ranks, workplace, tmp_path):
     assert "rank 1 sees a different corpus than rank 0" in refusals(ranks, workplace, tmp_path / "out", *arguments)
 
 
-def test_checkpoints_that_one_rank_alone_sees(ranks, whole, workplace, tmp_path):
-    out = interrupted_copy(whole, tmp_path / "out", 2)
+def test_checkpoints_that_one_rank_alone_sees(ranks, uninterrupted, workplace, tmp_path):
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 2)
     told = ranks.run(mistake_elsewhere_on_rank_1, workplace, out, tmp_path / "elsewhere", size=2)
     assert "rank 0 would resume from step 2 and rank 1 from step 0" in told[0]
     assert "on a file system shared by all machines" in told[1]
@@ -445,8 +449,8 @@ def test_a_shard_cut_short(ranks, workplace, tmp_path):
     ],
     ids=["dim", "layers", "seed", "sequence_length", "never", "no checkpoint"],
 )
-def test_checkpoints_that_do_not_fit_the_run(ranks, whole, workplace, overrides, resume, messages):
-    out = whole
+def test_checkpoints_that_do_not_fit_the_run(ranks, uninterrupted, workplace, overrides, resume, messages):
+    out = uninterrupted
     if "corpus" in resume:
         out, resume = workplace / "nothing-yet", resume.format(workplace=workplace)
     told = refusals(ranks, workplace, out, overrides, resume)
@@ -454,31 +458,31 @@ def test_checkpoints_that_do_not_fit_the_run(ranks, whole, workplace, overrides,
         assert message in told
 
 
-def test_a_checkpoint_from_before_a_key_of_the_model_resumes(ranks, whole, workplace, tmp_path):
-    out = interrupted_copy(whole, tmp_path / "out", 4)
+def test_a_checkpoint_from_before_a_key_of_the_model_resumes(ranks, uninterrupted, workplace, tmp_path):
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 4)
     file = out / "checkpoints" / "step-00000004" / "trainer.json"
     content = json.loads(file.read_text())
     del content["state"]["model"]["block"], content["state"]["model"]["heads"]
     file.write_text(json.dumps(content))
     ranks.run(train, workplace, out, size=2)
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(uninterrupted)
 
 
-def test_a_checkpoint_from_elsewhere_for_a_run_that_has_its_own(ranks, whole, workplace, tmp_path):
-    out = interrupted_copy(whole, tmp_path / "out", 2)
-    told = refusals(ranks, workplace, out, [], str(whole / "checkpoints" / "step-00000008"))
+def test_a_checkpoint_from_elsewhere_for_a_run_that_has_its_own(ranks, uninterrupted, workplace, tmp_path):
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 2)
+    told = refusals(ranks, workplace, out, [], str(uninterrupted / "checkpoints" / "step-00000008"))
     assert f"{out} contains checkpoints of its own, the latest {out / 'checkpoints' / 'step-00000002'}" in told
 
 
-def test_a_damaged_checkpoint_is_refused_and_another_is_named(ranks, whole, workplace, tmp_path):
-    out = interrupted_copy(whole, tmp_path / "out", 4)
+def test_a_damaged_checkpoint_is_refused_and_another_is_named(ranks, uninterrupted, workplace, tmp_path):
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 4)
     shard = out / "checkpoints" / "step-00000004" / "__1_0.distcp"
     os.truncate(shard, 100)
     told = refusals(ranks, workplace, out)
     assert "__1_0.distcp has 100 bytes" in told
     assert f"--resume PATH (available: {out / 'checkpoints' / 'step-00000002'})" in told
     ranks.run(train, workplace, out, [], str(out / "checkpoints" / "step-00000002"), size=2)
-    assert losses(out) == losses(whole)
+    assert losses(out) == losses(uninterrupted)
 
 
 # Mistakes that show later

@@ -115,7 +115,7 @@ def test_a_checkpoint_has_the_torch_engines_tensors_in_rows_on_all_ranks(ranks, 
         assert len(metadata["optimizer.state.embedding.weight.exp_avg"].chunks) == 2
 
 
-def begun(run, path):
+def losses_from_weights(run, path):
     with deepspeed_engine(run) as engine:
         engine.load_weights(find_weights(path, "with train.init=DIR"))
         assert engine._state.steps == 0
@@ -127,7 +127,7 @@ def test_a_run_starts_from_weights(ranks, tmp_path, stage):
     ranks.run(leg, "torch", TWO, None, tmp_path, 0, 2, size=2)
     run = replace(TWO, stage=stage)
     want = ranks.run(losses_after, TWO, newest(tmp_path), size=2)
-    got = ranks.run(begun, run, newest(tmp_path), size=2)
+    got = ranks.run(losses_from_weights, run, newest(tmp_path), size=2)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 

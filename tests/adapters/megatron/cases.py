@@ -229,7 +229,7 @@ def trained(runs: list[Run], spec: Any, around: Callable[[Any], None] | None = N
     return answers
 
 
-def whole(run: Run, answers: list[Answer]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gathered(run: Run, answers: list[Answer]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The losses of all tokens, and the gradients of the whole parameters."""
     found = torch.zeros(run.batch, LENGTH, dtype=torch.float64)
     for answer in answers:

@@ -88,7 +88,7 @@ def built_in(config, path):
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").detach()
 
 
-def whole(run, answers):
+def gathered(run, answers):
     found = torch.zeros(1, LENGTH, dtype=torch.float64)
     for rank, part in answers:
         found[:, rows_of(run, rank)] = part
@@ -102,7 +102,7 @@ def test_megatron_computes_with_what_is_written_what_the_built_in_model_does(ran
     to_megatron(tmp_path / "weights", tmp_path / "megatron")
     answers = ranks.run(in_megatron, run, config, find_checkpoint(tmp_path / "megatron"), size=4)
     # Megatron makes its rotary angles in float32.
-    torch.testing.assert_close(whole(run, answers), built_in(config, tmp_path / "weights"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gathered(run, answers), built_in(config, tmp_path / "weights"), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,4 +110,4 @@ def test_the_built_in_model_computes_with_what_megatron_wrote_what_that_does(ran
     config, run = model(case), Run(tp=2, cp=2)
     answers = ranks.run(in_megatron, run, config, None, tmp_path / "megatron", size=4)
     from_megatron(tmp_path / "megatron", config, tmp_path / "weights")
-    torch.testing.assert_close(built_in(config, tmp_path / "weights"), whole(run, answers), rtol=1e-5, atol=0)
+    torch.testing.assert_close(built_in(config, tmp_path / "weights"), gathered(run, answers), rtol=1e-5, atol=0)

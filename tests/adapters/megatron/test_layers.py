@@ -9,14 +9,14 @@ pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longc
 from longctx.adapters.megatron import specs
 from longctx.adapters.megatron.router import RouterConfig
 from longctx.mixers.head_mixture import HeadMixtureConfig
-from tests.adapters.megatron.cases import EXPERTS, Run, trained, whole
+from tests.adapters.megatron.cases import EXPERTS, Run, gathered, trained
 
 HYBRIDS = {name: value for name, value in vars(specs).items() if isinstance(value, specs.ModuleSpec)}
 
 
 def compare(run, answers, alone, reference):
-    found, gradients = whole(run, answers)
-    want, wanted = whole(reference, alone)
+    found, gradients = gathered(run, answers)
+    want, wanted = gathered(reference, alone)
     assert (found - want).norm() <= 1e-10 * want.norm(), run
     assert set(gradients) == set(wanted)
     for name, ref in wanted.items():

@@ -56,8 +56,8 @@ def test_arithmetic_counts_the_rank_that_has_most():
         by_name(estimates(layout(order=order), shape()))["ring"] for order in ("contiguous", "zigzag")
     )
     pairs = 4096 * 4097 // 2 / 4
-    assert zigzag.arithmetic == pytest.approx(7 * pairs * 256 * 8 / 1e12)
-    assert contiguous.arithmetic == pytest.approx(7 * (3072 * 1024 + 1024 * 1025 // 2) * 256 * 8 / 1e12)
+    assert zigzag.compute == pytest.approx(7 * pairs * 256 * 8 / 1e12)
+    assert contiguous.compute == pytest.approx(7 * (3072 * 1024 + 1024 * 1025 // 2) * 256 * 8 / 1e12)
 
 
 def test_latency_is_paid_for_every_hop():

@@ -84,7 +84,7 @@ def test_wrong_arguments_are_refused():
     x, initial, weight, bias, _ = draw(8, 4)
     with pytest.raises(ValueError, match="x has 8 tokens: expected 6"):
         short_convolution(x, weight, bias, Layout((0, 6)))
-    with pytest.raises(ValueError, match="first document is not continued"):
+    with pytest.raises(ValueError, match="has past_tokens = 0"):
         short_convolution(x, weight, bias, Layout((0, 8)), initial=initial)
     with pytest.raises(ValueError, match=r"initial has shape \[2, 2, 3\]: expected .* = \[2, 3, 3\]"):
         short_convolution(x, weight, bias, Layout((0, 8), past_tokens=1), initial=initial[:, 1:])

@@ -184,7 +184,7 @@ def test_wrong_arguments_are_refused():
         left_halo(x, Layout((0, 8), size=2), 3)
     with pytest.raises(ValueError, match="width is -1: expected a number of tokens"):
         left_halo(x, Layout((0, 8)), -1)
-    with pytest.raises(ValueError, match="first document is not continued"):
+    with pytest.raises(ValueError, match="has past_tokens = 0"):
         left_halo(x, Layout((0, 8)), 3, initial=initial)
     with pytest.raises(ValueError, match=r"initial has shape \[2, 2, 3\]: expected .* = \[2, 3, 3\]"):
         left_halo(x, Layout((0, 8), past_tokens=1), 3, initial=initial[:, 1:])

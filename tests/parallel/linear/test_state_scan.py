@@ -59,7 +59,7 @@ def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype,
 
 
 @cache
-def whole(kind, bounds, continued):
+def expected(kind, bounds, continued):
     """Everything of the whole sequence, by the reference."""
     case = draw(kind, bounds[-1], heads=HEADS)
     if not continued:
@@ -69,7 +69,7 @@ def whole(kind, bounds, continued):
 
 def compare(answers, kind, cases, size, dtype, bound):
     for number, (bounds, order, continued) in enumerate(cases):
-        layout, want = Layout(bounds, order, size), whole(kind, bounds, continued)
+        layout, want = Layout(bounds, order, size), expected(kind, bounds, continued)
         outs, finals, grads, _ = zip(*(answer[number] for answer in answers), strict=True)
         got = {"o": layout.unshard(outs)}
         names = [name for name in want if name.startswith("d")]
@@ -195,7 +195,7 @@ def test_wrong_arguments_are_refused():
     arguments = (case.recurrence, case.q, case.k, case.v, case.gates)
     with pytest.raises(ValueError, match="q has 8 tokens: expected 4, this rank's share of the layout"):
         state_scan(*arguments, Layout((0, 4)))
-    with pytest.raises(ValueError, match="first document is not continued"):
+    with pytest.raises(ValueError, match="has past_tokens = 0"):
         state_scan(*arguments, Layout((0, 8)), initial_state=case.state)
     with pytest.raises(ValueError, match=r"initial_state has shape \[1, 3, 5, 7\]: expected .* = \[2, 3, 5, 7\]"):
         state_scan(*arguments, Layout((0, 8), past_tokens=1), initial_state=case.state[:1])
