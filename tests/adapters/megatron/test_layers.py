@@ -55,7 +55,11 @@ PARALLEL = [
 ]
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(
+    "name",
+    # A mixer that a hybrid has as well is in the default run with that hybrid.
+    [pytest.param(name, marks=[pytest.mark.slow] * (f"{name}_hybrid" in HYBRIDS)) for name in HYBRIDS],
+)
 def test_every_stack_equals_itself_on_one_rank(ranks, name):
     check(ranks, HYBRIDS[name], PARALLEL)
 
