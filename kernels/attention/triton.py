@@ -25,6 +25,7 @@ from torch import Tensor
 
 from longctx.kernels.attention.masks import PlainMask, Positions, key_bounds, query_bounds
 from longctx.kernels.attention.tiled import dense_rows
+from longctx.kernels.device import launch_device
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, on tensors of any device."""
@@ -303,12 +304,13 @@ def forward(
     begin, end, bound_b, bound_h = _bounds_of(mask, q, k)
     out = torch.empty(batch, queries, heads, v_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    _forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
-        q, k, v, begin, end, out, lse,
-        *_strides(q, k, v), bound_b, bound_h,
-        scale, queries, k.shape[1], heads, heads // k.shape[2], k_dim, v_dim,
-        **_common(k_dim, v_dim, tile),
-    )  # fmt: skip
+    with launch_device(q.device):
+        _forward_kernel[(triton.cdiv(queries, tile.queries), batch * heads)](
+            q, k, v, begin, end, out, lse,
+            *_strides(q, k, v), bound_b, bound_h,
+            scale, queries, k.shape[1], heads, heads // k.shape[2], k_dim, v_dim,
+            **_common(k_dim, v_dim, tile),
+        )  # fmt: skip
     return out, lse
 
 
@@ -336,20 +338,23 @@ def backward(
     q_grid = (triton.cdiv(queries, tile.queries), batch * heads)
 
     delta = torch.empty_like(lse)
-    _delta_kernel[q_grid](
-        do, out, delta, *_strides(do, out), queries, heads, v_dim,
-        V_PAD=common["V_PAD"], TILE_Q=tile.queries, UPCAST=INTERPRETED,
-    )  # fmt: skip
+    with launch_device(q.device):
+        _delta_kernel[q_grid](
+            do, out, delta, *_strides(do, out), queries, heads, v_dim,
+            V_PAD=common["V_PAD"], TILE_Q=tile.queries, UPCAST=INTERPRETED,
+        )  # fmt: skip
     sizes = scale, queries, keys, heads, heads // kv_heads, k_dim, v_dim
     strides = _strides(q, k, v, do)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _dq_kernel[q_grid](
-        q, k, v, do, begin, end, lse, delta, dq, *strides, bound_b, bound_h, *sizes, **common
-    )  # fmt: skip
+    with launch_device(q.device):
+        _dq_kernel[q_grid](
+            q, k, v, do, begin, end, lse, delta, dq, *strides, bound_b, bound_h, *sizes, **common
+        )  # fmt: skip
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _dkv_kernel[(triton.cdiv(keys, tile.keys), batch * kv_heads)](
-        q, k, v, do, begin, end, first, last, lse, delta, dk, dv,
-        *strides, bound_b, bound_h, tile_b, tile_h, *sizes, **common,
-    )  # fmt: skip
+    with launch_device(q.device):
+        _dkv_kernel[(triton.cdiv(keys, tile.keys), batch * kv_heads)](
+            q, k, v, do, begin, end, first, last, lse, delta, dk, dv,
+            *strides, bound_b, bound_h, tile_b, tile_h, *sizes, **common,
+        )  # fmt: skip
     return dq, dk, dv

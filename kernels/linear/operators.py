@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -45,6 +45,12 @@ def _decode(numbers: Sequence[int]) -> list[Segment]:
         segments.append(Segment(begin, end, tuple(numbers[at + 3 : at + 3 + count])))
         at += 3 + count
     return segments
+
+
+@lru_cache(maxsize=64)
+def _decode_once(numbers: tuple[int, ...]) -> tuple[Segment, ...]:
+    """Decode segments that all layers and passes of a step share: hundreds, with thousands of documents."""
+    return tuple(_decode(numbers))
 
 
 @cache
@@ -87,7 +93,7 @@ class RegisteredRecurrence(ABC):
         def run(q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any) -> Any:
             triton = _triton(self._triton_module) if k.is_cuda and k.dtype != torch.float64 else None
             inputs = Inputs(q, k, v, tuple(gates))
-            result = getattr(triton or self._torch, function)(inputs, _decode(segments), *rest)
+            result = getattr(triton or self._torch, function)(inputs, _decode_once(tuple(segments)), *rest)
             if isinstance(result, Carry):
                 return result.transition, result.state
             if function == "apply_grad":

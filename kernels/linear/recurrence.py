@@ -9,6 +9,7 @@ over segments (`LinearRecurrence`); the inter-segment scan, over programs of a d
 A new document resets the recurrent state before its first token. A segment in which a document begins has A = 0.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,11 +47,13 @@ class Segment:
         """Cut into segments of at most `size` tokens, in order; an empty segment stays one segment."""
         if self.size == 0:
             return [self]
-        parts = []
+        parts, first = [], 0
         for begin in range(0, self.size, size):
             end = min(begin + size, self.size)
-            inside = tuple(start - begin for start in self.starts if begin <= start < end)
+            last = bisect_left(self.starts, end, first)
+            inside = tuple(start - begin for start in self.starts[first:last])
             parts.append(Segment(self.begin + begin, self.begin + end, inside))
+            first = last
         return parts
 
 

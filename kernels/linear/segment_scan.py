@@ -1,15 +1,30 @@
 """Exclusive scan over the segments of a piece, and the composed carry of the piece.
 
 A GPU runs a long sequence as hundreds of segments, and the scan over them is one Triton kernel. Other devices have few
-segments and scan them in a loop, as do transition matrices.
+segments and scan them in a loop.
 """
 
+import importlib
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from longctx.kernels.linear.recurrence import Carry
+
+
+def _logarithms(carries: Carry) -> bool:
+    """Whether transitions are cumulative log-decays; else they are matrices."""
+    return carries.transition.dim() < carries.state.dim()
+
+
+def _triton(carries: Carry) -> ModuleType | None:
+    """Return the kernels for float32 carries on CUDA; None for others, or where Triton is not installed."""
+    usable = carries.state.is_cuda and carries.state.dtype == torch.float32
+    if not usable or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("longctx.kernels.linear.triton_segment_scan")
 
 
 def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -18,11 +33,10 @@ def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tu
     `carries` have the leading dimensions `N, B`, in sequence order; `state` `[B, H, K, V]` is the start state of the
     first segment. `reverse` scans from the last segment to the first; results stay in the order of the carries.
     """
-    logarithms = carries.transition.dim() < carries.state.dim()
-    if logarithms and carries.state.is_cuda and importlib.util.find_spec("triton") is not None:
-        from longctx.kernels.linear.triton_segment_scan import scan_segments_triton
-
-        return scan_segments_triton(carries.transition, carries.state, state, reverse)
+    triton = _triton(carries)
+    if triton is not None:
+        scan = triton.scan_segments_triton if _logarithms(carries) else triton.scan_matrices
+        return scan(carries.transition, carries.state, state, reverse)
     states = torch.empty_like(carries.state)
     count = len(carries.state)
     for number in reversed(range(count)) if reverse else range(count):
@@ -35,8 +49,11 @@ def compose_segments(carries: Carry, *, reverse: bool = False) -> Carry:
     """Return the carry of all segments in sequence, leading dimension `B`; `reverse` as in `scan_segments`."""
     if len(carries.state) == 1:
         return carries[0]
+    triton = _triton(carries)
+    if triton is not None and not _logarithms(carries):
+        return Carry(*triton.compose_matrices(carries.transition, carries.state, reverse))
     _, state = scan_segments(carries, torch.zeros_like(carries.state[0]), reverse=reverse)
-    if carries.transition.dim() < carries.state.dim():
+    if _logarithms(carries):
         return Carry(carries.transition.sum(dim=0), state)
     order = range(len(carries.state))
     first, *others = reversed(order) if reverse else order

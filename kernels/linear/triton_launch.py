@@ -1,7 +1,6 @@
 """Host side of the Triton recurrences: launch plan, strides, gradient buffers, segment bounds and document ids."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from longctx.kernels.device import DeviceCopy, launch_device
 from longctx.kernels.linear import tuning
 from longctx.kernels.linear.recurrence import Inputs, Segment
 
@@ -123,10 +123,7 @@ class LaunchPlan:
         """Launch `programs` instances of a kernel; no launch for 0."""
         if not programs:
             return
-        context: AbstractContextManager[Any] = (
-            torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        )
-        with context:
+        with launch_device(self.device):
             kernel[(programs,)](
                 *arguments,
                 self.heads,
@@ -214,35 +211,43 @@ def reduce_to_heads(grad: Tensor, x: Tensor) -> Tensor:
     return grad.unflatten(2, (x.shape[2], -1)).sum(dim=3).to(x.dtype)
 
 
-def _on_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to the device without synchronizing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+@lru_cache(maxsize=512)
+def _bounds_copy(bounds: tuple[tuple[int, int], ...], device: torch.device) -> DeviceCopy:
+    return DeviceCopy(torch.tensor(bounds, dtype=torch.int32).view(-1, 2), device)
 
 
-@lru_cache(maxsize=16)
 def bounds_tensor(bounds: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Return begin and end tokens on the device, `[N, 2]` int32; cached, since all layers of a model use the same."""
-    return _on_device(torch.tensor(bounds, dtype=torch.int32).view(-1, 2), device)
+    """Return begin and end tokens on the device, `[N, 2]` int32; cached, since all layers of a model use the same.
+
+    The delta rule at a million tokens has tens of such tensors per layout, a few kilobytes each.
+    """
+    return _bounds_copy(bounds, device).tensor()
 
 
 @lru_cache(maxsize=4)
-def segment_document_ids(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
-    """Return each token's document number in its segment, `[T]` int32; None where no document starts in a segment."""
-    if not any(segment.starts for segment in segments):
-        return None
+def _document_ids_copy(segments: tuple[Segment, ...], device: torch.device) -> DeviceCopy:
     ids = torch.zeros(max(segment.end for segment in segments), dtype=torch.int32)
     for segment in segments:
         if segment.starts:
             ids[[segment.begin + start for start in segment.starts]] = 1
             ids[segment.at] = ids[segment.at].cumsum(0, dtype=torch.int32)
-    return _on_device(ids, device)
+    return DeviceCopy(ids, device)
 
 
-@lru_cache(maxsize=4)
+def segment_document_ids(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
+    """Return each token's document number in its segment, `[T]` int32; None where no document starts in a segment."""
+    return _document_ids_copy(segments, device).tensor() if any(segment.starts for segment in segments) else None
+
+
+@lru_cache(maxsize=64)
+def _document_start_copy(has_start: tuple[bool, ...], device: torch.device) -> DeviceCopy:
+    return DeviceCopy(torch.tensor(has_start), device)
+
+
 def document_start_mask(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
     """Return `[N]` bool, true for segments in which a document starts; None where there are none."""
-    has_start = [bool(segment.starts) for segment in segments]
-    return _on_device(torch.tensor(has_start), device) if any(has_start) else None
+    has_start = tuple(bool(segment.starts) for segment in segments)
+    return _document_start_copy(has_start, device).tensor() if any(has_start) else None
 
 
 def after_last_start(segments: Sequence[Segment]) -> tuple[tuple[int, int], ...]:

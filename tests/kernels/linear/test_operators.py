@@ -63,6 +63,18 @@ def test_gate_gradients_are_none_one_per_gate_where_none_is_needed(kind, count):
     assert [g.shape for g in case.recurrence.apply_grad(*arguments, True)[3]] == [g.shape for g in case.gates]
 
 
+def test_segments_are_decoded_once_for_all_layers_and_passes(monkeypatch):
+    decoded, decode = [], operators._decode
+    monkeypatch.setattr(operators, "_decode", lambda numbers: decoded.append(numbers) or decode(numbers))
+    operators._decode_once.cache_clear()
+    case = draw("scalar", 9)
+    segments = [Segment(0, 4, (1,)), Segment(4, 9)]
+    for _ in range(3):
+        carries = case.recurrence.summarize(inputs_of(case), segments)
+        case.recurrence.apply(inputs_of(case), segments, carries.state)
+    assert len(decoded) == 1
+
+
 def test_gates_are_named_in_order_and_the_last_may_be_omitted():
     case = draw("delta, vector", 3)
     beta, log_decay = case.gates

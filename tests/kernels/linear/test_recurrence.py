@@ -49,6 +49,36 @@ def test_head_dims_of_any_size(kind, key_dim, value_dim):
     check(draw(kind, 67, batch=1, key_dim=key_dim, value_dim=value_dim), [Segment(0, 67, (20,))], (20,), 1e-11)
 
 
+class Counted(int):
+    """A number that counts how often it is compared."""
+
+    compared = 0
+
+    def __lt__(self, other):
+        Counted.compared += 1
+        return int(self) < other
+
+    def __le__(self, other):
+        Counted.compared += 1
+        return int(self) <= other
+
+    def __gt__(self, other):
+        Counted.compared += 1
+        return int(self) > other
+
+    def __ge__(self, other):
+        Counted.compared += 1
+        return int(self) >= other
+
+
+def test_cutting_takes_time_in_segments_plus_documents():
+    starts = tuple(map(Counted, range(0, 1 << 20, 64)))
+    parts = Segment(0, 1 << 20, starts).cut(2048)
+    assert [len(part.starts) for part in parts] == [32] * 512
+    assert parts[3].starts == tuple(range(0, 2048, 64))
+    assert Counted.compared <= 40 * len(parts)
+
+
 @each_kind
 def test_segments_that_follow_each_other_are_one(kind):
     starts = (50, 51, 120)

@@ -12,10 +12,21 @@ def draw(kind, count=5, key_dim=5, value_dim=7):
     lead = (count, 2, 3)
     shape = {"scalar": lead, "vector": (*lead, key_dim), "matrix": (*lead, key_dim, key_dim)}[kind]
     transition = -torch.rand(shape, generator=generator)
-    if kind != "matrix":
+    if kind == "matrix":
+        transition /= key_dim  # keeps states of the same size, as the delta rule's transitions do
+    else:
         transition[count // 2] = float("-inf")
     states = torch.randn(*lead, key_dim, value_dim, generator=generator)
     return Carry(transition, states), torch.randn(2, 3, key_dim, value_dim, generator=generator)
+
+
+def kernels():
+    pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    from longctx.kernels.linear import triton_segment_scan
+
+    return triton_segment_scan
 
 
 def one_by_one(carries, state, order):
@@ -44,17 +55,49 @@ def test_scan_and_whole_are_the_maps_one_after_the_other(kind, reverse, count):
     torch.testing.assert_close(together.state, folded.state)
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize("kind", ["scalar", "vector", "matrix"])
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(5, 7), (40, 33)])
-def test_the_kernel_is_the_loop(kind, reverse, key_dim, value_dim):
-    pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
-    from longctx.kernels.linear.triton_segment_scan import scan_segments_triton
-
-    carries, state = draw(kind, 5, key_dim, value_dim)
+def test_the_kernels_are_the_loop(kind, reverse, count, key_dim, value_dim):
+    triton_scan = kernels()
+    carries, state = draw(kind, max(count, 1), key_dim, value_dim)
+    carries = Carry(carries.transition[:count], carries.state[:count])
     want, end = scan_segments(carries, state, reverse=reverse)
-    got, last = scan_segments_triton(carries.transition, carries.state, state, reverse)
+    scan = triton_scan.scan_matrices if kind == "matrix" else triton_scan.scan_segments_triton
+    got, last = scan(carries.transition, carries.state, state, reverse)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(last, end)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("count", [2, 5, 6])
+def test_composed_matrices_are_the_loop(reverse, count):
+    carries, _ = draw("matrix", count, 40, 33)
+    want = compose_segments(carries, reverse=reverse)
+    transition, state = kernels().compose_matrices(carries.transition, carries.state, reverse)
+    torch.testing.assert_close(transition, want.transition)
+    torch.testing.assert_close(state, want.state)
+
+
+def test_a_million_tokens_of_segments_are_as_exact_as_in_float64():
+    """512 transitions of the delta rule, products of reflections that shrink by little."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.nn.functional.normalize(torch.randn(512, 1, 1, 32, generator=generator, dtype=torch.float64), dim=-1)
+    strength = torch.rand(512, 1, 1, 1, 1, generator=generator, dtype=torch.float64)
+    transition = torch.eye(32, dtype=torch.float64) - strength * key[..., None] * key[..., None, :]
+    states = torch.randn(512, 1, 1, 32, 16, generator=generator, dtype=torch.float64)
+    start = torch.randn(1, 1, 32, 16, generator=generator, dtype=torch.float64)
+    want, end = scan_segments(Carry(transition, states), start)
+    got, last = kernels().scan_matrices(transition.float(), states.float(), start.float(), False)
+    assert (got - want).norm() < 1e-6 * want.norm()
+    assert (last - end).norm() < 1e-6 * end.norm()
+
+
+def test_a_state_that_is_not_finite_reaches_no_earlier_segment():
+    carries, state = draw("matrix", 5, 6, 6)
+    want, _ = kernels().scan_matrices(carries.transition, carries.state, state, False)
+    carries.state[3] = float("nan")
+    got, last = kernels().scan_matrices(carries.transition, carries.state, state, False)
+    assert torch.equal(got[:4], want[:4])
+    assert last.isnan().all()

@@ -1,0 +1,61 @@
+"""CUDA devices in the host code of kernels: the current device of a launch, and copies of host tensors."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one, on which Triton launches; nothing for other devices.
+
+    Tensors of another device than the current one would otherwise be read by a kernel that runs on the current one.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class DeviceCopy:
+    """A host tensor's copy on a device, made without synchronizing; for other devices than CUDA the tensor itself.
+
+    Streams other than the one that made the copy wait for it once. A CUDA graph reads the copy's memory whenever it is
+    replayed: what a graph has captured is kept for the life of the process.
+    """
+
+    _captured: "set[DeviceCopy]" = set()  # noqa: RUF012 - shared by all copies
+
+    def __init__(self, host: Tensor, device: torch.device) -> None:
+        """Start the copy. Raises RuntimeError while a CUDA graph is captured, whose first call would be this one."""
+        self._device = device
+        if device.type != "cuda":
+            self._tensor = host
+            return
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph captures the first call with these segments, whose bounds are not on the GPU yet: "
+                    "call the layer once with the same layout before the capture"
+                )
+            self._host = host.pin_memory()  # kept: the copy may still read it
+            self._tensor = self._host.to(device, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+            self._streams = {torch.cuda.current_stream().cuda_stream}
+
+    def tensor(self) -> Tensor:
+        """Return the copy, for kernels on the current stream."""
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                self._prepare_stream()
+        return self._tensor
+
+    def _prepare_stream(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            # A capture begins after a synchronization of the device, and may not wait for events from before it.
+            self._captured.add(self)
+            return
+        stream = torch.cuda.current_stream()
+        if stream.cuda_stream not in self._streams:
+            stream.wait_event(self._ready)
+            self._tensor.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
