@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.kernels.linear.checks import (
     check_beta,
@@ -75,6 +76,28 @@ def test_log_decays_that_do_not_fit_are_named(log_decay, message):
 def test_a_constant_log_decay_is_refused_where_the_recurrence_has_none():
     with pytest.raises(ValueError, match=r"log_decay has shape \[4\]: expected \[B, T, H\] or \[B, T, H, K\]"):
         check_decay(zeros(4), K, constant=False)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "anomaly", "reads"), [((2, 5, 4), False, 1), ((2, 5, 4, 3), False, 0), ((2, 5, 4, 3), True, 1)]
+)
+def test_decays_per_channel_are_not_read_on_a_gpu_but_in_anomaly_mode(shape, anomaly, reads):
+    k, log_decay = zeros(2, 5, 4, 3, device="meta"), zeros(*shape, device="meta")
+    with torch.autograd.set_detect_anomaly(anomaly), Operators() as operators:
+        check_decay(log_decay, k, constant=True)
+    assert operators.names.count("amax") == reads
 
 
 def test_one_positive_log_decay_of_many_is_found():
