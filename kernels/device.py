@@ -15,6 +15,14 @@ def launch_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device, copied from pinned memory without synchronizing; the tensor itself on a CPU.
+
+    Pinned memory is not reused before the copy is done: torch's host allocator records an event for it.
+    """
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 class DeviceCopy:
     """A host tensor's copy on a device, made without synchronizing; for other devices than CUDA the tensor itself.
 
@@ -36,8 +44,7 @@ class DeviceCopy:
                     "a CUDA graph captures the first call with these segments, whose bounds are not on the GPU yet: "
                     "call the layer once with the same layout before the capture"
                 )
-            self._host = host.pin_memory()  # kept: the copy may still read it
-            self._tensor = self._host.to(device, non_blocking=True)
+            self._tensor = to_device(host, device)
             self._ready = torch.cuda.Event()
             self._ready.record()
             self._streams = {torch.cuda.current_stream().cuda_stream}

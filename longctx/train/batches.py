@@ -8,6 +8,7 @@ import torch
 
 from longctx.data.loader import Sequence, SequenceStream
 from longctx.engines.base import Batch
+from longctx.kernels.device import to_device
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.layout import Layout, Order
 from longctx.parallel.link_speeds import ASSUMED, Speeds
@@ -28,7 +29,7 @@ def to_batch(
     bounds = sequence.cu_seqlens.tolist()
     layout = Layout.on(mesh, bounds, order, attention=attention, states=states, speeds=speeds, sequence=sequence.index)
     tokens, labels = layout.shard(sequence.tokens[None]), layout.shard(sequence.labels[None], fill=IGNORE)
-    return Batch(tokens.to(device), labels.to(device), layout)
+    return Batch(to_device(tokens, device), to_device(labels, device), layout)
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ def process_group(kind: str, timeout: float) -> Iterator[None]:
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    device = None
     if kind == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device)
+    # Not bound to a device (`device_id`): DeviceMesh would then make its groups by split_group, which failed with two
+    # backends (pytorch issue 159200), instead of by new_group.
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longctx.kernels.device import DeviceCopy, launch_device
+from longctx.kernels.device import DeviceCopy, launch_device, to_device
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
@@ -51,6 +51,13 @@ def cuda(monkeypatch):
 def test_a_launch_makes_the_tensors_device_the_current_one(cuda):
     with launch_device(torch.device("cuda", 3)), launch_device(torch.device("cpu")):
         assert cuda.devices == [torch.device("cuda", 3)]
+
+
+def test_batches_are_copied_from_pinned_memory_without_synchronizing(cuda):
+    x = torch.arange(3)
+    assert to_device(x, torch.device("cpu")) is x
+    to_device(x, torch.device("cuda", 0))  # the stand-in for `to` takes non_blocking alone
+    assert cuda.log == ["pinned", "copied"]
 
 
 def test_on_a_cpu_a_copy_is_the_tensor_itself():

@@ -41,6 +41,19 @@ def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int, local_ranks: int) -> Non
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
 
 
+def test_groups_of_two_backends_are_not_split(monkeypatch):
+    """A default group that is bound to a device makes DeviceMesh call split_group (pytorch issue 159200)."""
+    calls = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: calls.append((*args, keywords)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    with process_group("cuda", 5.0):
+        pass
+    assert calls == [("device", 1), ("cpu:gloo,cuda:nccl", {"timeout": timedelta(seconds=5)}), "destroyed"]
+
+
 def test_a_rank_alone_needs_no_environment_and_leaves_no_group(monkeypatch):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names})
