@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.fusion import fused
 
 IGNORE = -100
 """Label of a token without a target (PyTorch's ignore_index)."""
@@ -19,6 +20,29 @@ IGNORE = -100
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Combines vocabulary shards: (logsumexp of the shard's logits, label logit, 0 if the label is in another shard), each
 `[t]`, to the same pair for the whole vocabulary."""
+
+
+@fused
+def _row_terms(logits: Tensor, targets: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logsumexp of logits `[t, N]` and the logit of `targets` `[t, 1]`, 0 where not `here`, `[t]` each."""
+    wide = logits.to(accumulation_dtype(logits.dtype))
+    return wide.logsumexp(dim=-1), torch.where(here, wide.gather(-1, targets)[:, 0], 0.0)
+
+
+@fused
+def _logits_grad(logits: Tensor, lse: Tensor, targets: Tensor, here: Tensor, factors: Tensor) -> Tensor:
+    """Return `factors * (softmax(logits) - onehot(targets) * here)`, `[t, N]` like logits, which it may overwrite.
+
+    Shapes: lse, here and factors `[t]`, targets `[t, 1]`.
+    """
+    dlogits = logits.to(lse.dtype).sub_(lse[:, None]).exp_()
+    if torch.compiler.is_compiling():
+        # A comparison per element is part of the one kernel; indexing would be another.
+        columns = torch.arange(dlogits.shape[1], device=dlogits.device)
+        dlogits = dlogits - ((columns == targets) & here[:, None]).to(dlogits.dtype)
+    else:
+        dlogits[torch.arange(len(targets)), targets[:, 0]] -= here.to(dlogits.dtype)
+    return dlogits.mul_(factors[:, None]).to(logits.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,7 +56,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         dweight = torch.zeros(weight.shape, dtype=dtype, device=x.device) if needs_weight else None
-        rows = torch.arange(min(tile, labels.shape[0]), device=x.device)
         for begin in range(0, labels.shape[0], tile):
             part = slice(begin, begin + tile)
             valid = labels[part] >= 0
@@ -40,18 +63,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Without shards, a label beyond the vocabulary is an indexing error.
             here = valid if merge is None else valid & (targets >= 0) & (targets < len(weight))
             targets = torch.where(here, targets, 0)[:, None]
-            logits = torch.matmul(x[part], weight.T).to(dtype)
-            lse = logits.logsumexp(dim=-1)
-            picked = torch.where(here, logits.gather(-1, targets)[:, 0], 0.0)
+            logits = torch.matmul(x[part], weight.T)
+            lse, picked = _row_terms(logits, targets, here)
             if merge is not None:
                 lse, picked = merge(lse, picked)
             nll[part] = torch.where(valid, lse - picked, 0.0)
             if dx is None and dweight is None:
                 continue
-            dlogits = logits.sub_(lse[:, None]).exp_()
-            # One element per row, so plain indexing is exact and deterministic on every device.
-            dlogits[rows[: len(targets)], targets[:, 0]] -= here.to(dtype)
-            dlogits = dlogits.mul_(valid[:, None] * scale).to(x.dtype)
+            dlogits = _logits_grad(logits, lse, targets, here, valid * scale)
             if dx is not None:
                 torch.matmul(dlogits, weight, out=dx[part])
             if dweight is not None:

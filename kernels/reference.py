@@ -49,6 +49,12 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * scale
 
 
+def gated_rms_norm(x: Tensor, scale: Tensor, gate: Tensor, eps: float, activation: str) -> Tensor:
+    """Compute `rms_norm(x) * silu(gate)`, or with the sigmoid of the gate."""
+    sigmoid = 1 / (1 + torch.exp(-gate))
+    return rms_norm(x, scale, eps) * (gate * sigmoid if activation == "silu" else sigmoid)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """Compute `gate * sigmoid(gate) * up`; gate and up are the halves of the last dim."""
     gate, up = gate_up.chunk(2, dim=-1)

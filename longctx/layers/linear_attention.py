@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longctx.kernels.dtypes import accumulation_dtype
-from longctx.kernels.pointwise import rms_norm
+from longctx.kernels.pointwise import Activation, gated_rms_norm, rms_norm
 from longctx.layers.basic import Linear, SelfInitialised
 from longctx.layers.cache import Cache, cached_convolution
 from longctx.parallel.layout import Layout
@@ -43,7 +43,7 @@ class ShortConvolution(SelfInitialised):
 class HeadNorm(nn.Module):
     """RMSNorm of each head's output, times a weight per channel and, optionally, the activation of an output gate."""
 
-    def __init__(self, value_dim: int, eps: float, activation: str | None = None) -> None:
+    def __init__(self, value_dim: int, eps: float, activation: Activation = "sigmoid") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(value_dim))
         self.eps, self.activation = eps, activation
@@ -54,23 +54,29 @@ class HeadNorm(nn.Module):
 
     def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
         """Normalise o `[B, T, H, V]` and multiply it by the activated gate of the same shape, if there is one."""
-        normed = self.norm(o)
-        if gate is None:
-            return normed
-        gate = F.silu(gate) if self.activation == "silu" else torch.sigmoid(gate)
-        return normed * gate.view(normed.shape)
+        return self.norm(o) if gate is None else self.gated_norm(o, gate.view(o.shape))
+
+    def gated_norm(self, o: Tensor, gate: Tensor) -> Tensor:
+        """Normalise o and multiply it by the activated gate of the same shape."""
+        return gated_rms_norm(o, self.weight, gate, self.eps, self.activation)
 
 
 class AllHeadsNorm(HeadNorm):
     """RMSNorm over the channels of all heads together, across tensor-parallel ranks, with an optional output gate."""
 
-    def __init__(self, width: int, eps: float, activation: str | None = None) -> None:
+    def __init__(self, width: int, eps: float, activation: Activation = "sigmoid") -> None:
         super().__init__(width, eps, activation)
         self.tp_axis = Axis()
 
     def norm(self, o: Tensor) -> Tensor:
         """Normalise o `[B, T, H V]` without applying the gate."""
         return tensor_parallel_rms_norm(o, self.weight, self.eps, self.tp_axis)
+
+    def gated_norm(self, o: Tensor, gate: Tensor) -> Tensor:
+        """Normalise o `[B, T, H V]` and multiply it by the activated gate of the same shape."""
+        if self.tp_axis.group is None:
+            return super().gated_norm(o, gate)
+        return self.norm(o) * (F.silu(gate) if self.activation == "silu" else torch.sigmoid(gate))
 
 
 class LowRank(SelfInitialised):

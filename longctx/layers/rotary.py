@@ -1,12 +1,15 @@
 """Rotary position embedding (RoPE; Su et al. 2021) at the positions of a layout, with Llama 3.1's frequency scaling."""
 
 import math
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from longctx.config import Config, Integer
+from longctx.kernels.autograd import exact_backward, exact_forward
+from longctx.kernels.fusion import fused
 
 
 class RopeScaling(Config):
@@ -59,16 +62,33 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     if x.shape[1] != table[0].shape[0]:
         raise ValueError(f"x has {x.shape[1]} tokens: expected the {table[0].shape[0]} of the layout on this rank")
     cos, sin = (part[None, :, None, :] for part in table)
-    return _rotate(x, cos, sin)
+    return _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
 
 
 def rotate_rows(x: Tensor, rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate vectors `x [..., D]`, each at the position of the table's row `rows [...]`; -1 uses row 0."""
     flat = rows.clamp_min(0).flatten()
     cos, sin = (part.index_select(0, flat).view(*rows.shape, part.shape[1]) for part in table)
-    return _rotate(x, cos, sin)
+    return _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
 
 
+class _Rotation(torch.autograd.Function):
+    """The transpose of a rotation is the rotation by the opposite angle."""
+
+    @staticmethod
+    @exact_forward
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @exact_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+@fused
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(wide), sin.to(wide)

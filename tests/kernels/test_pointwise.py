@@ -16,6 +16,14 @@ FUNCTIONS = {
         lambda x, s: reference.rms_norm(x, s, 1e-5),
         [(2, 37, 6), (2, 37, 6)],
     ),
+    **{
+        f"norm, weight, {activation} of a gate": (
+            lambda x, s, g, activation=activation: pointwise.gated_rms_norm(x, s, g, 1e-5, activation),
+            lambda x, s, g, activation=activation: reference.gated_rms_norm(x, s, g, 1e-5, activation),
+            [(2, 37, 6), (6,), (2, 37, 6)],
+        )
+        for activation in ("silu", "sigmoid")
+    },
     "swiglu": (pointwise.swiglu, reference.swiglu, [(2, 37, 10)]),
 }
 
@@ -76,5 +84,9 @@ def test_no_token_at_all():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"scale has shape \[3\]: expected that of x"):
         pointwise.rms_norm(torch.zeros(2, 4), torch.ones(3), 1e-5)
+    with pytest.raises(
+        ValueError, match=r"gate has shape \[2, 3\] and scale \[4\]: expected \[2, 4\], that of x, and \[4\]"
+    ):
+        pointwise.gated_rms_norm(torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 3), 1e-5, "silu")
     with pytest.raises(ValueError, match="5 has to be even"):
         pointwise.swiglu(torch.zeros(2, 5))
