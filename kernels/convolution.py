@@ -7,13 +7,17 @@ as zeros. The local tokens may be several segments of a sequence; each comes wit
 zeros where those belong to another document than the last of them.
 
 Computed as J shifted multiply-adds over a tile of tokens that stays in cache: on a CPU 3 to 19 times faster than
-torch's grouped conv1d on the same tile, which copies channels-last tokens. On other devices one tile covers the whole
-tensor. Computed in the accumulation dtype and cast once; the backward pass recomputes the activation's input.
+torch's grouped conv1d on the same tile, which copies channels-last tokens. On CUDA `triton_convolution` computes it;
+where that does not (float64, more than 16 taps, no Triton), one tile covers the whole tensor. Computed in the
+accumulation dtype and cast once; the backward pass recomputes the activation's input.
 """
 
+import importlib
+import importlib.util
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,6 +95,14 @@ def _by_taps(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[T
     return weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
+def _triton(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """Return the Triton kernels where they take the arguments: on CUDA, not in float64, up to 16 taps."""
+    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return None
+    kernels = importlib.import_module("longctx.kernels.triton_convolution")
+    return kernels if weight.shape[1] <= kernels.MAX_TAPS else None
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -100,6 +112,9 @@ def _forward(
     starts: Sequence[int],
     activation: str | None,
 ) -> Tensor:
+    kernels = _triton(x, weight)
+    if kernels is not None:
+        return kernels.forward(x, weight, bias, before, bounds, starts, activation)
     width = weight.shape[1]
     rows, shift = _by_taps(weight, bias, accumulation_dtype(x.dtype))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -133,6 +148,9 @@ def _backward(
     starts: Sequence[int],
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = _triton(x, weight)
+    if kernels is not None:
+        return kernels.backward(dy, x, weight, bias, before, bounds, starts, activation)
     dtype, width = accumulation_dtype(x.dtype), weight.shape[1]
     rows, shift = _by_taps(weight, bias, dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -204,10 +204,10 @@ def blocks_per_sm(used: Resources, capability: int) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a linear recurrence: "additive" or "delta", the kind of decay, sizes."""
+    """One call: a family of kernels (PASSES), the kind of decay or transition, sizes."""
 
-    recurrence: str
-    decay: str
+    family: str
+    kind: str
     key_dim: int = 128
     value_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
@@ -227,29 +227,69 @@ class Case:
         q, k = (empty(*tokens, self.key_dim, dtype=self.dtype) for _ in range(2))
         v = empty(*tokens, self.value_dim, dtype=self.dtype)
         decays = {"constant": (self.heads,), "scalar": tokens, "vector": (*tokens, self.key_dim)}
-        gates = [empty(*tokens)] if self.recurrence == "delta" else []
-        if self.decay != "constant" or self.recurrence == "additive":
-            gates.append(empty(*decays[self.decay]))
+        gates = [empty(*tokens)] if self.family == "delta" else []
+        if self.kind != "constant" or self.family == "additive":
+            gates.append(empty(*decays[self.kind]))
         return Inputs(q, k, v, tuple(gates))
 
+    def segments(self) -> Any:
+        """Return the tokens cut into segments of SEGMENT tokens."""
+        from longctx.kernels.linear.recurrence import Segment
 
-def passes(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the passes of a recurrence by name, forward and backward, as functions that launch their kernels."""
+        starts = tuple(range(self.document, self.tokens, self.document)) if self.document else ()
+        return Segment(0, self.tokens, starts).cut(SEGMENT)
+
+
+def recurrence_passes(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the passes of a linear recurrence."""
     from longctx.kernels.linear.additive import triton as additive
     from longctx.kernels.linear.delta import triton as delta
-    from longctx.kernels.linear.recurrence import Segment
 
-    module: Any = {"additive": additive, "delta": delta}[case.recurrence]
-    inputs = case.inputs()
-    starts = tuple(range(case.document, case.tokens, case.document)) if case.document else ()
-    segments = Segment(0, case.tokens, starts).cut(SEGMENT)
+    module: Any = {"additive": additive, "delta": delta}[case.family]
+    inputs, segments = case.inputs(), case.segments()
     do = torch.empty_like(inputs.v)
     states = torch.empty(len(segments), *inputs.state_shape, device="meta")
-    gate_grads = case.decay != "constant" or case.recurrence == "delta"
+    gate_grads = case.kind != "constant" or case.family == "delta"
     yield "summarize", lambda: module.summarize(inputs, segments)
     yield "apply", lambda: module.apply(inputs, segments, states)
     yield "summarize_grad", lambda: module.summarize_grad(inputs, segments, do)
     yield "apply_grad", lambda: module.apply_grad(inputs, segments, do, states, states, gate_grads)
+
+
+def scan_passes(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the scan over segments, of transitions that are scalars, vectors or matrices."""
+    from longctx.kernels.linear import triton_segment_scan as scan
+
+    lead = len(case.segments()), 1, case.heads
+    state = torch.empty(*lead, case.key_dim, case.value_dim, device="meta")
+    dims = {"scalar": (), "vector": (case.key_dim,), "matrix": (case.key_dim, case.key_dim)}[case.kind]
+    transition = torch.empty(*lead, *dims, device="meta")
+    if case.kind == "matrix":
+        yield "scan", lambda: scan.scan_matrices(transition, state, state[0], False)
+        yield "compose", lambda: scan.compose_matrices(transition, state, False)
+    else:
+        yield "scan", lambda: scan.scan_segments_triton(transition, state, state[0], False)
+
+
+def convolution_passes(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the convolution forward and backward; the kind is the number of taps."""
+    from longctx.kernels import triton_convolution as convolution
+
+    taps, channels = int(case.kind), case.heads * case.key_dim
+    x = torch.empty(1, case.tokens, channels, dtype=case.dtype, device="meta")
+    weight, before = x.new_empty(channels, taps), x.new_empty(1, 1, taps - 1, channels)
+    starts = tuple(range(0, case.tokens, case.document)) if case.document else ()
+    rest = before, (0, case.tokens), starts, "silu"
+    yield "forward", lambda: convolution.forward(x, weight, None, *rest)
+    yield "backward", lambda: convolution.backward(x, x, weight, None, *rest)
+
+
+PASSES = {
+    "additive": recurrence_passes,
+    "delta": recurrence_passes,
+    "scan": scan_passes,
+    "convolution": convolution_passes,
+}
 
 
 @dataclass(frozen=True)
@@ -259,9 +299,8 @@ class Row:
     case: str
     pass_: str
     kernel: str
-    chunk: int
-    block_k: int
-    block_v: int
+    sizes: dict[str, int]
+    """Constants of the launch that are numbers: tiles, head dims, groups."""
     programs: int
     blocks_per_sm: int
     resources: Resources
@@ -274,19 +313,19 @@ class Row:
 
 def rows(case: Case, capability: int, launches: list[Launch]) -> Iterator[Row]:
     """Compile every kernel of a case; `launches` is what `record(capability)` returned. Errors are the compiler's."""
-    name = f"{case.recurrence}/{case.decay}"
-    for pass_, run in passes(case):
+    name = f"{case.family}/{case.kind}"
+    for pass_, run in PASSES[case.family](case):
         launches.clear()
         run()
-        seen = set()
+        seen: list[tuple[str, dict[str, Any]]] = []
         for launch in list(launches):
-            sizes = tuple(launch.constants.get(key) for key in ("C", "BK", "BV"))
-            if (launch.kernel, sizes) in seen or None in sizes:
+            if (launch.kernel, launch.constants) in seen:
                 continue
-            seen.add((launch.kernel, sizes))
+            seen.append((launch.kernel, launch.constants))
+            sizes = {key: value for key, value in launch.constants.items() if isinstance(value, int)}
             used = launch.resources()
-            blocks = blocks_per_sm(used, capability)
-            yield Row(name, pass_, launch.kernel, *sizes, launch.grid[0], blocks, used)
+            programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
+            yield Row(name, pass_, launch.kernel, sizes, programs, blocks_per_sm(used, capability), used)
 
 
 def main() -> None:
@@ -297,7 +336,7 @@ def main() -> None:
     parser.add_argument("--value-dim", type=int, help="V, where it is not K")
     parser.add_argument("--dtype", action="append", help="default bfloat16")
     parser.add_argument("--document", type=int, default=0, help="tokens per document")
-    parser.add_argument("cases", nargs="+", metavar="RECURRENCE/DECAY")
+    parser.add_argument("cases", nargs="+", metavar="FAMILY/KIND")
     arguments = parser.parse_args()
     from longctx.kernels.linear import tuning
 
