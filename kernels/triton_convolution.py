@@ -234,6 +234,7 @@ class _Launch:
         batch, _, channels = x.shape
         longest = max((end - begin for begin, end in zip(bounds[::2], bounds[1::2], strict=True)), default=0)
         block = BLOCK_T if weight.shape[1] <= 4 else BLOCK_T // 2
+        assert weight.shape[1] <= block + 1, "only the first block reads the tokens before a segment"
         self.segments, self.others = len(bounds) // 2, max(0, triton.cdiv(longest, block) - 1)
         self.grid = triton.cdiv(channels, BLOCK_D), batch
         self.bounds = _bounds_copy(tuple(bounds), x.device).tensor()

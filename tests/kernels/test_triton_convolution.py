@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(triton_convolution, "BLOCK_T", 8)
+    monkeypatch.setattr(triton_convolution, "BLOCK_T", 16)
     monkeypatch.setattr(triton_convolution, "BLOCK_D", 16)
 
 
@@ -39,7 +39,7 @@ def by_torch(case, activation, segments, before):
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
 @pytest.mark.parametrize(("width", "activation"), [(1, "silu"), (2, None), (4, "silu"), (5, None), (8, "silu")])
 def test_values_and_gradients_equal_the_reference(width, activation, starts):
-    for length in (1, 8, 19):
+    for length in (1, 16, 19, 35):
         case = draw(length, width, bias=width != 2)
         want = by_reference(case, activation, starts(length))
         segments = [Segment(0, length, starts(length))]
@@ -55,8 +55,8 @@ def test_values_and_gradients_equal_the_reference(width, activation, starts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_segments_of_any_length_in_any_order_equal_those_in_torch(dtype):
-    case = draw(31, 4, batch=2, channels=21).to(torch.float32)
-    segments = [Segment(20, 31, (0, 5, 6)), Segment(0, 2), Segment(2, 2), Segment(2, 20, (11,))]
+    case = draw(41, 4, batch=2, channels=21).to(torch.float32)
+    segments = [Segment(20, 41, (0, 5, 6, 17)), Segment(0, 2), Segment(2, 2), Segment(2, 20, (11,))]
     before = torch.randn(4, 2, 3, 21, generator=torch.Generator().manual_seed(1)).to(dtype)
     low = case.to(dtype)
     want = by_torch(low.to(torch.float64), "silu", segments, before.double())
