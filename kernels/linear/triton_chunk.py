@@ -25,8 +25,12 @@ def halvings(size):
 
 @triton.jit
 def token_at(tensor, strides, batch, token, head):
-    """Return the pointer to a token's first channel in `tensor [B, T, H, D]`, given the strides of B, T and H."""
-    return tensor + batch.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1] + head * strides[2]
+    """Return the pointer to a token's first channel in `tensor [B, T, H, D]`, given the strides of B, T and H.
+
+    All offsets are int64: with heads before tokens in memory, a head's own exceeds an int32 too.
+    """
+    at = tensor + batch.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1]
+    return at + head.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -56,7 +60,7 @@ def store_tile(at, stride, size, channel, tile, ROWS: tl.constexpr, COLS: tl.con
 def load_constant_decay(gate, strides, head, KIND: tl.constexpr):
     """Load a head's constant log-decay, `[1]` float32, once per program; 0 for other kinds."""
     if KIND == "constant":
-        decay = _clamp(tl.load(gate + head * strides[2] + tl.arange(0, 1)))
+        decay = _clamp(tl.load(gate + head.to(tl.int64) * strides[2] + tl.arange(0, 1)))
     else:
         decay = tl.zeros([1], tl.float32)
     return decay
