@@ -231,6 +231,9 @@ class _Backward:
             if plan.decay_kind != "vector":
                 q_dq, end_terms = q_dq.unflatten(0, (-1, plan.batch)).sum(dim=0), end_terms.sum(dim=-1)
                 dgate, _ = _allocate_decay_grad(plan, sizes)
+            if plan.decay_kind == "constant" and sum(segment.size for segment in plan.segments) < plan.length:
+                # Its gradient is the sum over all rows, and kernels write none for tokens in no segment.
+                dgate.zero_()
 
         def sweep(sizes: tuning.TileSizes, *written: Any) -> None:
             _launch(plan, dk_dv_kernel, sizes, *self.arguments, dends, *written, **self.group_sizes)

@@ -309,6 +309,16 @@ def test_bfloat16(decay, dims):
     check(case, bound=2e-2, dtype=torch.bfloat16)
 
 
+def test_the_gradient_of_a_constant_decay_counts_only_tokens_in_segments():
+    case = Case.draw("constant", [Segment(0, 10), Segment(10, 26, (5,))], heads=(2, 2, 2, 2))
+    q, k, v, gates, do, states, dends = case.on_device()
+    whole = additive.apply_grad(Inputs(q, k, v, gates), case.segments, do, states, dends, True)
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 7)) for x in (q, k, v, do)]
+    inputs = Inputs(*padded[:3], gates)
+    among_padding = additive.apply_grad(inputs, case.segments, padded[3], states, dends, True)
+    assert torch.allclose(among_padding[3][0], whole[3][0])
+
+
 def test_what_the_kernels_do_not_take_is_refused():
     case = Case.draw("none", [Segment(0, 4)], dims=(4, 4))
     with pytest.raises(ValueError, match="float64"):
