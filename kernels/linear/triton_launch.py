@@ -97,7 +97,8 @@ class LaunchPlan:
         """Constants of a kernel's products: the factors' dtype, and the precision of float32 products."""
         if self.dtype == torch.bfloat16:
             return {"DOT": tl.bfloat16, "PRECISION": "tf32"}
-        exact = self.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+        # allow_tf32 raises once anybody has set fp32_precision; this has what was set in either way.
+        exact = self.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
         return {"DOT": tl.float32, "PRECISION": "ieee" if exact else "tf32"}
 
     def tile_sizes(self, name: str) -> tuning.TileSizes:

@@ -22,7 +22,7 @@ pass) and what programs for tiles of the same state read again from the L2 cache
 
 dk and dv take a sweep each above a head dim of 128, for vector decays above 64, or where autotuning finds it faster.
 
-float32 products are exact (IEEE), or tf32 if `torch.backends.cuda.matmul.allow_tf32` is set. bf16 factors are rounded
+float32 products are exact (IEEE), or tf32 if torch's matmul may use it (`fp32_precision`). bf16 factors are rounded
 to bf16 and summed in float32. fp16 inputs are multiplied as tf32, which has fp16's precision and does not overflow.
 States, decays and the gradients of gates are float32.
 

@@ -3,6 +3,8 @@
 On a GPU they run there; elsewhere in Triton's interpreter, on CPU tensors (tests/conftest.py asks for it).
 """
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -340,6 +342,24 @@ def test_tf32_is_followed(monkeypatch):
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     assert [kind["PRECISION"] for kind in seen] == ["tf32", "ieee"]
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee", "none"])
+def test_the_newer_setting_of_tf32_is_followed(setting):
+    # In a process of its own: once torch has been told the one way, asking the other way is an error.
+    program = f"""
+import torch
+torch.backends.cuda.matmul.fp32_precision = {setting!r}
+from longctx.kernels.linear.additive import triton
+from longctx.kernels.linear.recurrence import Inputs, Segment
+from longctx.kernels.linear.triton_launch import LaunchPlan
+LaunchPlan.launch = lambda self, *args, **kwargs: print(self.precision["PRECISION"])
+k = torch.zeros(1, 4, 1, 4)
+triton.summarize(Inputs(None, k, k, ()), [Segment(0, 4)])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == ("tf32" if setting == "tf32" else "ieee")
 
 
 def test_segment_length():
