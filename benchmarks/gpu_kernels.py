@@ -182,8 +182,17 @@ def before(deadline: float) -> Callable[[object], bool]:
     return lambda _: time.monotonic() < deadline
 
 
-def tune(seconds: float) -> None:
-    """Tune tile sizes in bf16, with a share of the time per kernel; sizes near the defaults are tried first."""
+def print_failure(sizes: tuning.TileSizes, error: Exception) -> None:
+    """Print which tile sizes failed, and why."""
+    said = str(error).strip().splitlines() or [""]
+    print(f"  failed {sizes}: {type(error).__name__}: {said[0][:200]}", flush=True)
+
+
+def tune(seconds: float, path: Path) -> None:
+    """Tune tile sizes in bf16, with a share of the time per kernel, and save them in `path` after each.
+
+    Sizes near the defaults are tried first.
+    """
     finish = time.monotonic() + seconds
     jobs = [(name, decay, dim) for dim in (128, 64) for decay in tuning.DECAY_KINDS for name in tuning.ADDITIVE_KERNELS]
     deltas = [(name, decay, 128) for decay in ("scalar", "vector") for name in tuning.DELTA_KERNELS]
@@ -197,8 +206,10 @@ def tune(seconds: float) -> None:
         deadline = time.monotonic() + (finish - time.monotonic()) / (len(jobs) + 1)
         kernel = f"{name}/{decay}"
         attempts = takewhile(before(deadline), tuning.candidates(kernel, dim, dim, torch.bfloat16, DEVICE))
-        best = tuning.tune(kernel, dim, dim, torch.bfloat16, DEVICE, tuning_workload(name, decay, dim), attempts)
-        print(f"tuned {kernel:21} {dim:4}  {best}")
+        run = tuning_workload(name, decay, dim)
+        best = tuning.tune(kernel, dim, dim, torch.bfloat16, DEVICE, run, attempts, print_failure)
+        tuning.save(path)
+        print(f"tuned {kernel:21} {dim:4}  {best}", flush=True)
 
 
 def min_bytes(shape: Shape, recurrence: str | None) -> tuple[int, int]:
@@ -307,8 +318,7 @@ def main() -> None:
     began = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
     flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    tune(0.45 * arguments.seconds)
-    tuning.save(arguments.out / "tuning.json")
+    tune(0.45 * arguments.seconds, arguments.out / "tuning.json")
     bandwidth = copy_bandwidth(flush)
     # The last row may start just before this time, and its kernels take seconds to compile.
     rows, dropped = table(began + 0.93 * arguments.seconds, bandwidth, flush)

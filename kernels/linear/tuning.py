@@ -145,19 +145,25 @@ def tune(
     device: torch.device,
     run: Callable[[], object],
     attempts: Iterable[TileSizes] | None = None,
+    on_failure: Callable[[TileSizes, Exception], object] = lambda sizes, error: None,
 ) -> TileSizes | None:
     """Time `run` on a CUDA device with each of `attempts` (default: `candidates`), and keep and return the fastest.
 
-    Skips candidates that do not fit the device. Returns None, and keeps nothing, where none fits.
+    Skips candidates that do not compile or do not fit the device, and calls `on_failure` for each. Returns None, and
+    keeps nothing, where none fits. Raises what leaves the device unusable, such as an illegal address.
     """
-    import triton
+    from triton.errors import TritonError
 
     best, best_seconds = None, float("inf")
     for sizes in attempts or candidates(kernel, key_dim, value_dim, dtype, device):
         try:
             with override_tiles(kernel, sizes):
                 seconds = _seconds(run, best_seconds)
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
+        except torch.AcceleratorError:
+            raise
+        except (TritonError, RuntimeError) as error:
+            # Triton's passes raise RuntimeError where they fail, its front end and the assembler a TritonError.
+            on_failure(sizes, error)
             continue
         if seconds < best_seconds:
             best, best_seconds = sizes, seconds

@@ -67,6 +67,44 @@ def test_what_was_measured_is_saved_and_read_in_another_process(tmp_path, monkey
     assert tuning.choose_tiles("apply/vector", 64, 20, torch.float32, CPU) != SIZES
 
 
+def test_candidates_that_do_not_compile_are_skipped_and_reported(monkeypatch):
+    errors = pytest.importorskip("triton.errors")
+    triton = pytest.importorskip("triton")
+    raised = [
+        triton.runtime.errors.OutOfResources(300000, 232448, "shared memory"),
+        errors.TritonError("at 1:1: parent layout must have at least rank >= 2"),
+        RuntimeError("PassManager::run failed"),
+    ]
+    failing = {2**n: error for n, error in enumerate(raised)}
+
+    def seconds(run, best_seconds):
+        warps = tuning.choose_tiles("dq/scalar", 20, 20, torch.float32, CPU)["warps"]
+        if warps in failing:
+            raise failing[warps]
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_tuned", {})
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    attempts = [{**SIZES, "warps": warps} for warps in (1, 2, 4, 8)]
+    failures = []
+    on_failure = lambda sizes, error: failures.append((sizes, error))  # noqa: E731
+    best = tuning.tune("dq/scalar", 20, 20, torch.float32, CPU, lambda: None, attempts, on_failure)
+    assert best == attempts[3]
+    assert failures == list(zip(attempts, raised, strict=False))
+    assert tuning.tune("dq/scalar", 20, 20, torch.float32, CPU, lambda: None, attempts[:3]) is None
+
+
+def test_a_device_that_fails_ends_the_run(monkeypatch):
+    pytest.importorskip("triton")
+
+    def seconds(run, best_seconds):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    with pytest.raises(torch.AcceleratorError):
+        tuning.tune("dq/scalar", 20, 20, torch.float32, CPU, lambda: None, [SIZES])
+
+
 @pytest.mark.parametrize("content", [None, "{", "[1]", json.dumps({"a": {"chunk": 16}})], ids=str)
 def test_a_file_that_is_no_table_is_an_error(content, tmp_path, monkeypatch):
     path = tmp_path / "broken.json"
