@@ -49,9 +49,11 @@ def accumulate_gradients(
     scale)` returns a batch's scaled losses; `backward` receives this rank's share of the step's loss, batch by batch,
     and the gradient is the sum over batches and ranks. Every rank must pass the same number of batches.
     """
-    labels = torch.tensor(float(sum(int((b.labels != IGNORE).sum()) for b in batches)), dtype=torch.float64)
+    # Summed on the device: the host waits once, for the number of all ranks.
+    counts = [(batch.labels != IGNORE).sum() for batch in batches]
+    labels = torch.stack(counts).sum().to(device, torch.float64) if counts else torch.zeros((), device=device)
     # A Python float: FSDP would cast a tensor input to the model's precision.
-    scale = 1 / max(all_reduce(labels.to(device)).item(), 1.0)
+    scale = 1 / max(all_reduce(labels).item(), 1.0)
     sequences = mesh.dp.size * sum(len(batch.tokens) for batch in batches)
     summed = torch.zeros((), dtype=torch.float64, device=device)
     router_stats = RouterStats()

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longctx.engines.base import Batch
 from longctx.engines.router_stats import RouterStats
@@ -84,6 +85,25 @@ def test_a_step_without_labels_has_loss_zero_and_zero_gradients():
     loss, _ = accumulate_gradients([batch(6, 0)], MESH, CPU, model, torch.Tensor.backward)
     assert loss == 0.0
     assert torch.equal(model.logits.grad, torch.zeros_like(model.logits))
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators for which the host waits on a GPU: a number that Python reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_host_waits_for_the_labels_and_for_the_loss_however_many_batches_there_are():
+    with Waits() as waits:
+        accumulate_gradients([batch(6, 3, n) for n in range(4)], MESH, CPU, Bigram(), torch.Tensor.backward)
+    assert waits.count == 2
 
 
 @pytest.mark.usefixtures("one_rank")
