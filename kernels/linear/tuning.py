@@ -12,11 +12,14 @@ The defaults are not measured on a GPU. They rest on registers, spills and share
   80 to 1500 bytes per thread. Summaries, which hold little else, take 64. Vector decays take 16, since every doubling
   adds a product per score; float32 takes 16 too.
 - The delta rule takes 64 tokens per chunk, where wgmma is used throughout and the backward pass keeps half as many
-  states as at 32; it takes 32 where a decay is a vector or products are not in 16 bits. Below 64 tokens, warps beyond
-  C / 16 repeat the same products, so kernels of vector decays take few warps, and small tiles where no state is
-  carried. Exact products hold their factors in registers: small tiles and 8 warps.
-- Loads are two pipeline stages deep; one stage where a program computes both dk and dv, and before sm_90, which has
-  less shared memory.
+  states as at 32; it takes 32 where a decay is a vector or products are not in 16 bits. Its scans in bf16 on sm_90 have
+  all 128 channels of V in one program of 8 warps, three stages deep: 8 warps on a multiprocessor, as with two programs
+  of 64 channels, but fewer instructions, and loads that do not wait for the products before them. sm_100, whose tensor
+  memory holds less, takes 64 channels, 4 warps, no pipeline. Below 64 tokens, warps beyond C / 16 repeat the same
+  products, so kernels of vector decays take few warps, and small tiles where no state is carried. Exact products hold
+  their factors in registers: small tiles and 8 warps.
+- Other loads are two pipeline stages deep; one stage where a program computes both dk and dv, and before sm_90, which
+  has less shared memory.
 """
 
 import json
@@ -34,7 +37,7 @@ MAX_HEAD_DIM = 512
 """Largest K and V. The kernels are meant for 16 to 256; above (V = 256 and a normalizer channel) they are slow."""
 MAX_STATE_TILE = {"constant": 128 * 128, "scalar": 128 * 128, "vector": 128 * 64}
 ADDITIVE_KERNELS = ("summary", "apply", "dq", "dk_dv", "dk", "dv")
-DELTA_KERNELS = ("delta_prepare", "delta_forward", "delta_backward", "delta_grads")
+DELTA_KERNELS = ("delta_prepare", "delta_forward", "delta_backward", "delta_pairs", "delta_grads")
 """Kernels of the delta rule; delta_prepare's chunk size holds for all of them."""
 DECAY_KINDS = ("constant", "scalar", "vector")
 
@@ -81,7 +84,7 @@ def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype,
     if max_dim > MAX_HEAD_DIM:
         raise ValueError(f"head dims are K {key_dim} and V {value_dim}: expected at most {MAX_HEAD_DIM}")
     if name in DELTA_KERNELS:
-        return _delta_tiles(name, decay, k, v, dtype)
+        return _delta_tiles(name, decay, k, v, dtype, capability)
     largest = MAX_STATE_TILE[decay]
     if name in ("apply", "dv"):
         v = min(v, largest // k)
@@ -99,20 +102,43 @@ def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype,
     return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
 
 
-def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype) -> TileSizes:
+def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype, capability: int) -> TileSizes:
     """Return the defaults of the delta rule, for padded head dims."""
     is_half = dtype in (torch.bfloat16, torch.float16)
     vector = decay == "vector"
     chunk = 64 if is_half and not vector else 32
+    stages = 1
+    if not vector and dtype == torch.bfloat16:
+        return _delta_bfloat16_tiles(name, k, v, capability)
     if name == "delta_prepare":
         k, v, warps = min(k, 32 if vector or not is_half else 128), 16, 2 if vector else 4
-    elif name == "delta_grads":
+    elif name in ("delta_pairs", "delta_grads"):
         small = 32 if max(k, v) <= 64 or not is_half else 64
         k, v, warps = min(k, 32 if vector or not is_half else 64), min(v, small), 2 if vector else 8
     else:
-        v = min(v, max(16, (64 if is_half else 16) * 128 // k))
+        v = min(v, max(16, (64 if is_half else 32 if not vector else 16) * 128 // k))
         warps = 8 if chunk == 64 or k * v > 64 * 64 else 4
-    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps if is_half else 8, "stages": 1}
+    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps if is_half else 8, "stages": stages}
+
+
+def _delta_bfloat16_tiles(name: str, k: int, v: int, capability: int) -> TileSizes:
+    """Return the defaults of the delta rule in bf16 for no decay and scalar decays, for padded head dims."""
+    hopper, blackwell = capability == 90, 100 <= capability < 120
+    stages, warps = 1, 4
+    if name == "delta_prepare":
+        k, v = min(k, 128), 16
+    elif name in ("delta_pairs", "delta_grads"):
+        k, v = min(k, 128 if name == "delta_pairs" and hopper else 64), min(v, 64)
+        stages = 2 if hopper or (name == "delta_pairs" and not blackwell) else 1
+    elif hopper and k == 128 and v >= 128:
+        # All of V in a program: keys and queries are loaded once, and three stages fit.
+        v, warps, stages = 128, 8, 3
+    else:
+        wide = k <= 128 or (hopper and k == 256 and name == "delta_forward")
+        v = min(v, 64 if wide else 32 if k == 256 else 16)
+        warps = 4 if k <= 128 and (blackwell or hopper) else 8
+        stages = 2 if hopper or (k <= 128 and not blackwell) else 1
+    return {"chunk": 64, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
 
 
 def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> list[TileSizes]:
@@ -128,7 +154,15 @@ def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, de
             for stages in (1, 2, 3):
                 sized: TileSizes = {**default, "chunk": chunk, "warps": warps, "stages": stages}
                 result.append(sized)
-                halves_v = name in ("summary", "apply", "dv", "delta_forward", "delta_backward", "delta_grads")
+                halves_v = name in (
+                    "summary",
+                    "apply",
+                    "dv",
+                    "delta_forward",
+                    "delta_backward",
+                    "delta_pairs",
+                    "delta_grads",
+                )
                 if halves_v and default["block_v"] > 32:
                     result.append({**sized, "block_v": default["block_v"] // 2})
                 if name in ("dq", "dk", "delta_prepare", "delta_grads") and default["block_k"] > 16:

@@ -5,31 +5,33 @@ equations of `longctx.kernels.linear.delta.chunked`. The gates are `(beta,)` or 
 log_decay `[B, T, H]` or `[B, T, H, K]`, at most 0.
 
 Each pass first prepares all chunks of C tokens in parallel (`triton_prepare`: the inverse of a chunk's triangular
-system, the UT transform, and its scores), then scans chunks in order, with one program per sequence, head, segment and
-tile of V (`triton_chunk_scan`). Backward scans twice, forward for the states before the chunks and in reverse for the
-gradients of the states after them, and ends with a kernel that is parallel over chunks (`triton_grads`).
+system, its scores, and its decays), then scans chunks in order, with one program per sequence, head, segment and tile
+of V (`triton_chunk_scan`). Backward scans twice, forward for the states before the chunks and in reverse for the
+gradients of the states after them, and ends with two kernels that are parallel over chunks (`triton_grads`). Vector
+decays have their own kernels for what is parallel over chunks (`triton_vector`).
 
 HBM traffic in bytes per token and head, with e bytes per element, p bytes per factor (2 in bf16, else 4), D = K = V,
 one query head per state, all of V in one tile, and not counting the states between segments (4 D^2 to 16 D^2 per
-segment and pass) nor scalar gates (4 per gate that a kernel reads or writes):
+segment and pass) nor numbers per token (4 per gate, decay or sum that a kernel reads or writes):
 
-                      no decay, scalar                     vector, in float32
-    summarize         3De + 2Cp                            2De + 2Cp + 4Dp + 4D
-    apply             6De + 4Cp                            4De + 4Cp + 6Dp + 4D
-    summarize_grad    5De + 4Cp                            3De + 4Cp + 6Dp + 4D
-    apply_grad        14De + 5Cp + 4Dp + 4 D^2 p / C       11De + 5Cp + 12Dp + 4 D^2 p / C + 8D, dgates 4D more
-    KiB at D = 128 in bf16, C = 64 and 32: forward 3.0, 5.4; backward 8.9, 14.6 with dgates
+                      no decay, scalar                      vector, in float32
+    summarize         3De + 2Cp                             2De + 2Cp + 4Dp + 4D
+    apply             6De + 4Cp                             4De + 4Cp + 6Dp + 4D
+    summarize_grad    5De + 4Cp                             3De + 4Cp + 6Dp + 4D
+    apply_grad        18De + 9Cp + 3Dp + 4 D^2 p / C        12De + 5Cp + 10Dp + 4 D^2 p / C + 8D, dgates 4D more
+    KiB at D = 128 in bf16, C = 64 and 32: forward 3.0, 5.4; backward 10.1, 14.4 with dgates
 
 For vector decays, the scans load keys and queries that are decayed already, so that they compute no exponentials.
 
 Intermediate results between kernels are kept for as many segments at a time as fit in SCRATCH bytes, at least one, and
-freed when the pass returns: Cp (1 + readers) per token and head, Dp (2 + readers) more for vector decays, and
-2Dp + 2 D^2 p / C more in apply_grad. At D = 128 in bf16 that is 1.75 KiB for scalar and 3.4 KiB for vector decays.
+freed when the pass returns: Cp (1 + readers) + 12 per token and head, Dp (2 + readers) more for vector decays, and in
+apply_grad Dp + 2 D^2 p / C more, and Cp (1 + readers) more for the others. At D = 128 in bf16 that is 1.75 KiB for no
+and scalar decays, and 3.2 KiB for vector decays.
 
 float32 products are exact (IEEE), or tf32 if `torch.backends.cuda.matmul.allow_tf32` is set. In bf16 the factors, and
 with them inverses, scores and the states stored for the backward pass, are rounded to bf16 and summed in float32. In
-fp16 they are float32, multiplied as tf32. Recurrent states and the gradients of gates are float32. Heads group as in
-`longctx.kernels.linear.additive.triton`.
+fp16 they are float32, multiplied as tf32, but for dv, which kernels read again. Recurrent states and the gradients of
+gates are float32. Heads group as in `longctx.kernels.linear.additive.triton`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,8 +43,9 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.linear import tuning
+from longctx.kernels.linear.delta import triton_vector
 from longctx.kernels.linear.delta.triton_chunk_scan import backward_kernel, forward_kernel
-from longctx.kernels.linear.delta.triton_grads import grads_kernel
+from longctx.kernels.linear.delta.triton_grads import grads_kernel, pair_grads_kernel
 from longctx.kernels.linear.delta.triton_prepare import prepare_kernel
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
 from longctx.kernels.linear.triton_launch import (
@@ -133,8 +136,8 @@ class _Call:
         }
 
     def kernel_groups(self, *names: str) -> dict[str, int]:
-        """Return the grouping constants of the tensors that a kernel reads, besides the gates."""
-        return {f"{name}_GROUP": self.group_sizes[f"{name}_GROUP"] for name in (*names, "BETA", "GATE")} | {
+        """Return the grouping constants of the tensors that a kernel reads."""
+        return {f"{name}_GROUP": self.group_sizes[f"{name}_GROUP"] for name in names} | {
             "READERS": self.group_sizes["READERS"]
         }
 
@@ -155,26 +158,31 @@ class _Call:
     def chunk_bytes(self, *, scores: bool, states: bool = False) -> int:
         """Return the bytes of intermediate results per chunk and head."""
         plan = self.plan
+        vector = plan.decay_kind == "vector"
         numbers = self.chunk**2 * (1 + plan.readers * scores)
-        if plan.decay_kind == "vector":
+        if vector:
             numbers += self.chunk * plan.key_dim * (2 + plan.readers * scores)
         if states:
-            numbers += 2 * plan.value_dim * (plan.key_dim + self.chunk)
-        return numbers * plan.dot_dtype.itemsize
+            numbers += plan.value_dim * (2 * plan.key_dim + self.chunk)
+            numbers += 0 if vector else self.chunk**2 * (1 + plan.readers)
+        return numbers * plan.dot_dtype.itemsize + (4 * plan.key_dim if vector else 12 * self.chunk)
 
     def prepare(self, group: _SegmentGroup, *, scores: bool) -> tuple[Tensor | None, ...]:
-        """Run `prepare_kernel`: inverse, scores, decayed_k, written_k, decayed_q, keeps; None where not needed."""
+        """Run `prepare_kernel`: inverse, scores, factors, decayed_k, written_k, decayed_q, keeps; None where unused."""
         plan, chunk = self.plan, self.chunk
         inverse = group.scratch(chunk, chunk)
         scores_out = group.scratch(plan.readers, chunk, chunk) if scores else None
-        decayed_k = written_k = decayed_q = keeps = None
+        factors = None
+        decayed: tuple[Tensor | None, ...] = (None, None, None, None)
         if plan.decay_kind == "vector":
             decayed_k, written_k = (group.scratch(chunk, plan.key_dim) for _ in range(2))
             decayed_q = group.scratch(plan.readers, chunk, plan.key_dim) if scores else None
             keeps = torch.empty(group.slots, plan.key_dim, dtype=torch.float32, device=plan.device)
-        prepared = inverse, scores_out, decayed_k, written_k, decayed_q, keeps
+            decayed = decayed_k, written_k, decayed_q, keeps
+        else:
+            factors = torch.empty(group.slots, 3, chunk, dtype=torch.float32, device=plan.device)
         group.launch_over_chunks(
-            prepare_kernel,
+            triton_vector.prepare_kernel if plan.decay_kind == "vector" else prepare_kernel,
             "prepare",
             1,
             *self.q,
@@ -182,10 +190,12 @@ class _Call:
             *self.gates,
             self.ids,
             group.device_bounds,
-            *prepared,
-            **self.kernel_groups("Q", "K"),
+            inverse,
+            scores_out,
+            *(decayed if plan.decay_kind == "vector" else (factors,)),
+            **self.kernel_groups("Q", "K", "BETA", "GATE"),
         )
-        return prepared
+        return inverse, scores_out, factors, *decayed
 
     def carry(self, transition: Tensor, state: Tensor) -> Carry:
         """Return the segments' carries, with a zero transition where a document starts."""
@@ -213,8 +223,6 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
             *maybe_with_strides(None),
             *call.k,
             *call.v,
-            *call.gates,
-            None,
             group.device_bounds,
             *prepared,
             None,
@@ -243,8 +251,6 @@ def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[
             *call.q,
             *call.k,
             *call.v,
-            *call.gates,
-            call.ids,
             group.device_bounds,
             *prepared,
             states[group.at],
@@ -275,14 +281,11 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
             *call.q,
             *call.k,
             *with_strides(do),
-            *call.gates,
-            None,
             group.device_bounds,
             *prepared,
             None,
             state[group.at],
             transition[group.at],
-            None,
             None,
             *maybe_with_strides(None),
             **call.kernel_groups("Q", "K"),
@@ -300,7 +303,8 @@ def apply_grad(
 ) -> tuple[Tensor, Tensor, Tensor, GateGrads, Tensor]:
     """Pass 2 backward: dq, dk, dv and dgates in the dtypes of q, k, v and gates, and the gradient of `states`, float32.
 
-    Four launches per group of segments that fits in SCRATCH: prepare, the forward and reverse scans, and gradients.
+    Five launches per group of segments that fits in SCRATCH, four for vector decays: prepare, the forward and reverse
+    scans, and gradients.
     """
     call = _Call(inputs, segments, queries=True, ids=True)
     plan, q, k, v = call.plan, inputs.queries, inputs.k, inputs.v
@@ -309,18 +313,19 @@ def apply_grad(
     dstates = torch.empty_like(dends)
     dq, dk, dv = allocate_grad(q, heads * plan.readers), allocate_grad(k, heads), allocate_grad(v, heads)
     grads_out = with_strides(do)
+    vector = plan.decay_kind == "vector"
     k_blocks = -(-key_dim // plan.tile_sizes("grads")["block_k"])
-    numbers = (k_blocks * plan.batch, plan.length, heads)
-    dbeta = torch.empty(numbers, dtype=torch.float32, device=q.device) if gate_grads else None
+    # The gradients of gates per token in parts: one per block of K, and before them one for pairs of tokens.
+    parts = ((k_blocks + (not vector)) * plan.batch, plan.length, heads)
+    dbeta = torch.empty(parts, dtype=torch.float32, device=q.device) if gate_grads else None
     dgate = None
     if gate_grads and plan.log_decay is not None:
-        vector = plan.decay_kind == "vector"
-        shape = (plan.batch, plan.length, heads, key_dim) if vector else numbers
+        shape = (plan.batch, plan.length, heads, key_dim) if vector else parts
         dgate = torch.empty(shape, dtype=torch.float32, device=q.device)
     for group in call.segment_groups(plan.bounds, call.chunk_bytes(scores=True, states=True)):
         prepared = call.prepare(group, scores=True)
-        chunk_states, chunk_dstates = (group.scratch(key_dim, value_dim) for _ in range(2))
-        u, drhs = (group.scratch(call.chunk, value_dim) for _ in range(2))
+        chunk_states, chunk_dstates = (group.scratch(value_dim, key_dim) for _ in range(2))
+        z = group.scratch(value_dim, call.chunk)
         group.launch_over_segments(
             forward_kernel,
             "forward",
@@ -328,8 +333,6 @@ def apply_grad(
             *maybe_with_strides(None),
             *call.k,
             *call.v,
-            *call.gates,
-            call.ids,
             group.device_bounds,
             *prepared,
             states[group.at],
@@ -337,7 +340,7 @@ def apply_grad(
             None,
             None,
             chunk_states,
-            u,
+            z,
             **call.kernel_groups("Q", "K", "V"),
         )
         group.launch_over_segments(
@@ -347,17 +350,55 @@ def apply_grad(
             *call.q,
             *call.k,
             *grads_out,
-            *call.gates,
-            call.ids,
             group.device_bounds,
             *prepared,
             dends[group.at],
             dstates[group.at],
             None,
             chunk_dstates,
-            drhs,
             *with_strides(dv),
             **call.kernel_groups("Q", "K"),
+        )
+        gates_out = (*_maybe_gate_with_strides(dbeta), *_maybe_gate_with_strides(dgate))
+        if vector:
+            group.launch_over_chunks(
+                triton_vector.grads_kernel,
+                "grads",
+                k_blocks,
+                *call.q,
+                *call.k,
+                *with_strides(dv),
+                *grads_out,
+                *call.gates,
+                call.ids,
+                group.device_bounds,
+                chunk_states,
+                chunk_dstates,
+                z,
+                *with_strides(dq),
+                *with_strides(dk),
+                *gates_out,
+                **call.kernel_groups("Q", "K", "BETA", "GATE"),
+            )
+            continue
+        key_pairs = group.scratch(call.chunk, call.chunk)
+        query_pairs = group.scratch(plan.readers, call.chunk, call.chunk)
+        group.launch_over_chunks(
+            pair_grads_kernel,
+            "pairs",
+            1,
+            *call.q,
+            *call.k,
+            *with_strides(dv),
+            *grads_out,
+            *call.gates,
+            call.ids,
+            group.device_bounds,
+            z,
+            key_pairs,
+            query_pairs,
+            *gates_out,
+            **call.kernel_groups("Q", "K", "BETA", "GATE"),
         )
         group.launch_over_chunks(
             grads_kernel,
@@ -365,20 +406,19 @@ def apply_grad(
             k_blocks,
             *call.q,
             *call.k,
-            *call.v,
+            *with_strides(dv),
             *grads_out,
-            *call.gates,
-            call.ids,
             group.device_bounds,
+            prepared[2],
             chunk_states,
             chunk_dstates,
-            u,
-            drhs,
+            z,
+            key_pairs,
+            query_pairs,
             *with_strides(dq),
             *with_strides(dk),
-            *_maybe_gate_with_strides(dbeta),
-            *_maybe_gate_with_strides(dgate),
-            **call.kernel_groups("Q", "K", "V"),
+            *gates_out,
+            **call.kernel_groups("Q", "K"),
         )
     dgates = tuple(
         None if grad is None else _gate_grad(grad, gate, plan.batch)

@@ -1,12 +1,16 @@
 """Inter-chunk scan of the delta rule in Triton: forward over states, and in reverse over their gradients.
 
-A program has all of K and a block of V of the state, in float32 registers. With the inverse M and the scores P of
-`longctx.kernels.linear.delta.triton_prepare`:
+A program has all of K and a block of V of the state, in float32 registers. With the inverse N and the scores P of
+`longctx.kernels.linear.delta.triton_prepare`, which contain beta, b:
 
-    forward     U = M diag(b) (V - (reads K) S)            O  = P U + (reads Q) S
-                S' = keeps S + (writes K)^T U
-    backward    dR = M^T (P^T dO + (writes K) dS')
-                dS = keeps dS' + (reads Q)^T dO - (reads K)^T diag(b) dR
+    forward     Z  = N (V - (reads K) S)                O  = P Z + (reads Q) S
+                S' = keeps S + (writes diag(b) K)^T Z
+    backward    dV = N^T (P^T dO + (writes diag(b) K) dS')
+                dS = keeps dS' + (reads Q)^T dO - (reads K)^T dV
+
+All tiles of V are transposed, `[BV, BK]` and `[BV, C]`: the left factor of a product is then in registers, where the
+state and Z are, and the right one as it lies in memory. Factors per token multiply products, not keys and queries,
+which so pass from memory to the tensor cores.
 
 The transition of a segment is computed as K more value channels, in programs of their own, which start from the
 identity, have zero values and write no outputs.
@@ -15,65 +19,42 @@ identity, have zero values and write no outputs.
 import triton
 import triton.language as tl
 
-from longctx.kernels.linear.delta.triton_prepare import chunk_slot, document_decays, load_per_token
-from longctx.kernels.linear.triton_chunk import (
-    chunk_decays,
-    load_constant_decay,
-    load_decay,
-    load_tile,
-    locate_program,
-    product,
-    store_tile,
-    token_at,
-)
+from longctx.kernels.linear.delta.triton_prepare import BETA_WRITES, READS, chunk_slot, load_factor, load_keeps
+from longctx.kernels.linear.triton_chunk import load_tile, locate_program, product, store_tile, token_at
 
 
 @triton.jit
-def _identity(column, BK: tl.constexpr, BV: tl.constexpr):
-    """Return columns of the identity from `column` on, `[BK, BV]`; zeros for negative columns."""
-    return tl.where(tl.arange(0, BK)[:, None] == column + tl.arange(0, BV)[None, :], 1.0, 0.0)
+def _identity(row, BK: tl.constexpr, BV: tl.constexpr):
+    """Return rows of the identity from `row` on, `[BV, BK]`; zeros for negative rows."""
+    return tl.where(row + tl.arange(0, BV)[:, None] == tl.arange(0, BK)[None, :], 1.0, 0.0)
 
 
 @triton.jit
 def _load_keys(
     k_at,
     k_stride,
-    constant,
-    gate_at,
-    gate_stride,
     decayed_k,
     written_k,
     keeps_in,
+    factors,
     slot,
-    ids,
-    begin,
-    start,
     size,
     KIND: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Load a chunk's keys and decays: keys that read and keys that write the state, `[C, BK]`, reads, writes, keeps.
-
-    Keys of vector decays are decayed already, and reads and writes are then ones `[1, 1]`.
-    """
+    """Load a chunk's keys that read and that write the state, `[C, BK]`, and keeps; vector decays decay these keys."""
     if KIND == "vector":
         read_keys = load_tile(decayed_k + slot * C * K, K, C, 0, C, BK, K)
         write_keys = load_tile(written_k + slot * C * K, K, C, 0, C, BK, K)
         channels = tl.arange(0, BK)
         keeps = tl.load(keeps_in + slot * K + channels, mask=channels < K, other=0.0)
-        reads = tl.full([1, 1], 1.0, tl.float32)
-        writes = reads
     else:
         read_keys = load_tile(k_at, k_stride, size, 0, C, BK, K)
         write_keys = read_keys
-        decay = load_decay(constant, gate_at, gate_stride, size, 0, KIND, C, BK, K)
-        reads, writes, total = chunk_decays(decay, size, KIND, C, PRECISION)
-        visible = tl.full([1, 1], True, tl.int1)
-        reads, writes, keeps, _ = document_decays(reads, writes, tl.exp(total), visible, ids, begin, start, size, C)
-    return read_keys, write_keys, reads, writes, keeps
+        keeps = load_keeps(factors, slot, size, C)
+    return read_keys, write_keys, keeps
 
 
 @triton.jit
@@ -100,20 +81,25 @@ def _load_queries(
 
 
 @triton.jit
-def _read_state(x, factor, state, KIND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute `(factor * x) state`, `[C, BV]` float32; x of vector decays is decayed already."""
-    result = product(x, state, DOT, PRECISION)
+def _scaled(tile, factors, slot, FACTOR: tl.constexpr, KIND: tl.constexpr, C: tl.constexpr):
+    """Compute a tile `[BV, C]` times READS or BETA_WRITES of its tokens, in float32; the tile itself for vector decays.
+
+    Loads the factors where they are used: a thread holds many of them, and registers are what is scarce.
+    """
     if KIND != "vector":
-        result *= factor
-    return result
+        tile = tile.to(tl.float32) * load_factor(factors, slot, FACTOR, C)[None, :]
+    return tile
 
 
 @triton.jit
-def _outer(x, factor, y, KIND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute `(factor * x)^T y`, `[BK, BV]` float32; x of vector decays is decayed already."""
-    if KIND != "vector":
-        x = (x * factor).to(DOT)
-    return product(tl.trans(x.to(DOT)), y, DOT, PRECISION)
+def _read(state, queries, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute `state queries^T`, `[BV, C]` float32."""
+    if PRECISION == "ieee":
+        # The other way round than the product with keys: the compiler would keep the state's operand of both.
+        result = tl.trans(product(queries, tl.trans(state), DOT, PRECISION))
+    else:
+        result = product(state, tl.trans(queries), DOT, PRECISION)
+    return result
 
 
 @triton.jit
@@ -124,14 +110,10 @@ def forward_kernel(
     k_strides,
     v,
     v_strides,
-    beta,
-    beta_strides,
-    gate,
-    gate_strides,
-    ids,
     bounds,
     inverse,
     scores,
+    factors,
     decayed_k,
     written_k,
     decayed_q,
@@ -142,7 +124,7 @@ def forward_kernel(
     ends,
     transition,
     chunk_states,
-    u_out,
+    z_out,
     chunks,
     heads,
     batch,
@@ -151,8 +133,6 @@ def forward_kernel(
     Q_GROUP: tl.constexpr,
     K_GROUP: tl.constexpr,
     V_GROUP: tl.constexpr,
-    BETA_GROUP: tl.constexpr,
-    GATE_GROUP: tl.constexpr,
     READERS: tl.constexpr,
     KIND: tl.constexpr,
     C: tl.constexpr,
@@ -164,8 +144,8 @@ def forward_kernel(
     """Scan a segment's chunks forward, from `states`, or from zero where these are None.
 
     Writes those that are not None: `ends`, the end states; `transition`, in programs of its own; `out`, for which it
-    reads q and scores; and for the backward pass, per chunk, the state before it in `chunk_states` `[slots, K, V]` and
-    U in `u_out` `[slots, C, V]`.
+    reads q and scores; and for the backward pass, per chunk, the state before it in `chunk_states` `[slots, V, K]` and
+    Z in `z_out` `[slots, V, C]`.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     ALL_BLOCKS: tl.constexpr = V_BLOCKS + ((K + BV - 1) // BV if transition is not None else 0)
@@ -173,30 +153,31 @@ def forward_kernel(
     column = block * BV
     state_index = ((segment * batch + sequence) * heads + head).to(tl.int64)
     if states is not None:
-        state = load_tile(states + state_index * K * V, V, K, column, BK, BV, V)
+        state = tl.trans(load_tile(states + state_index * K * V, V, K, column, BK, BV, V))
     else:
         state = _identity(column - V_BLOCKS * BV, BK, BV)
-    constant = load_constant_decay(gate, gate_strides, head // GATE_GROUP, KIND)
     for step in range((end - begin + C - 1) // C):
         start = begin + step * C
         size = tl.minimum(end - start, C)
         slot = chunk_slot(segment, step, sequence, head, heads, batch, chunks)
-        v_at = token_at(v, v_strides, sequence, start, head // V_GROUP)
-        values = load_tile(v_at, v_strides[1], tl.where(block < V_BLOCKS, size, 0), column, C, BV, V)
-        beta_at = token_at(beta, beta_strides, sequence, start, head // BETA_GROUP)
-        betas = load_per_token(beta_at, beta_strides[1], size, C)
-        gate_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
         k_at = token_at(k, k_strides, sequence, start, head // K_GROUP)
-        read_keys, write_keys, reads, writes, keeps = _load_keys(
-            k_at, k_strides[1], constant, gate_at, gate_strides[1], decayed_k, written_k, keeps_in,
-            slot, ids, begin, start, size, KIND, C, BK, K, PRECISION,
-        )  # fmt: skip
-        residual = values.to(tl.float32) - _read_state(read_keys, reads, state, KIND, DOT, PRECISION)
+        read_keys, write_keys, keeps = _load_keys(
+            k_at, k_strides[1], decayed_k, written_k, keeps_in, factors, slot, size, KIND, C, BK, K
+        )
+        rows = size if transition is None else tl.where(block < V_BLOCKS, size, 0)
+        v_at = token_at(v, v_strides, sequence, start, head // V_GROUP)
+        values = tl.trans(load_tile(v_at, v_strides[1], rows, column, C, BV, V))
+        read = _scaled(product(state, tl.trans(read_keys), DOT, PRECISION), factors, slot, READS, KIND, C)
         inverse_tile = load_tile(inverse + slot * C * C, C, C, 0, C, C, C)
-        u = product(inverse_tile, residual * betas[:, None], DOT, PRECISION)
+        if tl.float32 == DOT:
+            z = product(values.to(tl.float32) - read, tl.trans(inverse_tile), DOT, PRECISION)
+        else:
+            # Two products, so that values go from memory to the tensor cores without passing through registers.
+            z = product(values, tl.trans(inverse_tile), DOT, PRECISION)
+            z += product(-read, tl.trans(inverse_tile), DOT, PRECISION)
         if chunk_states is not None:
-            store_tile(chunk_states + slot * K * V, V, K, column, state, BK, BV, V)
-            store_tile(u_out + slot * C * V, V, C, column, u, C, BV, V)
+            store_tile(chunk_states + (slot * V + column) * K, K, V - column, 0, state, BV, BK, K)
+            store_tile(z_out + (slot * V + column) * C, C, V - column, 0, z, BV, C, C)
         if out is not None:
             for reader in range(READERS):
                 query = head * READERS + reader
@@ -215,11 +196,14 @@ def forward_kernel(
                     K,
                 )
                 score_tile = load_tile(scores + (slot * READERS + reader) * C * C, C, C, 0, C, C, C)
-                result = _read_state(queries, reads, state, KIND, DOT, PRECISION)
-                result += product(score_tile, u, DOT, PRECISION)
+                result = _scaled(_read(state, queries, DOT, PRECISION), factors, slot, READS, KIND, C)
+                result += product(z, tl.trans(score_tile), DOT, PRECISION)
                 out_at = token_at(out, out_strides, sequence, start, query)
-                store_tile(out_at, out_strides[1], size, column, result, C, BV, V)
-        state = state * keeps[:, None] + _outer(write_keys, writes, u, KIND, DOT, PRECISION)
+                store_tile(out_at, out_strides[1], size, column, tl.trans(result), C, BV, V)
+        state = state * keeps[None, :] + product(
+            _scaled(z, factors, slot, BETA_WRITES, KIND, C), write_keys, DOT, PRECISION
+        )
+    state = tl.trans(state)
     if ends is not None:
         store_tile(ends + state_index * K * V, V, tl.where(block < V_BLOCKS, K, 0), column, state, BK, BV, V)
     if transition is not None:
@@ -235,14 +219,10 @@ def backward_kernel(
     k_strides,
     dout,
     dout_strides,
-    beta,
-    beta_strides,
-    gate,
-    gate_strides,
-    ids,
     bounds,
     inverse,
     scores,
+    factors,
     decayed_k,
     written_k,
     decayed_q,
@@ -251,7 +231,6 @@ def backward_kernel(
     dstates,
     transition,
     chunk_dstates,
-    drhs_out,
     dv,
     dv_strides,
     chunks,
@@ -261,8 +240,6 @@ def backward_kernel(
     V: tl.constexpr,
     Q_GROUP: tl.constexpr,
     K_GROUP: tl.constexpr,
-    BETA_GROUP: tl.constexpr,
-    GATE_GROUP: tl.constexpr,
     READERS: tl.constexpr,
     KIND: tl.constexpr,
     C: tl.constexpr,
@@ -274,8 +251,7 @@ def backward_kernel(
     """Scan a segment's chunks in reverse, from `dends`, or from zero where these are None.
 
     Writes `dstates`, the gradients of the start states. Where not None, also `transition`, in programs of its own, or
-    per chunk the gradient of the state after it in `chunk_dstates` `[slots, K, V]`, dR in `drhs_out` `[slots, C, V]`,
-    and dv per state head.
+    per chunk the gradient of the state after it in `chunk_dstates` `[slots, V, K]`, and dv per state head.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     ALL_BLOCKS: tl.constexpr = V_BLOCKS + ((K + BV - 1) // BV if transition is not None else 0)
@@ -283,28 +259,24 @@ def backward_kernel(
     column = block * BV
     state_index = ((segment * batch + sequence) * heads + head).to(tl.int64)
     if dends is not None:
-        dstate = load_tile(dends + state_index * K * V, V, K, column, BK, BV, V)
+        dstate = tl.trans(load_tile(dends + state_index * K * V, V, K, column, BK, BV, V))
     else:
         dstate = _identity(column - V_BLOCKS * BV, BK, BV)
-    constant = load_constant_decay(gate, gate_strides, head // GATE_GROUP, KIND)
     steps = (end - begin + C - 1) // C
     for index in range(steps):
         step = steps - 1 - index
         start = begin + step * C
         size = tl.minimum(end - start, C)
         slot = chunk_slot(segment, step, sequence, head, heads, batch, chunks)
-        beta_at = token_at(beta, beta_strides, sequence, start, head // BETA_GROUP)
-        betas = load_per_token(beta_at, beta_strides[1], size, C)
-        gate_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
         k_at = token_at(k, k_strides, sequence, start, head // K_GROUP)
-        read_keys, write_keys, reads, writes, keeps = _load_keys(
-            k_at, k_strides[1], constant, gate_at, gate_strides[1], decayed_k, written_k, keeps_in,
-            slot, ids, begin, start, size, KIND, C, BK, K, PRECISION,
+        read_keys, write_keys, keeps = _load_keys(
+            k_at, k_strides[1], decayed_k, written_k, keeps_in, factors, slot, size, KIND, C, BK, K
         )  # fmt: skip
         if chunk_dstates is not None:
-            store_tile(chunk_dstates + slot * K * V, V, K, column, dstate, BK, BV, V)
-        du = _read_state(write_keys, writes, dstate, KIND, DOT, PRECISION)
-        dstate *= keeps[:, None]
+            store_tile(chunk_dstates + (slot * V + column) * K, K, V - column, 0, dstate, BV, BK, K)
+        dz = _scaled(product(dstate, tl.trans(write_keys), DOT, PRECISION), factors, slot, BETA_WRITES, KIND, C)
+        dstate *= keeps[None, :]
+        rows = size if transition is None else tl.where(block < V_BLOCKS, size, 0)
         for reader in range(READERS):
             query = head * READERS + reader
             queries = _load_queries(
@@ -322,18 +294,17 @@ def backward_kernel(
                 K,
             )
             do_at = token_at(dout, dout_strides, sequence, start, query)
-            do = load_tile(do_at, dout_strides[1], tl.where(block < V_BLOCKS, size, 0), column, C, BV, V)
+            do = tl.trans(load_tile(do_at, dout_strides[1], rows, column, C, BV, V))
             score_tile = load_tile(scores + (slot * READERS + reader) * C * C, C, C, 0, C, C, C)
-            du += product(tl.trans(score_tile), do, DOT, PRECISION)
-            dstate += _outer(queries, reads, do, KIND, DOT, PRECISION)
+            dz += product(do, score_tile, DOT, PRECISION)
+            dstate += product(_scaled(do, factors, slot, READS, KIND, C), queries, DOT, PRECISION)
         inverse_tile = load_tile(inverse + slot * C * C, C, C, 0, C, C, C)
-        drhs = product(tl.trans(inverse_tile), du, DOT, PRECISION)
-        dvalues = drhs * betas[:, None]
+        dvalues = product(dz, inverse_tile, DOT, PRECISION)
         if dv is not None:
-            store_tile(drhs_out + slot * C * V, V, C, column, drhs, C, BV, V)
             dv_at = token_at(dv, dv_strides, sequence, start, head)
-            store_tile(dv_at, dv_strides[1], size, column, dvalues, C, BV, V)
-        dstate -= _outer(read_keys, reads, dvalues, KIND, DOT, PRECISION)
+            store_tile(dv_at, dv_strides[1], size, column, tl.trans(dvalues), C, BV, V)
+        dstate += product(-_scaled(dvalues, factors, slot, READS, KIND, C), read_keys, DOT, PRECISION)
+    dstate = tl.trans(dstate)
     store_tile(dstates + state_index * K * V, V, tl.where(block < V_BLOCKS, K, 0), column, dstate, BK, BV, V)
     if transition is not None:
         rows = tl.where(block < V_BLOCKS, 0, K)

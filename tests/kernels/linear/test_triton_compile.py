@@ -21,6 +21,7 @@ PLACES = {"ids", "bounds"}
 WIDE = {"gate", "beta", "states", "ends", "dends", "dstates", "transition", "state_out", "total_out", "end_terms"} | {
     "keeps_in",
     "keeps_out",
+    "factors",
 }
 """float32, as are those of GATES; all others are as the tokens."""
 GATES = {"q_dq_in", "q_dq_out", "dgate", "dbeta"}
@@ -81,19 +82,24 @@ def additive(decay, key_dim, value_dim):
 
 def delta(decay, key_dim, value_dim):
     """The same of the delta rule, whose walks are those of a summary, of an output, and of the backward pass."""
+    from longctx.kernels.linear.delta import triton_vector
     from longctx.kernels.linear.delta.triton_chunk_scan import backward_kernel, forward_kernel
-    from longctx.kernels.linear.delta.triton_grads import grads_kernel
+    from longctx.kernels.linear.delta.triton_grads import grads_kernel, pair_grads_kernel
     from longctx.kernels.linear.delta.triton_prepare import prepare_kernel
 
-    kept = ("chunk_states", "u_out", "chunk_dstates", "drhs_out", "dv")
-    decayed = () if decay == "vector" else ("decayed_k", "written_k", "decayed_q", "keeps_in", "keeps_out")
-    yield "delta_prepare", prepare_kernel, decayed
-    yield "delta_forward", forward_kernel, ("ids", "q", "scores", "decayed_q", "states", "out", *kept, *decayed)
-    yield "delta_forward", forward_kernel, ("transition", *kept, *decayed)
-    yield "delta_forward", forward_kernel, ("q", "scores", "decayed_q", "out", "ends", "transition", *decayed)
-    yield "delta_backward", backward_kernel, ("ids", "dends", *kept, *decayed)
-    yield "delta_backward", backward_kernel, ("transition", *decayed)
-    yield "delta_grads", grads_kernel, ("dgate",) if decay == "constant" else ()
+    vector = decay == "vector"
+    kept = ("chunk_states", "z_out", "chunk_dstates", "dv")
+    other = ("factors",) if vector else ("decayed_k", "written_k", "decayed_q", "keeps_in")
+    gates = ("dgate",) if decay == "constant" else ()
+    yield "delta_prepare", triton_vector.prepare_kernel if vector else prepare_kernel, ()
+    yield "delta_forward", forward_kernel, ("q", "scores", "decayed_q", "states", "out", *kept, *other)
+    yield "delta_forward", forward_kernel, ("transition", *kept, *other)
+    yield "delta_forward", forward_kernel, ("q", "scores", "decayed_q", "out", "ends", "transition", *other)
+    yield "delta_backward", backward_kernel, ("dends", *kept, *other)
+    yield "delta_backward", backward_kernel, ("transition", *other)
+    if not vector:
+        yield "delta_pairs", pair_grads_kernel, gates
+    yield "delta_grads", triton_vector.grads_kernel if vector else grads_kernel, gates
 
 
 def assembler():
