@@ -2,11 +2,12 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
 
-from longctx.bench.isolated import IsolatedProcessError, run_isolated
+from longctx.bench.isolated import IsolatedProcess, IsolatedProcessError, report, run_isolated
 
 
 def process_and_threads(value: int) -> tuple[int, int, int]:
@@ -38,3 +39,36 @@ def test_a_process_that_is_killed_is_distinguished_from_an_error() -> None:
     with pytest.raises(IsolatedProcessError, match="was killed") as caught:
         run_isolated(1, die)
     assert caught.value.died
+
+
+def hang() -> None:
+    report("before")
+    time.sleep(600)
+
+
+def test_one_process_calls_one_function_after_the_other_and_survives_an_error() -> None:
+    with IsolatedProcess(1) as process:
+        first, threads, _ = process.call(process_and_threads, 5)
+        with pytest.raises(IsolatedProcessError, match="the cause"):
+            process.call(fail)
+        assert process.call(process_and_threads, 6) == (first, threads, 6)
+
+
+def test_a_function_that_hangs_is_ended_after_its_time_and_its_reports_have_arrived() -> None:
+    reports: list[object] = []
+    with IsolatedProcess() as process, pytest.raises(IsolatedProcessError, match="more than 5 s") as caught:
+        process.call(hang, seconds=5, on_report=reports.append)
+    assert caught.value.timed_out
+    assert not caught.value.died
+    assert reports == ["before"]
+
+
+def test_output_goes_to_the_log(tmp_path) -> None:
+    with IsolatedProcess(log=tmp_path / "log") as process:
+        process.call(os.system, "echo a line")
+    assert (tmp_path / "log").read_text() == "a line\n"
+
+
+def test_the_signal_that_ended_a_process_is_named() -> None:
+    with pytest.raises(IsolatedProcessError, match="SIGABRT"):
+        run_isolated(1, os.abort)
