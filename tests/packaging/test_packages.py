@@ -43,7 +43,8 @@ def test_every_package_on_disk_is_a_regular_one() -> None:
 
 
 def test_every_folder_at_the_root_that_is_a_package_is_mapped() -> None:
-    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(FOLDERS.values())
+    # benchmarks runs in a checkout only; why it is a package is said there.
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == {*FOLDERS.values(), "benchmarks"}
 
 
 @pytest.mark.parametrize("group", ["base", *EXTRAS])

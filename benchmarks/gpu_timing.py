@@ -1,0 +1,87 @@
+"""Times, kernels and memory of a call on a GPU, for the steps of the GPU benchmark; on a CPU the same, of the host."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from longctx.bench.timing import Clock
+from longctx.system import peak_memory_bytes
+
+FLUSHED = 2**28
+"""Bytes written before each timed call: more than any L2 cache holds."""
+SECONDS = 2.0
+"""For the repeats of one timing."""
+Call = Callable[[], object]
+
+
+@cache
+def _flushed(device: torch.device) -> Tensor:
+    return torch.empty(FLUSHED if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, and so raise what its kernels did wrong."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(call: Call, device: torch.device, repeats: int) -> dict[str, float]:
+    """Time a call that ran before: the median `ms`, the spread over `repeats`, and the host's part `host_ms`.
+
+    The L2 cache is flushed before each. `host_ms` is until the call returns, with nothing in the device's queue: where
+    it is near `ms`, the host is the limit.
+    """
+    clock, hosts = Clock(device), []
+
+    def timed() -> None:
+        began = time.perf_counter()
+        call()
+        hosts.append(1e3 * (time.perf_counter() - began))
+
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 2 or sum(times) < 1e3 * SECONDS):
+        _flushed(device).zero_()
+        times.append(1e3 * clock.seconds(timed))
+    return {
+        "ms": statistics.median(times),
+        "least_ms": min(times),
+        "most_ms": max(times),
+        "host_ms": statistics.median(hosts),
+    }
+
+
+def kernels_of(call: Call, device: torch.device, count: int) -> list[dict[str, Any]]:
+    """Profile a call: the `count` kernels (operators on a CPU) that take longest in all, with calls and ms."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        call()
+        synchronize(device)
+    rows = []
+    for event in profiler.key_averages():
+        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        rows.append({"kernel": event.key[:100], "calls": event.count, "ms": round(microseconds / 1e3, 4)})
+    return sorted(rows, key=lambda row: -row["ms"])[:count]
+
+
+def peak_mib(call: Call, device: torch.device) -> float:
+    """Call, and return the peak memory in MiB, with the inputs; on a CPU that of the process so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    call()
+    synchronize(device)
+    return peak_memory_bytes(device) / 2**20
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Compute `|got - want| / |want|` in float64; nan where a value is not finite."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
