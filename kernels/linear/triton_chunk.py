@@ -13,8 +13,12 @@ Every exponent is a sum of log-decays, never the rounded difference of two long 
 exp(-1000) are as exact as any other, and nothing overflows.
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.constexpr_function
@@ -109,31 +113,64 @@ def chunk_decays(decay, size, KIND: tl.constexpr, C: tl.constexpr, PRECISION: tl
         wide = decay.to(tl.float64)
         sums = tl.cumsum(wide, 0)
         all_tokens = tl.sum(wide, 0)
-        reads = sums.to(tl.float32)[:, None]
-        writes = (all_tokens - sums).to(tl.float32)[:, None]
+        # In base 2, as in `decay_pairs`, which shares them.
+        reads = (sums * LOG2_E).to(tl.float32)[:, None]
+        writes = ((all_tokens - sums) * LOG2_E).to(tl.float32)[:, None]
         total = tl.zeros([1], tl.float32) + all_tokens.to(tl.float32)
     else:
         reads = sum_tokens(row[:, None] >= row[None, :], decay, PRECISION)
         writes = sum_tokens(row[:, None] < row[None, :], decay, PRECISION)
         total = tl.sum(decay, 0)
-    return tl.exp(reads), tl.exp(writes), total
+    if KIND == "scalar":
+        reads, writes = tl.exp2(reads), tl.exp2(writes)
+    else:
+        reads, writes = tl.exp(reads), tl.exp(writes)
+    return reads, writes, total
+
+
+@triton.jit
+def _sums_of_decays(decay):
+    """Return the cumulative sums of scalar decays in base 2, `[C]`: float32's nearest number, and the rest.
+
+    Differences of both are as accurate as one float32 exponent.
+    """
+    sums = tl.cumsum(decay.to(tl.float64), 0) * LOG2_E
+    high = sums.to(tl.float32)
+    return high, (sums - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def pair_decays(decay, visible, KIND: tl.constexpr, C: tl.constexpr):
-    """Return pairs `[C, C]` of constant and scalar decays, 0 where not `visible`.
-
-    Cumulative sums of scalar decays are split into integers, whose differences are exact, and fractions below 1.
-    """
+    """Return pairs `[C, C]` of constant and scalar decays, 0 where not `visible`."""
     row = tl.arange(0, C)
     if KIND == "constant":
-        exponent = decay[:, None] * (row[:, None] - row[None, :])
+        exponent = (decay * LOG2_E)[:, None] * (row[:, None] - row[None, :])
     else:
-        sums = tl.cumsum(decay.to(tl.float64), 0)
-        integers = sums.to(tl.int32)
-        fractions = (sums - integers).to(tl.float32)
-        exponent = (integers[:, None] - integers[None, :]).to(tl.float32) + (fractions[:, None] - fractions[None, :])
-    return tl.exp(tl.where(visible, exponent, float("-inf")))
+        high, low = _sums_of_decays(decay)
+        exponent = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    return tl.exp2(tl.where(visible, exponent, float("-inf")))
+
+
+@triton.jit
+def decay_pairs(scores, decay, visible, KIND: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr):
+    """Compute `[C, C]` scores, float32, times pairs of constant and scalar decays, 0 where not `visible`.
+
+    Exponents of scalar decays are accurate to float32, for factors in bf16 to the half of a unit of float32 of the
+    chunk's sum of decays: 2^-11 for sums of 8192, where bf16 keeps 2^-9 of a score.
+    """
+    if KIND == "constant":
+        result = scores * pair_decays(decay, visible, KIND, C)
+    else:
+        # The sum with 0 * scores makes the compiler keep the exponents where the product left its scores. In a layout
+        # of its own, the matrix would go through shared memory once per chunk.
+        high, low = _sums_of_decays(decay)
+        exponent = scores * 0.0 + high[:, None]
+        exponent -= high[None, :]
+        if DOT == tl.float32:  # noqa: SIM300 - DOT is the argument
+            exponent += low[:, None]
+            exponent -= low[None, :]
+        result = tl.where(visible, scores * tl.exp2(exponent), 0.0)
+    return result
 
 
 @triton.jit
@@ -171,8 +208,15 @@ def read_state(x, factor, state, KIND: tl.constexpr, DOT: tl.constexpr, PRECISIO
 
 @triton.jit
 def outer(x, factor, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute `(factor * x)^T y`, `[BK, BV]`: a chunk's update of the state."""
-    return product(tl.trans((x * factor).to(DOT)), y, DOT, PRECISION)
+    """Compute `(factor * x)^T y`, `[BK, BV]`: a chunk's update of the state.
+
+    A factor per token, `[C, 1]`, multiplies the smaller of x and y.
+    """
+    if factor.shape[1] == 1 and x.shape[1] > y.shape[1]:
+        result = product(tl.trans(x), y * factor, DOT, PRECISION)
+    else:
+        result = product(tl.trans((x * factor).to(DOT)), y, DOT, PRECISION)
+    return result
 
 
 @triton.jit
@@ -209,13 +253,13 @@ def decayed_scores(
             for level in range(halvings(C)):
                 scores += _level_scores(q, k, decay, visible, level, C, DOT, PRECISION)
     else:
-        scores = product(q, tl.trans(k), DOT, PRECISION) * pair_decays(decay, visible, KIND, C)
+        scores = decay_pairs(product(q, tl.trans(k), DOT, PRECISION), decay, visible, KIND, C, DOT)
     return scores
 
 
 @triton.jit
 def load_documents(ids, begin, start, size, C: tl.constexpr):
-    """Load document numbers of the chunk at token `start`, in the segment at `begin`.
+    """Load document ids of the chunk at token `start`, in the segment at `begin`.
 
     Returns those of its tokens, of the token before it (0 at the segment's start), and of its last token.
     """
@@ -224,6 +268,34 @@ def load_documents(ids, begin, start, size, C: tl.constexpr):
     doc_before = tl.load(ids + start - 1, mask=start > begin, other=0)
     doc_last = tl.load(ids + start + size - 1)
     return doc, doc_before, doc_last
+
+
+@triton.jit
+def same_document(doc, begin, start, C: tl.constexpr):
+    """Return for each token (row) which tokens (columns) up to it are of its document, given `load_documents`'s ids.
+
+    Compares columns with where the row's document begins: the ids of columns need no layout of their own.
+    """
+    column = tl.arange(0, C)[None, :]
+    return column >= (doc - 1 - (start - begin))[:, None]
+
+
+@triton.jit
+def suffix_sums(terms, doc):
+    """Compute for each of a chunk's tokens the sum of `terms [C]` from it to its document's end, `[C]`.
+
+    A scan, in place of a masked matrix. `doc` are ids of documents; None where all tokens are of one.
+    """
+    if doc is None:
+        sums = tl.cumsum(terms, 0, reverse=True)
+    else:
+        sums, _ = tl.associative_scan((terms, doc), 0, _add_in_document, reverse=True)
+    return sums
+
+
+@triton.jit
+def _add_in_document(later, later_doc, earlier, earlier_doc):
+    return earlier + tl.where(later_doc == earlier_doc, later, 0.0), earlier_doc
 
 
 @triton.jit

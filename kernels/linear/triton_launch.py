@@ -230,13 +230,18 @@ def _document_ids_copy(segments: tuple[Segment, ...], device: torch.device) -> D
     ids = torch.zeros(max(segment.end for segment in segments), dtype=torch.int32)
     for segment in segments:
         if segment.starts:
-            ids[[segment.begin + start for start in segment.starts]] = 1
-            ids[segment.at] = ids[segment.at].cumsum(0, dtype=torch.int32)
+            starts = torch.tensor(segment.starts, dtype=torch.int32)
+            ids[segment.begin + starts] = starts + 1
+            ids[segment.at] = ids[segment.at].cummax(0).values
     return DeviceCopy(ids, device)
 
 
 def segment_document_ids(segments: tuple[Segment, ...], device: torch.device) -> Tensor | None:
-    """Return each token's document number in its segment, `[T]` int32; None where no document starts in a segment."""
+    """Return each token's document in its segment, `[T]` int32; None where no document starts in a segment.
+
+    A document's id is 1 more than its first token within the segment, 0 where it began before: tokens of equal ids are
+    of one document, and the id bounds the tokens that one of them sees.
+    """
     return _document_ids_copy(segments, device).tensor() if any(segment.starts for segment in segments) else None
 
 

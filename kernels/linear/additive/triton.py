@@ -249,15 +249,16 @@ class _Backward:
 def _allocate_decay_grad(plan: LaunchPlan, sizes: tuning.TileSizes) -> tuple[Tensor, Tensor]:
     """Allocate dg and the terms that a segment's end adds to it, float32.
 
-    `[B, T, H, K]` and `[N, B, H, K]` for vector decays, else `[blocks x B, T, H]` and `[N, B, H, blocks]`, with the
-    partial sums of each block of K.
+    dg is `[B, T, H, K]` for vector decays, else `[blocks x B, T, H]` with the sum over each block of K; the end's terms
+    are `[N, B, H, K]`. (A kernel that sums them over K too does not compile for sm_100 in Triton 3.6 and 3.7: its
+    compiler fails on the second of two sums of what tensor memory holds.)
     """
-    batch, length, heads, count = plan.batch, plan.length, plan.heads, len(plan.segments)
+    batch, length, heads = plan.batch, plan.length, plan.heads
     if plan.decay_kind == "vector":
-        shapes: tuple[tuple[int, ...], ...] = (batch, length, heads, plan.key_dim), plan.state_shape[:4]
+        shape: tuple[int, ...] = (batch, length, heads, plan.key_dim)
     else:
-        blocks = plan.state_tiles(sizes)
-        shapes = (blocks * batch, length, heads), (count, batch, heads, blocks)
+        shape = (plan.state_tiles(sizes) * batch, length, heads)
+    shapes = shape, plan.state_shape[:4]
     q_dq, end_terms = (torch.empty(shape, dtype=torch.float32, device=plan.device) for shape in shapes)
     return q_dq, end_terms
 

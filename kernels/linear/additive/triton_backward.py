@@ -21,6 +21,7 @@ import triton.language as tl
 
 from longctx.kernels.linear.triton_chunk import (
     chunk_decays,
+    decay_pairs,
     decayed_scores,
     half_decays,
     halvings,
@@ -30,10 +31,11 @@ from longctx.kernels.linear.triton_chunk import (
     load_tile,
     locate_program,
     outer,
-    pair_decays,
     product,
     read_state,
+    same_document,
     store_tile,
+    suffix_sums,
     sum_tokens,
     token_at,
 )
@@ -84,10 +86,10 @@ def _score_grads(
     """Return A, `[C, C]`, 0 where not visible and times pairs unless KIND is "vector", and its diagonal, `[C]`."""
     grads = product(dout, tl.trans(values), DOT, PRECISION)
     if KIND == "vector":
-        grads = tl.where(visible, grads, 0.0)
+        visible_grads = tl.where(visible, grads, 0.0)
     else:
-        grads *= pair_decays(decay, visible, KIND, C)
-    return grads, tl.sum(values.to(tl.float32) * dout.to(tl.float32), 1)
+        visible_grads = decay_pairs(grads, decay, visible, KIND, C, DOT)
+    return visible_grads, tl.sum(values.to(tl.float32) * dout.to(tl.float32), 1)
 
 
 @triton.jit
@@ -129,8 +131,8 @@ def dq_kernel(
 ):
     """Compute dq of a segment, chunk by chunk. A program has a block of K and all of V.
 
-    With `q_dq_out`, also the terms of dg for `dk_dv_kernel`: `q * dq` per token in `q_dq_out`, `S' * dS'` of the
-    segment's end in `end_terms`. For constant and scalar decays both are summed over the program's block of K.
+    With `q_dq_out`, also the terms of dg for `dk_dv_kernel`: `q * dq` per token in `q_dq_out`, for constant and scalar
+    decays summed over the program's block of K, and `S' * dS'` of the segment's end in `end_terms`, `[K]` each.
     """
     BLOCKS: tl.constexpr = (K + BK - 1) // BK
     head, sequence, segment, block, begin, end = locate_program(bounds, heads, batch, BLOCKS)
@@ -152,10 +154,13 @@ def dq_kernel(
         visible = row[:, None] >= row[None, :]
         if ids is not None:
             doc, doc_before, doc_last = load_documents(ids, begin, start, size, C)
-            visible = visible & (doc[:, None] == doc[None, :])
+            visible = visible & same_document(doc, begin, start, C)
             reads = tl.where((doc == doc_before)[:, None], reads, 0.0)
             writes = tl.where((doc == doc_last)[:, None], writes, 0.0)
             keeps = tl.where(doc_before == doc_last, keeps, 0.0)
+        # The state moves on before its old values are read.
+        start_state = state.to(DOT)
+        state = state * keeps[:, None] + outer(keys, writes, values, DOT, PRECISION)
         q_dq = tl.zeros([C, BK], tl.float32)
         for reader in range(READERS):
             query = head * READERS + reader
@@ -163,7 +168,7 @@ def dq_kernel(
             do = load_tile(do_at, dout_strides[1], size, 0, C, BV, V)
             grads, diagonal = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
             result = _decayed_grads_product(grads, diagonal, keys, decay, KIND, False, C, DOT, PRECISION)
-            result += reads * product(do, tl.trans(state.to(DOT)), DOT, PRECISION)
+            result += reads * product(do, tl.trans(start_state), DOT, PRECISION)
             dq_at = token_at(dq, dq_strides, sequence, start, query)
             store_tile(dq_at, dq_strides[1], size, channel, result, C, BK, K)
             if q_dq_out is not None:
@@ -176,15 +181,11 @@ def dq_kernel(
             else:
                 q_dq_at = token_at(q_dq_out, q_dq_strides, block * batch + sequence, start, head)
                 tl.store(q_dq_at + row * q_dq_strides[1], tl.sum(q_dq, 1), mask=row < size)
-        state = state * keeps[:, None] + outer(keys, writes, values, DOT, PRECISION)
     if q_dq_out is not None:
         dstate = load_tile(dends + (state_index * K + channel) * V, V, K - channel, 0, BK, BV, V)
         end_term = tl.sum(state * dstate, 1)
-        if KIND == "vector":
-            channels = channel + tl.arange(0, BK)
-            tl.store(end_terms + state_index * K + channels, end_term, mask=channels < K)
-        else:
-            tl.store(end_terms + state_index * BLOCKS + block, tl.sum(end_term, 0))
+        channels = channel + tl.arange(0, BK)
+        tl.store(end_terms + state_index * K + channels, end_term, mask=channels < K)
 
 
 @triton.jit
@@ -263,14 +264,15 @@ def dk_dv_kernel(
         visible = row[:, None] >= row[None, :]
         if ids is not None:
             doc, doc_before, doc_last = load_documents(ids, begin, start, size, C)
-            visible = visible & (doc[:, None] == doc[None, :])
+            visible = visible & same_document(doc, begin, start, C)
             reads = tl.where((doc == doc_before)[:, None], reads, 0.0)
             writes = tl.where((doc == doc_last)[:, None], writes, 0.0)
             keeps = tl.where(doc_before == doc_last, keeps, 0.0)
+        end_dstate = dstate.to(DOT)
         if dk is not None:
-            dkeys = writes * product(values, tl.trans(dstate.to(DOT)), DOT, PRECISION)
+            dkeys = writes * product(values, tl.trans(end_dstate), DOT, PRECISION)
         if dv is not None:
-            dvalues = read_state(keys, writes, dstate, KIND, DOT, PRECISION)
+            dvalues = read_state(keys, writes, end_dstate, KIND, DOT, PRECISION)
         dstate *= keeps[:, None]
         for reader in range(READERS):
             query = head * READERS + reader
@@ -278,13 +280,13 @@ def dk_dv_kernel(
             queries = load_tile(q_at, q_strides[1], size, channel, C, BK, K)
             do_at = token_at(dout, dout_strides, sequence, start, query)
             do = load_tile(do_at, dout_strides[1], size, column, C, BV, V)
+            dstate += outer(queries, reads, do, DOT, PRECISION)
             if dk is not None:
                 grads, diagonal = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
                 dkeys += _decayed_grads_product(grads, diagonal, queries, decay, KIND, True, C, DOT, PRECISION)
             if dv is not None:
                 scores = decayed_scores(queries, keys, decay, visible, True, KIND, C, DOT, PRECISION)
                 dvalues += product(tl.trans(scores.to(DOT)), do, DOT, PRECISION)
-            dstate += outer(queries, reads, do, DOT, PRECISION)
         if dk is not None:
             dk_at = token_at(dk, dk_strides, sequence, start, head)
             store_tile(dk_at, dk_strides[1], size, channel, dkeys, C, BK, K)
@@ -292,13 +294,13 @@ def dk_dv_kernel(
             dv_at = token_at(dv, dv_strides, sequence, start, head)
             store_tile(dv_at, dv_strides[1], size, column, dvalues, C, BV, V)
         if dgate is not None:
-            suffix_mask = row[:, None] <= row[None, :]
-            if ids is not None:
-                suffix_mask = suffix_mask & (doc[:, None] == doc[None, :])
             if KIND == "vector":
                 q_dq_at = token_at(q_dq_in, q_dq_strides, sequence, start, head)
                 terms = load_tile(q_dq_at, q_dq_strides[1], size, channel, C, BK, K)
                 terms -= keys.to(tl.float32) * dkeys
+                suffix_mask = row[:, None] <= row[None, :]
+                if ids is not None:
+                    suffix_mask = suffix_mask & (doc[:, None] == doc[None, :])
                 sums = sum_tokens(suffix_mask, terms, PRECISION)
                 after_chunk = suffix_sum[None, :]
                 if ids is not None:
@@ -320,15 +322,15 @@ def dk_dv_kernel(
                 q_dq_at += row * q_dq_strides[1]
                 terms = tl.load(q_dq_at, mask=row < tl.where(block == 0, size, 0), other=0.0)
                 terms -= tl.sum(keys.to(tl.float32) * dkeys, 1)
-                sums = tl.sum(tl.where(suffix_mask, terms[None, :], 0.0), 1)
                 if ids is not None:
+                    sums = suffix_sums(terms, doc)
                     after_chunk = tl.where(doc == doc_last, suffix_sum, 0.0)
                     doc_previous = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
                     sums = tl.where(doc == doc_previous, sums + after_chunk, 0.0)
                     suffix_sum = tl.where(doc_before == doc_last, suffix_sum, 0.0)
                     suffix_sum += tl.sum(tl.where(doc == doc_before, terms, 0.0), 0)
                 else:
-                    sums += suffix_sum
+                    sums = suffix_sums(terms, None) + suffix_sum
                     suffix_sum += tl.sum(terms, 0)
                 dgate_at = token_at(dgate, dgate_strides, block * batch + sequence, start, head)
                 tl.store(dgate_at + row * dgate_strides[1], sums, mask=row < size)

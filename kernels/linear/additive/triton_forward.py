@@ -23,6 +23,7 @@ from longctx.kernels.linear.triton_chunk import (
     outer,
     product,
     read_state,
+    same_document,
     store_tile,
     token_at,
 )
@@ -146,19 +147,21 @@ def apply_kernel(
         visible = row[:, None] >= row[None, :]
         if ids is not None:
             doc, doc_before, doc_last = load_documents(ids, begin, start, size, C)
-            visible = visible & (doc[:, None] == doc[None, :])
+            visible = visible & same_document(doc, begin, start, C)
             reads = tl.where((doc == doc_before)[:, None], reads, 0.0)
             writes = tl.where((doc == doc_last)[:, None], writes, 0.0)
             keeps = tl.where(doc_before == doc_last, keeps, 0.0)
+        # The state moves on before its old values are read.
+        start_state = state.to(DOT)
+        state = state * keeps[:, None] + outer(keys, writes, values, DOT, PRECISION)
         for reader in range(READERS):
             query = head * READERS + reader
             queries = load_tile(
                 token_at(q, q_strides, sequence, start, query // Q_GROUP), q_strides[1], size, 0, C, BK, K
             )
             scores = decayed_scores(queries, keys, decay, visible, True, KIND, C, DOT, PRECISION)
-            result = read_state(queries, reads, state, KIND, DOT, PRECISION)
+            result = read_state(queries, reads, start_state, KIND, DOT, PRECISION)
             result += product(scores, values, DOT, PRECISION)
             out_at = token_at(out, out_strides, sequence, start, query)
             store_tile(out_at, out_strides[1], size, column, result, C, BV, V)
-        state = state * keeps[:, None] + outer(keys, writes, values, DOT, PRECISION)
     store_tile(ends + state_offset, V, K, column, state, BK, BV, V)
