@@ -20,11 +20,14 @@ pass) and what programs for tiles of the same state read again from the L2 cache
     dgates              De + 28     De + 28       De + 12D, 2De + 12D with a sweep each
     KiB at D = 128 in bf16: forward 1.5, 1.5, 2.5; backward 3.0, 3.0, 5.5; with dgates 3.3, 3.3, 7.5
 
-dk and dv take a sweep each above a head dim of 128, for vector decays above 64, or where autotuning finds it faster.
+dk and dv take a sweep each above a head dim of 64, in float32 with constant or scalar decays above 32, or where
+autotuning finds it faster.
 
-float32 products are exact (IEEE), or tf32 if torch's matmul may use it (`fp32_precision`). bf16 factors are rounded
-to bf16 and summed in float32. fp16 inputs are multiplied as tf32, which has fp16's precision and does not overflow.
-States, decays and the gradients of gates are float32.
+float32 products of constant and scalar decays are three tf32 products each (`LaunchPlan.precision`), for 64 channels of
+keys and of values at a time (`_parts`), whose inputs are read again for each; those of vector decays are exact (IEEE).
+Both are tf32 if torch's matmul may use it (`fp32_precision`). bf16 factors are rounded to bf16 and summed in float32.
+fp16 inputs are multiplied as tf32, which has fp16's precision and does not overflow. States, decays and the gradients
+of gates are float32.
 
 Heads of k, v and gates that several states share are read in place; their gradients are written per state in float32
 and summed. A state's program loops over the query heads that share the state.
@@ -32,8 +35,9 @@ and summed. A state's program loops over the query heads that share the state.
 Gradients of decays are sums within a segment, and so are the rounding errors of their bf16 terms: hence short segments.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +63,9 @@ from longctx.kernels.linear.triton_launch import (
 
 __all__ = ["apply", "apply_grad", "key_value_grad", "query_grad", "segment_length", "summarize", "summarize_grad"]
 
+MAX_CHANNELS = 64
+"""Most channels of keys, and of values, that a kernel takes in float32 (`_parts`)."""
+
 
 def _plan(inputs: Inputs, segments: Sequence[Segment], *, queries: bool = True) -> LaunchPlan:
     return plan_launch("additive", inputs, inputs.gates[0] if inputs.gates else None, segments, queries)
@@ -68,6 +75,67 @@ def _launch(plan: LaunchPlan, kernel: Any, sizes: tuning.TileSizes, *arguments: 
     """Launch one program per segment, sequence, head and tile of the state."""
     programs = plan.state_tiles(sizes) * len(plan.segments) * plan.batch * plan.heads
     plan.launch(kernel, sizes, programs, *arguments, **constants)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Key channels `rows` and value channels `columns` of a recurrence, which is one of its own.
+
+    A state's tile of these rows and columns depends on no other. Outputs add up over rows, and gradients of queries and
+    keys over columns.
+    """
+
+    rows: slice
+    columns: slice
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """Return the inputs of the part; their channels are strided."""
+        q = None if inputs.q is None else inputs.q[..., self.rows]
+        return Inputs(q, inputs.k[..., self.rows], inputs.v[..., self.columns], inputs.gates)
+
+    def state(self, states: Tensor) -> Tensor:
+        """Return the part's tile of states `[..., K, V]`."""
+        return states[..., self.rows, self.columns]
+
+
+def _parts(inputs: Inputs) -> list[_Part]:
+    """Split the channels into parts that a kernel takes at a time: one for all, except in float32.
+
+    A product of exact float32 factors keeps several registers per number along the channels that it sums over, and a
+    thread has 255 of them.
+    """
+    wide = max(inputs.k.shape[3], inputs.v.shape[3]) > tuning.MAX_HEAD_DIM
+    if wide or inputs.k.dtype != torch.float32 or (inputs.gates and inputs.gates[0].dim() == 4):
+        return [_Part(slice(None), slice(None))]
+    rows, columns = (
+        [slice(begin, min(begin + MAX_CHANNELS, size)) for begin in range(0, size, MAX_CHANNELS)]
+        for size in (inputs.k.shape[3], inputs.v.shape[3])
+    )
+    return [_Part(row, column) for row in rows for column in columns]
+
+
+def _join(channels: int, found: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """Join results of parts along their last dimension, each with its channels; sum those of the same channels."""
+    whole: Tensor | None = None
+    begun = set()
+    for at, result in found:
+        if whole is None:
+            whole = result.new_empty(*result.shape[:-1], channels)
+        if at.start in begun:
+            whole[..., at] += result
+        else:
+            whole[..., at] = result
+            begun.add(at.start)
+    assert whole is not None
+    return whole
+
+
+def _join_states(inputs: Inputs, parts: Sequence[_Part], tiles: Sequence[Tensor]) -> Tensor:
+    """Join the parts' tiles of states `[..., K, V]`."""
+    whole = tiles[0].new_empty(*tiles[0].shape[:-2], inputs.k.shape[3], inputs.v.shape[3])
+    for part, tile in zip(parts, tiles, strict=True):
+        part.state(whole).copy_(tile)
+    return whole
 
 
 def _summary(plan: LaunchPlan, x: Tensor, y: Tensor, bounds: tuple[tuple[int, int], ...], reverse: bool) -> Carry:
@@ -106,6 +174,10 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
     Reads only the last document of a segment. This pass and those below raise ValueError for dtypes and head dims that
     the kernels do not support.
     """
+    parts = _parts(inputs)
+    if len(parts) > 1:
+        carries = [summarize(part.inputs(inputs), segments) for part in parts]
+        return Carry(carries[0].transition, _join_states(inputs, parts, [carry.state for carry in carries]))
     plan = _plan(inputs, segments, queries=False)
     return _summary(plan, inputs.k, inputs.v, after_last_start(segments), reverse=False)
 
@@ -115,12 +187,21 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
 
     Reads only the shapes of k and v, and only the tokens before a segment's first document start.
     """
+    parts = _parts(inputs)
+    if len(parts) > 1:
+        carries = [summarize_grad(part.inputs(inputs), segments, do[..., part.columns]) for part in parts]
+        return Carry(carries[0].transition, _join_states(inputs, parts, [carry.state for carry in carries]))
     plan = _plan(inputs, segments)
     return _summary(plan, inputs.queries, do, before_first_start(segments), reverse=True)
 
 
 def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
     """Pass 2: o `[B, T, Ho, V]` in v's dtype, and the end states `[N, B, H, K, V]`, float32."""
+    parts = _parts(inputs)
+    if len(parts) > 1:
+        results = [apply(part.inputs(inputs), segments, part.state(states)) for part in parts]
+        outs = ((part.columns, out) for part, (out, _) in zip(parts, results, strict=True))
+        return _join(inputs.v.shape[3], outs), _join_states(inputs, parts, [ends for _, ends in results])
     plan = _plan(inputs, segments)
     q, k, v = inputs.queries, inputs.k, inputs.v
     out = torch.empty(*q.shape[:2], plan.heads * plan.readers, v.shape[3], dtype=v.dtype, device=v.device)
@@ -156,17 +237,42 @@ def apply_grad(
 
     One launch for dq and one for dk and dv, or one each for dk and dv where a program cannot hold all of K and V.
     """
+    parts = _parts(inputs)
+    if len(parts) > 1:
+        results = [
+            apply_grad(
+                part.inputs(inputs), segments, do[..., part.columns], part.state(states), part.state(dends), gate_grads
+            )
+            for part in parts
+        ]
+        dgates: GateGrads = (None,) * len(inputs.gates)
+        if inputs.gates and gate_grads:
+            dgates = (torch.stack([cast(Tensor, r[3][0]) for r in results]).sum(dim=0),)
+        return (
+            _join(inputs.k.shape[3], ((part.rows, r[0]) for part, r in zip(parts, results, strict=True))),
+            _join(inputs.k.shape[3], ((part.rows, r[1]) for part, r in zip(parts, results, strict=True))),
+            _join(inputs.v.shape[3], ((part.columns, r[2]) for part, r in zip(parts, results, strict=True))),
+            dgates,
+            _join_states(inputs, parts, [r[4] for r in results]),
+        )
     backward, gates = _Backward(inputs, segments, do), inputs.gates
     plan = backward.plan
     q_dq, end_terms = _allocate_decay_grad(plan, plan.tile_sizes("dq")) if gates and gate_grads else (None, None)
     dq = backward.dq(states, dends, q_dq, end_terms)
     dk, dv, dgate, dstates = backward.dk_dv(dends, q_dq, end_terms)
-    dgates = (None,) * len(gates) if dgate is None else (_gate_grad(plan, dgate),)
-    return dq, dk, dv, dgates, dstates
+    found = (None,) * len(gates) if dgate is None else (_gate_grad(plan, dgate),)
+    return dq, dk, dv, found, dstates
 
 
 def query_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor, states: Tensor) -> Tensor:
     """Only dq of pass 2 backward, which needs no gradient of a state."""
+    parts = _parts(inputs)
+    if len(parts) > 1:
+        found = (
+            (part.rows, query_grad(part.inputs(inputs), segments, do[..., part.columns], part.state(states)))
+            for part in parts
+        )
+        return _join(inputs.k.shape[3], found)
     return _Backward(inputs, segments, do).dq(states, None, None, None)
 
 
@@ -174,6 +280,16 @@ def key_value_grad(
     inputs: Inputs, segments: Sequence[Segment], do: Tensor, dends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rest of pass 2 backward, where no gate needs a gradient: dk, dv and the gradient of the start states."""
+    parts = _parts(inputs)
+    if len(parts) > 1:
+        results = [
+            key_value_grad(part.inputs(inputs), segments, do[..., part.columns], part.state(dends)) for part in parts
+        ]
+        return (
+            _join(inputs.k.shape[3], ((part.rows, r[0]) for part, r in zip(parts, results, strict=True))),
+            _join(inputs.v.shape[3], ((part.columns, r[1]) for part, r in zip(parts, results, strict=True))),
+            _join_states(inputs, parts, [r[2] for r in results]),
+        )
     dk, dv, _, dstates = _Backward(inputs, segments, do).dk_dv(dends, None, None)
     return dk, dv, dstates
 

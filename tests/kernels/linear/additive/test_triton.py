@@ -341,7 +341,7 @@ def test_tf32_is_followed(monkeypatch):
             additive.summarize(Inputs(None, k, k, ()), [Segment(0, 4)])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert [kind["PRECISION"] for kind in seen] == ["tf32", "ieee"]
+    assert [kind["PRECISION"] for kind in seen] == ["tf32", "tf32x3"]
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee", "none"])
@@ -359,7 +359,7 @@ triton.summarize(Inputs(None, k, k, ()), [Segment(0, 4)])
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == ("tf32" if setting == "tf32" else "ieee")
+    assert ran.stdout.strip() == ("tf32" if setting == "tf32" else "tf32x3")
 
 
 def test_segment_length():
