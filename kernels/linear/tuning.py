@@ -3,14 +3,22 @@
 `choose_tiles` takes, in this order: `override_tiles`, the file that LONGCTX_TUNING names (read at first use), the sizes
 that `tune` found in this process, the defaults.
 
-The defaults are not measured on a GPU. They rest on registers, spills and shared memory, compiled for sm_90 with triton
-3.7.1 (tests/kernels/linear/test_triton_compile.py):
+The defaults are not measured on a GPU. They rest on registers, spills and shared memory, compiled for sm_80, sm_90 and
+sm_100 with triton 3.7.1 (tests/kernels/linear/test_triton_compile.py, and test_triton_compile.py in its folders):
 
-- A program keeps a state tile of at most 128 x 128 (float32: 64 registers per thread at 8 warps), half of that for
-  vector decays, which need more registers beside it.
-- 32 tokens per chunk: 64 would use the tensor cores' larger instruction (wgmma), but registers spill at head dim 128,
-  80 to 1500 bytes per thread. Summaries, which hold little else, take 64. Vector decays take 16, since every doubling
-  adds a product per score; float32 takes 16 too.
+- Constant and scalar decays: 4 warps and 128 x 64 of a state (float32: 64 registers per thread), so that a
+  multiprocessor holds two programs, of which one computes while the other waits. dk and dv together hold more than
+  twice as much as either: a program computes both up to a head dim of 64, where they still load ahead of time (32 in
+  float32 and from sm_100 on).
+- They take 64 tokens per chunk on sm_90 up to a head dim of 64: all products then use the tensor cores' larger
+  instruction (wgmma). At 128, 64 tokens take fewer instructions too, but 8 to 240 bytes spill per thread, most of them
+  with packed documents: 32 there, and 16 from a head dim of 256 on, where whole rows of keys or values fill the
+  registers. `candidates` has both.
+- From sm_100 on they take 32 tokens: at 64, products pass through tensor memory, with twice the instructions and more
+  barriers, and Triton 3.7.1 fails to compile one of them. They take 8 warps, since 4 spill there.
+- float32 takes 16 tokens and half of that tile, since each of its factors is kept as two of tf32.
+- Vector decays: a state tile of at most 128 x 64 at 8 warps, since they need more registers beside it, and 16 tokens,
+  since every doubling adds a product per score.
 - The delta rule takes 64 tokens per chunk, where wgmma is used throughout and the backward pass keeps half as many
   states as at 32; it takes 32 where a decay is a vector or products are not in 16 bits. Its scans in bf16 on sm_90 have
   all 128 channels of V in one program of 8 warps, three stages deep: 8 warps on a multiprocessor, as with two programs
@@ -18,8 +26,8 @@ The defaults are not measured on a GPU. They rest on registers, spills and share
   memory holds less, takes 64 channels, 4 warps, no pipeline. Below 64 tokens, warps beyond C / 16 repeat the same
   products, so kernels of vector decays take few warps, and small tiles where no state is carried. Exact products hold
   their factors in registers: small tiles and 8 warps.
-- Other loads are two pipeline stages deep; one stage where a program computes both dk and dv, and before sm_90, which
-  has less shared memory.
+- Other loads are two pipeline stages deep; one stage for vector decays where a program computes both dk and dv, and for
+  them before sm_90, which has less shared memory.
 """
 
 import json
@@ -29,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 
@@ -85,6 +93,8 @@ def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype,
         raise ValueError(f"head dims are K {key_dim} and V {value_dim}: expected at most {MAX_HEAD_DIM}")
     if name in DELTA_KERNELS:
         return _delta_tiles(name, decay, k, v, dtype, capability)
+    if decay != "vector" and name != "summary":
+        return _additive_tiles(name, k, v, dtype, capability)
     largest = MAX_STATE_TILE[decay]
     if name in ("apply", "dv"):
         v = min(v, largest // k)
@@ -100,6 +110,32 @@ def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype,
     warps = 8 if k * v > 64 * 64 or (decay == "vector" and k * v == 64 * 64) else 4
     stages = 2 if capability >= 90 and is_half and name != "dk_dv" else 1
     return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
+
+
+def _additive_tiles(name: str, k: int, v: int, dtype: torch.dtype, capability: int) -> TileSizes:
+    """Return the defaults of constant and scalar decays but for summaries, for padded head dims."""
+    max_dim, is_half, blackwell = max(k, v), dtype != torch.float32, capability >= 100
+    together = 32 if blackwell or not is_half else 64
+    most = 128 * 128 if is_half else 64 * 64
+    side = 128 if blackwell and is_half and name in ("apply", "dq") else 64
+    if name in ("apply", "dv"):
+        v = min(v, side, max(16, most // k))
+    elif name in ("dq", "dk"):
+        k = min(k, side, max(16, most // v))
+    elif max_dim > together:
+        # A tile of less than K x V means a sweep each for dk and dv.
+        k, v = min(k, max_dim // 2, 128), min(v, max_dim // 2, 128)
+    if dtype != torch.bfloat16:
+        # fp16 is multiplied as tf32, of twice the size.
+        chunk = 32 if is_half and max_dim <= 64 else 16
+    elif max_dim > 128:
+        chunk = 32 if max_dim == 256 and name in ("apply", "dq") and capability >= 90 else 16
+    elif capability == 90 and name != "dk_dv" and max_dim <= 64:
+        chunk = 64
+    else:
+        chunk = 32
+    warps = 8 if k * v > (64 * 64 if blackwell or not is_half else 64 * 128) else 4
+    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": 1 + is_half}
 
 
 def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype, capability: int) -> TileSizes:
@@ -145,7 +181,9 @@ def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, de
     """Return the sizes that `tune` tries: the default first, then its neighbours in each size that may vary."""
     default = default_tiles(kernel, key_dim, value_dim, dtype, _compute_capability(device))
     name, decay = kernel.split("/")
-    result = []
+    result: list[TileSizes] = []
+    if name in ADDITIVE_KERNELS and decay != "vector":
+        return _additive_candidates(name, default, dtype)
     chunks: tuple[int, ...] = (16, 32) if decay == "vector" else (32, 64, 128)
     if name in DELTA_KERNELS:
         chunks = (32, 64) if name == "delta_prepare" else (default["chunk"],)
@@ -167,6 +205,32 @@ def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, de
                     result.append({**sized, "block_v": default["block_v"] // 2})
                 if name in ("dq", "dk", "delta_prepare", "delta_grads") and default["block_k"] > 16:
                     result.append({**sized, "block_k": default["block_k"] // 2})
+    result.sort(key=lambda sizes: sum(sizes[name] != default[name] for name in default))  # type: ignore[literal-required]
+    return result
+
+
+def _additive_candidates(name: str, default: TileSizes, dtype: torch.dtype) -> list[TileSizes]:
+    """Return the candidates of constant and scalar decays: the default, then those that differ least from it.
+
+    Left out is what spilled hundreds of bytes or more wherever it was compiled: a thread with more than 64 numbers of
+    the state, chunks of 128, and of 64 with whole states of 128 x 128 or with dk and dv together.
+    """
+    side: Literal["block_k", "block_v"] = "block_k" if name in ("dq", "dk") else "block_v"
+    chunks = [default["chunk"], *(chunk for chunk in (32, 64, 16) if chunk != default["chunk"])]
+    tiles = [default[side], *(default[side] * n // 2 for n in (1, 4) if name != "dk_dv")]
+    result: list[TileSizes] = []
+    for stages in (default["stages"], 3 - min(default["stages"], 2), 3):
+        for warps in (default["warps"], 12 - default["warps"]):
+            for tile in tiles:
+                for chunk in chunks:
+                    sizes: TileSizes = {**default, "chunk": chunk, "warps": warps, "stages": stages}
+                    sizes[side] = tile
+                    state = sizes["block_k"] * sizes["block_v"]
+                    wide = chunk == 64 and name != "summary" and (state > 64 * 128 or name == "dk_dv")
+                    half = 1 if dtype != torch.float32 else 2
+                    fits = 16 <= tile <= 128 and half * state <= 64 * 32 * warps and not (chunk > 32 and half == 2)
+                    if sizes == default or (fits and not wide):
+                        result.append(sizes)
     result.sort(key=lambda sizes: sum(sizes[name] != default[name] for name in default))  # type: ignore[literal-required]
     return result
 
