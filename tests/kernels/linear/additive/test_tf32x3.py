@@ -62,7 +62,7 @@ def emulated(monkeypatch):
 
 def test_the_product_is_accurate_to_a_few_bits_of_float32():
     generator = np.random.default_rng(0)
-    # Kernels sum at most 128 numbers in a product; longer sums are added outside of the tensor cores.
+    # Kernels sum at most 64 numbers in a product; longer sums are added outside of the tensor cores.
     for length in (16, 64, 128):
         a, b = (generator.standard_normal(shape).astype(np.float32) for shape in ((16, length), (length, 16)))
         want = a.astype(np.float64) @ b.astype(np.float64)
