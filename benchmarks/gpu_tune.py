@@ -20,9 +20,11 @@ from longctx.kernels.linear.recurrence import Inputs, Segment
 
 def kernels() -> list[tuple[str, str]]:
     """Return the kernels to tune, (kind of recurrence, kernel)."""
-    additive = [(f"additive/{decay}", name) for decay in tuning.DECAY_KINDS for name in tuning.ADDITIVE_KERNELS]
+    additive = [(f"additive/{decay}", name) for decay in ("constant", "scalar") for name in tuning.ADDITIVE_KERNELS]
+    vector = [("additive/vector", name) for name in tuning.VECTOR_KERNELS]
     delta = [(f"delta/{decay}", name) for decay in ("scalar", "vector") for name in tuning.DELTA_KERNELS]
-    return additive + delta
+    # The gradients of pairs are a kernel of their own for scalar decays only.
+    return [*additive, *vector, *(pair for pair in delta if pair != ("delta/vector", "delta_pairs"))]
 
 
 def _workload(kind: str, kernel: str, dtype: torch.dtype, shape: Shape, device: torch.device) -> Callable[[], object]:
@@ -38,7 +40,7 @@ def _workload(kind: str, kernel: str, dtype: torch.dtype, shape: Shape, device: 
     if kernel == "delta_backward":
         return lambda: passes.summarize_grad(inputs, segments, drawn.do)
     states = torch.zeros(len(segments), *inputs.state_shape, device=device)
-    if kernel in ("apply", "delta_prepare", "delta_forward"):
+    if kernel in ("apply", "prepare", "delta_prepare", "delta_forward"):
         return lambda: passes.apply(inputs, segments, states)
     gate_grads = not kind.endswith("constant")
     return lambda: passes.apply_grad(inputs, segments, drawn.do, states, states, gate_grads)
@@ -46,6 +48,8 @@ def _workload(kind: str, kernel: str, dtype: torch.dtype, shape: Shape, device: 
 
 def _is_launched(kind: str, kernel: str, dtype: torch.dtype, dim: int, device: torch.device) -> bool:
     """Return whether the kernel runs at this size: dk and dv together or in a sweep each."""
+    if kind == "additive/vector":
+        return True
     sizes = tuning.choose_tiles(f"dk_dv/{kind.split('/')[1]}", dim, dim, dtype, device)
     together = sizes["block_k"] >= dim and sizes["block_v"] >= dim
     return kernel not in (("dk", "dv") if together else ("dk_dv",))

@@ -64,7 +64,7 @@ def store_tile(at, stride, size, channel, tile, ROWS: tl.constexpr, COLS: tl.con
 def load_constant_decay(gate, strides, head, KIND: tl.constexpr):
     """Load a head's constant log-decay, `[1]` float32, once per program; 0 for other kinds."""
     if KIND == "constant":
-        decay = _clamp(tl.load(gate + head.to(tl.int64) * strides[2] + tl.arange(0, 1)))
+        decay = clamp_decay(tl.load(gate + head.to(tl.int64) * strides[2] + tl.arange(0, 1)))
     else:
         decay = tl.zeros([1], tl.float32)
     return decay
@@ -79,14 +79,14 @@ def load_decay(
         decay = constant
     elif KIND == "scalar":
         row = tl.arange(0, C)
-        decay = _clamp(tl.load(at + row * stride, mask=row < size, other=0.0))
+        decay = clamp_decay(tl.load(at + row * stride, mask=row < size, other=0.0))
     else:
-        decay = _clamp(load_tile(at, stride, size, channel, C, BK, K))
+        decay = clamp_decay(load_tile(at, stride, size, channel, C, BK, K))
     return decay
 
 
 @triton.jit
-def _clamp(decay):
+def clamp_decay(decay):
     """Clamp log-decays to at least -128: exp(-128) is 0 in float32 already, and sums stay small."""
     return tl.maximum(decay.to(tl.float32), -128.0)
 
@@ -299,6 +299,17 @@ def _add_in_document(later, later_doc, earlier, earlier_doc):
 
 
 @triton.jit
+def load_document_masks(ids, begin, start, size, C: tl.constexpr):
+    """Return which pairs of a chunk's tokens share a document, `[C, C]`, and what meets the states around it.
+
+    These are tokens that read the state before the chunk and tokens that write to that after it, `[C]`, and whether a
+    state is kept.
+    """
+    doc, doc_before, doc_last = load_documents(ids, begin, start, size, C)
+    return doc[:, None] == doc[None, :], doc == doc_before, doc == doc_last, doc_before == doc_last
+
+
+@triton.jit
 def locate_program(bounds, heads, batch, BLOCKS: tl.constexpr):
     """Return this program's head, batch row, segment and block, and the segment's begin and end."""
     program = tl.program_id(0)
@@ -310,3 +321,31 @@ def locate_program(bounds, heads, batch, BLOCKS: tl.constexpr):
     begin = tl.load(bounds + 2 * segment)
     end = tl.load(bounds + 2 * segment + 1)
     return head, rest % batch, segment, block, begin, end
+
+
+@triton.jit
+def locate_chunk(bounds, heads, batch, chunks, BLOCKS: tl.constexpr, C: tl.constexpr):
+    """Return this program's block, head, batch row, segment begin, first token, number of tokens and chunk slot.
+
+    Every segment has `chunks` slots, as many as the longest one has chunks; a slot after the segment's end has 0 or
+    fewer tokens. Slots are numbered over all segments, batch rows and heads.
+    """
+    program = tl.program_id(0)
+    block = program % BLOCKS
+    rest = program // BLOCKS
+    head = rest % heads
+    rest = rest // heads
+    sequence = rest % batch
+    rest = rest // batch
+    segment = rest // chunks
+    begin = tl.load(bounds + 2 * segment)
+    end = tl.load(bounds + 2 * segment + 1)
+    start = begin + (rest % chunks) * C
+    slot = (program // BLOCKS).to(tl.int64)
+    return block, head, sequence, begin, start, tl.minimum(end - start, C), slot
+
+
+@triton.jit
+def chunk_slot(segment, step, sequence, head, heads, batch, chunks):
+    """Return the slot of a segment's chunk, numbered as in `locate_chunk`."""
+    return ((segment * chunks + step).to(tl.int64) * batch + sequence) * heads + head

@@ -132,17 +132,20 @@ class LaunchPlan:
         """Launch `programs` instances of a kernel; no launch for 0."""
         if not programs:
             return
+        shape = {
+            "K": self.key_dim,
+            "V": self.value_dim,
+            "KIND": self.decay_kind,
+            "C": sizes["chunk"],
+            "BK": sizes["block_k"],
+            "BV": sizes["block_v"],
+        }
         with launch_device(self.device):
             kernel[(programs,)](
                 *arguments,
                 self.heads,
                 self.batch,
-                K=self.key_dim,
-                V=self.value_dim,
-                KIND=self.decay_kind,
-                C=sizes["chunk"],
-                BK=sizes["block_k"],
-                BV=sizes["block_v"],
+                **{name: value for name, value in shape.items() if name in kernel.arg_names},
                 num_warps=sizes["warps"],
                 num_stages=sizes["stages"],
                 **self.precision,

@@ -17,8 +17,9 @@ sm_100 with triton 3.7.1 (tests/kernels/test_triton_compile.py):
 - From sm_100 on they take 32 tokens: at 64, products pass through tensor memory, with twice the instructions and more
   barriers, and Triton 3.7.1 fails to compile one of them. They take 8 warps, since 4 spill there.
 - float32 takes 16 tokens and half of that tile, since each of its factors is kept as two of tf32.
-- Vector decays: a state tile of at most 128 x 64 at 8 warps, since they need more registers beside it, and 16 tokens,
-  since every doubling adds a product per score.
+- Additive vector decays take 64 tokens per chunk, 32 where products are not in bf16. Scores and gradients, in parallel
+  over chunks, take a warp per sub-block of 16 tokens, and 32 channels at a time (16 in float32): more would spill.
+  Walks over chunks hold a state tile of 128 x 64 in 4 warps, two of which fit a processor, or one of 128 x 128 in 8.
 - The delta rule takes 64 tokens per chunk, where wgmma is used throughout and the backward pass keeps half as many
   states as at 32; it takes 32 where a decay is a vector or products are not in 16 bits. Its scans in bf16 on sm_90 have
   all 128 channels of V in one program of 8 warps, three stages deep: 8 warps on a multiprocessor, as with two programs
@@ -26,8 +27,7 @@ sm_100 with triton 3.7.1 (tests/kernels/test_triton_compile.py):
   memory holds less, takes 64 channels, 4 warps, no pipeline. Below 64 tokens, warps beyond C / 16 repeat the same
   products, so kernels of vector decays take few warps, and small tiles where no state is carried. Exact products hold
   their factors in registers: small tiles and 8 warps.
-- Other loads are two pipeline stages deep; one stage for vector decays where a program computes both dk and dv, and for
-  them before sm_90, which has less shared memory.
+- Other loads are two pipeline stages deep; one stage for vector decays before sm_90, which has less shared memory.
 """
 
 import json
@@ -43,8 +43,11 @@ import torch
 
 MAX_HEAD_DIM = 512
 """Largest K and V. The kernels are meant for 16 to 256; above (V = 256 and a normalizer channel) they are slow."""
-MAX_STATE_TILE = {"constant": 128 * 128, "scalar": 128 * 128, "vector": 128 * 64}
+MAX_SUMMARY_TILE = 128 * 128
 ADDITIVE_KERNELS = ("summary", "apply", "dq", "dk_dv", "dk", "dv")
+"""Additive kernels of constant and scalar decays."""
+VECTOR_KERNELS = ("summary", "prepare", "apply", "dv", "grads")
+"""Kernels of additive vector decays: apply walks forward and dv in reverse; prepare's chunk size holds for these."""
 DELTA_KERNELS = ("delta_prepare", "delta_forward", "delta_backward", "delta_pairs", "delta_grads")
 """Kernels of the delta rule; delta_prepare's chunk size holds for all of them."""
 DECAY_KINDS = ("constant", "scalar", "vector")
@@ -81,7 +84,7 @@ def choose_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, 
 def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, capability: int) -> TileSizes:
     """Return the default tile sizes for a compute capability (90 for sm_90). Raises ValueError for unknown kernels."""
     name, decay = kernel.split("/")
-    names = ADDITIVE_KERNELS + DELTA_KERNELS
+    names = (*(VECTOR_KERNELS if decay == "vector" else ADDITIVE_KERNELS), *DELTA_KERNELS)
     if name not in names or decay not in DECAY_KINDS:
         raise ValueError(
             f"unknown kernel {kernel!r}: expected name/decay, a name of {', '.join(names)}, a decay of "
@@ -93,23 +96,43 @@ def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype,
         raise ValueError(f"head dims are K {key_dim} and V {value_dim}: expected at most {MAX_HEAD_DIM}")
     if name in DELTA_KERNELS:
         return _delta_tiles(name, decay, k, v, dtype, capability)
-    if decay != "vector" and name != "summary":
+    if decay == "vector":
+        return _vector_tiles(name, k, v, dtype, capability)
+    if name != "summary":
         return _additive_tiles(name, k, v, dtype, capability)
-    largest = MAX_STATE_TILE[decay]
-    if name in ("apply", "dv"):
-        v = min(v, largest // k)
-    elif name in ("dq", "dk"):
-        k = min(k, largest // v)
-    elif name == "summary" or k * v > largest:
-        # Only summaries take any tile of K and V. For dk_dv this means a sweep each for dk and dv.
-        k, v = min(k, 128), min(v, largest // min(k, 128))
+    # Summaries of constant and scalar decays, which hold little but the state.
+    k = min(k, 128)
+    v = min(v, MAX_SUMMARY_TILE // k)
     is_half = dtype in (torch.bfloat16, torch.float16)
-    chunk = 32 if is_half and decay != "vector" and max_dim < MAX_HEAD_DIM else 16
-    if name == "summary" and is_half and decay != "vector":
-        chunk = 64
-    warps = 8 if k * v > 64 * 64 or (decay == "vector" and k * v == 64 * 64) else 4
-    stages = 2 if capability >= 90 and is_half and name != "dk_dv" else 1
-    return {"chunk": chunk, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
+    warps = 8 if k * v > 64 * 64 else 4
+    stages = 2 if capability >= 90 and is_half else 1
+    return {"chunk": 64 if is_half else 16, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
+
+
+def _vector_tiles(name: str, k: int, v: int, dtype: torch.dtype, capability: int) -> TileSizes:
+    """Return the defaults of additive vector decays, for padded head dims."""
+    bf16 = dtype == torch.bfloat16
+    # Two stages of the walks take up to 208 KiB of shared memory: sm_90 and sm_100 have them, sm_80 and sm_120 do not.
+    pipelined = 90 <= capability < 120
+    if name in ("prepare", "grads"):
+        return _chunk_parallel_tiles(k, v, dtype)
+    warps = 8
+    if name == "apply":
+        v, warps = min(v, max(16, 64 * 128 // k)), 4 if bf16 else 8
+    elif name == "dv":
+        v = min(v, max(16, (128 if bf16 else 64) * 128 // k))
+        warps = 8 if k * v > 64 * 64 or not bf16 else 4
+    else:
+        k, v, warps = min(k, 64), min(v, 128 if bf16 and pipelined else 64), 4
+    stages = 2 if bf16 and pipelined else 1
+    return {"chunk": 64 if bf16 else 32, "block_k": k, "block_v": v, "warps": warps, "stages": stages}
+
+
+def _chunk_parallel_tiles(k: int, v: int, dtype: torch.dtype) -> TileSizes:
+    """Return the defaults of kernels of vector decays that are parallel over chunks: a warp per 16 tokens."""
+    if dtype == torch.bfloat16:
+        return {"chunk": 64, "block_k": min(k, 32), "block_v": min(v, 64), "warps": 4, "stages": 1}
+    return {"chunk": 32, "block_k": 16, "block_v": min(v, 32), "warps": 2, "stages": 1}
 
 
 def _additive_tiles(name: str, k: int, v: int, dtype: torch.dtype, capability: int) -> TileSizes:
@@ -150,7 +173,7 @@ def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype, capa
         k, v, warps = min(k, 32 if vector or not is_half else 128), 16, 2 if vector else 4
     elif name in ("delta_pairs", "delta_grads"):
         small = 32 if max(k, v) <= 64 or not is_half else 64
-        k, v, warps = min(k, 32 if vector or not is_half else 64), min(v, small), 2 if vector else 8
+        k, v, warps = min(k, 64 if is_half else 32), min(v, small), 8
     else:
         v = min(v, max(16, (64 if is_half else 32 if not vector else 16) * 128 // k))
         warps = 8 if chunk == 64 or k * v > 64 * 64 else 4
@@ -184,11 +207,11 @@ def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, de
     result: list[TileSizes] = []
     if name in ADDITIVE_KERNELS and decay != "vector":
         return _additive_candidates(name, default, dtype)
-    chunks: tuple[int, ...] = (16, 32) if decay == "vector" else (32, 64, 128)
-    if name in DELTA_KERNELS:
-        chunks = (32, 64) if name == "delta_prepare" else (default["chunk"],)
+    chunks: tuple[int, ...] = (default["chunk"],)
+    if name in ("summary", "prepare", "delta_prepare"):
+        chunks = (32, 64) if name == "delta_prepare" else (32, 64, 128)
     for chunk in chunks:
-        for warps in (2, 4, 8) if name in DELTA_KERNELS else (4, 8):
+        for warps in (2, 4, 8) if name in DELTA_KERNELS or decay == "vector" else (4, 8):
             for stages in (1, 2, 3):
                 sized: TileSizes = {**default, "chunk": chunk, "warps": warps, "stages": stages}
                 result.append(sized)
@@ -203,7 +226,8 @@ def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, de
                 )
                 if halves_v and default["block_v"] > 32:
                     result.append({**sized, "block_v": default["block_v"] // 2})
-                if name in ("dq", "dk", "delta_prepare", "delta_grads") and default["block_k"] > 16:
+                halves_k = name in ("dq", "dk", "prepare", "grads", "delta_prepare", "delta_grads")
+                if halves_k and default["block_k"] > 16:
                     result.append({**sized, "block_k": default["block_k"] // 2})
     result.sort(key=lambda sizes: sum(sizes[name] != default[name] for name in default))  # type: ignore[literal-required]
     return result

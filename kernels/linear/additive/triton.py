@@ -14,25 +14,26 @@ pass) and what programs for tiles of the same state read again from the L2 cache
 
                         constant    scalar        vector, in float32
     summarize           2De         2De + 4       2De + 4D
-    apply               4De         4De + 4       4De + 4D
+    apply               4De         4De + 4       in `longctx.kernels.linear.additive.triton_vector`
     summarize_grad      2De         2De + 4       2De + 4D
-    apply_grad          10De        10De + 8      10De + 8D, 12De + 12D with a sweep each for dk and dv
-    dgates              De + 28     De + 28       De + 12D, 2De + 12D with a sweep each
-    KiB at D = 128 in bf16: forward 1.5, 1.5, 2.5; backward 3.0, 3.0, 5.5; with dgates 3.3, 3.3, 7.5
+    apply_grad          10De        10De + 8      in `longctx.kernels.linear.additive.triton_vector`
+    dgates              De + 28     De + 28
+    KiB at D = 128 in bf16: forward 1.5, 1.5, 3.8; backward 3.0, 3.0, 9.2; with dgates 3.3, 3.3, 9.7
 
-dk and dv take a sweep each above a head dim of 64, in float32 with constant or scalar decays above 32, or where
-autotuning finds it faster.
+dk and dv take a sweep each above a head dim of 64, in float32 above 32, or where autotuning finds it faster. For vector
+decays chunks are first prepared in parallel, and states are stored per chunk in the backward pass.
 
-float32 products of constant and scalar decays are three tf32 products each (`LaunchPlan.precision`), for 64 channels of
-keys and of values at a time (`_parts`), whose inputs are read again for each; those of vector decays are exact (IEEE).
-Both are tf32 if torch's matmul may use it (`fp32_precision`). bf16 factors are rounded to bf16 and summed in float32.
-fp16 inputs are multiplied as tf32, which has fp16's precision and does not overflow. States, decays and the gradients
-of gates are float32.
+float32 products are three tf32 products each, accurate to about 1e-6 (`LaunchPlan.precision`), for 64 channels of keys
+and of values at a time with constant and scalar decays (`_parts`), whose inputs are read again for each; those in the
+summaries of vector decays are exact (IEEE). All are tf32 if torch's matmul may use it (`fp32_precision`). bf16 factors
+are rounded to bf16 and summed in float32. fp16 inputs are multiplied as tf32, which has fp16's precision and does not
+overflow. States, decays and the gradients of gates are float32.
 
 Heads of k, v and gates that several states share are read in place; their gradients are written per state in float32
 and summed. A state's program loops over the query heads that share the state.
 
-Gradients of decays are sums within a segment, and so are the rounding errors of their bf16 terms: hence short segments.
+Gradients of constant and scalar decays are sums within a segment, and so are the rounding errors of their bf16 terms:
+hence short segments. Those of vector decays are sums within a chunk.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.linear import tuning
+from longctx.kernels.linear.additive import triton_vector
 from longctx.kernels.linear.additive.triton_backward import dk_dv_kernel, dq_kernel
 from longctx.kernels.linear.additive.triton_forward import apply_kernel, summary_kernel
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
@@ -69,6 +71,11 @@ MAX_CHANNELS = 64
 
 def _plan(inputs: Inputs, segments: Sequence[Segment], *, queries: bool = True) -> LaunchPlan:
     return plan_launch("additive", inputs, inputs.gates[0] if inputs.gates else None, segments, queries)
+
+
+def _is_vector(inputs: Inputs) -> bool:
+    """Return whether the decay is a vector, `[B, T, H, K]`."""
+    return bool(inputs.gates) and inputs.gates[0].dim() == 4
 
 
 def _launch(plan: LaunchPlan, kernel: Any, sizes: tuning.TileSizes, *arguments: Any, **constants: Any) -> None:
@@ -197,6 +204,8 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
 
 def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
     """Pass 2: o `[B, T, Ho, V]` in v's dtype, and the end states `[N, B, H, K, V]`, float32."""
+    if _is_vector(inputs):
+        return triton_vector.apply(inputs, segments, states)
     parts = _parts(inputs)
     if len(parts) > 1:
         results = [apply(part.inputs(inputs), segments, part.state(states)) for part in parts]
@@ -237,6 +246,8 @@ def apply_grad(
 
     One launch for dq and one for dk and dv, or one each for dk and dv where a program cannot hold all of K and V.
     """
+    if _is_vector(inputs):
+        return triton_vector.apply_grad(inputs, segments, do, states, dends, gate_grads)
     parts = _parts(inputs)
     if len(parts) > 1:
         results = [
@@ -266,6 +277,8 @@ def apply_grad(
 
 def query_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor, states: Tensor) -> Tensor:
     """Only dq of pass 2 backward, which needs no gradient of a state."""
+    if _is_vector(inputs):
+        return triton_vector.query_grad(inputs, segments, do, states)
     parts = _parts(inputs)
     if len(parts) > 1:
         found = (
@@ -280,6 +293,8 @@ def key_value_grad(
     inputs: Inputs, segments: Sequence[Segment], do: Tensor, dends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rest of pass 2 backward, where no gate needs a gradient: dk, dv and the gradient of the start states."""
+    if _is_vector(inputs):
+        return triton_vector.key_value_grad(inputs, segments, do, dends)
     parts = _parts(inputs)
     if len(parts) > 1:
         results = [
@@ -343,10 +358,8 @@ class _Backward:
             sizes = plan.tile_sizes("dk")
         dgate = None
         if q_dq is not None and end_terms is not None:
-            dgate = q_dq
-            if plan.decay_kind != "vector":
-                q_dq, end_terms = q_dq.unflatten(0, (-1, plan.batch)).sum(dim=0), end_terms.sum(dim=-1)
-                dgate, _ = _allocate_decay_grad(plan, sizes)
+            q_dq, end_terms = q_dq.unflatten(0, (-1, plan.batch)).sum(dim=0), end_terms.sum(dim=-1)
+            dgate, _ = _allocate_decay_grad(plan, sizes)
             if plan.decay_kind == "constant" and sum(segment.size for segment in plan.segments) < plan.length:
                 # Its gradient is the sum over all rows, and kernels write none for tokens in no segment.
                 dgate.zero_()
@@ -363,18 +376,13 @@ class _Backward:
 
 
 def _allocate_decay_grad(plan: LaunchPlan, sizes: tuning.TileSizes) -> tuple[Tensor, Tensor]:
-    """Allocate dg and the terms that a segment's end adds to it, float32.
+    """Allocate dg and the terms that a segment's end adds to it, float32, with the partial sums of each block of K.
 
-    dg is `[B, T, H, K]` for vector decays, else `[blocks x B, T, H]` with the sum over each block of K; the end's terms
-    are `[N, B, H, K]`. (A kernel that sums them over K too does not compile for sm_100 in Triton 3.6 and 3.7: its
-    compiler fails on the second of two sums of what tensor memory holds.)
+    `[blocks x B, T, H]` and `[N, B, H, K]`. (A kernel that sums the end's terms over K too does not compile for sm_100
+    in Triton 3.6 and 3.7: its compiler fails on the second of two sums of what tensor memory holds.)
     """
     batch, length, heads = plan.batch, plan.length, plan.heads
-    if plan.decay_kind == "vector":
-        shape: tuple[int, ...] = (batch, length, heads, plan.key_dim)
-    else:
-        shape = (plan.state_tiles(sizes) * batch, length, heads)
-    shapes = shape, plan.state_shape[:4]
+    shapes: tuple[tuple[int, ...], ...] = (plan.state_tiles(sizes) * batch, length, heads), plan.state_shape[:4]
     q_dq, end_terms = (torch.empty(shape, dtype=torch.float32, device=plan.device) for shape in shapes)
     return q_dq, end_terms
 
@@ -383,8 +391,7 @@ def _gate_grad(plan: LaunchPlan, dgate: Tensor) -> Tensor:
     """Reduce dg to the gradient of the log-decay, in its shape and dtype."""
     gate = plan.log_decay
     assert gate is not None
-    if plan.decay_kind != "vector":
-        dgate = dgate.unflatten(0, (-1, plan.batch)).sum(dim=0)
+    dgate = dgate.unflatten(0, (-1, plan.batch)).sum(dim=0)
     if gate.dim() == 1:
         return dgate.sum(dim=(0, 1)).view(gate.shape[0], -1).sum(dim=1).to(gate.dtype)
     return reduce_to_heads(dgate, gate)

@@ -27,6 +27,7 @@ from longctx.kernels.linear.triton_chunk import (
     store_tile,
     token_at,
 )
+from longctx.kernels.linear.triton_pairs import LOG2_E, load_log2_decay, state_factor
 
 
 @triton.jit
@@ -74,9 +75,14 @@ def summary_kernel(
         start = begin + (chunks - 1 - step) * C if REVERSE else begin + step * C
         size = tl.minimum(end - start, C)
         decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
-        decay = load_decay(constant, decay_at, gate_strides[1], size, row, KIND, C, BK, K)
-        reads, writes, chunk_total = chunk_decays(decay, size, KIND, C, PRECISION)
-        factor = reads if REVERSE else writes
+        if KIND == "vector":
+            log2_decay = load_log2_decay(decay_at, gate_strides[1], size, row, C, BK, K)
+            factor = state_factor(log2_decay, REVERSE, C, BK, DOT)
+            chunk_total = tl.sum(tl.sum(log2_decay, 1), 0) / LOG2_E
+        else:
+            decay = load_decay(constant, decay_at, gate_strides[1], size, row, KIND, C, BK, K)
+            reads, writes, chunk_total = chunk_decays(decay, size, KIND, C, PRECISION)
+            factor = reads if REVERSE else writes
         state *= tl.exp(chunk_total)[:, None]
         total += chunk_total
         for reader in range(READERS):

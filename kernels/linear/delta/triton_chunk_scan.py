@@ -19,8 +19,8 @@ identity, have zero values and write no outputs.
 import triton
 import triton.language as tl
 
-from longctx.kernels.linear.delta.triton_prepare import BETA_WRITES, READS, chunk_slot, load_factor, load_keeps
-from longctx.kernels.linear.triton_chunk import load_tile, locate_program, product, store_tile, token_at
+from longctx.kernels.linear.delta.triton_prepare import BETA_WRITES, READS, load_factor, load_keeps
+from longctx.kernels.linear.triton_chunk import chunk_slot, load_tile, locate_program, product, store_tile, token_at
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from longctx.kernels.linear.triton_chunk import (
     load_decay,
     load_documents,
     load_tile,
+    locate_chunk,
     pair_decays,
     product,
     store_tile,
@@ -32,34 +33,6 @@ SUBSTITUTION_ROWS = tl.constexpr(16)
 """Rows per diagonal block, which forward substitution inverts row by row."""
 READS, BETA_WRITES, WRITES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Rows of a chunk's factors `[3, C]`: reads, beta times writes, writes."""
-
-
-@triton.jit
-def locate_chunk(bounds, heads, batch, chunks, BLOCKS: tl.constexpr, C: tl.constexpr):
-    """Return this program's block, head, batch row, segment begin, first token, number of tokens and chunk slot.
-
-    Every segment has `chunks` slots, as many as the longest one has chunks; a slot after the segment's end has 0 or
-    fewer tokens. Slots are numbered over all segments, batch rows and heads.
-    """
-    program = tl.program_id(0)
-    block = program % BLOCKS
-    rest = program // BLOCKS
-    head = rest % heads
-    rest = rest // heads
-    sequence = rest % batch
-    rest = rest // batch
-    segment = rest // chunks
-    begin = tl.load(bounds + 2 * segment)
-    end = tl.load(bounds + 2 * segment + 1)
-    start = begin + (rest % chunks) * C
-    slot = (program // BLOCKS).to(tl.int64)
-    return block, head, sequence, begin, start, tl.minimum(end - start, C), slot
-
-
-@triton.jit
-def chunk_slot(segment, step, sequence, head, heads, batch, chunks):
-    """Return the slot of a segment's chunk, numbered as in `locate_chunk`."""
-    return ((segment * chunks + step).to(tl.int64) * batch + sequence) * heads + head
 
 
 @triton.jit

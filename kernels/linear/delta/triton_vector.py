@@ -9,7 +9,7 @@ chunk (`half_decays`), and keys and queries that are decayed once for the scans:
 import triton
 import triton.language as tl
 
-from longctx.kernels.linear.delta.triton_prepare import document_decays, invert, load_per_token, locate_chunk
+from longctx.kernels.linear.delta.triton_prepare import document_decays, invert, load_per_token
 from longctx.kernels.linear.triton_chunk import (
     chunk_decays,
     decayed_scores,
@@ -17,6 +17,7 @@ from longctx.kernels.linear.triton_chunk import (
     halvings,
     load_decay,
     load_tile,
+    locate_chunk,
     product,
     store_tile,
     sum_tokens,

@@ -11,8 +11,14 @@ CPU = torch.device("cpu")
 SIZES = {"chunk": 64, "block_k": 16, "block_v": 32, "warps": 2, "stages": 3}
 
 
-@pytest.mark.parametrize("decay", tuning.DECAY_KINDS)
-@pytest.mark.parametrize("kernel", tuning.ADDITIVE_KERNELS + tuning.DELTA_KERNELS)
+def kernels(decay):
+    """The kernels that a kind of decay has."""
+    return (tuning.VECTOR_KERNELS if decay == "vector" else tuning.ADDITIVE_KERNELS) + tuning.DELTA_KERNELS
+
+
+@pytest.mark.parametrize(
+    ("decay", "kernel"), [(decay, kernel) for decay in tuning.DECAY_KINDS for kernel in kernels(decay)]
+)
 @pytest.mark.parametrize("dims", [(1, 1), (16, 512), (24, 100), (128, 128), (256, 257)], ids=str)
 def test_blocks_fit_registers_and_kernels(kernel, decay, dims):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -28,8 +34,7 @@ def test_blocks_fit_registers_and_kernels(kernel, decay, dims):
 
 
 def test_candidates_begin_with_the_table():
-    for kernel in tuning.ADDITIVE_KERNELS + tuning.DELTA_KERNELS:
-        name = f"{kernel}/scalar"
+    for name in (f"{kernel}/{decay}" for decay in ("scalar", "vector") for kernel in kernels(decay)):
         tried = tuning.candidates(name, 128, 128, torch.bfloat16, CPU)
         assert tried[0] == tuning.default_tiles(name, 128, 128, torch.bfloat16, 90)
         assert len({tuple(blocks.values()) for blocks in tried}) == len(tried) > 10
