@@ -9,7 +9,6 @@ over segments (`LinearRecurrence`); the inter-segment scan, over programs of a d
 A new document resets the recurrent state before its first token. A segment in which a document begins has A = 0.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,7 +49,9 @@ class Segment:
         parts, first = [], 0
         for begin in range(0, self.size, size):
             end = min(begin + size, self.size)
-            last = bisect_left(self.starts, end, first)
+            last = first
+            while last < len(self.starts) and self.starts[last] < end:
+                last += 1
             inside = tuple(start - begin for start in self.starts[first:last])
             parts.append(Segment(self.begin + begin, self.begin + end, inside))
             first = last
