@@ -6,7 +6,7 @@ state. Backward: the same, from the last piece to the first. On one device there
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -56,8 +56,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Exchanging:
-    """Pass 1 of a scan over devices: the carries of each piece's segments, and the exchange under way."""
+    """Pass 1 of a scan over devices: what it prepared, the carries of each piece's segments, the exchange under way."""
 
+    prepared: tuple[Tensor, ...]
     carries: list[Carry]
     wait: Callable[[], PieceStates]
 
@@ -129,8 +130,10 @@ def _start_exchange(
     initial_state: Tensor,
 ) -> _Exchanging:
     with torch.autocast(inputs.k.device.type, enabled=False):
+        inputs = recurrence.prepare(inputs, _flat(segments))
         carries = _by_piece(recurrence.summarize(inputs, _flat(segments)), segments)
-        return _Exchanging(carries, exchange([compose_segments(piece) for piece in carries], initial_state, False))
+        wait = exchange([compose_segments(piece) for piece in carries], initial_state, False)
+        return _Exchanging(inputs.prepared, carries, wait)
 
 
 def _cut(recurrence: LinearRecurrence, plan: Plan, inputs: Inputs) -> list[list[Segment]]:
@@ -163,12 +166,14 @@ class _Scan(torch.autograd.Function):
         segments = _flat(by_piece)
         if exchanging is not None:
             states, final = _states_within(exchanging.carries, exchanging.wait(), reverse=False)
+            inputs = replace(inputs, prepared=exchanging.prepared)
             out, _ = recurrence.apply(inputs, segments, states)
         elif len(segments) == 1:
             states = initial_state[None]
             out, ends = recurrence.apply(inputs, segments, states)
             final = ends[0]
         else:
+            inputs = recurrence.prepare(inputs, segments)
             states, final = scan_segments(recurrence.summarize(inputs, segments), initial_state)
             out, _ = recurrence.apply(inputs, segments, states)
         plan.zero_padding_(out)
@@ -193,6 +198,8 @@ class _Scan(torch.autograd.Function):
         gate_grads = any(ctx.needs_input_grad[7:])
         carries, wait = [], None
         if not one_segment:
+            # Again, rather than kept from the forward pass: that would be memory for as long as q, k and v are.
+            inputs = recurrence.prepare(inputs, segments)
             carries = _by_piece(recurrence.summarize_grad(inputs, segments, do), ctx.by_piece)
             if plan.exchange is not None:
                 wait = plan.exchange([compose_segments(piece, reverse=True) for piece in carries], dfinal, True)

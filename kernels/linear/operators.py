@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from longctx.kernels.linear.checks import check_heads, check_operands
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor[] gates, int[] segments"
+_PREPARE = f"({_INPUTS}) -> Tensor[]"
 _SIGNATURES = {
     "summarize": f"({_INPUTS}) -> (Tensor, Tensor)",
     "apply": f"({_INPUTS}, Tensor states) -> (Tensor, Tensor)",
@@ -63,7 +65,8 @@ class RegisteredRecurrence(ABC):
     """A `LinearRecurrence` whose functions are operators. A subclass owns its gates, its FLOPs and its decoding step.
 
     Implementations are modules with the functions of `LinearRecurrence`; `query_grad` and `key_value_grad` are
-    optional.
+    optional, and so is `prepare(inputs, segments)`, which returns the tensors of `Inputs.prepared`. A module that has
+    it also has `allocate_prepared(inputs, segments)`, the same tensors without their contents.
     """
 
     name: ClassVar[str]
@@ -71,14 +74,20 @@ class RegisteredRecurrence(ABC):
     """Names of the gates, in order; a call may omit the last ones, down to `required_gates`."""
     required_gates: ClassVar[int] = 0
     """Number of gates, the first ones, that a call may not omit."""
+    prepares: ClassVar[bool] = False
+    """Whether an implementation has `prepare`; the operators then take `prepared`, a list of tensors by keyword."""
 
     def __init__(self, implementation: ModuleType, triton: str) -> None:
         """Register the operators. `triton` is the name of the Triton implementation's module, imported on first use."""
         self._torch, self._triton_module = implementation, triton
         self._ops: dict[str, Callable[..., Any]] = {}
-        for function, signature in _SIGNATURES.items():
-            if not hasattr(implementation, function):
-                continue
+        signatures = {name: text for name, text in _SIGNATURES.items() if hasattr(implementation, name)}
+        if self.prepares:
+            signatures = {
+                name: text.replace(") ->", ", *, Tensor[]? prepared=None) ->") for name, text in signatures.items()
+            }
+            signatures["prepare"] = _PREPARE
+        for function, signature in signatures.items():
             op = f"longctx::{self.name}_{function}"
             torch.library.define(op, signature)
             torch.library.impl(op, "CompositeExplicitAutograd")(self._implementation(function))
@@ -90,10 +99,17 @@ class RegisteredRecurrence(ABC):
     def _implementation(self, function: str) -> Callable[..., Any]:
         """Return the body of an operator, which picks the module by the device and dtype of k."""
 
-        def run(q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any) -> Any:
-            triton = _triton(self._triton_module) if k.is_cuda and k.dtype != torch.float64 else None
-            inputs = Inputs(q, k, v, tuple(gates))
-            result = getattr(triton or self._torch, function)(inputs, _decode_once(tuple(segments)), *rest)
+        def run(
+            q: Tensor | None,
+            k: Tensor,
+            v: Tensor,
+            gates: list[Tensor],
+            segments: list[int],
+            *rest: Any,
+            prepared: Sequence[Tensor] | None = None,
+        ) -> Any:
+            inputs = Inputs(q, k, v, tuple(gates), tuple(prepared or ()))
+            result = getattr(self._module(k), function)(inputs, _decode_once(tuple(segments)), *rest)
             if isinstance(result, Carry):
                 return result.transition, result.state
             if function == "apply_grad":
@@ -103,8 +119,15 @@ class RegisteredRecurrence(ABC):
 
         return run
 
+    def _module(self, k: Tensor) -> ModuleType:
+        """Return the implementation for the device and dtype of k."""
+        triton = _triton(self._triton_module) if k.is_cuda and k.dtype != torch.float64 else None
+        return triton or self._torch
+
     def _call(self, function: str, inputs: Inputs, segments: Sequence[Segment], *rest: Any) -> Any:
-        return self._ops[function](inputs.q, inputs.k, inputs.v, list(inputs.gates), _encode(segments), *rest)
+        prepared = {"prepared": list(inputs.prepared)} if inputs.prepared else {}
+        op = self._ops[function]
+        return op(inputs.q, inputs.k, inputs.v, list(inputs.gates), _encode(segments), *rest, **prepared)
 
     def named_gates(self, inputs: Inputs) -> dict[str, Tensor]:
         """Return the gates by name. Raises ValueError where there are too many or too few."""
@@ -134,6 +157,14 @@ class RegisteredRecurrence(ABC):
         """See `LinearRecurrence`."""
         triton = _triton(self._triton_module) if device.type == "cuda" else None
         return (triton or self._torch).segment_length(heads, length, device)
+
+    def prepare(self, inputs: Inputs, segments: Sequence[Segment]) -> Inputs:
+        """See `LinearRecurrence`."""
+        if not self.prepares or not hasattr(self._module(inputs.k), "prepare"):
+            return inputs
+        op = self._ops["prepare"]
+        prepared = op(None, inputs.k, inputs.v, list(inputs.gates), _encode(segments))
+        return replace(inputs, prepared=tuple(prepared))
 
     def summarize(self, inputs: Inputs, segments: Sequence[Segment]) -> Carry:
         """See `LinearRecurrence`."""
@@ -194,8 +225,14 @@ class RegisteredRecurrence(ABC):
 
     # Fake implementations: shapes and dtypes of the results, for torch.compile.
 
+    def _fake_prepare(
+        self, q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int]
+    ) -> list[Tensor]:
+        prepared = self._module(k).allocate_prepared(Inputs(q, k, v, tuple(gates)), _decode(segments))
+        return list(prepared)
+
     def _fake_summarize(
-        self, q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any
+        self, q: Tensor | None, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any, **_: Any
     ) -> tuple[Tensor, Tensor]:
         inputs, dtype = Inputs(q, k, v, tuple(gates)), accumulation_dtype(k.dtype)
         state = (len(_decode(segments)), *inputs.state_shape)
@@ -204,12 +241,12 @@ class RegisteredRecurrence(ABC):
     _fake_summarize_grad = _fake_summarize
 
     def _fake_apply(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], states: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], states: Tensor, **_: Any
     ) -> tuple[Tensor, Tensor]:
         return v.new_empty((*q.shape[:2], max(q.shape[2], states.shape[2]), v.shape[3])), torch.empty_like(states)
 
     def _fake_apply_grad(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any
+        self, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], segments: list[int], *rest: Any, **_: Any
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
         _, states, _, gate_grads = rest
         dq, dk, dv, *dgates = (x.new_empty(x.shape) for x in (q, k, v, *(gates if gate_grads else ())))
@@ -229,6 +266,11 @@ class RegisteredRecurrence(ABC):
 
     state_writes: ClassVar[int]
     """Products over a state, of 2 K V FLOPs each, per token that writes."""
+
+    @staticmethod
+    def _prepare_flops(*args: Any, **kwargs: Any) -> int:
+        """Return 0: the recurrence, token by token, prepares nothing."""
+        return 0
 
     @abstractmethod
     def _summarize_flops(self, q: Any, k: Shape, *args: Any, out_shape: Any, **kwargs: Any) -> int: ...

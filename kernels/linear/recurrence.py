@@ -128,12 +128,16 @@ class Inputs:
     Heads group without repeating anything in memory. A state belongs to one of H heads, H the largest head count of k,
     v and the gates; each of these may have a divisor of H (state h reads head `h // (H / Hk)` of k). q has a divisor or
     a multiple of H (query head i reads state `i // (Hq / H)`).
+
+    `prepared` is what `LinearRecurrence.prepare` computed of k and the gates for these tokens and segments, in a form
+    of the implementation's own; without it each pass computes it again.
     """
 
     q: Tensor | None
     k: Tensor
     v: Tensor
     gates: Gates
+    prepared: tuple[Tensor, ...] = ()
 
     @property
     def queries(self) -> Tensor:
@@ -184,6 +188,13 @@ class LinearRecurrence(Protocol):
 
     def segment_length(self, heads: int, length: int, device: torch.device) -> int:
         """Return the most tokens a segment should have on this device, where `heads` (B x H) run side by side."""
+
+    def prepare(self, inputs: Inputs, segments: Sequence[Segment]) -> Inputs:
+        """Return the inputs with `prepared`: what both passes of a direction need of k and the gates. Ignores q.
+
+        For a caller that runs both passes, before the first; `segments` are theirs. Most recurrences share nothing
+        between their passes, and return the inputs as they are.
+        """
 
     def summarize(self, inputs: Inputs, segments: Sequence[Segment]) -> Carry:
         """Pass 1: each segment's map from its start state to its end state; leading dimensions `N, B`. Ignores q."""

@@ -215,18 +215,11 @@ def candidates(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, de
             for stages in (1, 2, 3):
                 sized: TileSizes = {**default, "chunk": chunk, "warps": warps, "stages": stages}
                 result.append(sized)
-                halves_v = name in (
-                    "summary",
-                    "apply",
-                    "dv",
-                    "delta_forward",
-                    "delta_backward",
-                    "delta_pairs",
-                    "delta_grads",
-                )
+                walks = name in ("summary", "apply", "dv", "delta_forward", "delta_backward")
+                halves_v = walks or name in ("delta_pairs", "delta_grads")
                 if halves_v and default["block_v"] > 32:
                     result.append({**sized, "block_v": default["block_v"] // 2})
-                halves_k = name in ("dq", "dk", "prepare", "grads", "delta_prepare", "delta_grads")
+                halves_k = name in ("dq", "dk", "prepare", "grads", "delta_prepare", "delta_pairs", "delta_grads")
                 if halves_k and default["block_k"] > 16:
                     result.append({**sized, "block_k": default["block_k"] // 2})
     result.sort(key=lambda sizes: sum(sizes[name] != default[name] for name in default))  # type: ignore[literal-required]

@@ -18,6 +18,7 @@ class DeltaRule(RegisteredRecurrence):
     name = "delta"
     gate_names = ("beta", "log_decay")
     required_gates = 1
+    prepares = True
     state_writes = 2  # the state is read at the key first
 
     def check_gates(self, gates: dict[str, Tensor], k: Tensor) -> None:

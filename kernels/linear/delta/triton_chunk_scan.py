@@ -30,6 +30,17 @@ def _identity(row, BK: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
+def _walk(walks, segment, begin, end, C: tl.constexpr):
+    """Return a segment's chunks to scan, the first one and the one after the last: `walks` `[N, 2]`, or all."""
+    first = begin - begin
+    last = (end - begin + C - 1) // C
+    if walks is not None:
+        first = tl.load(walks + 2 * segment)
+        last = tl.load(walks + 2 * segment + 1)
+    return first, last
+
+
+@triton.jit
 def _load_keys(
     k_at,
     k_stride,
@@ -111,6 +122,7 @@ def forward_kernel(
     v,
     v_strides,
     bounds,
+    walks,
     inverse,
     scores,
     factors,
@@ -141,7 +153,7 @@ def forward_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scan a segment's chunks forward, from `states`, or from zero where these are None.
+    """Scan a segment's chunks, or those of `walks`, forward, from `states`, or from zero where these are None.
 
     Writes those that are not None: `ends`, the end states; `transition`, in programs of its own; `out`, for which it
     reads q and scores; and for the backward pass, per chunk, the state before it in `chunk_states` `[slots, V, K]` and
@@ -156,7 +168,8 @@ def forward_kernel(
         state = tl.trans(load_tile(states + state_index * K * V, V, K, column, BK, BV, V))
     else:
         state = _identity(column - V_BLOCKS * BV, BK, BV)
-    for step in range((end - begin + C - 1) // C):
+    first, last = _walk(walks, segment, begin, end, C)
+    for step in range(first, last):
         start = begin + step * C
         size = tl.minimum(end - start, C)
         slot = chunk_slot(segment, step, sequence, head, heads, batch, chunks)
@@ -220,6 +233,7 @@ def backward_kernel(
     dout,
     dout_strides,
     bounds,
+    walks,
     inverse,
     scores,
     factors,
@@ -248,7 +262,7 @@ def backward_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scan a segment's chunks in reverse, from `dends`, or from zero where these are None.
+    """Scan a segment's chunks, or those of `walks`, in reverse, from `dends`, or from zero where these are None.
 
     Writes `dstates`, the gradients of the start states. Where not None, also `transition`, in programs of its own, or
     per chunk the gradient of the state after it in `chunk_dstates` `[slots, V, K]`, and dv per state head.
@@ -262,9 +276,9 @@ def backward_kernel(
         dstate = tl.trans(load_tile(dends + state_index * K * V, V, K, column, BK, BV, V))
     else:
         dstate = _identity(column - V_BLOCKS * BV, BK, BV)
-    steps = (end - begin + C - 1) // C
-    for index in range(steps):
-        step = steps - 1 - index
+    first, last = _walk(walks, segment, begin, end, C)
+    for index in range(last - first):
+        step = last - 1 - index
         start = begin + step * C
         size = tl.minimum(end - start, C)
         slot = chunk_slot(segment, step, sequence, head, heads, batch, chunks)
