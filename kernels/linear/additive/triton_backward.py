@@ -23,8 +23,6 @@ from longctx.kernels.linear.triton_chunk import (
     chunk_decays,
     decay_pairs,
     decayed_scores,
-    half_decays,
-    halvings,
     load_constant_decay,
     load_decay,
     load_documents,
@@ -36,60 +34,16 @@ from longctx.kernels.linear.triton_chunk import (
     same_document,
     store_tile,
     suffix_sums,
-    sum_tokens,
     token_at,
 )
 
 
 @triton.jit
-def _decayed_grads_product(
-    grads,
-    diagonal,
-    x,
-    decay,
-    KIND: tl.constexpr,
-    FLIP: tl.constexpr,
-    C: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Compute `sum_j A_ij pairs_ij x_j`, `[C, BK]` float32, or with FLIP the sum over i, `sum_i A_ij pairs_ij x_i`.
-
-    `grads` is A, 0 where not visible (for constant and scalar decays already times pairs); `diagonal` is its diagonal.
-    """
-    if KIND == "vector":
-        result = diagonal[:, None] * x.to(tl.float32)
-        for level in tl.static_range(halvings(C)):
-            factor, meet, _ = half_decays(decay, level, C, PRECISION)
-            masked = tl.where(meet, grads, 0.0)
-            if FLIP:
-                masked = tl.trans(masked)
-            result += factor * product(masked, x * factor, DOT, PRECISION)
-    else:
-        if FLIP:
-            grads = tl.trans(grads)
-        result = product(grads, x, DOT, PRECISION)
-    return result
-
-
-@triton.jit
 def _score_grads(
-    values,
-    dout,
-    decay,
-    visible,
-    KIND: tl.constexpr,
-    C: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    values, dout, decay, visible, KIND: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Return A, `[C, C]`, 0 where not visible and times pairs unless KIND is "vector", and its diagonal, `[C]`."""
-    grads = product(dout, tl.trans(values), DOT, PRECISION)
-    if KIND == "vector":
-        visible_grads = tl.where(visible, grads, 0.0)
-    else:
-        visible_grads = decay_pairs(grads, decay, visible, KIND, C, DOT)
-    return visible_grads, tl.sum(values.to(tl.float32) * dout.to(tl.float32), 1)
+    """Return A times pairs, `[C, C]`, 0 where not visible."""
+    return decay_pairs(product(dout, tl.trans(values), DOT, PRECISION), decay, visible, KIND, C, DOT)
 
 
 @triton.jit
@@ -166,8 +120,8 @@ def dq_kernel(
             query = head * READERS + reader
             do_at = token_at(dout, dout_strides, sequence, start, query)
             do = load_tile(do_at, dout_strides[1], size, 0, C, BV, V)
-            grads, diagonal = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
-            result = _decayed_grads_product(grads, diagonal, keys, decay, KIND, False, C, DOT, PRECISION)
+            grads = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
+            result = product(grads, keys, DOT, PRECISION)
             result += reads * product(do, tl.trans(start_state), DOT, PRECISION)
             dq_at = token_at(dq, dq_strides, sequence, start, query)
             store_tile(dq_at, dq_strides[1], size, channel, result, C, BK, K)
@@ -175,12 +129,8 @@ def dq_kernel(
                 q_at = token_at(q, q_strides, sequence, start, query // Q_GROUP)
                 q_dq += result * load_tile(q_at, q_strides[1], size, channel, C, BK, K).to(tl.float32)
         if q_dq_out is not None:
-            if KIND == "vector":
-                q_dq_at = token_at(q_dq_out, q_dq_strides, sequence, start, head)
-                store_tile(q_dq_at, q_dq_strides[1], size, channel, q_dq, C, BK, K)
-            else:
-                q_dq_at = token_at(q_dq_out, q_dq_strides, block * batch + sequence, start, head)
-                tl.store(q_dq_at + row * q_dq_strides[1], tl.sum(q_dq, 1), mask=row < size)
+            q_dq_at = token_at(q_dq_out, q_dq_strides, block * batch + sequence, start, head)
+            tl.store(q_dq_at + row * q_dq_strides[1], tl.sum(q_dq, 1), mask=row < size)
     if q_dq_out is not None:
         dstate = load_tile(dends + (state_index * K + channel) * V, V, K - channel, 0, BK, BV, V)
         end_term = tl.sum(state * dstate, 1)
@@ -242,12 +192,8 @@ def dk_dv_kernel(
     dstate = load_tile(dends + (state_index * K + channel) * V, V, K - channel, column, BK, BV, V)
     row = tl.arange(0, C)
     if dgate is not None:
-        if KIND == "vector":
-            channels = channel + tl.arange(0, BK)
-            suffix_sum = tl.load(end_terms + state_index * K + channels, mask=channels < K, other=0.0)
-        else:
-            # Only the program of the first block of K adds q * dq and the segment's end term.
-            suffix_sum = tl.load(end_terms + state_index + tl.arange(0, 1), mask=(tl.arange(0, 1) == block), other=0.0)
+        # Only the program of the first block of K adds q * dq and the segment's end term.
+        suffix_sum = tl.load(end_terms + state_index + tl.arange(0, 1), mask=(tl.arange(0, 1) == block), other=0.0)
     constant = load_constant_decay(gate, gate_strides, head // GATE_GROUP, KIND)
     chunks = (end - begin + C - 1) // C
     for step in range(chunks):
@@ -282,8 +228,8 @@ def dk_dv_kernel(
             do = load_tile(do_at, dout_strides[1], size, column, C, BV, V)
             dstate += outer(queries, reads, do, DOT, PRECISION)
             if dk is not None:
-                grads, diagonal = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
-                dkeys += _decayed_grads_product(grads, diagonal, queries, decay, KIND, True, C, DOT, PRECISION)
+                grads = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
+                dkeys += product(tl.trans(grads), queries, DOT, PRECISION)
             if dv is not None:
                 scores = decayed_scores(queries, keys, decay, visible, True, KIND, C, DOT, PRECISION)
                 dvalues += product(tl.trans(scores.to(DOT)), do, DOT, PRECISION)
@@ -294,45 +240,21 @@ def dk_dv_kernel(
             dv_at = token_at(dv, dv_strides, sequence, start, head)
             store_tile(dv_at, dv_strides[1], size, column, dvalues, C, BV, V)
         if dgate is not None:
-            if KIND == "vector":
-                q_dq_at = token_at(q_dq_in, q_dq_strides, sequence, start, head)
-                terms = load_tile(q_dq_at, q_dq_strides[1], size, channel, C, BK, K)
-                terms -= keys.to(tl.float32) * dkeys
-                suffix_mask = row[:, None] <= row[None, :]
-                if ids is not None:
-                    suffix_mask = suffix_mask & (doc[:, None] == doc[None, :])
-                sums = sum_tokens(suffix_mask, terms, PRECISION)
-                after_chunk = suffix_sum[None, :]
-                if ids is not None:
-                    after_chunk = tl.where((doc == doc_last)[:, None], after_chunk, 0.0)
-                    # The first decay of a document acts on nothing.
-                    doc_previous = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
-                    sums = tl.where((doc == doc_previous)[:, None], sums + after_chunk, 0.0)
-                    suffix_sum = tl.where(doc_before == doc_last, suffix_sum, 0.0)
-                    suffix_sum += tl.sum(tl.where((doc == doc_before)[:, None], terms, 0.0), 0)
-                else:
-                    sums += after_chunk
-                    suffix_sum += tl.sum(terms, 0)
-                # dgate may alias q_dq_in, and a thread may store the sums where another one still loads terms.
-                tl.debug_barrier()
-                dgate_at = token_at(dgate, dgate_strides, sequence, start, head)
-                store_tile(dgate_at, dgate_strides[1], size, channel, sums, C, BK, K)
+            q_dq_at = token_at(q_dq_in, q_dq_strides, sequence, start, head)
+            q_dq_at += row * q_dq_strides[1]
+            terms = tl.load(q_dq_at, mask=row < tl.where(block == 0, size, 0), other=0.0)
+            terms -= tl.sum(keys.to(tl.float32) * dkeys, 1)
+            if ids is not None:
+                sums = suffix_sums(terms, doc)
+                after_chunk = tl.where(doc == doc_last, suffix_sum, 0.0)
+                doc_previous = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
+                sums = tl.where(doc == doc_previous, sums + after_chunk, 0.0)
+                suffix_sum = tl.where(doc_before == doc_last, suffix_sum, 0.0)
+                suffix_sum += tl.sum(tl.where(doc == doc_before, terms, 0.0), 0)
             else:
-                q_dq_at = token_at(q_dq_in, q_dq_strides, sequence, start, head)
-                q_dq_at += row * q_dq_strides[1]
-                terms = tl.load(q_dq_at, mask=row < tl.where(block == 0, size, 0), other=0.0)
-                terms -= tl.sum(keys.to(tl.float32) * dkeys, 1)
-                if ids is not None:
-                    sums = suffix_sums(terms, doc)
-                    after_chunk = tl.where(doc == doc_last, suffix_sum, 0.0)
-                    doc_previous = tl.load(ids + start + row - 1, mask=(start + row > begin) & (row < size), other=0)
-                    sums = tl.where(doc == doc_previous, sums + after_chunk, 0.0)
-                    suffix_sum = tl.where(doc_before == doc_last, suffix_sum, 0.0)
-                    suffix_sum += tl.sum(tl.where(doc == doc_before, terms, 0.0), 0)
-                else:
-                    sums = suffix_sums(terms, None) + suffix_sum
-                    suffix_sum += tl.sum(terms, 0)
-                dgate_at = token_at(dgate, dgate_strides, block * batch + sequence, start, head)
-                tl.store(dgate_at + row * dgate_strides[1], sums, mask=row < size)
+                sums = suffix_sums(terms, None) + suffix_sum
+                suffix_sum += tl.sum(terms, 0)
+            dgate_at = token_at(dgate, dgate_strides, block * batch + sequence, start, head)
+            tl.store(dgate_at + row * dgate_strides[1], sums, mask=row < size)
     if dk is not None:
         store_tile(dstates + (state_index * K + channel) * V, V, K - channel, column, dstate, BK, BV, V)
