@@ -1,8 +1,8 @@
 """Triton functions of the chunkwise linear recurrences: tiles, intra-chunk decays, documents.
 
-A chunk is C rows, of which the first `size` are tokens. Log-decays g are float32, 0 in the rows after them, of one of
-three kinds: "constant" `[1]` (one per head), "scalar" `[C]` (one per token) and "vector" `[C, BK]` (one per token and
-channel of K). The decay factors of a chunk, as in `longctx.kernels.linear.decay`:
+A chunk is C rows, of which the first `size` are tokens. Log-decays g are float32, 0 in the rows after them: "constant"
+`[1]` (one per head) or "scalar" `[C]` (one per token); those of vector decays are in `triton_pairs`. The decay factors
+of a chunk, as in `longctx.kernels.linear.decay`:
 
     reads    exp(g_0 + .. + g_i)            from the chunk's start state to token i
     writes   exp(g_(j+1) + .. + g_(C-1))    from token j to the chunk's end state
@@ -71,17 +71,13 @@ def load_constant_decay(gate, strides, head, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_decay(
-    constant, at, stride, size, channel, KIND: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, K: tl.constexpr
-):
-    """Load a chunk's log-decays in float32: `[1]`, `[C]` or `[C, BK]` by the kind of decay, 0 from row `size` on."""
+def load_decay(constant, at, stride, size, KIND: tl.constexpr, C: tl.constexpr):
+    """Load a chunk's log-decays in float32: `[1]` or `[C]` by the kind of decay, 0 from row `size` on."""
     if KIND == "constant":
         decay = constant
-    elif KIND == "scalar":
+    else:
         row = tl.arange(0, C)
         decay = clamp_decay(tl.load(at + row * stride, mask=row < size, other=0.0))
-    else:
-        decay = clamp_decay(load_tile(at, stride, size, channel, C, BK, K))
     return decay
 
 
@@ -102,29 +98,21 @@ def sum_tokens(mask, tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def chunk_decays(decay, size, KIND: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Return reads and writes, `[C, 1]` or `[C, BK]`, and the logarithm of keeps, `[1]` or `[BK]`."""
+def chunk_decays(decay, size, KIND: tl.constexpr, C: tl.constexpr):
+    """Return reads and writes, `[C, 1]`, and the logarithm of keeps, `[1]`."""
     row = tl.arange(0, C)
     if KIND == "constant":
-        reads = (decay * (row + 1))[:, None]
-        writes = (decay * tl.maximum(size - 1 - row, 0))[:, None]
+        reads = tl.exp((decay * (row + 1))[:, None])
+        writes = tl.exp((decay * tl.maximum(size - 1 - row, 0))[:, None])
         total = decay * size
-    elif KIND == "scalar":
+    else:
         wide = decay.to(tl.float64)
         sums = tl.cumsum(wide, 0)
         all_tokens = tl.sum(wide, 0)
         # In base 2, as in `decay_pairs`, which shares them.
-        reads = (sums * LOG2_E).to(tl.float32)[:, None]
-        writes = ((all_tokens - sums) * LOG2_E).to(tl.float32)[:, None]
+        reads = tl.exp2((sums * LOG2_E).to(tl.float32)[:, None])
+        writes = tl.exp2(((all_tokens - sums) * LOG2_E).to(tl.float32)[:, None])
         total = tl.zeros([1], tl.float32) + all_tokens.to(tl.float32)
-    else:
-        reads = sum_tokens(row[:, None] >= row[None, :], decay, PRECISION)
-        writes = sum_tokens(row[:, None] < row[None, :], decay, PRECISION)
-        total = tl.sum(decay, 0)
-    if KIND == "scalar":
-        reads, writes = tl.exp2(reads), tl.exp2(writes)
-    else:
-        reads, writes = tl.exp(reads), tl.exp(writes)
     return reads, writes, total
 
 
@@ -174,36 +162,15 @@ def decay_pairs(scores, decay, visible, KIND: tl.constexpr, C: tl.constexpr, DOT
 
 
 @triton.jit
-def half_decays(decay, level, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the factors of a vector decay for pairs across the middle of blocks of `2^(level + 1)` tokens.
-
-    With j in a block's first half and i in its second, the decay between them is a product of two factors of at most 1:
-    from the middle to i, and from j to the middle. Returns each token's factor, `[C, BK]`; the mask of these pairs,
-    `[C, C]`; and for each token (row) the mask of the tokens (columns) whose decays are between it and the middle,
-    `[C, C]`. Levels 0 to `halvings(C) - 1` together contain every pair i > j once.
-    """
-    row = tl.arange(0, C)
-    i, j = row[:, None], row[None, :]
-    middle = (i >> (level + 1) << (level + 1)) + (1 << level)
-    meet = (i >= middle) & (j < middle) & (j >= middle - (1 << level))
-    between = ((j >= middle) & (j <= i)) | ((j > i) & (j < middle))
-    return tl.exp(sum_tokens(between, decay, PRECISION)), meet, between
-
-
-@triton.jit
 def product(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Compute `x y` with factors of dtype DOT, accumulated in float32."""
     return tl.dot(x.to(DOT), y.to(DOT), input_precision=PRECISION)
 
 
 @triton.jit
-def read_state(x, factor, state, KIND: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute `(factor * x) state`, `[C, BK]` times `[BK, BV]`; a factor per token multiplies the float32 product."""
-    if KIND == "vector":
-        result = product(x * factor, state, DOT, PRECISION)
-    else:
-        result = product(x, state, DOT, PRECISION) * factor
-    return result
+def read_state(x, factor, state, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute `(factor * x) state`, `[C, BK]` times `[BK, BV]`; the factor per token multiplies the float32 product."""
+    return product(x, state, DOT, PRECISION) * factor
 
 
 @triton.jit
@@ -220,41 +187,11 @@ def outer(x, factor, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _level_scores(q, k, decay, visible, level, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute the scores of a level's pairs of `half_decays`, else 0."""
-    factor, meet, _ = half_decays(decay, level, C, PRECISION)
-    return tl.where(meet & visible, product(q * factor, tl.trans((k * factor).to(DOT)), DOT, PRECISION), 0.0)
-
-
-@triton.jit
 def decayed_scores(
-    q,
-    k,
-    decay,
-    visible,
-    UNROLLED: tl.constexpr,
-    KIND: tl.constexpr,
-    C: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, decay, visible, KIND: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Compute the scores `q_i . (pairs_ij * k_j)` where `visible`, else 0: `[C, C]` float32.
-
-    UNROLLED unrolls the levels of a vector decay: fewer registers than the loop at 16 tokens, many more from 32 on.
-    """
-    if KIND == "vector":
-        row = tl.arange(0, C)
-        diagonal = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        scores = tl.where(row[:, None] == row[None, :], diagonal[:, None], 0.0)
-        if UNROLLED:
-            for level in tl.static_range(halvings(C)):
-                scores += _level_scores(q, k, decay, visible, level, C, DOT, PRECISION)
-        else:
-            for level in range(halvings(C)):
-                scores += _level_scores(q, k, decay, visible, level, C, DOT, PRECISION)
-    else:
-        scores = decay_pairs(product(q, tl.trans(k), DOT, PRECISION), decay, visible, KIND, C, DOT)
-    return scores
+    """Compute the scores `q_i . (pairs_ij * k_j)` where `visible`, else 0: `[C, C]` float32."""
+    return decay_pairs(product(q, tl.trans(k), DOT, PRECISION), decay, visible, KIND, C, DOT)
 
 
 @triton.jit

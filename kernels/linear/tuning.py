@@ -17,16 +17,15 @@ sm_100 with triton 3.7.1 (tests/kernels/test_triton_compile.py):
 - From sm_100 on they take 32 tokens: at 64, products pass through tensor memory, with twice the instructions and more
   barriers, and Triton 3.7.1 fails to compile one of them. They take 8 warps, since 4 spill there.
 - float32 takes 16 tokens and half of that tile, since each of its factors is kept as two of tf32.
-- Additive vector decays take 64 tokens per chunk, 32 where products are not in bf16. Scores and gradients, in parallel
+- Vector decays take 64 tokens per chunk, 32 where products are not in bf16. Scores and gradients, in parallel
   over chunks, take a warp per sub-block of 16 tokens, and 32 channels at a time (16 in float32): more would spill.
   Walks over chunks hold a state tile of 128 x 64 in 4 warps, two of which fit a processor, or one of 128 x 128 in 8.
 - The delta rule takes 64 tokens per chunk, where wgmma is used throughout and the backward pass keeps half as many
-  states as at 32; it takes 32 where a decay is a vector or products are not in 16 bits. Its scans in bf16 on sm_90 have
+  states as at 32; it takes 32 where products are not in 16 bits. Its scans in bf16 on sm_90 have
   all 128 channels of V in one program of 8 warps, three stages deep: 8 warps on a multiprocessor, as with two programs
   of 64 channels, but fewer instructions, and loads that do not wait for the products before them. sm_100, whose tensor
-  memory holds less, takes 64 channels, 4 warps, no pipeline. Below 64 tokens, warps beyond C / 16 repeat the same
-  products, so kernels of vector decays take few warps, and small tiles where no state is carried. Exact products hold
-  their factors in registers: small tiles and 8 warps.
+  memory holds less, takes 64 channels, 4 warps, no pipeline. Exact products
+  hold their factors in registers: small tiles and 8 warps.
 - Other loads are two pipeline stages deep; one stage for vector decays before sm_90, which has less shared memory.
 """
 
@@ -167,10 +166,16 @@ def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype, capa
     vector = decay == "vector"
     chunk = 64 if is_half and not vector else 32
     stages = 1
-    if not vector and dtype == torch.bfloat16:
-        return _delta_bfloat16_tiles(name, k, v, capability)
+    if vector and name in ("delta_prepare", "delta_grads"):
+        return _chunk_parallel_tiles(k, v if max(k, v) > 64 else min(v, 32), dtype)
+    if dtype == torch.bfloat16:
+        sizes = _delta_bfloat16_tiles(name, k, v, capability)
+        if not vector:
+            return sizes
+        # Keys that read a state and keys that write it are two tensors: more of both does not fit.
+        return {**sizes, "stages": min(sizes["stages"], 2), "block_v": min(sizes["block_v"], 128 if k <= 128 else 32)}
     if name == "delta_prepare":
-        k, v, warps = min(k, 32 if vector or not is_half else 128), 16, 2 if vector else 4
+        k, v, warps = min(k, 128 if is_half else 32), 16, 4
     elif name in ("delta_pairs", "delta_grads"):
         small = 32 if max(k, v) <= 64 or not is_half else 64
         k, v, warps = min(k, 64 if is_half else 32), min(v, small), 8
@@ -181,7 +186,7 @@ def _delta_tiles(name: str, decay: str, k: int, v: int, dtype: torch.dtype, capa
 
 
 def _delta_bfloat16_tiles(name: str, k: int, v: int, capability: int) -> TileSizes:
-    """Return the defaults of the delta rule in bf16 for no decay and scalar decays, for padded head dims."""
+    """Return the defaults of the delta rule in bf16, but for what is parallel over chunks of vector decays."""
     hopper, blackwell = capability == 90, 100 <= capability < 120
     stages, warps = 1, 4
     if name == "delta_prepare":

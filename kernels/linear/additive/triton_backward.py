@@ -102,8 +102,8 @@ def dq_kernel(
         keys = load_tile(k_at, k_strides[1], size, channel, C, BK, K)
         values = load_tile(token_at(v, v_strides, sequence, start, head // V_GROUP), v_strides[1], size, 0, C, BV, V)
         decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
-        decay = load_decay(constant, decay_at, gate_strides[1], size, channel, KIND, C, BK, K)
-        reads, writes, total = chunk_decays(decay, size, KIND, C, PRECISION)
+        decay = load_decay(constant, decay_at, gate_strides[1], size, KIND, C)
+        reads, writes, total = chunk_decays(decay, size, KIND, C)
         keeps = tl.exp(total)
         visible = row[:, None] >= row[None, :]
         if ids is not None:
@@ -204,8 +204,8 @@ def dk_dv_kernel(
         v_at = token_at(v, v_strides, sequence, start, head // V_GROUP)
         values = load_tile(v_at, v_strides[1], size, column, C, BV, V)
         decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
-        decay = load_decay(constant, decay_at, gate_strides[1], size, channel, KIND, C, BK, K)
-        reads, writes, total = chunk_decays(decay, size, KIND, C, PRECISION)
+        decay = load_decay(constant, decay_at, gate_strides[1], size, KIND, C)
+        reads, writes, total = chunk_decays(decay, size, KIND, C)
         keeps = tl.exp(total)
         visible = row[:, None] >= row[None, :]
         if ids is not None:
@@ -218,7 +218,7 @@ def dk_dv_kernel(
         if dk is not None:
             dkeys = writes * product(values, tl.trans(end_dstate), DOT, PRECISION)
         if dv is not None:
-            dvalues = read_state(keys, writes, end_dstate, KIND, DOT, PRECISION)
+            dvalues = read_state(keys, writes, end_dstate, DOT, PRECISION)
         dstate *= keeps[:, None]
         for reader in range(READERS):
             query = head * READERS + reader
@@ -231,7 +231,7 @@ def dk_dv_kernel(
                 grads = _score_grads(values, do, decay, visible, KIND, C, DOT, PRECISION)
                 dkeys += product(tl.trans(grads), queries, DOT, PRECISION)
             if dv is not None:
-                scores = decayed_scores(queries, keys, decay, visible, True, KIND, C, DOT, PRECISION)
+                scores = decayed_scores(queries, keys, decay, visible, KIND, C, DOT, PRECISION)
                 dvalues += product(tl.trans(scores.to(DOT)), do, DOT, PRECISION)
         if dk is not None:
             dk_at = token_at(dk, dk_strides, sequence, start, head)

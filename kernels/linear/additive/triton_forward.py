@@ -80,8 +80,8 @@ def summary_kernel(
             factor = state_factor(log2_decay, REVERSE, C, BK, DOT)
             chunk_total = tl.sum(tl.sum(log2_decay, 1), 0) / LOG2_E
         else:
-            decay = load_decay(constant, decay_at, gate_strides[1], size, row, KIND, C, BK, K)
-            reads, writes, chunk_total = chunk_decays(decay, size, KIND, C, PRECISION)
+            decay = load_decay(constant, decay_at, gate_strides[1], size, KIND, C)
+            reads, writes, chunk_total = chunk_decays(decay, size, KIND, C)
             factor = reads if REVERSE else writes
         state *= tl.exp(chunk_total)[:, None]
         total += chunk_total
@@ -147,8 +147,8 @@ def apply_kernel(
         v_at = token_at(v, v_strides, sequence, start, head // V_GROUP)
         values = load_tile(v_at, v_strides[1], size, column, C, BV, V)
         decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
-        decay = load_decay(constant, decay_at, gate_strides[1], size, 0, KIND, C, BK, K)
-        reads, writes, total = chunk_decays(decay, size, KIND, C, PRECISION)
+        decay = load_decay(constant, decay_at, gate_strides[1], size, KIND, C)
+        reads, writes, total = chunk_decays(decay, size, KIND, C)
         keeps = tl.exp(total)
         visible = row[:, None] >= row[None, :]
         if ids is not None:
@@ -165,8 +165,8 @@ def apply_kernel(
             queries = load_tile(
                 token_at(q, q_strides, sequence, start, query // Q_GROUP), q_strides[1], size, 0, C, BK, K
             )
-            scores = decayed_scores(queries, keys, decay, visible, True, KIND, C, DOT, PRECISION)
-            result = read_state(queries, reads, start_state, KIND, DOT, PRECISION)
+            scores = decayed_scores(queries, keys, decay, visible, KIND, C, DOT, PRECISION)
+            result = read_state(queries, reads, start_state, DOT, PRECISION)
             result += product(scores, values, DOT, PRECISION)
             out_at = token_at(out, out_strides, sequence, start, query)
             store_tile(out_at, out_strides[1], size, column, result, C, BV, V)

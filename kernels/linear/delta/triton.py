@@ -23,19 +23,20 @@ segment and pass) nor numbers per token (4 per gate, decay or sum that a kernel 
     summarize         2De + Cp                              2De + 2Cp + 4Dp + 4D
     apply             6De + 3Cp                             4De + 4Cp + 6Dp + 4D
     summarize_grad    5De + 3Cp                             3De + 4Cp + 6Dp + 4D
-    apply_grad        18De + 8Cp + 3Dp + 4 D^2 p / C        12De + 5Cp + 10Dp + 4 D^2 p / C + 8D, dgates 4D more
-    KiB at D = 128 in bf16, C = 64 and 32: forward 2.9, 5.4; backward 10.3, 14.4 with dgates
+    apply_grad        18De + 8Cp + 3Dp + 4 D^2 p / C        13De + 9Cp + 11Dp + 4 D^2 p / C + 9.5D, dgates 4D more
+    KiB at D = 128 in bf16, C = 64: forward 2.9, 5.8; backward 10.3, 14.1 with dgates
 
 For vector decays, the scans load keys and queries that are decayed already, so that they compute no exponentials.
 
 Intermediate results between kernels are kept for as many segments at a time as fit in SCRATCH bytes, at least one, and
 freed when the pass returns: Cp (1 + readers) + 12 per token and head, Dp (2 + readers) more for vector decays, and in
-apply_grad Dp + 2 D^2 p / C more, and Cp (1 + readers) more for the others. At D = 128 in bf16 that is 1.75 KiB for no
-and scalar decays, and 3.2 KiB for vector decays. Of this `prepare` keeps Cp + 12 between the passes, for as many
+apply_grad Dp + 2 D^2 p / C + Cp (1 + readers) more, and 0.75 D for vector decays. At D = 128 in bf16 that is 1.75 KiB
+for no and scalar decays, and 2.6 KiB for vector decays. Of this `prepare` keeps Cp + 12 between the passes, for as many
 segments, from the first on, as fit in another SCRATCH bytes (at C = 64 in bf16 7.7 million tokens times heads); each
 pass makes those of the others again.
 
-float32 products are exact (IEEE), or tf32 if `torch.backends.cuda.matmul.allow_tf32` is set. In bf16 the factors, and
+float32 products are exact (IEEE), or tf32 if torch's matmul may use it (`fp32_precision`); scores of vector decays and
+their gradients are tf32x3 in place of IEEE, accurate to about 1e-6. In bf16 the factors, and
 with them inverses, scores and the states stored for the backward pass, are rounded to bf16 and summed in float32. In
 fp16 they are float32, multiplied as tf32, but for dv, which kernels read again. Recurrent states and the gradients of
 gates are float32. Heads group as in `longctx.kernels.linear.additive.triton`.
@@ -68,6 +69,7 @@ from longctx.kernels.linear.triton_launch import (
     segment_length,
     with_strides,
 )
+from longctx.kernels.linear.triton_pairs import factor_kinds
 
 __all__ = [
     "allocate_prepared",
@@ -113,9 +115,9 @@ class _SegmentGroup:
         """Begin and end token of each segment, on the device."""
         return bounds_tensor(self.bounds, self.plan.device)
 
-    def scratch(self, *shape: int) -> Tensor:
-        """Allocate `[slots, *shape]` in the dtype of products."""
-        return torch.empty(self.slots, *shape, dtype=self.plan.dot_dtype, device=self.plan.device)
+    def scratch(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Allocate `[slots, *shape]`, by default in the dtype of products."""
+        return torch.empty(self.slots, *shape, dtype=dtype or self.plan.dot_dtype, device=self.plan.device)
 
     def tile_sizes(self, name: str) -> tuning.TileSizes:
         """Return a kernel's tile sizes, with the chunk size of `prepare_kernel`."""
@@ -209,14 +211,18 @@ class _Call:
         if vector:
             numbers += self.chunk * plan.key_dim * (2 + plan.readers * scores)
         if states:
-            numbers += plan.value_dim * (2 * plan.key_dim + self.chunk)
-            numbers += 0 if vector else self.chunk**2 * (1 + plan.readers)
+            numbers += plan.value_dim * (2 * plan.key_dim + self.chunk) + self.chunk**2 * (1 + plan.readers)
+            if vector:
+                numbers += factor_kinds(self.chunk) * self.chunk // 16 * plan.key_dim * 4 // plan.dot_dtype.itemsize
         return numbers * plan.dot_dtype.itemsize + (4 * plan.key_dim if vector else 12 * self.chunk)
 
-    def prepare(self, group: _SegmentGroup, *, scores: bool) -> tuple[Tensor | None, ...]:
+    def prepare(
+        self, group: _SegmentGroup, *, scores: bool, block_factors: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Return inverse, scores, factors, decayed_k, written_k, decayed_q, keeps; None where unused.
 
-        Runs `prepare_kernel` for those that the group does not have.
+        Runs `prepare_kernel` for those that the group does not have. Fills `block_factors` for the gradients of vector
+        decays.
         """
         plan, chunk = self.plan, self.chunk
         scores_out = group.scratch(plan.readers, chunk, chunk) if scores else None
@@ -226,7 +232,7 @@ class _Call:
             decayed_q = group.scratch(plan.readers, chunk, plan.key_dim) if scores else None
             keeps = torch.empty(group.slots, plan.key_dim, dtype=torch.float32, device=plan.device)
             decayed = decayed_k, written_k, decayed_q, keeps
-            self.launch_prepare(triton_vector.prepare_kernel, group, inverse, scores_out, *decayed)
+            self.launch_prepare(triton_vector.prepare_kernel, group, inverse, scores_out, *decayed, block_factors)
             return inverse, scores_out, None, *decayed
         if not group.prepared:
             inverse = group.scratch(chunk, chunk)
@@ -403,7 +409,11 @@ def apply_grad(
         shape = (plan.batch, plan.length, heads, key_dim) if vector else parts
         dgate = torch.empty(shape, dtype=torch.float32, device=q.device)
     for group in call.segment_groups(call.chunk_bytes(scores=True, states=True)):
-        prepared = call.prepare(group, scores=True)
+        block_factors = None
+        if vector:
+            kinds = factor_kinds(call.chunk)
+            block_factors = group.scratch(kinds, call.chunk // 16, key_dim, dtype=torch.float32)
+        prepared = call.prepare(group, scores=True, block_factors=block_factors)
         chunk_states, chunk_dstates = (group.scratch(value_dim, key_dim) for _ in range(2))
         z = group.scratch(value_dim, call.chunk)
         group.launch_over_segments(
@@ -441,6 +451,19 @@ def apply_grad(
         )
         gates_out = (*_maybe_gate_with_strides(dbeta), *_maybe_gate_with_strides(dgate))
         if vector:
+            score_grads = group.scratch(1 + plan.readers, call.chunk, call.chunk)
+            group.launch_over_chunks(
+                triton_vector.score_grads_kernel,
+                "grads",
+                1,
+                *with_strides(dv),
+                *grads_out,
+                call.ids,
+                group.device_bounds,
+                z,
+                score_grads,
+                READERS=plan.readers,
+            )
             group.launch_over_chunks(
                 triton_vector.grads_kernel,
                 "grads",
@@ -452,6 +475,9 @@ def apply_grad(
                 *call.gates,
                 call.ids,
                 group.device_bounds,
+                score_grads,
+                prepared[-1],  # keeps
+                block_factors,
                 chunk_states,
                 chunk_dstates,
                 z,

@@ -101,7 +101,7 @@ def _scalar_decay(
     """Load a chunk's scalar log-decays, `[C]`; zeros where there is no decay."""
     if KIND == "scalar":
         decay_at = token_at(gate, gate_strides, sequence, start, head // GATE_GROUP)
-        decay = load_decay(0.0, decay_at, gate_strides[1], size, 0, KIND, C, C, C)
+        decay = load_decay(0.0, decay_at, gate_strides[1], size, KIND, C)
     else:
         decay = tl.zeros([C], tl.float32)
     return decay
@@ -183,7 +183,7 @@ def prepare_kernel(
     pairs *= betas[None, :]
     if factors is not None:
         decay = _scalar_decay(gate, gate_strides, head, sequence, start, size, GATE_GROUP, KIND, C)
-        reads, writes, _ = chunk_decays(decay, size, "scalar", C, PRECISION)
+        reads, writes, _ = chunk_decays(decay, size, "scalar", C)
         reads, writes, _, _ = document_decays(reads, writes, 1.0, visible, ids, begin, start, size, C)
         at = factors + slot * 3 * C + row
         writes = tl.reshape(writes, (C,))
