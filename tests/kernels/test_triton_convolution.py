@@ -37,7 +37,15 @@ def by_torch(case, activation, segments, before):
 
 
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
-@pytest.mark.parametrize(("width", "activation"), [(1, "silu"), (2, None), (4, "silu"), (5, None), (8, "silu")])
+@pytest.mark.parametrize(
+    ("width", "activation"),
+    [
+        (1, "silu"),
+        (2, None),
+        (4, "silu"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((5, None), (8, "silu"))),
+    ],
+)
 def test_values_and_gradients_equal_the_reference(width, activation, starts):
     for length in (1, 16, 19, 35):
         case = draw(length, width, bias=width != 2)
@@ -53,7 +61,9 @@ def test_values_and_gradients_equal_the_reference(width, activation, starts):
             assert got["dbias"].numel() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))]
+)
 def test_segments_of_any_length_in_any_order_equal_those_in_torch(dtype):
     case = draw(41, 4, batch=2, channels=21).to(torch.float32)
     segments = [Segment(20, 41, (0, 5, 6, 17)), Segment(0, 2), Segment(2, 2), Segment(2, 20, (11,))]
