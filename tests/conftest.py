@@ -28,15 +28,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 # Most tests' functions need these on a rank.
 local_ranks.PRELOADED += ["pytest", "hypothesis", "longctx.train.trainer"]
 
-LONGEST = ("tests/train/test_trainer.py", "tests/e2e/", "tests/engines/", "tests/kernels/test_triton_compile.py")
-"""Files whose tests take longest, or share runs that every worker would train anew."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first: what is left for one worker at the end is short."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
-
-
 # No deadlines: on a busy machine they fail tests that hold.
 hypothesis.settings.register_profile("longctx", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("longctx")
