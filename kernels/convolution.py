@@ -12,8 +12,6 @@ where that does not (float64, more than 16 taps, no Triton), one tile covers the
 accumulation dtype and cast once; the backward pass recomputes the activation's input.
 """
 
-import importlib
-import importlib.util
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from longctx.kernels.autograd import exact_backward, exact_forward
+from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.checks import DTYPES
 from longctx.kernels.linear.recurrence import Segment
@@ -97,10 +96,10 @@ def _by_taps(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[T
 
 def _triton(x: Tensor, weight: Tensor) -> ModuleType | None:
     """Return the Triton kernels where they take the arguments: on CUDA, not in float64, up to 16 taps."""
-    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    if not x.is_cuda or x.dtype == torch.float64:
         return None
-    kernels = importlib.import_module("longctx.kernels.triton_convolution")
-    return kernels if weight.shape[1] <= kernels.MAX_TAPS else None
+    kernels = import_triton("longctx.kernels.triton_convolution")
+    return kernels if kernels is not None and weight.shape[1] <= kernels.MAX_TAPS else None
 
 
 def _forward(

@@ -1,10 +1,20 @@
-"""CUDA devices in the host code of kernels: the current device of a launch, and copies of host tensors."""
+"""CUDA in the host code of kernels: Triton where it is installed, the device of a launch, copies of host tensors."""
 
+import importlib
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def import_triton(module: str) -> ModuleType | None:
+    """Import a module of Triton kernels; None where Triton is not installed."""
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module(module)
 
 
 def launch_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,12 +4,10 @@ torch.compile does not trace into an operator, FlopCounterMode counts it, and th
 operators everywhere, Triton on CUDA where it is installed and the dtype is not float64.
 """
 
-import importlib
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.checks import check_heads, check_operands
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
@@ -53,12 +52,6 @@ def _decode(numbers: Sequence[int]) -> list[Segment]:
 def _decode_once(numbers: tuple[int, ...]) -> tuple[Segment, ...]:
     """Decode segments that all layers and passes of a step share: hundreds, with thousands of documents."""
     return tuple(_decode(numbers))
-
-
-@cache
-def _triton(module: str) -> ModuleType | None:
-    """Import the Triton implementation; None where Triton is not installed."""
-    return None if importlib.util.find_spec("triton") is None else importlib.import_module(module)
 
 
 class RegisteredRecurrence(ABC):
@@ -121,7 +114,7 @@ class RegisteredRecurrence(ABC):
 
     def _module(self, k: Tensor) -> ModuleType:
         """Return the implementation for the device and dtype of k."""
-        triton = _triton(self._triton_module) if k.is_cuda and k.dtype != torch.float64 else None
+        triton = import_triton(self._triton_module) if k.is_cuda and k.dtype != torch.float64 else None
         return triton or self._torch
 
     def _call(self, function: str, inputs: Inputs, segments: Sequence[Segment], *rest: Any) -> Any:
@@ -155,7 +148,7 @@ class RegisteredRecurrence(ABC):
 
     def segment_length(self, heads: int, length: int, device: torch.device) -> int:
         """See `LinearRecurrence`."""
-        triton = _triton(self._triton_module) if device.type == "cuda" else None
+        triton = import_triton(self._triton_module) if device.type == "cuda" else None
         return (triton or self._torch).segment_length(heads, length, device)
 
     def prepare(self, inputs: Inputs, segments: Sequence[Segment]) -> Inputs:

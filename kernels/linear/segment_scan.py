@@ -4,13 +4,12 @@ A GPU runs a long sequence as hundreds of segments, and the scan over them is on
 segments and scan them in a loop.
 """
 
-import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from longctx.kernels.device import import_triton
 from longctx.kernels.linear.recurrence import Carry
 
 
@@ -22,9 +21,7 @@ def _logarithms(carries: Carry) -> bool:
 def _triton(carries: Carry) -> ModuleType | None:
     """Return the kernels for float32 carries on CUDA; None for others, or where Triton is not installed."""
     usable = carries.state.is_cuda and carries.state.dtype == torch.float32
-    if not usable or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("longctx.kernels.linear.triton_segment_scan")
+    return import_triton("longctx.kernels.linear.triton_segment_scan") if usable else None
 
 
 def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:

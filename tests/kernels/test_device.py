@@ -1,6 +1,7 @@
 """Launches and copies on CUDA devices, with stand-ins for torch.cuda."""
 
 import ast
+import importlib.util
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longctx.kernels.device import DeviceCopy, launch_device, to_device
+from longctx.kernels.device import DeviceCopy, import_triton, launch_device, to_device
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
@@ -46,6 +47,14 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: cuda.log.append("kept for it"))
     monkeypatch.setattr(DeviceCopy, "_captured", set())
     return cuda
+
+
+def test_triton_is_imported_only_where_it_is_installed(monkeypatch):
+    load = import_triton.__wrapped__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert load("longctx.kernels.linear.no_such_module") is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert load("longctx.kernels.linear.checks") is importlib.import_module("longctx.kernels.linear.checks")
 
 
 def test_a_launch_makes_the_tensors_device_the_current_one(cuda):

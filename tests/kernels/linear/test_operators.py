@@ -1,7 +1,5 @@
 """Registered operators of a recurrence: how segments are encoded, which module runs, gates, the step and FLOPs."""
 
-import importlib.util
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,14 +36,6 @@ def test_an_operator_runs_the_torch_module_on_a_cpu():
         assert torch.equal(x, y)
     carry = ADDITIVE.summarize(inputs_of(case), SEGMENTS)
     assert torch.equal(carry.state, chunked.summarize(inputs_of(case), SEGMENTS).state)
-
-
-def test_triton_is_imported_only_where_it_is_installed(monkeypatch):
-    load = operators._triton.__wrapped__
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert load("longctx.kernels.linear.no_such_module") is None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert load("longctx.kernels.linear.checks") is operators.importlib.import_module("longctx.kernels.linear.checks")
 
 
 def test_query_gradients_are_none_where_a_recurrence_has_no_such_function():
