@@ -5,7 +5,7 @@ a large tensor. A `ChunkLoop` loads and stores tiles `[G, C, D]` of a recurrence
 a `HeadGroup`, the C tokens of a `Chunk`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,43 +192,3 @@ class ChunkLoop:
         """Write a group's states `[G, ...]` to `[B, H, ...]`."""
         part = states[group.rows, group.first_head : group.end_head]
         part.copy_(value.view(part.shape))
-
-
-def backward_chunks(
-    loop: ChunkLoop,
-    chunks: Sequence[Sequence[Chunk]],
-    states: Tensor,
-    dends: Tensor,
-    advance: Callable[[HeadGroup, Chunk, Tensor], None],
-    chunk_grad: Callable[[HeadGroup, Chunk, Tensor, Tensor], None],
-    chunks_per_checkpoint: int,
-) -> Tensor:
-    """Run the backward chunk loop over segments, from last chunk to first, and return the gradient of `states`.
-
-    `chunks` are each segment's chunks; `states`, `dends` and the result are `[N, B, H, K, V]`. `advance(group, chunk,
-    state)` updates the state from before a chunk to after it, in place; `chunk_grad(group, chunk, state, dstate)` takes
-    the state before a chunk and updates the gradient of the state after it to that of the state before it, in place.
-
-    Checkpointing: a first forward loop keeps the state of every `chunks_per_checkpoint` chunks; those in between are
-    recomputed checkpoint by checkpoint, so that few are in memory at a time.
-    """
-    dstates = torch.zeros_like(states, dtype=loop.dtype)
-    for number, segment_chunks in enumerate(chunks):
-        step = chunks_per_checkpoint
-        blocks = [segment_chunks[i : i + step] for i in range(0, len(segment_chunks), step)]
-        for group in loop.head_groups():
-            state, dstate = loop.load_state(states[number], group), loop.load_state(dends[number], group)
-            checkpoints = []
-            for block in blocks:
-                checkpoints.append(state.clone())
-                for chunk in block if block is not blocks[-1] else ():
-                    advance(group, chunk, state)
-            for block, checkpoint in zip(reversed(blocks), reversed(checkpoints), strict=True):
-                before = [checkpoint]
-                for index, chunk in enumerate(block[:-1]):
-                    before.append(loop.scratch(f"state{index}", *checkpoint.shape).copy_(before[-1]))
-                    advance(group, chunk, before[-1])
-                for chunk, state in zip(reversed(block), reversed(before), strict=True):
-                    chunk_grad(group, chunk, state, dstate)
-            loop.store_state(dstates[number], group, dstate)
-    return dstates

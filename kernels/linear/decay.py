@@ -21,8 +21,8 @@ from torch import Tensor
 from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, Scratch
 from longctx.kernels.linear.recurrence import document_ids
 
-MIN_LOG_DECAY = -1e4
-"""A log-decay whose exponential is 0 in every dtype."""
+MIN_LOG_DECAY = -800.0
+"""A log-decay whose exponential is 0 in every dtype, and no smaller: cumulative sums round by their own size."""
 
 
 class ChunkMasks:
@@ -45,7 +45,7 @@ class ChunkMasks:
 
 
 class Decay(ABC):
-    """Decays of one chunk: reads and writes `[G, C, 1]` or `[G, C, K]`, keeps `[G, 1, 1]` or `[G, K, 1]`."""
+    """Decays of one chunk: reads and writes `[G, C, 1]` or `[G, C, K]`, keeps `[G, 1, 1]` or `[G, K, 1]` in float64."""
 
     def __init__(self, masks: ChunkMasks) -> None:
         self.masks = masks
@@ -112,7 +112,7 @@ class ScalarDecay(Decay):
         return (self._sums[:, -1:] - self._sums).exp_().to(self._dtype)
 
     def _keeps(self) -> Tensor:
-        return self._sums[:, -1:].exp().to(self._dtype)
+        return self._sums[:, -1:].exp()
 
     @cached_property
     def mask(self) -> Tensor:
@@ -173,7 +173,7 @@ class VectorDecay(Decay):
         return torch.bmm(ones.expand(self._g.shape[0], -1, -1), self._g)
 
     def _keeps(self) -> Tensor:
-        return self._g.sum(dim=1).exp_()[..., None]
+        return self._g.sum(dim=1, dtype=torch.float64).exp_()[..., None]
 
     @cached_property
     def _levels(self) -> list[tuple[int, Tensor, Tensor]]:
@@ -345,7 +345,7 @@ class LogDecayGrad:
         """Sum over a token's reads of the start state of the read vector times its gradient, `[G, C, K]`."""
         self._written = torch.mul(keys, dk, out=loop.scratch("writes", *keys.shape))
         product = torch.mul(state, dstate, out=loop.scratch("kept", *state.shape))
-        self._kept = product.sum(dim=2)[:, None] * decay.keeps.transpose(1, 2)
+        self._kept = product.sum(dim=2)[:, None] * decay.keeps.transpose(1, 2).to(product.dtype)
 
     def finish(self) -> Tensor:
         """Return the gradient, `[G, C, 1]` or `[G, C, K]`."""

@@ -84,15 +84,18 @@ class Carry:
     state: Tensor
 
     def carry_over(self, state: Tensor) -> Tensor:
-        """Return the state after the segment, `[..., H, K, V]`, for the state before it."""
-        return self._apply_transition(state) + self.state
+        """Return the state after the segment, `[..., H, K, V]`, for the state before it; computed in float64."""
+        return (self._apply_transition(state.double()) + self.state).to(state.dtype)
 
     def _apply_transition(self, x: Tensor) -> Tensor:
-        """Compute A times a state."""
-        missing = self.state.dim() - self.transition.dim()
+        """Compute A times a state. Where A is 0 the result is, whatever the state: NaN does not enter a document."""
+        transition = self.transition.to(x.dtype)
+        missing = self.state.dim() - transition.dim()
         if missing == 0:
-            return self.transition @ x
-        return x * self.transition.exp().view(*self.transition.shape, *[1] * missing)
+            nothing = (transition == 0).flatten(-2).all(dim=-1)[..., None, None]
+            return (transition @ x).masked_fill_(nothing, 0.0)
+        transition = transition.view(*transition.shape, *[1] * missing)
+        return (x * transition.exp()).masked_fill_(transition == float("-inf"), 0.0)
 
     def __getitem__(self, number: int) -> "Carry":
         """Return the carry of one of N segments."""
@@ -109,11 +112,13 @@ def compose(left: Carry, right: Carry) -> Carry:
 def exclusive_scan(carries: Iterable[Carry], state: Tensor) -> list[Tensor]:
     """Return the start state of each segment, and last the state after all of them.
 
-    `carries` are in sequence order; `state` is the start state of the first segment.
+    `carries` are in sequence order; `state` is the start state of the first segment. Scans in float64, as many
+    roundings of a state would add up.
     """
-    states = [state]
+    states, running = [state], state.double()
     for carry in carries:
-        states.append(carry.carry_over(states[-1]))
+        running = carry.carry_over(running)
+        states.append(running.to(state.dtype))
     return states
 
 

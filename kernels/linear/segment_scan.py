@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longctx.kernels.device import import_triton
-from longctx.kernels.linear.recurrence import Carry
+from longctx.kernels.linear.recurrence import Carry, exclusive_scan
 
 
 def _logarithms(carries: Carry) -> bool:
@@ -34,12 +34,13 @@ def scan_segments(carries: Carry, state: Tensor, *, reverse: bool = False) -> tu
     if triton is not None:
         scan = triton.scan_segments_triton if _logarithms(carries) else triton.scan_matrices
         return scan(carries.transition, carries.state, state, reverse)
+    order = range(len(carries.state))
+    order = order[::-1] if reverse else order
+    scanned = exclusive_scan((carries[number] for number in order), state)
     states = torch.empty_like(carries.state)
-    count = len(carries.state)
-    for number in reversed(range(count)) if reverse else range(count):
-        states[number] = state
-        state = carries[number].carry_over(state)
-    return states, state
+    for number, start in zip(order, scanned, strict=False):
+        states[number] = start
+    return states, scanned[-1]
 
 
 def compose_segments(carries: Carry, *, reverse: bool = False) -> Carry:

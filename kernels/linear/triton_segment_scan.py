@@ -5,7 +5,8 @@
 Each carry is read once and each state written once. A program carries a block of a state's elements, or with matrix
 transitions a block of its columns, from segment to segment.
 
-Products with matrices are exact (IEEE): errors would add up over all segments of a sequence.
+Errors would add up over all segments of a sequence: scalar and diagonal transitions are applied in float64, in a kernel
+that waits for memory, and products with matrices are exact (IEEE).
 """
 
 import torch
@@ -35,18 +36,19 @@ def scan_kernel(
     row = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < size
-    state = tl.load(initial_state + row * size + offset, mask=mask, other=0.0)
+    state = tl.load(initial_state + row * size + offset, mask=mask, other=0.0).to(tl.float64)
     for step in range(count):
         segment = count - 1 - step if REVERSE else step
         index = (segment * rows + row) * size + offset
-        tl.store(states + index, state, mask=mask)
+        tl.store(states + index, state.to(tl.float32), mask=mask)
         if VECTOR:
             keys = size // value_dim
             log_decay = tl.load(transition + (segment * rows + row) * keys + offset // value_dim, mask=mask, other=0.0)
         else:
             log_decay = tl.load(transition + segment * rows + row)
-        state = state * tl.exp(log_decay) + tl.load(carry_state + index, mask=mask, other=0.0)
-    tl.store(end + row * size + offset, state, mask=mask)
+        kept = tl.where(log_decay == float("-inf"), 0.0, state * tl.exp(log_decay.to(tl.float64)))
+        state = kept + tl.load(carry_state + index, mask=mask, other=0.0)
+    tl.store(end + row * size + offset, state.to(tl.float32), mask=mask)
 
 
 @triton.jit

@@ -80,8 +80,6 @@ def slow(*values: object) -> object:
 
 
 REPRESENTATIVE = {
-    (90, "bfloat16", 128, "additive/scalar"),
-    (90, "bfloat16", 128, "additive/vector"),
     (90, "bfloat16", 128, "delta/scalar"),
     (90, "float32", 64, "additive/scalar"),
 }

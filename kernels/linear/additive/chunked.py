@@ -28,9 +28,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, backward_chunks, split_chunks
+from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, split_chunks
 from longctx.kernels.linear.decay import Decay, Decays, LogDecayGrad
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
+from longctx.kernels.linear.running_state import RunningState, backward_chunks, running_state
 
 CHUNK = 64
 """Tokens per chunk. On an AVX-512 core with 8 heads of dimension 128, chunks of 128 are a fifth slower."""
@@ -66,10 +67,10 @@ class _AdditiveLoop(ChunkLoop):
         reset = zip(totals, segments, strict=True)
         return torch.stack([torch.full_like(t, float("-inf")) if s.starts else t for t, s in reset])
 
-    def write(self, state: Tensor, keys: Tensor, values: Tensor, decay: Decay) -> None:
-        """Update the state from S to S', in place."""
+    def write(self, state: RunningState, keys: Tensor, values: Tensor, decay: Decay) -> None:
+        """Update the state from S to S'."""
         written = self.scaled("written", keys, decay.writes)
-        state.mul_(decay.keeps).baddbmm_(written.transpose(1, 2), values)
+        state.decay(decay).baddbmm_(written.transpose(1, 2), values)
 
     def forward(
         self, segments: Sequence[Segment], states: Tensor, ends: Tensor | None
@@ -82,14 +83,14 @@ class _AdditiveLoop(ChunkLoop):
         for number, segment in enumerate(segments):
             chunks = self.chunks(segment)
             for group in self.head_groups():
-                state = self.load_state(states[number], group)
+                state = running_state(self, "state", states[number], group)
                 for chunk in chunks:
                     keys, values = self.load("k", k, group, chunk), self.load("v", v, group, chunk)
                     decay = self.decays.for_chunk(self, group, chunk)
-                    yield group, chunk, state, keys, values, decay
+                    yield group, chunk, state.value(), keys, values, decay
                     self.write(state, keys, values, decay)
                 if ends is not None:
-                    self.store_state(ends[number], group, state)
+                    self.store_state(ends[number], group, state.value())
 
 
 def segment_length(heads: int, length: int, device: torch.device) -> int:
@@ -107,11 +108,11 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
         begin = segment.begin + (segment.starts[-1] if segment.starts else 0)
         live = [chunk for chunk in loop.chunks(segment) if chunk.end > begin]
         for group in loop.head_groups():
-            state = loop.load_state(states[number], group)
+            state = running_state(loop, "state", states[number], group)
             for chunk in live:
                 keys, values = loop.load("k", k, group, chunk), loop.load("v", v, group, chunk)
                 loop.write(state, keys, values, loop.decays.for_chunk(loop, group, chunk))
-            loop.store_state(states[number], group, state)
+            loop.store_state(states[number], group, state.value())
     return Carry(loop.transitions(segments), states)
 
 
@@ -138,14 +139,14 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
         end = segment.begin + segment.starts[0] if segment.starts else segment.end
         live = [chunk for chunk in loop.chunks(segment) if chunk.begin < end]
         for group in loop.head_groups():
-            dstate = loop.load_state(dstates[number], group)
+            dstate = running_state(loop, "dstate", dstates[number], group)
             for chunk in reversed(live):
                 decay = loop.decays.for_chunk(loop, group, chunk)
-                dstate.mul_(decay.keeps)
+                added = dstate.decay(decay)
                 for reader in range(loop.readers(q)):
                     queries, grads = loop.load("q", q, group, chunk, reader), loop.load("do", do, group, chunk, reader)
-                    dstate.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
-            loop.store_state(dstates[number], group, dstate)
+                    added.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+            loop.store_state(dstates[number], group, dstate.value())
     return Carry(loop.transitions(segments), dstates)
 
 
@@ -173,23 +174,24 @@ def key_value_grad(
     for number, segment in enumerate(segments):
         chunks = loop.chunks(segment)
         for group in loop.head_groups():
-            dstate = loop.load_state(dends[number], group)
+            dstate = running_state(loop, "dstate", dends[number], group)
             for chunk in reversed(chunks):
                 decay = loop.decays.for_chunk(loop, group, chunk)
                 keys, values = loop.load("k", k, group, chunk), loop.load("v", v, group, chunk)
-                dk = loop.product("dk", values, dstate.transpose(1, 2)).mul_(decay.writes)
-                dv = loop.product("dv", loop.scaled("written", keys, decay.writes), dstate)
-                dstate.mul_(decay.keeps)
+                end = dstate.value()
+                dk = loop.product("dk", values, end.transpose(1, 2)).mul_(decay.writes)
+                dv = loop.product("dv", loop.scaled("written", keys, decay.writes), end)
+                added = dstate.decay(decay)
                 for reader in range(loop.readers(q)):
                     queries, grads = loop.load("q", q, group, chunk, reader), loop.load("do", do, group, chunk, reader)
                     scores = decay.pairs(queries, keys, loop.scratch("scores", group.size, chunk.size, chunk.size))
                     dv.baddbmm_(scores.transpose(1, 2), grads)
                     dscores = loop.product("dscores", grads, values.transpose(1, 2))
                     decay.pairs_grad(dscores, queries, keys, None, dk)
-                    dstate.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+                    added.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
                 for buffer, tile in zip(gradients, (dk, dv), strict=True):
                     loop.store(buffer, group, chunk, tile)
-            loop.store_state(dstates[number], group, dstate)
+            loop.store_state(dstates[number], group, dstate.value())
     return gradients[0].to(k.dtype), gradients[1].to(v.dtype), dstates
 
 
@@ -206,23 +208,26 @@ class _Backward:
         self.dq, self.dk, self.dv = (loop.grad_buffer(x) for x in (self.q, self.k, self.v))
         self.constant = loop.decays.constant
         shape = (loop.heads,) if self.constant else g.shape if g.dim() == 4 else (*g.shape, 1)
-        self.dg = torch.zeros(shape, dtype=loop.dtype, device=g.device)
+        # Of a constant decay a sum over all chunks, tens of thousands of a long sequence.
+        dtype = torch.float64 if self.constant else loop.dtype
+        self.dg = torch.zeros(shape, dtype=dtype, device=g.device)
 
-    def advance(self, group: HeadGroup, chunk: Chunk, state: Tensor) -> None:
-        """Update the state from before a chunk to after it, in place."""
+    def advance(self, group: HeadGroup, chunk: Chunk, state: RunningState) -> None:
+        """Update the state from before a chunk to after it."""
         loop = self.loop
         keys, values = loop.load("k", self.k, group, chunk), loop.load("v", self.v, group, chunk)
         loop.write(state, keys, values, loop.decays.for_chunk(loop, group, chunk))
 
-    def chunk_grad(self, group: HeadGroup, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
-        """Compute a chunk's gradients, and update `dstate` to the gradient of the state before it, in place."""
+    def chunk_grad(self, group: HeadGroup, chunk: Chunk, state: Tensor, dstate: RunningState) -> None:
+        """Compute a chunk's gradients, and update `dstate` to the gradient of the state before it."""
         loop, square = self.loop, (group.size, chunk.size, chunk.size)
         decay = loop.decays.for_chunk(loop, group, chunk)
         keys, values = loop.load("k", self.k, group, chunk), loop.load("v", self.v, group, chunk)
-        dk = loop.product("dk", values, dstate.transpose(1, 2)).mul_(decay.writes)
-        dv = loop.product("dv", loop.scaled("written", keys, decay.writes), dstate)
-        dlog_decay = LogDecayGrad(loop, decay, keys, dk, state, dstate)
-        dstate.mul_(decay.keeps)
+        end = dstate.value()
+        dk = loop.product("dk", values, end.transpose(1, 2)).mul_(decay.writes)
+        dv = loop.product("dv", loop.scaled("written", keys, decay.writes), end)
+        dlog_decay = LogDecayGrad(loop, decay, keys, dk, state, end)
+        added = dstate.decay(decay)
         for reader in range(loop.readers(self.q)):
             queries, grads = (
                 loop.load("q", self.q, group, chunk, reader),
@@ -234,14 +239,14 @@ class _Backward:
             dlog_decay.reads.addcmul_(queries, dq)
             dscores = loop.product("dscores", grads, values.transpose(1, 2))
             decay.pairs_and_decay_grad(dscores, scores, queries, keys, dq, dk, dlog_decay.intra)
-            dstate.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+            added.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
             loop.store(self.dq, group, chunk, dq, reader)
         loop.store(self.dk, group, chunk, dk)
         loop.store(self.dv, group, chunk, dv)
         dg = dlog_decay.finish()
         if self.constant:
             self.dg[group.first_head : group.end_head] += (
-                dg.sum(dim=(1, 2)).view(-1, group.end_head - group.first_head).sum(dim=0)
+                dg.sum(dim=(1, 2), dtype=torch.float64).view(-1, group.end_head - group.first_head).sum(dim=0)
             )
         else:
             loop.store(self.dg, group, chunk, dg)

@@ -27,9 +27,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, backward_chunks, split_chunks
+from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, split_chunks
 from longctx.kernels.linear.decay import Decay, Decays, LogDecayGrad
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
+from longctx.kernels.linear.running_state import RunningState, backward_chunks, running_state
 
 CHUNK = 64
 """Tokens per chunk; the cost of the triangular system per chunk grows with their square."""
@@ -82,10 +83,10 @@ class _DeltaLoop(ChunkLoop):
         keys, beta = self.load("k", k, group, chunk), self.load("beta", self.beta, group, chunk)
         return _UTTransform(self, keys, beta, self.decays.for_chunk(self, group, chunk))
 
-    def write(self, state: Tensor, ut: _UTTransform, u: Tensor) -> None:
-        """Update the state from S to S', in place."""
+    def write(self, state: RunningState, ut: _UTTransform, u: Tensor) -> None:
+        """Update the state from S to S'."""
         written = self.scaled("written", ut.keys, ut.decay.writes)
-        state.mul_(ut.decay.keeps).baddbmm_(written.transpose(1, 2), u)
+        state.decay(ut.decay).baddbmm_(written.transpose(1, 2), u)
 
     def append_identity(self, states: Tensor) -> Tensor:
         """Append K value channels that hold the identity to states `[B, H, K, V]`: `[B, H, K, V + K]`."""
@@ -113,14 +114,14 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
     for number, segment in enumerate(segments):
         extended[number] = loop.append_identity(loop.zero_states([segment], value_dim)[0])
         for group in loop.head_groups():
-            state = loop.load_state(extended[number], group)
+            state = running_state(loop, "state", extended[number], group)
             for chunk in loop.chunks(segment):
                 ut = loop.ut_transform(k, group, chunk)
                 values = loop.load("v", v, group, chunk)
-                extended_v = loop.scratch("wide", *values.shape[:2], state.shape[2]).zero_()
+                extended_v = loop.scratch("wide", *values.shape[:2], value_dim + loop.key_dim).zero_()
                 extended_v[:, :, :value_dim] = values
-                loop.write(state, ut, ut.solve(ut.residual(extended_v, state)))
-            loop.store_state(extended[number], group, state)
+                loop.write(state, ut, ut.solve(ut.residual(extended_v, state.value())))
+            loop.store_state(extended[number], group, state.value())
     return loop.carry(extended, value_dim, segments)
 
 
@@ -131,9 +132,9 @@ def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[
     ends = loop.zero_states(segments, loop.value_dim)
     for number, segment in enumerate(segments):
         for group in loop.head_groups():
-            state = loop.load_state(states[number], group)
+            running = running_state(loop, "state", states[number], group)
             for chunk in loop.chunks(segment):
-                ut = loop.ut_transform(k, group, chunk)
+                ut, state = loop.ut_transform(k, group, chunk), running.value()
                 u = ut.solve(ut.residual(loop.load("v", v, group, chunk), state))
                 for reader in range(loop.readers(q)):
                     queries = loop.load("q", q, group, chunk, reader)
@@ -141,8 +142,8 @@ def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[
                     result = torch.bmm(ut.decay.pairs(queries, ut.keys, square), u)
                     result.baddbmm_(loop.scaled("read", queries, ut.decay.reads), state)
                     loop.store(out, group, chunk, result, reader)
-                loop.write(state, ut, u)
-            loop.store_state(ends[number], group, state)
+                loop.write(running, ut, u)
+            loop.store_state(ends[number], group, running.value())
     return out, ends
 
 
@@ -154,21 +155,21 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
     for number, segment in enumerate(segments):
         extended[number] = loop.append_identity(loop.zero_states([segment], value_dim)[0])
         for group in loop.head_groups():
-            dstate = loop.load_state(extended[number], group)
+            dstate = running_state(loop, "dstate", extended[number], group)
             for chunk in reversed(loop.chunks(segment)):
                 ut = loop.ut_transform(k, group, chunk)
-                du = torch.bmm(loop.scaled("written", ut.keys, ut.decay.writes), dstate)
-                dstate.mul_(ut.decay.keeps)
+                du = torch.bmm(loop.scaled("written", ut.keys, ut.decay.writes), dstate.value())
+                added = dstate.decay(ut.decay)
                 for reader in range(loop.readers(q)):
                     queries, grads = loop.load("q", q, group, chunk, reader), loop.load("do", do, group, chunk, reader)
                     square = loop.scratch("scores", group.size, chunk.size, chunk.size)
                     scores = ut.decay.pairs(queries, ut.keys, square)
                     du[:, :, :value_dim].baddbmm_(scores.transpose(1, 2), grads)
                     read = loop.scaled("read", queries, ut.decay.reads)
-                    dstate[:, :, :value_dim].baddbmm_(read.transpose(1, 2), grads)
+                    added[:, :, :value_dim].baddbmm_(read.transpose(1, 2), grads)
                 dresidual = ut.solve_back(du).mul_(ut.beta)
-                dstate.baddbmm_(ut.decayed_k.transpose(1, 2), dresidual, alpha=-1)
-            loop.store_state(extended[number], group, dstate)
+                added.baddbmm_(ut.decayed_k.transpose(1, 2), dresidual, alpha=-1)
+            loop.store_state(extended[number], group, dstate.value())
     return loop.carry(extended, value_dim, segments)
 
 
@@ -193,25 +194,26 @@ class _Backward:
             shaped = [loop.beta] + [g if g.dim() == 4 else g[..., None] for g in inputs.gates[1:]]
             self.dgates = [torch.zeros(g.shape, dtype=loop.dtype, device=g.device) for g in shaped]
 
-    def advance(self, group: HeadGroup, chunk: Chunk, state: Tensor) -> None:
-        """Update the state from before a chunk to after it, in place."""
+    def advance(self, group: HeadGroup, chunk: Chunk, state: RunningState) -> None:
+        """Update the state from before a chunk to after it."""
         ut = self.loop.ut_transform(self.k, group, chunk)
         values = self.loop.load("v", self.v, group, chunk)
-        self.loop.write(state, ut, ut.solve(ut.residual(values, state)))
+        self.loop.write(state, ut, ut.solve(ut.residual(values, state.value())))
 
-    def chunk_grad(self, group: HeadGroup, chunk: Chunk, state: Tensor, dstate: Tensor) -> None:
-        """Compute a chunk's gradients, and update `dstate` to the gradient of the state before it, in place."""
+    def chunk_grad(self, group: HeadGroup, chunk: Chunk, state: Tensor, dstate: RunningState) -> None:
+        """Compute a chunk's gradients, and update `dstate` to the gradient of the state before it."""
         loop, square = self.loop, (group.size, chunk.size, chunk.size)
         ut = loop.ut_transform(self.k, group, chunk)
         keys, decay = ut.keys, ut.decay
         residual = ut.residual(loop.load("v", self.v, group, chunk), state)
         u = ut.solve(residual)
 
-        dk = torch.bmm(u, dstate.transpose(1, 2)).mul_(decay.writes)
-        dlog_decay = LogDecayGrad(loop, decay, keys, dk, state, dstate) if len(self.dgates) == 2 else None
+        end = dstate.value()
+        dk = torch.bmm(u, end.transpose(1, 2)).mul_(decay.writes)
+        dlog_decay = LogDecayGrad(loop, decay, keys, dk, state, end) if len(self.dgates) == 2 else None
         intra = None if dlog_decay is None else dlog_decay.intra
-        du = torch.bmm(loop.scaled("written", keys, decay.writes), dstate)
-        dstate.mul_(decay.keeps)
+        du = torch.bmm(loop.scaled("written", keys, decay.writes), end)
+        added = dstate.decay(decay)
         for reader in range(loop.readers(self.q)):
             queries, grads = (
                 loop.load("q", self.q, group, chunk, reader),
@@ -224,7 +226,7 @@ class _Backward:
                 dlog_decay.reads.addcmul_(queries, dq)
             dscores = torch.bmm(grads, u.transpose(1, 2), out=loop.scratch("dscores", *square))
             _pairs_grad(decay, dscores, scores, queries, keys, dq, dk, intra)
-            dstate.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
+            added.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
             loop.store(self.dq, group, chunk, dq, reader)
 
         drhs = ut.solve_back(du)
@@ -236,7 +238,7 @@ class _Backward:
             dlog_decay.reads.addcmul_(keys, dk_read)
         dk += dk_read
         _pairs_grad(decay, dsystem.mul_(ut.beta), ut.kk, keys, keys, dk, dk, intra)
-        dstate.baddbmm_(ut.decayed_k.transpose(1, 2), dv, alpha=-1)
+        added.baddbmm_(ut.decayed_k.transpose(1, 2), dv, alpha=-1)
         loop.store(self.dk, group, chunk, dk)
         loop.store(self.dv, group, chunk, dv)
         if self.dgates:

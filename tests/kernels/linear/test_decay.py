@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longctx.kernels.linear import linear_attention, reference
 from longctx.kernels.linear.chunking import Chunk, ChunkLoop, Scratch
 from longctx.kernels.linear.decay import ChunkMasks, Decays, LogDecayGrad, ScalarDecay, VectorDecay
 from longctx.kernels.linear.recurrence import Inputs
@@ -119,7 +120,7 @@ def test_sums_after_a_strong_decay_are_exact_in_float32(kind):
     decay = decay_of(g, ())
     got = (decay.reads, decay.writes, decay.keeps, decay.pairs(x, y, torch.empty(2, 8, 8)))
     for factor, exact in zip(got, want, strict=True):
-        assert factor.dtype == torch.float32
+        assert factor.dtype == (torch.float64 if factor is decay.keeps else torch.float32)
         torch.testing.assert_close(factor.double(), exact, rtol=2e-6, atol=2e-6)
     assert not got[0][:, 2:].any()
     assert not got[3][:, 2:, :2].any()
@@ -164,3 +165,13 @@ def test_decays_along_the_sequence_are_those_of_the_chunk_and_minus_infinity_is_
     assert torch.isfinite(pairs).all()
     assert not pairs[:, 1:, 0].any()
     assert (pairs[:, 3, 1:] > 0).all()
+
+
+def test_after_a_run_of_decays_to_nothing_the_others_are_as_exact_as_before():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 64, 1, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    log_decay = -0.1 * torch.rand(1, 64, 1, dtype=torch.float64, generator=generator)
+    log_decay[:, :60] = -1e4
+    want, _ = reference.linear_recurrence(q, k, v, log_decay)
+    got, _ = linear_attention(q, k, v, log_decay)
+    assert (got - want).abs().max() < 5e-12 * want.abs().max()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longctx.kernels.linear.recurrence import Carry, compose
+from longctx.kernels.linear.recurrence import Carry, compose, exclusive_scan
 from longctx.kernels.linear.segment_scan import compose_segments, scan_segments
 
 
@@ -30,11 +30,11 @@ def kernels():
 
 
 def one_by_one(carries, state, order):
-    received = {}
+    received, wide = {}, state.double()
     for number in order:
-        received[number] = state
-        state = carries[number].carry_over(state)
-    return torch.stack([received[number] for number in sorted(received)]), state
+        received[number] = wide.float()
+        wide = carries[number].carry_over(wide)
+    return torch.stack([received[number] for number in sorted(received)]), wide.float()
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector", "matrix"])
@@ -101,3 +101,21 @@ def test_a_state_that_is_not_finite_reaches_no_earlier_segment():
     got, last = kernels().scan_matrices(carries.transition, carries.state, state, False)
     assert torch.equal(got[:4], want[:4])
     assert last.isnan().all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_over_many_segments_or_ranks_adds_up_no_error(reverse):
+    count, generator = 2048, torch.Generator().manual_seed(0)
+    decays = torch.tensor([1e-9, 3.9e-8, 1e-6, 1e-4])
+    transition = -decays.expand(count, 1, -1).contiguous()
+    state = torch.randn(count, 1, len(decays), 2, 2, generator=generator)
+    state[1:-1] = 0
+    carries, start = Carry(transition, state), torch.zeros_like(state[0])
+    order = list(range(count))[:: -1 if reverse else 1]
+    want = exclusive_scan([Carry(transition[n].double(), state[n].double()) for n in order], start.double())[-2]
+    for states in (
+        scan_segments(carries, start, reverse=reverse)[0][order[-1]],
+        exclusive_scan([carries[n] for n in order], start)[-2],
+        kernels().scan_segments_triton(transition, state, start, reverse)[0][order[-1]],
+    ):
+        assert (states - want).abs().max() < 2e-7 * want.abs().max()

@@ -48,7 +48,12 @@ def on_rank(kind, cases, dtype, states="all-gather", begun=False):
 
 @each_kind
 @pytest.mark.parametrize(
-    ("size", "dtype", "bound"), [(1, torch.float64, 1e-10), (2, torch.float32, 1e-5), (4, torch.float64, 1e-10)]
+    ("size", "dtype", "bound"),
+    [
+        pytest.param(1, torch.float64, 1e-10, marks=pytest.mark.slow),
+        (2, torch.float32, 1e-5),
+        (4, torch.float64, 1e-10),
+    ],
 )
 @pairs_or_everything
 def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype, bound, combinations):
@@ -89,7 +94,7 @@ def compare(answers, kind, cases, size, dtype, bound):
 
 @each_kind
 @pytest.mark.parametrize("states", ["ring", "tree"])
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 4])
 @pairs_or_everything
 def test_other_schedules_of_states_give_the_same(ranks, kind, states, size, combinations):
     bounds = [PACKINGS["ends inside slices"], PACKINGS["over all ranks but the ends"], UNEVEN["a ragged end"]]
