@@ -54,9 +54,10 @@ def _check_gate(name: str, gate: Tensor, k: Tensor, dims: str) -> None:
 def check_decay(log_decay: Tensor, k: Tensor, *, constant: bool) -> None:
     """Raise ValueError where log_decay is not `[H]` (only if `constant`), `[B, T, H]` or `[B, T, H, K]`.
 
-    Nor may it be positive or NaN. On a GPU that is asserted on the device, without a synchronization; there, decays per
-    channel are read only in anomaly mode (`torch.autograd.set_detect_anomaly`), since the largest of them takes a pass
-    over as many bytes as a recurrence reads of them.
+    Nor may it be positive, nor a constant one NaN; a token's NaN is left to `longctx.kernels.finite`. On a GPU that is
+    asserted on the device, without a synchronization; there, decays per channel are read only in anomaly mode
+    (`torch.autograd.set_detect_anomaly`), since the largest of them takes a pass over as many bytes as a recurrence
+    reads of them.
     """
     dims = "[H], [B, T, H] or [B, T, H, K]" if constant else "[B, T, H] or [B, T, H, K]"
     if log_decay.dim() not in ((1, 3, 4) if constant else (3, 4)):
@@ -70,14 +71,15 @@ def check_decay(log_decay: Tensor, k: Tensor, *, constant: bool) -> None:
     if log_decay.dim() == 4 and not on_cpu and not torch.is_anomaly_enabled():
         return
     largest = log_decay.detach().amax()
+    fits = largest <= 0 if log_decay.dim() == 1 else ~(largest > 0)
     if on_cpu and not torch.compiler.is_compiling():
-        if not largest.item() <= 0:
+        if not fits.item():
             raise ValueError(
                 f"log_decay has the largest value {largest.item():g}: expected logarithms of decays, at most 0 "
                 "(pass log(decay), not the decay)"
             )
     else:
-        torch._assert_async(largest <= 0, "log_decay is positive or NaN: expected logarithms of decays, at most 0")
+        torch._assert_async(fits, "log_decay is positive or NaN: expected logarithms of decays, at most 0")
 
 
 def check_beta(beta: Tensor, k: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.checks import check_heads, check_operands
+from longctx.kernels.linear.nonfinite import contained
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor[] gates, int[] segments"
@@ -102,7 +103,13 @@ class RegisteredRecurrence(ABC):
             prepared: Sequence[Tensor] | None = None,
         ) -> Any:
             inputs = Inputs(q, k, v, tuple(gates), tuple(prepared or ()))
-            result = getattr(self._module(k), function)(inputs, _decode_once(tuple(segments)), *rest)
+            module, decoded = self._module(k), _decode_once(tuple(segments))
+            run = getattr(module, function)
+            if module is self._torch and not k.is_cuda:
+                keyed = self.transition_dims(inputs) == (k.shape[3],) * 2
+                result = contained(function, run, inputs, decoded, *rest, gate_names=self.gate_names, keyed=keyed)
+            else:
+                result = run(inputs, decoded, *rest)
             if isinstance(result, Carry):
                 return result.transition, result.state
             if function == "apply_grad":

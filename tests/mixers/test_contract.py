@@ -50,6 +50,34 @@ def test_changing_a_token_leaves_earlier_outputs_on_all_ranks_bitwise_unchanged(
         assert t >= 17 or torch.equal(before[:, 17:], changed[:, 17:]), t
 
 
+def outputs_with(letter, order, times, value):
+    layout = layout_here((0, 17, 48), order)
+    mixer, (x, _) = built(letter, torch.float32), draw(48, torch.float32)
+    outs = []
+    for t in times:
+        changed = x.clone()
+        changed[1, t, 3] = value
+        outs.append(run(mixer, layout.shard(changed), layout).detach())
+    return outs
+
+
+@each_mixer
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_token_that_is_not_finite_changes_neither_earlier_outputs_nor_other_documents(ranks, letter, order, value):
+    times = (0, 16, 30)
+    layout = Layout((0, 17, 48), order, 4)
+    before, *_ = (
+        layout.unshard(parts) for parts in zip(*ranks.run(outputs_around, letter, order, (), size=4), strict=True)
+    )
+    answers = ranks.run(outputs_with, letter, order, times, value, size=4)
+    for t, changed in zip(times, (layout.unshard(parts) for parts in zip(*answers, strict=True)), strict=True):
+        same = torch.ones(before.shape[:2], dtype=torch.bool)
+        same[1, t : 17 if t < 17 else 48] = False
+        assert torch.equal(before[same], changed[same]), t
+        assert not torch.isfinite(changed[1, t]).all(), t
+
+
 @each_mixer
 def test_the_input_may_be_strided_and_is_not_changed(letter):
     mixer, (x, _) = built(letter), draw(20)

@@ -8,7 +8,6 @@ from longctx.kernels.linear.chunking import (
     ChunkLoop,
     HeadGroup,
     Scratch,
-    backward_chunks,
     power_of_two,
     split_chunks,
 )
@@ -157,23 +156,3 @@ def test_states_are_copied_in_and_written_back():
     want[1, 1:3] += 100
     assert torch.equal(states, want)
     assert loop.zero_states([Segment(0, 3), Segment(3, 6)], 5).shape == (2, 2, 4, 3, 5)
-
-
-@pytest.mark.parametrize("chunks_per_checkpoint", [1, 2, 3, 100])
-def test_backward_visits_chunks_from_last_to_first_with_the_state_before_each(chunks_per_checkpoint):
-    """A chunk that begins at b maps a state S to 2 S + b, and the gradient dS to 2 dS."""
-    loop = loop_of(batch=1, heads=1)
-    segments = [split_chunks(s, 2, pad_to_power_of_two=False) for s in (Segment(0, 5), Segment(5, 6), Segment(6, 6))]
-    states = torch.tensor([1.0, 10.0, 100.0], dtype=F64).view(3, 1, 1, 1, 1).expand(3, 1, 1, 3, 2).contiguous()
-    visited = []
-
-    def advance(group, chunk, state):
-        state.mul_(2).add_(chunk.begin)
-
-    def chunk_grad(group, chunk, state, dstate):
-        visited.append((chunk.begin, state.unique().tolist()))
-        dstate.mul_(2)
-
-    dstates = backward_chunks(loop, segments, states, states + 1, advance, chunk_grad, chunks_per_checkpoint)
-    assert visited == [(4, [6.0]), (2, [2.0]), (0, [1.0]), (5, [10.0])]
-    assert [d.unique().tolist() for d in dstates] == [[16.0], [22.0], [101.0]]

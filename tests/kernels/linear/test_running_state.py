@@ -1,9 +1,14 @@
 """Float32 over a million tokens, against float64: the error does not grow with the sequence, however slow the decay."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from longctx.kernels.linear import linear_attention
+from longctx.kernels.linear.chunking import ChunkLoop, split_chunks
+from longctx.kernels.linear.recurrence import Inputs, Segment
+from longctx.kernels.linear.running_state import CHUNKS_PER_BASE, RunningState, backward_chunks
 from tests.kernels.linear.cases import KINDS, draw, named_gates
 
 DECAYS = torch.tensor([1e-9, 3.9e-8, 1e-6, 1e-4, 1e-2, 1.0])
@@ -72,3 +77,51 @@ def test_what_the_first_tokens_wrote_decays_as_it_should_though_nothing_is_writt
     kept = DECAYS < 1e-4  # of the others next to nothing is left
     error = (largest(out - want, end) / largest(want, end))[kept]
     assert error.max() < BOUND, error.tolist()
+
+
+def loop_of(dtype=torch.float64):
+    return ChunkLoop(Inputs(None, torch.zeros(1, 6, 1, 3, dtype=dtype), torch.zeros(1, 6, 1, 2, dtype=dtype), ()), 8)
+
+
+def decay_of(keeps, starts=()):
+    keeps = torch.full((1, 1, 1), keeps, dtype=torch.float64)
+    return SimpleNamespace(keeps=keeps, masks=SimpleNamespace(starts=starts))
+
+
+@pytest.mark.parametrize("count", [1, CHUNKS_PER_BASE, CHUNKS_PER_BASE + 1, 3 * CHUNKS_PER_BASE + 2])
+def test_a_state_is_decayed_and_added_to_over_any_number_of_chunks(count):
+    state = RunningState(loop_of(), "state", torch.ones(1, 3, 2, dtype=torch.float64))
+    want = 1.0
+    for chunk in range(count):
+        state.decay(decay_of(0.9)).add_(chunk)
+        want = 0.9 * want + chunk
+        torch.testing.assert_close(state.value(), torch.full_like(state.value(), want), rtol=1e-14, atol=0)
+    state.decay(decay_of(0.0, starts=(0,))).add_(7)
+    assert (state.value() == 7).all()
+
+
+def test_a_document_start_drops_a_state_that_is_not_finite():
+    state = RunningState(loop_of(), "state", torch.full((1, 3, 2), torch.inf, dtype=torch.float64))
+    state.decay(decay_of(0.5)).fill_(torch.nan)
+    state.decay(decay_of(0.0, starts=(3,))).add_(2)
+    assert (state.value() == 2).all()
+
+
+@pytest.mark.parametrize("chunks_per_checkpoint", [1, 2, 3, 100])
+def test_backward_visits_chunks_from_last_to_first_with_the_state_before_each(chunks_per_checkpoint):
+    """A chunk that begins at b maps a state S to 2 S + b, and the gradient dS to 2 dS."""
+    loop = loop_of()
+    segments = [split_chunks(s, 2, pad_to_power_of_two=False) for s in (Segment(0, 5), Segment(5, 6), Segment(6, 6))]
+    states = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64).view(3, 1, 1, 1, 1).repeat(1, 1, 1, 3, 2)
+    visited = []
+
+    def advance(group, chunk, state):
+        state.decay(decay_of(2.0)).add_(chunk.begin)
+
+    def chunk_grad(group, chunk, state, dstate):
+        visited.append((chunk.begin, state.unique().tolist()))
+        dstate.decay(decay_of(2.0))
+
+    dstates = backward_chunks(loop, segments, states, states + 1, advance, chunk_grad, chunks_per_checkpoint)
+    assert visited == [(4, [6.0]), (2, [2.0]), (0, [1.0]), (5, [10.0])]
+    assert [d.unique().tolist() for d in dstates] == [[16.0], [22.0], [101.0]]
