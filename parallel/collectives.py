@@ -7,7 +7,7 @@ arrived. Calls and bytes are counted here (`longctx.parallel.traffic`).
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -39,10 +39,39 @@ def _named(description: str, layer: str) -> Iterator[None]:
         raise CollectiveError(f"{where}{description} on rank {dist.get_rank()} failed: {reason}") from error
 
 
+class VirtualGroup(dist.ProcessGroup):
+    """A group whose ranks share processes (`longctx.parallel.virtual_ranks`): it communicates by its own methods.
+
+    Each returns a function that waits for the result.
+    """
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Gather every rank's `x`: `[W, *x.shape]`."""
+        raise NotImplementedError
+
+    def start_all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        """Sum `x` over ranks."""
+        raise NotImplementedError
+
+    def start_reduce_scatter(self, x: Tensor) -> Callable[[], Tensor]:
+        """Sum `x [W, ...]` over ranks, this rank's row."""
+        raise NotImplementedError
+
+    def start_all_to_all(self, sent: Tensor, sends: list[int], receives: list[int]) -> Callable[[], Tensor]:
+        """Send `sends[r]` elements to rank r, receive `receives[r]`."""
+        raise NotImplementedError
+
+    def start_exchange(
+        self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], tag: int
+    ) -> Callable[[], None]:
+        """Send to ranks, receive into buffers."""
+        raise NotImplementedError
+
+
 class Pending(Generic[T]):
     """Handle of a running collective; `wait()` returns its result."""
 
-    def __init__(self, description: str, works: Sequence[dist.Work], out: T, sent: object) -> None:
+    def __init__(self, description: str, works: Sequence[dist.Work], out: T | Callable[[], T], sent: object) -> None:
         self._description, self._layer = description, current_layer()
         self._works = works
         self._out = out
@@ -55,8 +84,9 @@ class Pending(Generic[T]):
         with _named(self._description, self._layer):
             for work in self._works:
                 work.wait()
+            out = self._out() if callable(self._out) else self._out
         record_wait(time.perf_counter() - began)
-        return self._out
+        return out
 
 
 def _describe(name: str, x: Tensor, size: int) -> str:
@@ -67,8 +97,11 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Pending[Ten
     """Gather every rank's `x`, stacked in rank order: `[W, *x.shape]`. `group` None: all ranks."""
     size = dist.get_world_size(group)
     x = x.contiguous()
-    out = x.new_empty(size, *x.shape)
     description = _describe("all_gather", x, size)
+    if isinstance(group, VirtualGroup):
+        record_call("all_gather", (size - 1) * x.nbytes)
+        return Pending(description, [], group.start_all_gather(x), x)
+    out = x.new_empty(size, *x.shape)
     with _named(description, current_layer()):
         work = _all_gather(out.view(-1), x.view(-1), group=group, async_op=True)
     record_call("all_gather", (size - 1) * x.nbytes)
@@ -79,8 +112,11 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Pending[Tensor]:
     """Sum `x [W, ...]` over ranks and return this rank's row of the sum, `x.shape[1:]`."""
     size = dist.get_world_size(group)
     x = x.contiguous()
-    out = torch.empty_like(x[0])
     description = _describe("reduce_scatter", x, size)
+    if isinstance(group, VirtualGroup):
+        record_call("reduce_scatter", (size - 1) * x[0].nbytes)
+        return Pending(description, [], group.start_reduce_scatter(x), x)
+    out = torch.empty_like(x[0])
     with _named(description, current_layer()):
         work = _reduce_scatter(out.view(-1), x.view(-1), group=group, async_op=True)
     record_call("reduce_scatter", (size - 1) * out.nbytes)
@@ -92,7 +128,10 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     size = dist.get_world_size(group)
     if size > 1:
         with _named(_describe("all_reduce", x, size), current_layer()):
-            dist.all_reduce(x, group=group)
+            if isinstance(group, VirtualGroup):
+                x.copy_(group.start_all_reduce(x)())
+            else:
+                dist.all_reduce(x, group=group)
         record_call("all_reduce", 2 * (size - 1) * x.nbytes // size)
     return x
 
@@ -112,9 +151,8 @@ def all_gather_dict(values: Mapping[str, T], axis: Axis) -> dict[str, T]:
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Pending[list[Tensor]]:
     """Send `parts[r]` (one dtype) to rank r and receive `sizes[r]` elements from it, flat, as a list in rank order."""
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    description, work, out = _all_to_all(sent, [part.numel() for part in parts], list(sizes), group)
-    return Pending(description, [work], list(out.split(list(sizes))), sent)
+    sent, receives = torch.cat([part.reshape(-1) for part in parts]), list(sizes)
+    return _all_to_all(sent, [part.numel() for part in parts], receives, group, lambda out: list(out.split(receives)))
 
 
 def all_to_all_rows(
@@ -123,20 +161,29 @@ def all_to_all_rows(
     """Send the first sends[0] rows of `x [N, ...]` to rank 0, the next sends[1] to rank 1, and so on; return the
     received rows, `receives[r]` from rank r, in rank order: `[sum(receives), ...]`."""
     x, width = x.contiguous(), math.prod(x.shape[1:])
-    description, work, out = _all_to_all(x.view(-1), [n * width for n in sends], [n * width for n in receives], group)
-    return Pending(description, [work], out.view(-1, *x.shape[1:]), x)
+    sizes = [n * width for n in sends], [n * width for n in receives]
+    return _all_to_all(x.view(-1), *sizes, group, lambda out: out.view(-1, *x.shape[1:]))
 
 
 def _all_to_all(
-    sent: Tensor, sends: list[int], receives: list[int], group: dist.ProcessGroup
-) -> tuple[str, dist.Work, Tensor]:
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    sent: Tensor,
+    sends: list[int],
+    receives: list[int],
+    group: dist.ProcessGroup,
+    shaped: Callable[[Tensor], T],
+) -> Pending[T]:
+    """Send flat; `shaped` gives what was received, flat, its form."""
+    description = _describe("all_to_all", sent, dist.get_world_size(group))
+    arriving = (sum(receives) - receives[group.rank()]) * sent.element_size()
+    if isinstance(group, VirtualGroup):
+        record_call("all_to_all", arriving)
+        received = group.start_all_to_all(sent, sends, receives)
+        return Pending[T](description, [], lambda: shaped(received()), sent)
     out = sent.new_empty(sum(receives))
-    description = _describe("all_to_all", sent, size)
     with _named(description, current_layer()):
         work = dist.all_to_all_single(out, sent, receives, sends, group=group, async_op=True)
-    record_call("all_to_all", (sum(receives) - receives[rank]) * out.element_size())
-    return description, work, out
+    record_call("all_to_all", arriving)
+    return Pending(description, [work], shaped(out), sent)
 
 
 def exchange(
@@ -150,10 +197,14 @@ def exchange(
     sent = {peer: x.contiguous() for peer, x in sends.items()}
     for x in receives.values():
         assert x.is_contiguous()
+    description = f"exchange (to {', '.join(map(str, sent)) or 'none'}, from {', '.join(map(str, receives)) or 'none'})"
+    if isinstance(group, VirtualGroup):
+        if any(x.numel() for x in (*sent.values(), *receives.values())):
+            record_call("exchange", sum(x.nbytes for x in receives.values()))
+        return Pending(description, [], group.start_exchange(sent, receives, tag), sent)
     operations = [
         dist.P2POp(dist.irecv, x, group=group, group_peer=peer, tag=tag) for peer, x in receives.items() if x.numel()
     ] + [dist.P2POp(dist.isend, x, group=group, group_peer=peer, tag=tag) for peer, x in sent.items() if x.numel()]
-    description = f"exchange (to {', '.join(map(str, sent)) or 'none'}, from {', '.join(map(str, receives)) or 'none'})"
     works: list[dist.Work] = []
     if operations:
         with _named(description, current_layer()):

@@ -69,6 +69,8 @@ class Mesh:
     expert_shard: DeviceMesh | None = None
     tokens: ProcessGroup | None = None
     """The group dp x cp, over which a step's tokens are sharded, for sums over tokens; None: all ranks."""
+    virtual: tuple["Mesh", ...] = ()
+    """The meshes of the virtual ranks that this process hosts (`longctx.parallel.virtual_ranks`), if there are any."""
 
     @classmethod
     def build(

@@ -23,6 +23,8 @@ class Batch:
     tokens: Tensor
     labels: Tensor
     layout: Layout
+    virtual: "tuple[Batch, ...]" = ()
+    """The batches of the virtual ranks that this process hosts, if there are any."""
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,21 @@ class RouterStats:
             row = torch.cat([sums, report.counts.to(torch.float64)])
             self._rows[name] = self._rows[name] + row if name in self._rows else row
 
+    @property
+    def sums(self) -> Tensor:
+        """All statistics of all routers in one tensor, `[N]` float64."""
+        return torch.cat([*self._rows.values(), torch.zeros(0, dtype=torch.float64)])
+
+    @sums.setter
+    def sums(self, sums: Tensor) -> None:
+        parts = sums.split([len(row) for row in self._rows.values()])
+        self._rows = dict(zip(self._rows, (part.clone() for part in parts), strict=True))
+
     def sum_over_ranks(self, device: torch.device, group: ProcessGroup | None = None, stages: Axis = ONE_STAGE) -> None:
         """All-reduce over the ranks of `group` (None: all), which hold the same layers, and gather the layers of other
         pipeline `stages`. Collective if the model has a router, and if there are stages."""
         if self._rows:
-            summed = all_reduce(torch.cat(list(self._rows.values())).to(device), group).cpu()
-            parts = summed.split([len(row) for row in self._rows.values()])
-            self._rows = dict(zip(self._rows, (part.clone() for part in parts), strict=True))
+            self.sums = all_reduce(self.sums.to(device), group).cpu()
         self._rows = all_gather_dict(self._rows, stages)
 
     @property

@@ -22,6 +22,7 @@ def check_tables(tables: Mapping[str, Any], world_size: int | None) -> list[Mist
         mistakes += _check_lr_schedule(train, schedule)
     if parallel is not None:
         mistakes += _check_ulysses(parallel)
+        mistakes += _check_reproducible(parallel, world_size)
         mistakes += _check_ranks(parallel, world_size)
     if parallel is not None and model is not None:
         mistakes += _check_attention_schedule(model, parallel)
@@ -55,17 +56,39 @@ def _check_ulysses(parallel: ParallelConfig) -> Iterator[Mistake]:
         )
 
 
+def _check_reproducible(parallel: ParallelConfig, world_size: int | None) -> Iterator[Mistake]:
+    """Check the axes with which virtual ranks compute the same to the bit."""
+    ranks, where = parallel.reproducible, ("parallel", "reproducible")
+    if ranks == "none":
+        return
+    if ranks < 2 or ranks.bit_count() != 1:
+        yield Mistake(where, f"should be a power of two from 2 on, not {ranks}")
+    elif ranks % parallel.cp:
+        yield Mistake(where, f"cp = {parallel.cp} does not divide {ranks}")
+    dp = None if world_size is None or world_size % parallel.cp else world_size // parallel.cp
+    if dp is not None and dp.bit_count() != 1:
+        yield Mistake(where, f"needs a power of two of data-parallel ranks, not {dp}")
+    for name in ("ulysses", "ep", "tp", "pp"):
+        if getattr(parallel, name) > 1:
+            yield Mistake(("parallel", name), f"should be 1 with parallel.reproducible, not {getattr(parallel, name)}")
+    if parallel.attention.startswith("ulysses-"):
+        yield Mistake(
+            ("parallel", "attention"), f"{parallel.attention!r} is not one of parallel.reproducible's schedules"
+        )
+
+
 def _check_attention_schedule(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Mistake]:
     """Check that the heads of every layer divide over the ranks among which the schedule exchanges them."""
     two_level = parallel.attention.startswith("ulysses-")
-    if parallel.cp == 1 or parallel.cp % parallel.ulysses or (two_level and not 1 < parallel.ulysses < parallel.cp):
+    cp = parallel.cp if parallel.reproducible == "none" else parallel.reproducible
+    if cp == 1 or parallel.cp % parallel.ulysses or (two_level and not 1 < parallel.ulysses < parallel.cp):
         return  # nothing is exchanged, or the mistake is already reported
-    ranks = parallel.cp if parallel.attention == "ulysses" else parallel.ulysses
+    ranks = cp if parallel.attention == "ulysses" else parallel.ulysses
     for letter in dict.fromkeys(model.pattern):
         layer = model.pattern.index(letter)
         if any(count % parallel.tp for count in model.attention_head_counts(layer).values()):
             continue  # reported by the tensor-parallel check
-        field, names = model.available_schedules(layer, parallel.cp, parallel.ulysses, parallel.tp)
+        field, names = model.available_schedules(layer, cp, parallel.ulysses, parallel.tp)
         if field == "attention" and parallel.attention not in ("auto", *names):
             heads = " and ".join(
                 f"{count} {words}" for words, count in model.attention_head_counts(layer, parallel.tp).items()

@@ -23,6 +23,10 @@ def check_engine(tables: Mapping[str, Any]) -> Iterator[Mistake]:
     for name in ("deepspeed", "megatron"):
         if engine != name and tables.get(name) is not None:
             yield Mistake((name,), f"this table is for engine = {name!r}, but engine = {engine!r}; remove it")
+    if engine != "torch" and parallel is not None and parallel.reproducible != "none":
+        yield Mistake(
+            ("parallel", "reproducible"), f"engine = {engine!r} does not support virtual ranks; use engine = 'torch'"
+        )
     if engine == "megatron":
         yield from _check_megatron(tables)
         return

@@ -112,6 +112,11 @@ class ParallelConfig(Config):
     """Schedule by which linear layers exchange recurrent states. `all-gather`: all states to all ranks at once
     (LASP-2). `ring`: from piece to piece, in sequence (LASP-1). `tree`: a tree scan in log2(pieces) rounds, for the
     delta rule over many ranks."""
+    reproducible: Integer | Literal["none"] = "none"
+    """Context-parallel ranks as which every run computes, on any number `cp` of processes that divides it: losses,
+    gradients and checkpoints are then equal to the bit for every `cp` and number of data-parallel ranks, powers of two.
+    Each process hosts `reproducible / cp` of them in threads and holds the whole model. On CPUs, with
+    `engine = "torch"`."""
     timeout: Duration = Field(default=600.0, gt=0)
     """Seconds that a rank waits for another rank before it stops with an error."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,11 +26,16 @@ def to_batch(
     states: str = "all-gather",
     speeds: Speeds = ASSUMED,
 ) -> Batch:
-    """Shard a sequence to this rank. Labels are shifted beforehand: the last label of a slice is on another rank."""
+    """Shard a sequence to this rank, and to the virtual ranks that it hosts.
+
+    Labels are shifted beforehand: the last label of a slice is on another rank.
+    """
+    schedules: dict[str, Any] = {"attention": attention, "states": states, "speeds": speeds}
     bounds = sequence.cu_seqlens.tolist()
-    layout = Layout.on(mesh, bounds, order, attention=attention, states=states, speeds=speeds, sequence=sequence.index)
+    layout = Layout.on(mesh, bounds, order, sequence=sequence.index, **schedules)
     tokens, labels = layout.shard(sequence.tokens[None]), layout.shard(sequence.labels[None], fill=IGNORE)
-    return Batch(to_device(tokens, device), to_device(labels, device), layout)
+    virtual = tuple(to_batch(sequence, each, order, device, **schedules) for each in mesh.virtual)
+    return Batch(to_device(tokens, device), to_device(labels, device), layout, virtual)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from longctx.adapters.versions import UnsupportedVersionError
 from longctx.engines.base import Engine
+from longctx.engines.reproducible import ReproducibleEngine
 from longctx.engines.torch_engine import TorchEngine
 from longctx.errors import UserError
 from longctx.parallel.mesh import Mesh
@@ -24,10 +25,11 @@ def build_engine(recipe: Recipe, device_type: str, vocab_size: int) -> Engine:
     try:
         match recipe.engine:
             case "torch":
-                mesh = _mesh(recipe, device_type)
-                return TorchEngine(
-                    recipe.model, recipe.train, recipe.optimizer, mesh, vocab_size=vocab_size, seed=recipe.seed
-                )
+                options = recipe.model, recipe.train, recipe.optimizer, _mesh(recipe, device_type)
+                ranks = recipe.parallel.reproducible
+                if ranks == "none":
+                    return TorchEngine(*options, vocab_size=vocab_size, seed=recipe.seed)
+                return ReproducibleEngine(*options, ranks=ranks, vocab_size=vocab_size, seed=recipe.seed)
             case "deepspeed":
                 return _deepspeed(recipe, device_type, vocab_size)
             case "megatron":

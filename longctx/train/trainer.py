@@ -254,9 +254,11 @@ class _Trainer:
         self.matmul_rate = float(self._gather(rate).sum())
         sequence = self.stream[self.cursor.sequences]
         sample = self._batch(sequence)
-        if self.speeds is None and self.mesh.cp.group is not None and self._schedules(sample, dtype):
+        # Virtual ranks select the same schedules anywhere, by the assumed speeds.
+        group = None if self.mesh.virtual else self.mesh.cp.group
+        if self.speeds is None and group is not None and self._schedules(sample, dtype):
             # Some layer selects its schedule by the cost model.
-            measured = measure_speeds(self.mesh.cp.group, self.device, rate)
+            measured = measure_speeds(group, self.device, rate)
             # Rank 0's on all ranks, as in the checkpoint.
             self.speeds = Speeds(*self._gather(*astuple(measured))[0].tolist())
             sample = self._batch(sequence)

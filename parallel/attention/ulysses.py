@@ -78,7 +78,7 @@ class _ScatterHeads(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: HeadPartition, group: ProcessGroup
     ) -> tuple[Tensor, ...]:
-        rank = torch.distributed.get_rank(group)
+        rank = group.rank()
         ctx.heads, ctx.group, ctx.shapes = heads, group, (q.shape, k.shape, v.shape)
         sent = []
         for r in range(heads.size):
@@ -154,7 +154,7 @@ def scatter_heads(
     Where query heads do not read the key/value heads equally often, these are repeated, so that groups are equal.
     """
     q, k, v = _ScatterHeads.apply(q, k, v, heads, group)  # type: ignore[no-untyped-call]
-    index = heads.expanded(torch.distributed.get_rank(group))
+    index = heads.expanded(group.rank())
     if index is not None:
         k, v = k[:, :, index], v[:, :, index]
     return q, k, v

@@ -3,6 +3,7 @@
 import pytest
 
 from longctx.mixers.lightning import LightningConfig
+from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.moe import MoeConfig
 from longctx.recipe.checks import check_tables
@@ -56,6 +57,31 @@ def test_the_number_of_ranks_to_start_is_named():
 )
 def test_ulysses_groups_divide_cp_and_schedules_of_two_kinds_need_both(parallel, key):
     assert list(found(4, **parallel)) == ([] if key is None else [key])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "mistake"),
+    [
+        (4, {"cp": 4, "reproducible": 16}, None),
+        (4, {"cp": 2, "reproducible": 2}, None),
+        (1, {"reproducible": 12}, ("reproducible", "should be a power of two from 2 on, not 12")),
+        (1, {"reproducible": 1}, ("reproducible", "should be a power of two from 2 on, not 1")),
+        (3, {"cp": 3, "reproducible": 4}, ("reproducible", "cp = 3 does not divide 4")),
+        (3, {"reproducible": 4}, ("reproducible", "needs a power of two of data-parallel ranks, not 3")),
+        (4, {"cp": 4, "ulysses": 2, "reproducible": 4}, ("ulysses", "should be 1 with parallel.reproducible, not 2")),
+        (2, {"cp": 2, "ep": 2, "reproducible": 4}, ("ep", "should be 1 with parallel.reproducible, not 2")),
+    ],
+)
+def test_virtual_ranks_are_shared_by_powers_of_two_of_ranks(world_size, parallel, mistake):
+    want = {} if mistake is None else {f"parallel.{mistake[0]}": mistake[1]}
+    assert found(world_size, sequences=12, **parallel) == want
+
+
+def test_heads_divide_over_virtual_ranks():
+    model = ModelConfig(layers="S", depth=1, dim=32, softmax=SoftmaxConfig(heads=4, head_dim=8))
+    tables = {"model": model, "parallel": ParallelConfig(attention="ulysses", reproducible=8)}
+    (mistake,) = check_tables(tables, 1)
+    assert mistake.text == "'ulysses' splits heads over 8 ranks, but model.softmax has 4 heads per rank"
 
 
 def test_a_data_parallel_size_below_one_is_refused():

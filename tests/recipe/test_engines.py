@@ -52,6 +52,7 @@ MISTAKES = {
         "parallel.tp: model.attention_experts: AttentionExperts does not support tensor parallelism",
     ),
     "tiles": (["train.ffn_tile=8"], "train.ffn_tile: engine = 'megatron' uses Megatron's feed-forwards"),
+    "virtual ranks": (["parallel.reproducible=4"], "parallel.reproducible: engine = 'megatron' does not support"),
     "whole copies": (["parallel.dp_replicate=2"], "parallel.dp_replicate: engine = 'megatron' has no replicas"),
     "experts over ranks": (["parallel.ep=2"], "parallel.ep: ep = 2, but no layer of the model has experts"),
     "layers": (["parallel.pp=3"], "parallel.pp: 4 layers (model.depth) are not a multiple of pp = 3"),

@@ -239,6 +239,32 @@ def test_a_run_reports_how_its_experts_are_chosen(expert_parallel):
 
 
 @pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        pytest.param(("train.precision=bf16",), marks=pytest.mark.slow),
+        pytest.param((*EXPERTS, 'model.heads={mixers = ["lightning"], active = 1}'), marks=pytest.mark.slow),
+    ],
+    ids=["dense", "bf16", "experts"],
+)
+def test_reproducible_runs_are_equal_to_the_bit_wherever_they_stop_and_resume(ranks, workplace, tmp_path, extra):
+    overrides = ("parallel.reproducible=4", "train.steps=6", *extra)
+    whole, second, stopped = (tmp_path / name for name in ("whole", "second", "stopped"))
+    ranks.run(train, workplace, whole, (*overrides, "parallel.cp=1"), size=1)
+    ranks.run(train, workplace, tmp_path / "first", (*overrides, "parallel.cp=4"), size=4)
+    interrupted_copy(tmp_path / "first", second, 2)
+    ranks.run(train, workplace, second, (*overrides, "parallel.cp=1", "parallel.dp_shard=2"), size=2)
+    interrupted_copy(second, stopped, 4)
+    ranks.run(train, workplace, stopped, (*overrides, "parallel.cp=2"), size=2)
+    for name in ("loss", "grad_norm"):
+        assert [getattr(s, name) for s in metrics(stopped).steps] == [getattr(s, name) for s in metrics(whole).steps]
+    there = tensors(whole / "checkpoints" / "step-00000006")
+    found = tensors(stopped / "checkpoints" / "step-00000006")
+    assert found.keys() == there.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, there[name])] == []
+
+
+@pytest.mark.parametrize(
     ("size", "overrides"),
     [
         (2, ["parallel.ep=2"]),
