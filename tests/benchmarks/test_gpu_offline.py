@@ -13,6 +13,7 @@ from benchmarks import gpu_offline
 from tests.benchmarks.test_gpu_plan import ROOT
 
 
+@pytest.mark.slow
 def test_a_case_becomes_a_table(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     command = [sys.executable, "-m", "benchmarks.gpu_offline", "--page", str(page), "--workers", "1"]

@@ -123,6 +123,7 @@ def test_no_step_starts_after_its_phase_and_the_next_phase_runs(tmp_path: Path) 
     assert failed == 1
 
 
+@pytest.mark.slow
 def test_a_part_in_which_everything_hangs_ends_in_time_with_a_line_for_each_step(tmp_path: Path) -> None:
     def phase(name: str, until: float) -> Phase:
         names = (f"{name} 1", f"{name} 2")

@@ -88,7 +88,7 @@ def equal_anywhere(ranks, run, others):
     return want
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_steps_are_equal_to_the_bit_on_any_number_of_processes(ranks, precision):
     model = hybrid()
     others = [Run(model, dp, cp, precision=precision) for dp, cp in ((1, 2), (1, 4), (2, 2), (2, 1))]
@@ -111,7 +111,11 @@ def test_a_hybrid_of_all_mixers_as_well(ranks):
 
 @pytest.mark.parametrize(
     ("order", "attention", "states"),
-    [("contiguous", "ring", "ring"), ("balanced", "all-gather", "tree"), ("zigzag", "ulysses", "all-gather")],
+    [
+        ("balanced", "ring", "tree"),
+        pytest.param("contiguous", "all-gather", "ring", marks=pytest.mark.slow),
+        pytest.param("zigzag", "ulysses", "all-gather", marks=pytest.mark.slow),
+    ],
 )
 def test_with_every_schedule(ranks, order, attention, states):
     model = hybrid(softmax=SoftmaxConfig(heads=8, kv_heads=4, head_dim=4))

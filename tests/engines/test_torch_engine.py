@@ -149,10 +149,10 @@ RUNS = {
         Run(dp_replicate=2, dp_shard=2, ep=2, experts="token", train=UNCLIPPED),
         Run(dp_shard=2, cp=2, ep=2, experts="token", train=TILED),
     ],
-    "tokens together, 1 rank": [Run(experts="similarity"), Run(experts="attention", train=TILED)],
     "tokens together, 2 ranks": [Run(cp=2, ep=2, experts="similarity"), Run(cp=2, experts="attention")],
 }
 MORE_RUNS = {
+    "tokens together, 1 rank": [Run(experts="similarity"), Run(experts="attention", train=TILED)],
     "1 rank": [Run(train=UNCLIPPED)],
     "2 ranks": [
         Run(dp_replicate=2),

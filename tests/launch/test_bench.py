@@ -103,6 +103,7 @@ def test_no_peers_and_no_scaling() -> None:
     assert not {"Peers", "Scaling"} & set(out.splitlines())
 
 
+@pytest.mark.slow
 def test_each_measurement_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is: the machine and two passes of a kernel."""
     threads = 1

@@ -63,7 +63,7 @@ def outputs_with(letter, order, times, value):
 
 @each_mixer
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_token_that_is_not_finite_changes_neither_earlier_outputs_nor_other_documents(ranks, letter, order, value):
     times = (0, 16, 30)
     layout = Layout((0, 17, 48), order, 4)

@@ -45,7 +45,7 @@ def rows(x):
 CASES = [(kind, name) for kind in KINDS for name in tensors_of(kind)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_what_is_not_finite_stays_in_its_document_and_after_its_token(kind, name, value):
     case, segments = draw(kind, LENGTH).to(torch.float32), Segment(0, LENGTH, STARTS).cut(60)
