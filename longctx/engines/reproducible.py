@@ -6,7 +6,7 @@ are summed in a binary tree over sequences and ranks, whichever processes hold t
 Every process holds the whole model and steps it, with one thread per operator.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,12 +137,6 @@ class ReproducibleEngine(TorchEngine):
     def close(self) -> None:
         """Stop the virtual ranks' threads."""
         self._ranks.close()
-
-    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over every parameter's gradient."""
-        for name, parameter in self.model.named_parameters():
-            assert parameter.grad is not None
-            yield name, parameter.grad
 
 
 @dataclass(frozen=True)

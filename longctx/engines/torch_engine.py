@@ -143,6 +143,10 @@ class TorchEngine:
         """As in `Engine`."""
         loss, router_stats = self.gradients(batches)
         router_stats.check_finite()
+        return StepResult(loss, self.update(lr, router_stats), router_stats)
+
+    def update(self, lr: float, router_stats: RouterStats) -> float:
+        """Clip the gradients, step the optimizer and the routers' biases; return the gradient norm before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self._norm([p.grad for p in parameters])
         if self.config.clip != "none":
@@ -153,7 +157,7 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_router_biases(self.model, router_stats)
-        return StepResult(loss, norm.item(), router_stats)
+        return norm.item()
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Losses:
@@ -197,5 +201,16 @@ class TorchEngine:
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over every parameter's gathered gradient; collective, so every rank must exhaust the iterator."""
         for name, parameter in self.model.named_parameters():
-            assert isinstance(parameter.grad, DTensor)
-            yield name, parameter.grad.full_tensor()
+            assert parameter.grad is not None
+            yield name, whole(parameter.grad)
+
+    def named_updates(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the gathered parameters (`updated NAME`) and first moments (`moment of NAME`); collective."""
+        for name, parameter in self.model.named_parameters():
+            yield f"updated {name}", whole(parameter.detach())
+            yield f"moment of {name}", whole(self.optimizer.state[parameter]["exp_avg"])
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return a gathered tensor; collective where it is sharded."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

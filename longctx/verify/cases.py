@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from longctx.model.config import ModelConfig
 from longctx.model.moe import MoeConfig
 from longctx.parallel.layout import Layout, Order
+from longctx.recipe.tables import ParallelConfig
 
 SEQUENCES = 2
 """Sequences in the compared step."""
@@ -45,6 +46,16 @@ class Case:
 def reference(packed: bool) -> Case:
     """Return the reference case, a single rank."""
     return Case(cp=1, order="contiguous", packed=packed)
+
+
+def own_cases(parallel: ParallelConfig) -> tuple[Case, ...]:
+    """Return a recipe's own layout of a sequence, packed and not, without data parallelism beyond SEQUENCES."""
+    shard = parallel.dp_shard if isinstance(parallel.dp_shard, int) else 1
+    dp = (shard, parallel.dp_replicate) if SEQUENCES % (shard * parallel.dp_replicate) == 0 else (1, 1)
+    ep = parallel.ep if dp[0] * parallel.cp % parallel.ep == 0 else 1
+    layout = parallel.cp, parallel.layout, False, *dp, ep, parallel.ulysses, parallel.attention, parallel.states
+    case = Case(*layout)
+    return (case, replace(case, packed=True)) if case.ranks > 1 else ()
 
 
 def cases(max_ranks: int, model: ModelConfig) -> Iterator[Case]:

@@ -1,11 +1,12 @@
-"""Verification step: loss, logits and every parameter's gradient of a model on the ranks of a process group."""
+"""Verification step: loss, logits, gradients and an optimizer step of a model on the ranks of a process group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from longctx.data.loader import Sequence
 from longctx.engines.base import Batch
 from longctx.engines.torch_engine import TorchEngine
 from longctx.kernels.loss import IGNORE
@@ -13,6 +14,7 @@ from longctx.model.config import ModelConfig
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.recipe.tables import OptimizerConfig, TrainConfig
+from longctx.train.batches import to_batch
 from longctx.verify.cases import SEQUENCES, Case, documents
 
 Precision = Literal["fp64", "fp32", "bf16"]
@@ -27,17 +29,23 @@ class Subject:
     vocab_size: int
     length: int
     seed: int
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    own: tuple[Case, ...] = ()
+    """The recipe's own layout, in both packings."""
 
 
 @dataclass(frozen=True)
 class RankResult:
-    """One rank's result: the loss (the same on all ranks), the logits of its slices, and, on rank 0, all gradients."""
+    """One rank's result: the loss (the same on all ranks), the logits of its slices, and on the first rank of each
+    replica all gradients and what a step with them leaves."""
 
     loss: float
     logits: dict[int, Tensor]
     """By sequence that this rank reads: `[T_local, N]` float64."""
     cp_rank: int
     gradients: dict[str, Tensor]
+    step: dict[str, Tensor] = field(default_factory=dict)
+    """`grad norm`, before clipping, and every parameter and its first moment after the step."""
 
 
 def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -61,19 +69,24 @@ def measure(subject: Subject, case: Case, precision: Precision) -> RankResult:
     dtype = torch.float64 if precision == "fp64" else torch.float32
     train = subject.train.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
     engine = TorchEngine(
-        subject.model, train, OptimizerConfig(), mesh, vocab_size=subject.vocab_size, seed=subject.seed, dtype=dtype
+        subject.model, train, subject.optimizer, mesh, vocab_size=subject.vocab_size, seed=subject.seed, dtype=dtype
     )
-    batches = {}
-    for number in range(mesh.dp.rank, SEQUENCES, mesh.dp.size):
-        tokens, labels, bounds = sequence(subject, number, case.packed)
-        layout = Layout.on(mesh, bounds, case.order, attention=case.attention, states=case.states, sequence=number)
-        batches[number] = Batch(layout.shard(tokens), layout.shard(labels, fill=IGNORE), layout)
+    batches = {n: batch_of(subject, case, n, mesh) for n in range(mesh.dp.rank, SEQUENCES, mesh.dp.size)}
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}
-    loss, _ = engine.gradients(list(batches.values()))
-    gradients = {name: gradient.double() for name, gradient in engine.named_gradients()}
-    first = mesh.dp.rank == 0 and mesh.cp.rank == 0
-    return RankResult(loss, logits, mesh.cp.rank, gradients if first else {})
+    loss, router_stats = engine.gradients(list(batches.values()))
+    gradients = {name: x.to(torch.float64, copy=True) for name, x in engine.named_gradients()}  # clipped in place below
+    step = {"grad norm": torch.tensor(engine.update(subject.optimizer.lr, router_stats), dtype=torch.float64)}
+    step |= {name: x.double() for name, x in engine.named_updates()}
+    first = mesh.cp.rank == 0 and mesh.dp.rank % case.dp_shard == 0
+    return RankResult(loss, logits, mesh.cp.rank, gradients if first else {}, step if first else {})
+
+
+def batch_of(subject: Subject, case: Case, number: int, mesh: Mesh) -> Batch:
+    """Shard a sequence to this rank of a mesh, as in training."""
+    tokens, labels, bounds = sequence(subject, number, case.packed)
+    drawn = Sequence(tokens[0], labels[0], torch.tensor(bounds), number)
+    return to_batch(drawn, mesh, case.order, mesh.device, attention=case.attention, states=case.states)
 
 
 def gather_logits(results: list[RankResult], subject: Subject, case: Case) -> Tensor:

@@ -36,6 +36,7 @@ def recipe(tmp_path):
 
 def test_a_sound_recipe_passes_on_two_ranks(recipe, capsys, monkeypatch):
     every = verification.cases
+    monkeypatch.setattr(verification, "DRAWS", 1)
     monkeypatch.setattr(verification, "cases", lambda *arguments: islice(every(*arguments), 3, 6))  # the packed ones
     assert command.run(recipe, (), shrunk=True, ranks=2, timeout=60) == 0
     told = capsys.readouterr().out
@@ -43,6 +44,8 @@ def test_a_sound_recipe_passes_on_two_ranks(recipe, capsys, monkeypatch):
     assert "fp64       cp 2, zigzag, packed" in told
     assert "blocks.1.mixer.qkv.weight" in told
     assert told.rstrip().endswith("rows are within bounds.")
+    assert "2 virtual ranks on 2 processes, packed" in told
+    assert "Not looked at: the corpus and its loader" in told
 
 
 def test_a_difference_out_of_bounds_is_named_and_gives_status_1(recipe, capsys, monkeypatch):
@@ -53,6 +56,7 @@ def test_a_difference_out_of_bounds_is_named_and_gives_status_1(recipe, capsys, 
         dict.fromkeys(("loss", "logits", "w"), 1e-10),
     )
     monkeypatch.setattr(command, "verify", lambda subject, pool: iter([row]))
+    monkeypatch.setattr(command, "verify_bits", lambda subject, pool: iter(()))
     assert command.run(recipe, (), shrunk=False, ranks=2, timeout=60) == 1
     told = capsys.readouterr().out
     assert "OUT OF BOUNDS" in told
