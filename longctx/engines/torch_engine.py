@@ -202,15 +202,15 @@ class TorchEngine:
         """Iterate over every parameter's gathered gradient; collective, so every rank must exhaust the iterator."""
         for name, parameter in self.model.named_parameters():
             assert parameter.grad is not None
-            yield name, whole(parameter.grad)
+            yield name, gathered(parameter.grad)
 
     def named_updates(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the gathered parameters (`updated NAME`) and first moments (`moment of NAME`); collective."""
         for name, parameter in self.model.named_parameters():
-            yield f"updated {name}", whole(parameter.detach())
-            yield f"moment of {name}", whole(self.optimizer.state[parameter]["exp_avg"])
+            yield f"updated {name}", gathered(parameter.detach())
+            yield f"moment of {name}", gathered(self.optimizer.state[parameter]["exp_avg"])
 
 
-def whole(x: Tensor) -> Tensor:
+def gathered(x: Tensor) -> Tensor:
     """Return a gathered tensor; collective where it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
