@@ -4,6 +4,7 @@ Gradients are *summed* over ranks (FSDP2 averages by default), because each rank
 of labels (`longctx.engines.step`): the result does not depend on how tokens are sharded.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,9 @@ class TorchEngine:
         """As in `Engine`."""
         loss, router_stats = self.gradients(batches)
         router_stats.check_finite()
+        if not math.isfinite(loss):
+            # The parameters stay as they are, so that the trainer can find out where the loss is not finite.
+            return StepResult(loss, math.nan, router_stats)
         return StepResult(loss, self.update(lr, router_stats), router_stats)
 
     def update(self, lr: float, router_stats: RouterStats) -> float:

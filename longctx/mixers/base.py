@@ -129,6 +129,11 @@ class MixerConfig(Config, ABC):
         del dim
         return self
 
+    def warning(self, length: int) -> str | None:
+        """Return a sentence about what loses precision on sequences of `length` tokens in float32, if anything does."""
+        del length
+        return None
+
     @abstractmethod
     def problems(self, dim: int) -> list[str]:
         """Return the problems for a model of width `dim`, each a message that begins with its key."""

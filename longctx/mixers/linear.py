@@ -27,6 +27,9 @@ from longctx.mixers.shares import Share, row_shares
 from longctx.moe.head_router import HeadRouting
 from longctx.parallel.layout import Layout
 
+LONG = 2**14
+"""Tokens from which the normalizer's cancellation costs more than two digits."""
+
 
 class LinearConfig(HeadsConfig):
     """`[model.linear]`: basic linear attention, with a feature map and without decay (letter B)."""
@@ -39,7 +42,16 @@ class LinearConfig(HeadsConfig):
     feature_map: Literal["identity", "relu", "silu", "elu1", "hedgehog"] = "elu1"
     """Feature map of queries and keys; `hedgehog` is learned and doubles the key width."""
     normalize: bool = True
-    """Divide each output by the sum of its weights; otherwise apply RMSNorm per head."""
+    """Divide each output by the sum of its weights; otherwise apply RMSNorm per head. The gradient of queries then
+    loses digits on long sequences where the values of a head have a mean (docs/exactness.md)."""
+
+    def warning(self, length: int) -> str | None:
+        if not self.normalize or length < LONG:
+            return None
+        return (
+            f"model.linear.normalize: on {length} tokens the gradient of queries may lose 3 to 5 of float32's 7 digits "
+            "where values have a mean (docs/exactness.md); normalize = false has no such terms"
+        )
 
     def problems(self, dim: int) -> list[str]:
         problems = super().problems(dim)

@@ -45,6 +45,7 @@ from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
 from longctx.train.display import Display, make_display
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.lr_schedule import lr_factor
+from longctx.train.nonfinite import not_finite
 from longctx.train.process_group import collective_errors, device_type, process_group
 
 _DIVERGED = (
@@ -283,7 +284,9 @@ class _Trainer:
             unigram_loss=unigram,
         )
         self.reporter.start(info)
-        for message in self.engine.startup_messages:
+        kinds = {mixer.name: mixer for mixer in map(self.recipe.model.mixer, range(len(self.recipe.model.pattern)))}
+        warnings = [mixer.warning(self.recipe.data.sequence_length) for mixer in kinds.values()]
+        for message in (*self.engine.startup_messages, *filter(None, warnings)):
             self.reporter.message(message)
         for layers, schedule in info.attention.items():
             self.reporter.message(f"attention, {layers}: {schedule}")
@@ -345,7 +348,9 @@ class _Trainer:
         except NonFiniteLogitsError as error:
             raise UserError(f"step {step}: {error}. {_DIVERGED}") from error
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise UserError(f"step {step}: the loss is {result.loss} and the grad norm {result.grad_norm}. {_DIVERGED}")
+            where = not_finite(self.engine, batches)
+            said = f"step {step}: the loss is {result.loss} and the grad norm {result.grad_norm}."
+            raise UserError(" ".join(part for part in (said, f"{where}." if where else "", _DIVERGED) if part))
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
         memory = system.peak_memory_bytes(self.device)

@@ -64,3 +64,9 @@ def test_flops_are_those_of_the_parts():
     layout = Layout((0, 3, 10))
     basic = LinearConfig(heads=4, kv_heads=2, head_dim=3).build(8, 0, 1, EPS)
     assert basic.flops(layout) == 10 * (2 * 8 * 24 + 2 * 12 * 8 + 2 * (4 + 2) * 3 * (3 + 1))
+
+
+def test_a_normalizer_on_long_sequences_is_warned_of():
+    assert LinearConfig(heads=2).warning(2**14 - 1) is None
+    assert "model.linear.normalize: on 131072 tokens" in LinearConfig(heads=2).warning(2**17)
+    assert LinearConfig(heads=2, normalize=False).warning(2**20) is None

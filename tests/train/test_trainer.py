@@ -303,6 +303,35 @@ def logits_that_are_no_numbers_in_step_3(layer: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def a_token_that_is_no_number_in_step_3() -> Iterator[None]:
+    """Token 5 is NaN in the embedding's output, in the step and when it is looked for."""
+    step_of, taken, embed = TorchEngine.step, Counter[str](), torch.nn.functional.embedding
+
+    def step(self, batches, lr):
+        taken["steps"] += 1
+        return step_of(self, batches, lr)
+
+    def spoiled(*arguments, **options):
+        out = embed(*arguments, **options)
+        if taken["steps"] == 3:
+            out = out.clone()
+            out[:, 5] = float("nan")
+        return out
+
+    with patch.object(TorchEngine, "step", step), patch("torch.nn.functional.embedding", spoiled):
+        yield
+
+
+def test_a_loss_that_is_no_number_is_named_by_its_sequence_document_and_token(ranks, workplace, tmp_path):
+    overrides = ["parallel.cp=1", "train.sequences_per_step=1"]
+    (message,) = ranks.run(
+        mistake, workplace, tmp_path / "out", overrides, "auto", a_token_that_is_no_number_in_step_3, size=1
+    )
+    start = "step 3: the loss is nan and the grad norm nan. Not finite from there on: sequence 2, document 0, token 5 "
+    assert message.startswith(f"{start}(counted from 0). Training stopped")
+
+
 ATTENTION_EXPERTS = (
     "model.layers=LSA",
     "model.depth=3",
