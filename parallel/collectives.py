@@ -42,7 +42,8 @@ def _named(description: str, layer: str) -> Iterator[None]:
 class VirtualGroup(dist.ProcessGroup):
     """A group whose ranks share processes (`longctx.parallel.virtual_ranks`): it communicates by its own methods.
 
-    Each returns a function that waits for the result.
+    Each returns a function that waits for the result. An abstract class, but for ABC, whose metaclass is not that of
+    ProcessGroup.
     """
 
     def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:

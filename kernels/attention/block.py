@@ -104,10 +104,7 @@ def forward(
         # The operators divide by the lengths.
         nothing = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype, device=q.device)
         return q.new_zeros(*q.shape[:3], v.shape[3]), nothing
-    if q.is_cuda or torch.compiler.is_compiling():
-        out, lse = implementation.forward(q, k, v, mask, float(scale))
-    else:
-        out, lse = contained_forward(lambda q, k, v: implementation.forward(q, k, v, mask, float(scale)), q, k, v, mask)
+    out, lse = contained_forward(lambda q, k, v: implementation.forward(q, k, v, mask, float(scale)), q, k, v, mask)
     return out.to(q.dtype), lse.to(dtype)
 
 
@@ -131,12 +128,9 @@ def backward(
     if q.shape[1] == 0 or k.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     do, out = do.to(q.dtype), out.to(q.dtype)
-    if q.is_cuda or torch.compiler.is_compiling():
-        dq, dk, dv = implementation.backward(do, q, k, v, out, lse, mask, float(scale))
-    else:
 
-        def run(do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-            return implementation.backward(do, q, k, v, out, lse, mask, float(scale))
+    def run(do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        return implementation.backward(do, q, k, v, out, lse, mask, float(scale))
 
-        dq, dk, dv = contained_backward(run, do, q, k, v, out, lse, mask)
+    dq, dk, dv = contained_backward(run, do, q, k, v, out, lse, mask)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

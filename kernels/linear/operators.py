@@ -103,13 +103,12 @@ class RegisteredRecurrence(ABC):
             prepared: Sequence[Tensor] | None = None,
         ) -> Any:
             inputs = Inputs(q, k, v, tuple(gates), tuple(prepared or ()))
-            module, decoded = self._module(k), _decode_once(tuple(segments))
-            run = getattr(module, function)
-            if module is self._torch and not k.is_cuda:
+            run, decoded = getattr(self._module(k), function), _decode_once(tuple(segments))
+            if k.is_cuda:
+                result = run(inputs, decoded, *rest)
+            else:
                 keyed = self.transition_dims(inputs) == (k.shape[3],) * 2
                 result = contained(function, run, inputs, decoded, *rest, gate_names=self.gate_names, keyed=keyed)
-            else:
-                result = run(inputs, decoded, *rest)
             if isinstance(result, Carry):
                 return result.transition, result.state
             if function == "apply_grad":

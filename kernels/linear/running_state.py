@@ -47,15 +47,15 @@ class RunningState:
         A document start drops the state, whatever its value.
         """
         if decay.masks.starts:
-            for x in (self._wide, self._base, self._added):
+            for x in (self._wide, self._base):
                 x.zero_()
-            self._kept, self._chunks = decay.keeps, 0
-        elif self._kept is None:
+            self._kept, self._chunks = None, 0
+        elif self._chunks == CHUNKS_PER_BASE:
+            self._renew_base()
+        if self._kept is None:
             self._added.zero_()
             self._kept = decay.keeps
         else:
-            if self._chunks == CHUNKS_PER_BASE:
-                self._renew_base()
             self._added.mul_(decay.keeps.to(self._added.dtype))
             self._kept = self._kept * decay.keeps
         self._chunks += 1
@@ -66,8 +66,7 @@ class RunningState:
         assert self._kept is not None
         self._wide.mul_(self._kept).add_(self._added)
         self._base.copy_(self._wide)
-        self._added.zero_()
-        self._kept, self._chunks = torch.ones_like(self._kept), 0
+        self._kept, self._chunks = None, 0
 
 
 def running_state(loop: ChunkLoop, name: str, states: Tensor, group: HeadGroup) -> RunningState:

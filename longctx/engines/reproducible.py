@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from longctx.engines.base import Batch
 from longctx.engines.router_stats import RouterStats
-from longctx.engines.step import configure_activations
+from longctx.engines.step import configure_activations, loss_scale, loss_share
 from longctx.engines.torch_engine import TorchEngine
 from longctx.errors import UserError
-from longctx.kernels.loss import IGNORE
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
-from longctx.parallel.collectives import all_reduce, exchange
+from longctx.parallel.collectives import exchange
 from longctx.parallel.mesh import Axis, Mesh
 from longctx.parallel.virtual_ranks import VirtualRanks
 from longctx.recipe.tables import OptimizerConfig, TrainConfig
@@ -57,7 +56,6 @@ class ReproducibleEngine(TorchEngine):
         super().__init__(model, train, optimizer, replace(mesh, virtual=virtual), vocab_size=vocab_size, seed=seed)
         self._half = self._half_parameters() if train.precision == "bf16" else {}
         self._replicas = [self._replica(model, vocab_size) for _ in virtual]
-        self._with_gradients: list[bool] = []
 
     def _shard(self, decoder: Decoder) -> None:
         """Shard nothing."""
@@ -70,6 +68,12 @@ class ReproducibleEngine(TorchEngine):
             for name, parameter in self.model.named_parameters()
             if not any(name.startswith(f"{prefix}.") for prefix in full)
         }
+
+    @torch.no_grad()
+    def _round_parameters(self) -> None:
+        """Copy the parameters to their bf16 copies."""
+        for name, half in self._half.items():
+            half.copy_(self.model.get_parameter(name))
 
     def _replica(self, model: ModelConfig, vocab_size: int) -> Decoder:
         """Return modules of their own, with parameters that share the weights and have gradients of their own."""
@@ -90,12 +94,8 @@ class ReproducibleEngine(TorchEngine):
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, RouterStats]:
         """As in `TorchEngine`, summed over virtual ranks and sequences in one order."""
-        with torch.no_grad():
-            for name, half in self._half.items():
-                half.copy_(self.model.get_parameter(name))
-        counts = [(batch.labels != IGNORE).sum() for batch in batches]
-        labels = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
-        scale = 1 / max(int(all_reduce(labels)), 1)
+        self._round_parameters()
+        scale = loss_scale(batches, self.device)
         sequences = self.mesh.dp.size * sum(len(batch.tokens) for batch in batches)
         tree = _TreeSum()
         stats = RouterStats()
@@ -128,8 +128,7 @@ class ReproducibleEngine(TorchEngine):
         """As in `Engine`: by this process's own rank of the mesh, not by virtual ones."""
         model = self._replicas[0]
         model.eval()
-        for name, half in self._half.items():
-            half.copy_(self.model.get_parameter(name))
+        self._round_parameters()
         losses: Losses = model(batch.tokens, batch.layout, batch.labels, loss_tile=self.config.loss_tile)
         model.train()
         return losses
@@ -175,10 +174,7 @@ def _compute(task: _Task) -> tuple[_Leaf, RouterStats]:
     """Run a virtual rank's forward and backward pass."""
     batch, model = task.batch, task.model
     losses: Losses = model(batch.tokens, batch.layout, batch.labels, loss_tile=task.loss_tile, scale=task.scale)
-    loss = losses.total
-    for report in losses.reports.values():
-        loss = loss + report.loss * (len(batch.tokens) / task.sequences)
-    loss.backward()
+    loss_share(losses, batch, task.sequences).backward()
     stats = RouterStats()
     stats.add(losses.reports)
     flat, counts = [], []

@@ -69,7 +69,7 @@ class RouterStats:
     @property
     def sums(self) -> Tensor:
         """All statistics of all routers in one tensor, `[N]` float64."""
-        return torch.cat([*self._rows.values(), torch.zeros(0, dtype=torch.float64)])
+        return torch.cat(list(self._rows.values())) if self._rows else torch.zeros(0, dtype=torch.float64)
 
     @sums.setter
     def sums(self, sums: Tensor) -> None:

@@ -49,25 +49,35 @@ def accumulate_gradients(
     scale)` returns a batch's scaled losses; `backward` receives this rank's share of the step's loss, batch by batch,
     and the gradient is the sum over batches and ranks. Every rank must pass the same number of batches.
     """
-    # Summed on the device: the host waits once, for the number of all ranks.
-    counts = [(batch.labels != IGNORE).sum() for batch in batches]
-    labels = torch.stack(counts).sum().to(device, torch.float64) if counts else torch.zeros((), device=device)
-    # A Python float: FSDP would cast a tensor input to the model's precision.
-    scale = 1 / max(all_reduce(labels).item(), 1.0)
+    scale = loss_scale(batches, device)
     sequences = mesh.dp.size * sum(len(batch.tokens) for batch in batches)
     summed = torch.zeros((), dtype=torch.float64, device=device)
     router_stats = RouterStats()
     for batch in batches:
         losses = forward(batch, scale)
-        loss = losses.total
-        for report in losses.reports.values():
-            # A router sums over the batch's rows as over one sequence.
-            loss = loss + report.loss * (len(batch.tokens) / sequences)
-        backward(loss)
+        backward(loss_share(losses, batch, sequences))
         summed += losses.total.detach()
         router_stats.add(losses.reports)
     router_stats.sum_over_ranks(device)
     return all_reduce(summed).item(), router_stats
+
+
+def loss_scale(batches: Sequence[Batch], device: torch.device) -> float:
+    """Return 1 / the number of labels of a step over all ranks; 1 without labels. Collective."""
+    # Summed on the device: the host waits once, for the number of all ranks.
+    counts = [(batch.labels != IGNORE).sum() for batch in batches]
+    labels = torch.stack(counts).sum().to(device, torch.float64) if counts else torch.zeros((), device=device)
+    # A Python float: FSDP would cast a tensor input to the model's precision.
+    return 1 / max(all_reduce(labels).item(), 1.0)
+
+
+def loss_share(losses: Losses, batch: Batch, sequences: int) -> Tensor:
+    """Return a batch's share of the loss of a step of so many sequences: that of its labels and of its routers."""
+    loss = losses.total
+    for report in losses.reports.values():
+        # A router sums over the batch's rows as over one sequence.
+        loss = loss + report.loss * (len(batch.tokens) / sequences)
+    return loss
 
 
 def update_router_biases(decoder: nn.Module, router_stats: RouterStats) -> None:

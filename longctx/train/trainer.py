@@ -350,7 +350,7 @@ class _Trainer:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             where = not_finite(self.engine, batches)
             said = f"step {step}: the loss is {result.loss} and the grad norm {result.grad_norm}."
-            raise UserError(" ".join(part for part in (said, f"{where}." if where else "", _DIVERGED) if part))
+            raise UserError(" ".join(filter(None, (said, where and f"{where}.", _DIVERGED))))
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
         memory = system.peak_memory_bytes(self.device)

@@ -14,7 +14,7 @@ from longctx.engines.reproducible import ReproducibleEngine
 from longctx.parallel.local_ranks import LocalRanks
 from longctx.parallel.mesh import Mesh
 from longctx.verify.cases import SEQUENCES, Case
-from longctx.verify.measure import Subject, batch_of
+from longctx.verify.measure import Subject, batch_of, take_step
 from longctx.verify.run import Row, nan_is_worst, relative
 
 
@@ -44,13 +44,10 @@ def step_of(subject: Subject, shared: Shared) -> dict[str, Tensor]:
         seed=subject.seed,
     )
     case = Case(shared.processes, "zigzag", shared.packed)
-    loss, router_stats = engine.gradients([batch_of(subject, case, n, engine.mesh) for n in range(SEQUENCES)])
-    found = {"loss": torch.tensor(loss, dtype=torch.float64)}
-    found |= {name: gradient.clone() for name, gradient in engine.named_gradients()}
-    found["grad norm"] = torch.tensor(engine.update(subject.optimizer.lr, router_stats), dtype=torch.float64)
-    found |= {name: x.clone() for name, x in engine.named_updates()}
+    batches = [batch_of(subject, case, n, engine.mesh) for n in range(SEQUENCES)]
+    loss, gradients, step = take_step(engine, batches, subject.optimizer.lr)
     engine.close()
-    return found
+    return {"loss": torch.tensor(loss, dtype=torch.float64)} | gradients | step
 
 
 def difference(x: Tensor, ref: Tensor) -> float:

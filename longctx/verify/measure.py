@@ -74,12 +74,20 @@ def measure(subject: Subject, case: Case, precision: Precision) -> RankResult:
     batches = {n: batch_of(subject, case, n, mesh) for n in range(mesh.dp.rank, SEQUENCES, mesh.dp.size)}
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}
-    loss, router_stats = engine.gradients(list(batches.values()))
-    gradients = {name: x.to(torch.float64, copy=True) for name, x in engine.named_gradients()}  # clipped in place below
-    step = {"grad norm": torch.tensor(engine.update(subject.optimizer.lr, router_stats), dtype=torch.float64)}
-    step |= {name: x.double() for name, x in engine.named_updates()}
+    loss, *tensors = take_step(engine, list(batches.values()), subject.optimizer.lr)
     first = mesh.cp.rank == 0 and mesh.dp.rank % case.dp_shard == 0
-    return RankResult(loss, logits, mesh.cp.rank, gradients if first else {}, step if first else {})
+    gradients, step = ({name: x.double() for name, x in named.items()} if first else {} for named in tensors)
+    return RankResult(loss, logits, mesh.cp.rank, gradients, step)
+
+
+def take_step(
+    engine: TorchEngine, batches: list[Batch], lr: float
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Take an optimizer step: return the loss, the gradients, and the `grad norm`, parameters and moments after it."""
+    loss, router_stats = engine.gradients(batches)
+    gradients = {name: x.clone() for name, x in engine.named_gradients()}  # clipped in place by `update`
+    step = {"grad norm": torch.tensor(engine.update(lr, router_stats), dtype=torch.float64)}
+    return loss, gradients, step | {name: x.clone() for name, x in engine.named_updates()}
 
 
 def batch_of(subject: Subject, case: Case, number: int, mesh: Mesh) -> Batch:

@@ -130,10 +130,7 @@ def verify(
     `measure` runs on each rank.
     """
 
-    def values(case: Case, precision: Precision) -> Values:
-        return values_of(subject, case, precision)
-
-    def values_of(drawn: Subject, case: Case, precision: Precision) -> Values:
+    def values(case: Case, precision: Precision, drawn: Subject = subject) -> Values:
         results = ranks.run(measure, drawn, case, precision, size=case.ranks)
         loss = torch.tensor(results[0].loss, dtype=torch.float64)
         replicas = [result.gradients | result.step for result in results if result.gradients]
@@ -148,13 +145,13 @@ def verify(
     precision: Precision = subject.train.precision
     draws = []
     for number, packed in itertools.product(range(DRAWS), (False, True)):
-        drawn, alone = replace(subject, seed=subject.seed + SEEDS_APART * number), reference(packed)
-        want = exact[packed] if number == 0 else values_of(drawn, alone, "fp64").named
-        draws.append(values_of(drawn, alone, precision).differences(want))
+        drawn, one_rank = replace(subject, seed=subject.seed + SEEDS_APART * number), reference(packed)
+        want = exact[packed] if number == 0 else values(one_rank, "fp64", drawn).named
+        draws.append(values(one_rank, precision, drawn).differences(want))
         if number == 0:
             bound = ONE_RANK_BOUNDS[precision]
             bounds = {n: bound if n in ("loss", "logits") else bound * ONE_RANK_GRADIENTS for n in draws[-1]}
-            yield Row(alone, precision, draws[-1], bounds)
+            yield Row(one_rank, precision, draws[-1], bounds)
     bounds = {name: bound_of(x.numel(), [draw[name] for draw in draws]) for name, x in exact[False].items()}
     for case in all_cases:
         yield Row(case, precision, values(case, precision).differences(exact[case.packed]), bounds)

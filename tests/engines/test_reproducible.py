@@ -7,7 +7,7 @@ import torch
 
 from longctx.data.loader import Sequence
 from longctx.engines.reproducible import ReproducibleEngine
-from longctx.engines.torch_engine import TorchEngine
+from longctx.engines.torch_engine import TorchEngine, gathered
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
 from longctx.mixers import MIXERS
@@ -64,8 +64,7 @@ def train(run, ranks=RANKS):
         batches = [to_batch(sequence(n), engine.mesh, run.order, engine.device, **schedules) for n in numbers]
         result = engine.step(batches, 0.01)
         results.append((result.loss, result.grad_norm, {n: s.counts for n, s in result.router_stats.layers.items()}))
-    full = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
-    after = {name: full(p.detach()).clone() for name, p in engine.model.state_dict().items()}
+    after = {name: gathered(p.detach()).clone() for name, p in engine.model.state_dict().items()}
     engine.close()
     return results, after
 
