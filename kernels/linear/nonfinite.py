@@ -88,11 +88,12 @@ class _Bad:
         return any(bool(bad.any()) for bad in (*self.rows.values(), *self.states.values(), *self.gates))
 
     def cleaned(self) -> Inputs:
-        """Return the inputs with 0 where they are not finite."""
+        """Return the inputs with 0 where they are not finite, without what was prepared of them."""
         x = self.inputs
         q = None if x.q is None else without(x.q, self.rows["q"])
         gates = tuple(gate.masked_fill(bad, 0) for gate, bad in zip(x.gates, self.gates, strict=True))
-        return replace(x, q=q, k=without(x.k, self.rows["k"]), v=without(x.v, self.rows["v"]), gates=gates)
+        k, v = without(x.k, self.rows["k"]), without(x.v, self.rows["v"])
+        return replace(x, q=q, k=k, v=v, gates=gates, prepared=())
 
     def clean(self, name: str, x: Tensor) -> Tensor:
         """Return an argument after the inputs with 0 where it is not finite."""

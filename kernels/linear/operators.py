@@ -104,7 +104,7 @@ class RegisteredRecurrence(ABC):
         ) -> Any:
             inputs = Inputs(q, k, v, tuple(gates), tuple(prepared or ()))
             run, decoded = getattr(self._module(k), function), _decode_once(tuple(segments))
-            if k.is_cuda:
+            if k.is_cuda or function == "prepare":
                 result = run(inputs, decoded, *rest)
             else:
                 keyed = self.transition_dims(inputs) == (k.shape[3],) * 2

@@ -158,6 +158,22 @@ def test_the_operators_pass_on_what_is_prepared(inverted, monkeypatch):
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(CUDA, reason="NaN is contained on a CPU")
+def test_what_is_prepared_of_a_token_that_is_nan_reaches_no_earlier_one(monkeypatch):
+    monkeypatch.setattr(operators.RegisteredRecurrence, "_module", lambda self, k: delta)
+    case, segments = case_of("delta, scalar"), Segment(0, 70, STARTS).cut(40)
+    spoiled = replace(case, k=case.k.clone())
+    spoiled.k[0, 50, 0, 1] = float("nan")  # of the document [33, 64), which lies in both segments
+    outs = []
+    for x in (case, spoiled):
+        inputs = DELTA.prepare(Inputs(x.q, x.k, x.v, x.gates), segments)
+        assert inputs.prepared
+        outs.append(DELTA.apply(inputs, segments, torch.stack([x.state, x.state]))[0])
+    untouched = [*range(50), *range(64, 70)]
+    assert torch.equal(outs[1][:, untouched], outs[0][:, untouched])
+    assert outs[1][0, 50:64].isnan().all()
+
+
 def test_one_segment_and_vector_decays_keep_nothing(inverted):
     case = case_of("delta, scalar", 20)
     scan_recurrence(Module(), case.q, case.k, case.v, case.gates, Plan((Segment(0, 20),)), case.state)
