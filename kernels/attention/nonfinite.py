@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longctx.kernels.attention.masks import BlockMask, key_bounds
 from longctx.kernels.attention.tiled import Gradients
-from longctx.kernels.finite import all_finite, bad_rows, per_head, without
+from longctx.kernels.finite import all_finite, bad_rows, is_checked, per_head, without
 
 NAN = float("nan")
 
@@ -22,7 +22,7 @@ def contained_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse of `run(q, k, v)`, NaN for the queries that are not finite or see what is not."""
     out, lse = run(q, k, v)
-    if _unchecked(q) or all_finite(out):
+    if not is_checked(q) or all_finite(out):
         return out, lse
     bad_queries, bad_k, bad_v = (bad_rows(x) for x in (q, k, v))
     if not bool(bad_queries.any() | bad_k.any() | bad_v.any()):
@@ -44,7 +44,7 @@ def contained_backward(
 ) -> Gradients:
     """Return dq, dk, dv of `run(do, q, k, v, out, lse)`, NaN where a bad query, or a bad key that it sees, reaches."""
     grads = run(do, q, k, v, out, lse)
-    if _unchecked(q) or all_finite(*grads):
+    if not is_checked(q) or all_finite(*grads):
         return grads
     bad_k, bad_v = bad_rows(k), bad_rows(v)
     # The lse of a query that sees nothing is -inf.
@@ -57,11 +57,6 @@ def contained_backward(
     dq, dk, dv = run(do, q, without(k, bad_k), without(v, bad_v), out, lse)
     bad_keys = (_seen(bad_queries, mask, k) | bad_k | bad_v)[..., None]
     return dq.masked_fill(bad_queries[..., None], NAN), dk.masked_fill(bad_keys, NAN), dv.masked_fill(bad_keys, NAN)
-
-
-def _unchecked(q: Tensor) -> bool:
-    """Whether results are taken as they are: CUDA would be waited for, and torch.compile does not trace a branch."""
-    return q.is_cuda or torch.compiler.is_compiling()
 
 
 def _bounds(mask: BlockMask, queries: Tensor, keys: Tensor, heads: int) -> tuple[Tensor, Tensor]:

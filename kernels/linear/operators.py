@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
+from longctx.kernels.finite import is_checked
 from longctx.kernels.linear.checks import check_heads, check_operands
 from longctx.kernels.linear.nonfinite import contained
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
@@ -104,11 +105,11 @@ class RegisteredRecurrence(ABC):
         ) -> Any:
             inputs = Inputs(q, k, v, tuple(gates), tuple(prepared or ()))
             run, decoded = getattr(self._module(k), function), _decode_once(tuple(segments))
-            if k.is_cuda or function == "prepare":
-                result = run(inputs, decoded, *rest)
-            else:
+            if is_checked(k) and function != "prepare":
                 keyed = self.transition_dims(inputs) == (k.shape[3],) * 2
                 result = contained(function, run, inputs, decoded, *rest, gate_names=self.gate_names, keyed=keyed)
+            else:
+                result = run(inputs, decoded, *rest)
             if isinstance(result, Carry):
                 return result.transition, result.state
             if function == "apply_grad":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.engines.base import Batch, Engine
+from longctx.kernels.finite import checks_on_cuda
 
 NAMED = 3
 """Documents that are named; there may be more."""
@@ -28,7 +29,8 @@ def not_finite(engine: Engine, batches: Sequence[Batch]) -> str:
     """
     places: dict[tuple[int, int], int] = {}
     for batch in batches:
-        layout, nll = batch.layout, engine.losses(batch).nll[0].cpu()
+        with checks_on_cuda():
+            layout, nll = batch.layout, engine.losses(batch).nll[0].cpu()
         tokens = layout.shard(torch.arange(layout.length)[None], fill=-1)[0]
         for token in sorted(tokens[~torch.isfinite(nll) & (tokens >= 0)].tolist(), reverse=True):
             places[layout.sequence, bisect_right(layout.cu_seqlens, token) - 1] = token

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longctx.engines.base import Batch
+from longctx.kernels.finite import is_checked
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.train.nonfinite import not_finite
@@ -20,6 +21,7 @@ class Losses:
         self.places = places
 
     def losses(self, batch):
+        assert is_checked(SimpleNamespace(is_cuda=True))
         nll = torch.ones(batch.layout.length)
         for sequence, token in self.places:
             if sequence == batch.layout.sequence:

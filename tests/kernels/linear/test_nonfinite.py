@@ -1,10 +1,12 @@
 """NaN and infinity in the inputs of a recurrence: earlier tokens and other documents do not change by a bit."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 
+from longctx.kernels.linear.operators import RegisteredRecurrence
 from longctx.kernels.linear.recurrence import Segment
 from tests.kernels.linear.cases import KINDS, by_recurrence, by_reference, draw
 
@@ -45,12 +47,11 @@ def rows(x):
 CASES = [(kind, name) for kind in KINDS for name in tensors_of(kind)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_what_is_not_finite_stays_in_its_document_and_after_its_token(kind, name, value):
+def check_contained(kind, name, value, tokens):
+    """A number of `name` that is not finite reaches no earlier token and no other document."""
     case, segments = draw(kind, LENGTH).to(torch.float32), Segment(0, LENGTH, STARTS).cut(60)
     before, _ = by_recurrence(case, segments)
-    for t in TOKENS:
+    for t in tokens:
         begin, end = document(t)
         after, _ = by_recurrence(spoiled(case, name, t, value), segments)
         for other in ("o", *GRADIENTS):
@@ -64,6 +65,23 @@ def test_what_is_not_finite_stays_in_its_document_and_after_its_token(kind, name
         lasting = slice(t, t + 1 if name == "q" else end)
         assert name == "do" or not rows(after["o"])[lasting].any()
         assert name != "do" or (torch.equal(before["o"], after["o"]) and not rows(after["dq"])[t])
+
+
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_what_is_not_finite_stays_in_its_document_and_after_its_token(kind, name, value):
+    check_contained(kind, name, value, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) if name == "v" else pytest.param(kind, name, marks=pytest.mark.slow) for kind, name in CASES],
+)
+def test_tritons_kernels_are_contained_where_they_are_checked(kind, name, monkeypatch):
+    pytest.importorskip("triton")
+    module = import_module(f"longctx.kernels.linear.{KINDS[kind][0].name}.triton")
+    monkeypatch.setattr(RegisteredRecurrence, "_module", lambda recurrence, k: module)
+    check_contained(kind, name, float("nan"), [40])
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
