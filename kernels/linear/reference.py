@@ -1,7 +1,7 @@
 """Reference linear recurrence: the equation, token by token.
 
-Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` is meaningful. Only tests call it, and
-compare the fast implementations with it.
+Dtype-preserving and differentiable by autograd, so that a float64 `gradcheck` is meaningful. Tests, and
+`longctx.verify.equations`, compare the fast implementations with it.
 """
 
 import torch

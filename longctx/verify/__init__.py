@@ -2,5 +2,6 @@
 
 from longctx.verify.bits import verify_bits
 from longctx.verify.run import Row, shrink, subject_of, verify
+from longctx.verify.training import verify_training
 
-__all__ = ["Row", "shrink", "subject_of", "verify", "verify_bits"]
+__all__ = ["Row", "shrink", "subject_of", "verify", "verify_bits", "verify_training"]

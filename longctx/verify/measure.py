@@ -64,13 +64,8 @@ def sequence(subject: Subject, number: int, packed: bool) -> tuple[Tensor, Tenso
 
 def measure(subject: Subject, case: Case, precision: Precision) -> RankResult:
     """Run the step of `case` on this rank of a CPU process group of `case.ranks`. Collective."""
-    axes = {name: getattr(case, name) for name in ("dp_replicate", "dp_shard", "cp", "ulysses", "ep")}
-    mesh = Mesh.build("cpu", **axes)
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    train = subject.train.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
-    engine = TorchEngine(
-        subject.model, train, subject.optimizer, mesh, vocab_size=subject.vocab_size, seed=subject.seed, dtype=dtype
-    )
+    engine = engine_of(subject, case, precision)
+    mesh = engine.mesh
     batches = {n: batch_of(subject, case, n, mesh) for n in range(mesh.dp.rank, SEQUENCES, mesh.dp.size)}
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}
@@ -78,6 +73,17 @@ def measure(subject: Subject, case: Case, precision: Precision) -> RankResult:
     first = mesh.cp.rank == 0 and mesh.dp.rank % case.dp_shard == 0
     gradients, step = ({name: x.double() for name, x in named.items()} if first else {} for named in tensors)
     return RankResult(loss, logits, mesh.cp.rank, gradients, step)
+
+
+def engine_of(subject: Subject, case: Case, precision: Precision) -> TorchEngine:
+    """Build the model in the layout of `case`, on a CPU process group of `case.ranks`. Collective."""
+    axes = {name: getattr(case, name) for name in ("dp_replicate", "dp_shard", "cp", "ulysses", "ep")}
+    mesh = Mesh.build("cpu", **axes)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    train = subject.train.model_copy(update={"precision": "bf16" if precision == "bf16" else "fp32"})
+    return TorchEngine(
+        subject.model, train, subject.optimizer, mesh, vocab_size=subject.vocab_size, seed=subject.seed, dtype=dtype
+    )
 
 
 def take_step(

@@ -1,5 +1,8 @@
 """Verification of parallel layouts: compares one training step on N ranks with the same step on one rank.
 
+One rank itself is first compared with the equations of the model (`longctx.verify.equations`), in float64: a fault that
+is the same on every rank shows only there.
+
 Every layout runs one step: forward, backward, clipping, the optimizer, in float64 and in the recipe's precision. In
 float64 the relative difference `|x - ref| / |ref|` (norms) of the loss, the logits, every parameter's gradient, the
 gradient norm, and every parameter and first moment after the step must be within 1e-10, on every replica.
@@ -22,9 +25,20 @@ from longctx.model.config import ModelConfig
 from longctx.parallel.local_ranks import LocalRanks
 from longctx.recipe import Recipe
 from longctx.verify.cases import Case, cases, own_cases, reference
+from longctx.verify.equations.decoder import check_covered
+from longctx.verify.equations.step import Equations, evaluate
 from longctx.verify.measure import Precision, RankResult, Subject, gather_logits, measure
 
 BOUND_FP64 = 1e-10
+"""Bound in float64, of layouts from one rank and of one rank from the equations. Both differ in the order of sums only:
+with 26 layers, two of each mixer, one rank's gradients are within 2e-12 of the equations'."""
+NEGLIGIBLE = 1e-5
+"""Norm, as a fraction of that of all gradients, below which a gradient is compared as if it had this norm. The exact
+gradient may be 0, and what is computed rounding: that of a router that chooses one expert, whose normalised weight is
+1, without auxiliary losses."""
+EQUATIONS_LENGTH = 512
+"""The most tokens of a sequence on which the equations are evaluated: they take a Python step per token, and matrices
+over pairs of tokens."""
 BOUND = 1e-5
 DRAWS = 3
 BEYOND_CHANCE = {1: 20.05, 4: 4.12}
@@ -63,7 +77,7 @@ class Values:
     def differences(self, reference: dict[str, Tensor]) -> dict[str, float]:
         """Return the relative difference of every tensor, the largest over replicas."""
         of_all = {"loss": self.loss, "logits": self.logits}
-        each = [{name: relative(x, reference[name]) for name, x in (of_all | r).items()} for r in self.replicas]
+        each = [differences(of_all | replica, reference) for replica in self.replicas]
         return {name: max((differences[name] for differences in each), key=nan_is_worst) for name in each[0]}
 
 
@@ -75,7 +89,7 @@ class Row:
     """
 
     case: object
-    precision: Precision
+    precision: str
     differences: dict[str, float]
     bounds: dict[str, float]
 
@@ -96,10 +110,25 @@ def nan_is_worst(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def relative(x: Tensor, ref: Tensor) -> float:
-    """Compute `|x - ref| / |ref|`, or `|x|` if the reference is 0."""
-    norm = ref.norm()
-    return float((x - ref).norm() / (norm if norm > 0 else 1.0))
+def relative(x: Tensor, ref: Tensor, least: float = 0.0) -> float:
+    """Compute `|x - ref| / |ref|`, with `least` for a smaller norm of the reference; `|x|` if both are 0."""
+    norm = max(float(ref.norm()), least)
+    return float((x - ref).norm()) / (norm if norm > 0 else 1.0)
+
+
+def differences(found: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative difference of every tensor in `found`, by name.
+
+    That of a gradient, moment or parameter below `NEGLIGIBLE` times the norm of all of them is relative to that.
+    """
+    norms: dict[str, float] = {}
+    for name, x in reference.items():
+        if name not in ("loss", "logits"):
+            kind = name.rpartition(" ")[0]  # "moment of", "updated", and "" of gradients
+            norms[kind] = math.hypot(norms.get(kind, 0.0), float(x.norm()))
+    least = {name: NEGLIGIBLE * norms.get(name.rpartition(" ")[0], 0.0) for name in found}
+    least |= dict.fromkeys(("loss", "logits"), 0.0)
+    return {name: relative(x, reference[name], least[name]) for name, x in found.items()}
 
 
 def shrink(subject: Subject) -> Subject:
@@ -124,11 +153,15 @@ def verify(
     ranks: LocalRanks,
     *,
     measure: Callable[[Subject, Case, Precision], RankResult] = measure,
+    evaluate: Callable[[Subject, bool], dict[str, Tensor]] | None = evaluate,
 ) -> Iterator[Row]:
-    """Run and compare every case, yielding a row per case, float64 first.
+    """Compare one rank with the equations, then every case with one rank, yielding a row each, float64 first.
 
-    `measure` runs on each rank.
+    `measure` runs on each rank, `evaluate` on one: the equations, left out if None. Raises UserError if these do not
+    implement the model.
     """
+    if evaluate is not None:
+        check_covered(subject.model)
 
     def values(case: Case, precision: Precision, drawn: Subject = subject) -> Values:
         results = ranks.run(measure, drawn, case, precision, size=case.ranks)
@@ -139,9 +172,17 @@ def verify(
     all_cases = list(dict.fromkeys([*cases(ranks.size, subject.model), *subject.own]))
     all_cases = [case for case in all_cases if case.ranks <= ranks.size]
     exact = {packed: values(reference(packed), "fp64").named for packed in (False, True)}
+    if evaluate is not None:
+        short = subject if subject.length <= EQUATIONS_LENGTH else replace(subject, length=EQUATIONS_LENGTH)
+        for packed in (False, True):
+            found = exact[packed] if short is subject else values(reference(packed), "fp64", short).named
+            (by_equations,) = ranks.run(evaluate, short, packed, size=1)
+            compared = Equations(packed, None if short is subject else short.length)
+            off = differences({name: found[name] for name in by_equations}, by_equations)
+            yield Row(compared, "fp64", off, dict.fromkeys(off, BOUND_FP64))
     for case in all_cases:
-        differences = values(case, "fp64").differences(exact[case.packed])
-        yield Row(case, "fp64", differences, dict.fromkeys(differences, BOUND_FP64))
+        off = values(case, "fp64").differences(exact[case.packed])
+        yield Row(case, "fp64", off, dict.fromkeys(off, BOUND_FP64))
     precision: Precision = subject.train.precision
     draws = []
     for number, packed in itertools.product(range(DRAWS), (False, True)):

@@ -12,7 +12,9 @@ from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from longctx.verify.equations.softmax import attention_experts
 from tests.mixers.cases import DIM, causal_document_mask, draw
+from tests.mixers.equations import check_config
 
 both_kinds = pytest.mark.parametrize("kv", ["each", "shared"])
 
@@ -55,6 +57,12 @@ def test_the_layer_is_the_sum_of_softmax_layers_by_the_routers_weights(kv, windo
     assert isinstance(given, Output)
     torch.testing.assert_close(given.out, want, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(given.report.counts, weights.sum(dim=(0, 1)))
+
+
+@both_kinds
+@pytest.mark.parametrize("changes", [{}, {"heads": 2, "window": 5, "rope_theta": 30.0, "head_dim": None}], ids=str)
+def test_layer_and_gradients_equal_the_equations(kv, changes):
+    check_config(config_of(kv, **changes), attention_experts)
 
 
 def on_rank(kv, changes, cells):

@@ -1,18 +1,8 @@
 """Gated linear attention: the layer against its equations."""
 
-import torch
-
 from longctx.mixers.gla import GlaConfig
-from tests.mixers.equations import check, each_of, heads, low_rank, normed, projected, recurrence, silu
-
-
-def gla(m, x, c):
-    q, k, v = projected(m, x, c.heads)
-    log_decay = heads(torch.log(1 / (1 + torch.exp(-low_rank(m.decay, x)))) / 16, c.heads)
-    o = recurrence(q / c.head_dim**0.5, k, v, log_decay)
-    gate = heads(silu(x @ m.gate.weight.T), c.heads)
-    return (normed(o) * m.norm.weight * gate).flatten(2) @ m.out.weight.T
-
+from longctx.verify.equations.gated import gla
+from tests.mixers.equations import check, each_of
 
 EQUATIONS = {"G": gla}
 

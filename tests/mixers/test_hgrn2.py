@@ -3,16 +3,10 @@
 import torch
 
 from longctx.mixers.hgrn2 import Hgrn2Config
-from tests.mixers.equations import EPS, check, each_of, heads, normed, projected, recurrence, silu
-
-
-def hgrn2(m, x, c):
-    q, f, v = projected(m, x, c.heads, lambda y: y)
-    low = heads(torch.sigmoid(m.bound.bound), c.heads)
-    forget = low + (1 - low) * torch.sigmoid(f)
-    o = recurrence(silu(q), 1 - forget, v, forget.log())
-    return (normed(o.flatten(2)) * m.norm.weight) @ m.out.weight.T
-
+from longctx.verify.equations.common import LayerContext
+from longctx.verify.equations.gated import hgrn2
+from tests.mixers.cases import CONFIGS
+from tests.mixers.equations import BOUNDS, EPS, check, check_config, each_of
 
 EQUATIONS = {"H": hgrn2}
 
@@ -20,6 +14,10 @@ EQUATIONS = {"H": hgrn2}
 @each_of("H")
 def test_layer_and_gradients_equal_the_equations(letter):
     check(letter, EQUATIONS[letter[0]])
+
+
+def test_the_first_layer_equals_its_equations():
+    check_config(CONFIGS["H"], hgrn2, LayerContext(BOUNDS, layer=0, depth=4, eps=EPS))
 
 
 def test_the_first_layer_has_no_lower_bound_and_the_others_begin_at_their_share_of_the_depth():

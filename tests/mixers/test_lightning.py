@@ -3,22 +3,19 @@
 import pytest
 import torch
 
-from longctx.kernels.linear import reference
 from longctx.mixers.lightning import LightningConfig, alibi_slopes, log_decays, minimax_log_decays
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
+from longctx.verify.equations.common import LayerContext, parameters_of
+from longctx.verify.equations.constant_decay import lightning, lightning_log_decays
+from tests.mixers.equations import check, each_of
+
+BOUNDS = (0, 1, 40, 129, 140)
 
 
-def by_the_equations(x, layer, slopes, factor, bounds):
-    """Head by head, with the recurrence itself; W_q, W_k, W_v, W_u are the rows of one matrix, in this order."""
-    heads, width = len(slopes), layer.qkvu.weight.shape[0] // 4
-    w_q, w_k, w_v, w_u = layer.qkvu.weight.split(width)
-    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
-    q, k, v = (z.unflatten(-1, (heads, -1)) for z in (silu(x @ w_q.T), silu(x @ w_k.T), x @ w_v.T))
-    decays = -torch.tensor(slopes, dtype=x.dtype) * factor
-    o = reference.linear_recurrence(q, k, v, decays, starts=bounds[:-1])[0].flatten(2)
-    normed = o / (o.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt()
-    return (normed * (x @ w_u.T)) @ layer.out.weight.T
+@each_of("L")
+def test_layer_and_gradients_equal_the_equations(letter):
+    check(letter, lightning)
 
 
 @pytest.mark.parametrize(
@@ -27,31 +24,27 @@ def by_the_equations(x, layer, slopes, factor, bounds):
 )
 @pytest.mark.parametrize(("layer", "depth", "factor"), [(0, 1, 1 + 1e-5), (1, 3, 0.5 + 1e-5), (2, 3, 1e-5)])
 def test_layer_equals_its_equations(heads, head_dim, slopes, layer, depth, factor):
-    mixer = LightningConfig(heads=heads, head_dim=head_dim).build(12, layer, depth, 1e-3).double()
+    config = LightningConfig(heads=heads, head_dim=head_dim)
+    mixer = config.build(12, layer, depth, 1e-3).double()
     initialise(mixer, seed=5)
     x = torch.randn(2, 140, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    bounds = (0, 1, 40, 129, 140)
-    want = by_the_equations(x, mixer, slopes, factor, bounds)
-    torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+    assert lightning_log_decays(config, layer, depth) == pytest.approx([-s * factor for s in slopes], rel=1e-14)
+    want = lightning(parameters_of(mixer), x, config, LayerContext(BOUNDS, layer, depth, 1e-3))
+    torch.testing.assert_close(mixer(x, Layout(BOUNDS)), want, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize(("layer", "depth", "factor"), [(0, 1, 1 + 1e-5), (1, 3, 1 - 1 / 2.00001 + 1e-5)])
 def test_minimaxs_layer_equals_its_equations(layer, depth, factor):
-    options = {"head_dim": 5, "form": "minimax", "norm_eps": 1e-3}
-    mixer = LightningConfig(heads=3, **options).build(12, layer, depth, 1e-6).double()
+    config = LightningConfig(heads=3, head_dim=5, form="minimax", norm_eps=1e-3)
+    mixer = config.build(12, layer, depth, 1e-6).double()
     initialise(mixer, seed=5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 140, 12, generator=generator, dtype=torch.float64)
     mixer.norm.weight.data += 0.3 * torch.randn(15, generator=generator, dtype=torch.float64)
-    silu = lambda z: z / (1 + torch.exp(-z))  # noqa: E731
-    w_q, w_k, w_v, w_u = mixer.qkvu.weight.split(15)
-    q, k, v = (silu(x @ w.T).unflatten(-1, (3, -1)) for w in (w_q, w_k, w_v))
-    decays = -torch.tensor([2 ** (-8 / 3), 2 ** (-16 / 3), 2**-8], dtype=x.dtype) * factor
-    bounds = (0, 1, 40, 129, 140)
-    o = reference.linear_recurrence(q, k, v, decays, starts=bounds[:-1])[0].flatten(2)
-    normed = o / (o.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * mixer.norm.weight
-    want = (normed / (1 + torch.exp(-(x @ w_u.T)))) @ mixer.out.weight.T
-    torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
+    slopes = [2 ** (-8 / 3), 2 ** (-16 / 3), 2**-8]
+    assert lightning_log_decays(config, layer, depth) == pytest.approx([-s * factor for s in slopes], rel=1e-14)
+    want = lightning(parameters_of(mixer), x, config, LayerContext(BOUNDS, layer, depth, 1e-6))
+    torch.testing.assert_close(mixer(x, Layout(BOUNDS)), want, rtol=1e-10, atol=1e-11)
     assert mixer.log_decay.tolist() == pytest.approx(minimax_log_decays(3, layer, depth), rel=1e-7)
 
 

@@ -2,29 +2,16 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from longctx.mixers.linear import LinearConfig
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
+from longctx.verify.equations.common import parameters_of
+from longctx.verify.equations.constant_decay import linear
 from tests.mixers.cases import DIM
-from tests.mixers.equations import BOUNDS, EPS, check, draw, each_of, heads, normed, recurrence, silu
+from tests.mixers.equations import BOUNDS, CONTEXT, EPS, check, draw, each_of
 
-
-def basic_linear(m, x, c):
-    q, k, v = heads(x @ m.qkv.weight.T, c.heads + 2 * c.kv_heads).split([c.heads, c.kv_heads, c.kv_heads], dim=2)
-
-    def phi(y, f):
-        y = torch.einsum("bthk,hkj->bthj", y, f.weight) + f.bias
-        e = torch.cat([y.exp(), (-y).exp()], dim=-1)
-        return e / e.sum(dim=-1, keepdim=True)
-
-    q, k = phi(q, m.feature_q), phi(k, m.feature_k)
-    o, weights = recurrence(q, k, v), recurrence(q, k, torch.ones_like(v))
-    return (o / (weights + 1e-6)).flatten(2) @ m.out.weight.T
-
-
-EQUATIONS = {"B": basic_linear}
+EQUATIONS = {"B": linear}
 
 
 @each_of("B")
@@ -34,15 +21,10 @@ def test_layer_and_gradients_equal_the_equations(letter):
 
 @pytest.mark.parametrize("name", ["identity", "relu", "silu", "elu1"])
 def test_feature_maps_without_a_denominator(name):
-    mixer, x = (
-        LinearConfig(heads=2, head_dim=5, feature_map=name, normalize=False).build(DIM, 0, 1, EPS).double(),
-        draw(),
-    )
+    config, x = LinearConfig(heads=2, head_dim=5, feature_map=name, normalize=False), draw()
+    mixer = config.build(DIM, 0, 1, EPS).double()
     initialise(mixer, seed=5)
-    maps = {"identity": lambda y: y, "relu": F.relu, "silu": silu, "elu1": lambda y: torch.where(y > 0, y + 1, y.exp())}
-    q, k, v = heads(x @ mixer.qkv.weight.T, 6).split(2, dim=2)
-    o = recurrence(maps[name](q), maps[name](k), v)
-    want = normed(o).flatten(2) @ mixer.out.weight.T
+    want = linear(parameters_of(mixer), x, config, CONTEXT)
     torch.testing.assert_close(mixer(x, Layout(BOUNDS)), want, rtol=1e-9, atol=1e-10)
 
 

@@ -1,23 +1,11 @@
 """Mamba-2: the layer against its equations."""
 
 import pytest
-import torch
 
 from longctx.mixers.mamba2 import Mamba2Config
 from longctx.parallel.layout import Layout
-from tests.mixers.equations import EPS, check, convolved, each_of, heads, normed, recurrence, silu
-
-
-def mamba2(m, x, c):
-    width, keys = c.heads * c.head_dim, c.groups * c.state_dim
-    z, u, dt = (x @ m.inner.weight.T).split([width, width + 2 * keys, c.heads], dim=-1)
-    v, k, q = convolved(u, m.conv).split([width, keys, keys], dim=-1)
-    v, k, q = heads(v, c.heads), heads(k, c.groups), heads(q, c.groups)
-    dt = torch.log1p(torch.exp(dt + m.decay.dt_bias)).clamp(c.dt_min, c.dt_max)
-    o = recurrence(q, k, v * dt[..., None], -m.decay.A_log.exp() * dt) + m.skip.weight[:, None] * v
-    gated = normed((o.flatten(2) * silu(z)).unflatten(-1, (c.groups, -1))).flatten(2)
-    return (gated * m.norm.weight) @ m.out.weight.T
-
+from longctx.verify.equations.gated import mamba2
+from tests.mixers.equations import EPS, check, each_of
 
 EQUATIONS = {"M": mamba2}
 

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 from longctx.mixers.retention import RetentionConfig, log_decays
-from tests.mixers.equations import check, each_of, heads, normed, projected, recurrence, silu, turned
-
-
-def retention(m, x, c):
-    q, k, v = projected(m, x, c.heads)
-    decays = torch.tensor([1 - 2.0 ** (-5 - h) for h in range(c.heads)], dtype=torch.float64).log()
-    o = recurrence(turned(q, 1e4), turned(k, 1e4) / c.head_dim**0.5, v, decays)
-    gate = heads(silu(x @ m.gate.weight.T), c.heads)
-    return (normed(o) * m.norm.weight * gate).flatten(2) @ m.out.weight.T
-
+from longctx.verify.equations.constant_decay import retention
+from tests.mixers.equations import check, each_of
 
 EQUATIONS = {"R": retention}
 

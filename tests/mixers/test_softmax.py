@@ -1,7 +1,5 @@
 """The softmax layer against a dense one whose positions turn complex numbers."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -9,39 +7,16 @@ from longctx.layers.rotary import RopeScaling
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
+from longctx.verify.equations.common import LayerContext, parameters_of
+from longctx.verify.equations.softmax import softmax, softmax_weights
+from tests.mixers.equations import check, each_of
 
 LENGTH = {"original_max_position_embeddings": 64}
 
 
-def turned(x, positions, theta):
-    """RoPE by its definition: channels i and i + D/2 are a complex number, turned by `position * theta^(-2i/D)`."""
-    half = x.shape[-1] // 2
-    number = torch.complex(x[..., :half], x[..., half:])
-    angles = positions[:, None].double() * theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    number = number * torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
-    return torch.cat([number.real, number.imag], dim=-1)
-
-
-def dense(x, layer, heads, kv_heads, head_dim, theta, bounds):
-    """Head by head with a whole score matrix."""
-    outs = [weights @ v for weights, v in dense_heads(x, layer, heads, kv_heads, head_dim, theta, bounds)]
-    return torch.cat(outs, dim=-1) @ layer.out.weight.T
-
-
-def dense_heads(x, layer, heads, kv_heads, head_dim, theta, bounds, window=None):
-    """Weights `[B, T, T]` and values of each head; the rows of the one projection are q, k, v, in this order."""
-    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-    q, k, v = ((x @ w.T).unflatten(-1, (-1, head_dim)) for w in layer.qkv.weight.split(sizes))
-    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)])
-    documents = torch.cat([torch.full((e - b,), n) for n, (b, e) in enumerate(itertools.pairwise(bounds))])
-    mask = (documents[:, None] == documents[None, :]).tril()
-    if window is not None:
-        mask = mask.triu(1 - window)
-    q, k = turned(q, positions, theta), turned(k, positions, theta)
-    for head in range(heads):
-        key = head // (heads // kv_heads)
-        scores = torch.einsum("bqd,bkd->bqk", q[:, :, head], k[:, :, key]) / head_dim**0.5
-        yield scores.masked_fill(~mask, float("-inf")).softmax(dim=-1), v[:, :, key]
+@each_of("S")
+def test_layer_and_gradients_equal_the_equations(letter):
+    check(letter, softmax)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, None, None), (6, 2, 6), (4, 1, 2), (1, 1, 8)], ids=str)
@@ -53,35 +28,21 @@ def test_layer_equals_a_dense_one(heads, kv_heads, head_dim, theta, bounds):
     initialise(mixer, seed=5)
     # Wide inputs, so that the weights are far from equal and a wrong position shows.
     x = 3 * torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    want = dense(x, mixer, heads, kv_heads or heads, head_dim or 12 // heads, theta, bounds)
+    want = softmax(parameters_of(mixer), x, config, LayerContext(bounds, 0, 2, 1e-5))
     torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("qk_norm", ["rms", "zero_centered_rms"])
 def test_norms_a_gate_and_channels_that_stay_are_as_written_out(qk_norm):
-    options = {"rotary_dim": 4, "qk_norm": qk_norm, "output_gate": True}
-    mixer = SoftmaxConfig(heads=4, kv_heads=2, head_dim=6, **options).build(12, 0, 2, 1e-3).double()
+    config = SoftmaxConfig(heads=4, kv_heads=2, head_dim=6, rotary_dim=4, qk_norm=qk_norm, output_gate=True)
+    mixer = config.build(12, 0, 2, 1e-3).double()
     initialise(mixer, seed=5)
     generator, bounds = torch.Generator().manual_seed(0), (0, 1, 13, 40)
     x = 3 * torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         for norm in (mixer.q_norm, mixer.k_norm):
             norm.weight += 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)
-
-    def normed(y, norm):
-        weight = norm.weight + (1 if qk_norm == "zero_centered_rms" else 0)
-        return y / (y.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight
-
-    q, k, v = (x @ mixer.qkv.weight.T).unflatten(-1, (-1, 6)).split([4, 2, 2], dim=2)
-    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(bounds)])
-    q, k = (normed(y, norm) for y, norm in ((q, mixer.q_norm), (k, mixer.k_norm)))
-    q, k = (torch.cat([turned(y[..., :4], positions, 10_000.0), y[..., 4:]], dim=-1) for y in (q, k))
-    documents = torch.cat([torch.full((e - b,), n) for n, (b, e) in enumerate(itertools.pairwise(bounds))])
-    mask = (documents[:, None] == documents[None, :]).tril()
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, dim=2)) / 6**0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    heads = torch.einsum("bhqk,bkhd->bqhd", weights, v.repeat_interleave(2, dim=2)).flatten(2)
-    want = (heads * (x @ mixer.gate.weight.T).sigmoid()) @ mixer.out.weight.T
+    want = softmax(parameters_of(mixer), x, config, LayerContext(bounds, 0, 2, 1e-3))
     torch.testing.assert_close(mixer(x, Layout(bounds)), want, rtol=1e-10, atol=1e-11)
 
 
@@ -106,7 +67,8 @@ def test_moving_a_document_changes_nothing_but_the_distances_within_it_do():
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_attention_that_it_lends_is_the_mean_of_its_heads(window):
-    mixer = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, window=window).build(12, 0, 2, 1e-5).double()
+    config = SoftmaxConfig(heads=6, kv_heads=2, head_dim=4, window=window)
+    mixer = config.build(12, 0, 2, 1e-5).double()
     initialise(mixer, seed=5)
     layout, generator = Layout((0, 1, 13, 40)), torch.Generator().manual_seed(0)
     x = (3 * torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -116,8 +78,8 @@ def test_the_attention_that_it_lends_is_the_mean_of_its_heads(window):
     mixer.attention_channels = 5
     given = mixer(x, layout)
     assert torch.equal(given.out, plain)
-    heads = [weights for weights, _ in dense_heads(x, mixer, 6, 2, 4, 10_000.0, layout.cu_seqlens, window)]
-    want = sum(heads) / 6 @ r
+    weights, _ = softmax_weights(parameters_of(mixer), x, config, LayerContext(layout.cu_seqlens, 0, 2, 1e-5))
+    want = weights.mean(dim=1) @ r
     torch.testing.assert_close(given.attend(r, None), want, rtol=1e-11, atol=1e-12)
     for weight in (x, mixer.qkv.weight):
         (got,) = torch.autograd.grad(given.attend(r, None), weight, do, retain_graph=True)

@@ -15,6 +15,10 @@ WITHOUT = {
     "longctx/bench/layers.py": "measured over ranks: tests/launch/test_bench_parallel.py",
     "longctx/convert/megatron_table.py": "names of tensors both ways: tests/convert/test_megatron.py",
     "longctx/engines/base.py": "a protocol and its records: tests/engines/test_torch_engine.py",
+    "longctx/verify/equations/constant_decay.py": "of mixers: tests/mixers/test_{linear,lightning,retention}.py",
+    "longctx/verify/equations/delta.py": "of mixers: tests/mixers/test_deltanet.py",
+    "longctx/verify/equations/gated.py": "of mixers: tests/mixers/test_{simple_gla,gla,hgrn2,lightnet,mamba2}.py",
+    "longctx/verify/equations/softmax.py": "of mixers: tests/mixers/test_{softmax,attention_experts}.py",
 }
 """Modules, as globs, without a test file under their name, and where they are tested."""
 

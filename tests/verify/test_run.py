@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -22,10 +23,11 @@ from longctx.verify import measure as measuring
 from longctx.verify import run
 from longctx.verify.cases import Case, own_cases, reference
 from longctx.verify.measure import RankResult, Subject, measure
-from longctx.verify.run import BEYOND_CHANCE, Row, bound_of, relative, shrink, verify
+from longctx.verify.run import BEYOND_CHANCE, Row, bound_of, differences, relative, shrink
 from tests.model.cases import VOCABULARY, decoder, hybrid, routed, routed_by, with_experts
 
 SUBJECT = Subject(hybrid(), TrainConfig(steps=1), VOCABULARY, length=32, seed=1)
+verify = partial(run.verify, evaluate=None)  # one rank against the equations: tests/verify/equations/test_step.py
 INPUT_OF = {"L": "blocks.0.mixer.qkvu.weight", "S": "blocks.1.mixer.qkv.weight"}
 
 
@@ -344,6 +346,24 @@ def test_relative_is_the_norm_of_the_difference_by_that_of_the_reference():
     assert relative(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 2.0])) == pytest.approx(2 / 13**0.5)
     assert relative(torch.zeros(2), torch.zeros(2)) == 0
     assert math.isnan(relative(torch.tensor([math.nan]), torch.ones(1)))
+
+
+def test_a_gradient_that_is_rounding_around_zero_is_not_compared_with_itself(ranks, monkeypatch):
+    only(monkeypatch, Case(2, "zigzag", True))
+    one = MoeConfig(experts=4, active=1, hidden=6, balance=0.0)
+    subject = Subject(with_experts(moe=one), TrainConfig(steps=1), VOCABULARY, 32, 1)
+    rows = list(islice(run.verify(subject, ranks), 3))
+    assert [row.failures for row in rows] == [[], [], []]
+    assert all(0 < row.differences["blocks.1.ffn.router.weight"] < 1e-11 for row in rows)
+
+
+def test_small_gradients_count_as_a_fraction_of_all_and_others_by_themselves():
+    ones = torch.ones(100, dtype=torch.float64)
+    sizes = {"loss": 1e-9, "a": 100.0, "b": 1e-2, "c": 1e-4, "moment of c": 1e-4}
+    reference = {name: size * ones for name, size in sizes.items()}
+    found = {name: 1.001 * x for name, x in reference.items()}
+    want = {"loss": 1e-3, "a": 1e-3, "b": 1e-3, "c": 1e-3 * 1e-4 / (100 * 1e-5), "moment of c": 1e-3}
+    assert differences(found, reference) == pytest.approx(want, rel=1e-6)
 
 
 def test_shrink_keeps_the_kind_and_bounds_the_size():
