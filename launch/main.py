@@ -45,6 +45,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmark kernels and sequen
 app.add_typer(bench_app, name="bench")
 convert_app = typer.Typer(no_args_is_help=True, help="Convert weights between models and formats.")
 app.add_typer(convert_app, name="convert")
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Check checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def _show_version(wanted: bool) -> None:
@@ -115,7 +117,8 @@ def _verify(
 ) -> None:
     """Verify that a recipe computes the same on N ranks as on one.
 
-    Compares loss, logits and every parameter's gradient in each parallel configuration with those on a single rank.
+    Compares loss, logits and every parameter's gradient in each parallel configuration with those on a single rank, and
+    these with the equations of the model.
     Exit status 1 if a difference is out of bounds.
     """
     from longctx.launch.verify import run
@@ -128,7 +131,9 @@ def _generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, e.g. runs/quickstart.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Override data.path, train.device or train.precision."),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Override checkpoint.verify, data.path, train.device or train.precision."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
@@ -439,6 +444,24 @@ def _convert_to_megatron(
     from longctx.launch.convert import run_to_megatron
 
     raise typer.Exit(run_to_megatron(source, out))
+
+
+@checkpoint_app.command("verify")
+def _checkpoint_verify(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="Checkpoint, run directory (all its checkpoints), or the output of longctx convert."
+        ),
+    ],
+) -> None:
+    """Compare the content of every file with its checksum.
+
+    Exit status 1 if a file is missing or has changed since it was written, or if there are no checksums.
+    """
+    from longctx.launch.checkpoint import run_verify
+
+    raise typer.Exit(run_verify(path))
 
 
 def _link_speed(text: str) -> float | None:

@@ -13,7 +13,7 @@ class RankError(RuntimeError):
 
 def _picklable(error: Exception) -> Exception:
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - its own pickle
     except Exception:  # noqa: BLE001 - pickling may fail in any way
         return RankError(f"{type(error).__name__}: {error}")
     return error

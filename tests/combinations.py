@@ -1,6 +1,6 @@
 """Combinations of parameters: all of them, or a few in which every pair occurs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -33,3 +33,13 @@ def pairs_first(*rows: Sequence[Any]) -> list[Any]:
     """All combinations as parameters of a test, slow ones those that `pairs` leaves out."""
     chosen = pairs(*rows)
     return [pytest.param(*values, marks=[] if values in chosen else [pytest.mark.slow]) for values in everything(*rows)]
+
+
+def mostly_slow(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Values as parameters of a test, slow ones all but `kept`."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def mostly_slow_rows(rows: Iterable[tuple[Any, ...]], kept: Callable[..., bool]) -> list[Any]:
+    """The same of several parameters at once; `kept` says of each row whether it is not slow."""
+    return [row if kept(*row) else pytest.param(*row, marks=pytest.mark.slow) for row in rows]

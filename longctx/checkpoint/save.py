@@ -16,18 +16,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from longctx.checkpoint.storage import Writer, describe_failures, find_damage, read_tensors, write_listing
+from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, written_by
+from longctx.checkpoint.restricted import METADATA, read_metadata
+from longctx.checkpoint.storage import (
+    Writer,
+    content_of,
+    describe_failures,
+    find_damage,
+    read_tensors,
+    write_listing,
+)
 from longctx.errors import UserError
 from longctx.files import sync
 
+_T = TypeVar("_T")
 _NAME = re.compile(r"step-(\d{8})")
 TRAINER = "trainer.json"
 """The listing file of a checkpoint."""
@@ -125,16 +136,16 @@ class Checkpointer:
                 shutil.rmtree(leftover)
             draft.mkdir()
 
-        def publish() -> None:
+        def publish(checksums: dict[str, str]) -> None:
             visible = {file.name for file in draft.iterdir()}
-            metadata = dcp.FileSystemReader(draft).read_metadata()
+            metadata = read_metadata(draft)
             invisible = sorted({shard.relative_path for shard in metadata.storage_data.values()} - visible)
             if invisible:
                 raise UserError(
                     f"rank 0 does not see {', '.join(invisible)}, which other ranks wrote: the run's directory (--out) "
                     "must be on a file system shared by all machines"
                 )
-            write_listing(draft, TRAINER, {"state": asdict(state)})
+            write_listing(draft, TRAINER, {"state": asdict(state)}, checksums)
             if final.exists():
                 _remove(final)
             draft.rename(final)
@@ -148,19 +159,32 @@ class Checkpointer:
 
         what = f"checkpoint {final} could not be written"
         self._on_rank_zero(what, prepare)
+        self._on_all_ranks(what, partial(write, draft))
+        checksums = self._on_all_ranks(what, partial(self._checksums, draft))
+        self._on_rank_zero(what, partial(publish, dict(chain.from_iterable(each.items() for each in checksums))))
+
+    def _checksums(self, folder: Path) -> dict[str, str]:
+        """Return the checksums of the files that this rank has written, which are still in memory."""
+        own = written_by(content_of(folder), dist.get_rank(self._group), dist.get_world_size(self._group))
+        return {name: checksum(folder / name) for name in own}
+
+    def _on_all_ranks(self, what: str, action: Callable[[], _T]) -> list[_T]:
+        """Run `action` on every rank and return all results; raise the errors of all, after `what`, on every rank."""
+        result: _T | None = None
         failure: str | None = None
         try:
-            write(draft)
+            result = action()
         except CheckpointException as error:
             failure = describe_failures(error)
         except OSError as error:
             failure = f"rank {dist.get_rank(self._group)}: {error}"
-        failures: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(failures, failure, group=self._group)
-        if any(text is not None for text in failures):
+        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(outcomes, (result, failure), group=self._group)
+        failures = [failure for _, failure in outcomes if failure is not None]
+        if failures:
             # Ranks that only waited for a failed one have an empty message.
-            raise UserError(f"{what}: {'; '.join(dict.fromkeys(text for text in failures if text))}. {_AFTER_FAILURE}")
-        self._on_rank_zero(what, publish)
+            raise UserError(f"{what}: {'; '.join(dict.fromkeys(filter(None, failures)))}. {_AFTER_FAILURE}")
+        return [result for result, _ in outcomes]
 
 
 def _remove(path: Path) -> None:
@@ -182,18 +206,71 @@ def read_state(path: Path, how: str = RESUME) -> TrainerState:
 
     Raises UserError if `path` is not a checkpoint, or a file is missing or truncated.
     """
+    content = _read_listing(path, how)
     try:
-        content = json.loads((path / TRAINER).read_text(encoding="utf-8"))
         state, files = TrainerState(**content["state"]), dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint, or it is damaged: {TRAINER} cannot be read ({error}). "
-            f"{suggest_alternative(path, how)}"
-        ) from error
-    damage = find_damage(path, files)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(_unreadable(path, error, how)) from error
+    damage = _find_wrong(path, state, files) or find_damage(path, files)
     if damage is not None:
         raise UserError(f"checkpoint {path} is damaged: {damage}. {suggest_alternative(path, how)}")
     return state
+
+
+def read_checksums(path: Path, how: str = RESUME) -> dict[str, str]:
+    """Read the checksum of each file of a checkpoint; none where an earlier version of longctx wrote it.
+
+    Raises UserError if `path` is not a checkpoint.
+    """
+    listing = _read_listing(path, how)
+    try:
+        return stored_checksums(listing)
+    except UserError as error:
+        raise UserError(_unreadable(path, error, how)) from error
+
+
+def verify_content(path: Path, how: str = RESUME) -> bool:
+    """Compare the content of a checkpoint's files with their checksums; return whether it has any.
+
+    A collective call if there is a process group, whose ranks share the files. Raises UserError, on every rank, if a
+    file has changed.
+    """
+    checksums = read_checksums(path, how)
+    changed = find_changed(path, checksums)
+    if changed is not None:
+        raise UserError(f"checkpoint {path} is damaged: {changed}. {suggest_alternative(path, how)}")
+    return bool(checksums)
+
+
+def _read_listing(path: Path, how: str) -> dict[str, Any]:
+    try:
+        content = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(_unreadable(path, error, how)) from error
+    if not isinstance(content, dict):
+        raise UserError(_unreadable(path, "it is not an object", how))
+    return content
+
+
+def _unreadable(path: Path, reason: object, how: str) -> str:
+    advice = suggest_alternative(path, how)
+    return f"{path} is not a checkpoint, or it is damaged: {TRAINER} cannot be read ({reason}). {advice}"
+
+
+def _find_wrong(path: Path, state: TrainerState, files: Mapping[str, Any]) -> str | None:
+    """Describe what is wrong with a listing, whatever lies beside it; None if nothing is."""
+    for name in ("step", "sequences", "tokens"):
+        value = getattr(state, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            return f"{TRAINER} has {name} {value!r}, expected a number from 0"
+    named = _NAME.fullmatch(path.name)
+    if named and int(named[1]) != state.step:
+        return f"{TRAINER} is of step {state.step}, and the folder of step {int(named[1])}"
+    if METADATA not in files:
+        return f"{TRAINER} does not list {METADATA}"
+    if not all(Path(name).name == name and isinstance(size, int) for name, size in files.items()):
+        return f"{TRAINER} lists what is not a file's name and size"
+    return None
 
 
 def suggest_alternative(path: Path, how: str) -> str:

@@ -1,7 +1,8 @@
 """Sharded checkpoint storage: torch.distributed.checkpoint folders, each with a JSON listing of its files.
 
-The listing is written last and has the size of every other file, so that truncated or missing files are reported before
-a tensor is read. Callers write a folder under a temporary name and rename it when it is complete.
+The listing is written last and has the size and the checksum of every other file, so that truncated, missing and
+changed files are reported before a tensor is read. Callers write a folder under a temporary name and rename it when it
+is complete.
 """
 
 import json
@@ -16,20 +17,24 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import StorageReader, WriteResult
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from longctx.checkpoint.restricted import METADATA, RestrictedPlanner, read_metadata
 from longctx.errors import UserError
 from longctx.files import sync
 
 SINGLE_PROCESS_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
 """Start of torch's warning when one process reads or writes, which is intended here."""
-
-_METADATA = ".metadata"
 
 
 class Writer(dcp.FileSystemWriter):
@@ -49,15 +54,21 @@ def describe_failures(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
 
 
-def write_listing(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Write `content` and the sizes of all other files into `name`, synced to disk."""
+def content_of(folder: Path) -> list[str]:
+    """Return the names of a folder's files: all but hidden ones, and torch's metadata."""
     # `.metadata` is the only hidden file that belongs to the content; another one is the writer's lock.
-    files = [*sorted(folder.glob("[!.]*")), folder / _METADATA]
-    sizes = {file.name: file.stat().st_size for file in files if file.name != name}
+    names = [file.name for file in folder.glob("[!.]*")]
+    return sorted([*names, METADATA] if (folder / METADATA).is_file() else names)
+
+
+def write_listing(folder: Path, name: str, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
+    """Write `content`, the sizes of all other files and their checksums into `name`, synced to disk."""
+    files = [folder / other for other in content_of(folder) if other != name]
+    listing = {"files": {file.name: file.stat().st_size for file in files}, "checksums": dict(checksums)}
     for file in files:
         if file.suffix != ".distcp":  # these are synced by the ranks that write them
             sync(file)
-    (folder / name).write_text(json.dumps({**content, "files": sizes}, indent=1), encoding="utf-8")
+    (folder / name).write_text(json.dumps({**content, **listing}, indent=1), encoding="utf-8")
     sync(folder / name)
     sync(folder)
 
@@ -72,19 +83,22 @@ def find_damage(folder: Path, files: Mapping[str, int]) -> str | None:
     return None
 
 
-class Reader(dcp.FileSystemReader):
-    """A FileSystemReader that caches the folder's metadata across reads."""
+class Reader(dcp.FileSystemReader):  # noqa: TID251 - made safe here
+    """A FileSystemReader that runs nothing that the folder names, and caches its metadata across reads."""
 
     @cached_property
     def _metadata(self) -> Metadata:
-        return super().read_metadata()
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         del args, kwargs
         return self._metadata
 
 
-class RegionPlanner(DefaultLoadPlanner):
+class RegionPlanner(RestrictedPlanner):
     """Load planner for regions of stored tensors, with offsets `begin` in the first dims and 0 in the others."""
 
     def __init__(self, *begin: int) -> None:
@@ -109,22 +123,22 @@ class RegionPlanner(DefaultLoadPlanner):
 def read_tensors(
     path: Path,
     tensors: dict[str, Any],
-    reader: StorageReader | None = None,
-    planner: LoadPlanner | None = None,
+    reader: Reader | None = None,
+    planner: RestrictedPlanner | None = None,
     *,
     no_dist: bool = False,
 ) -> None:
     """Read tensors of `path` into `tensors`, in place, from any number of ranks to any other.
 
-    A collective call, or a call of one process if there is no process group or `no_dist` is set. Raises UserError with
-    the reason if the tensors cannot be read.
+    A collective call, or a call of one process if there is no process group or `no_dist` is set. Nothing that the
+    files name is run (`longctx.checkpoint.restricted`). Raises UserError with the reason if they cannot be read.
     """
     no_dist = no_dist or not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             if no_dist:
                 warnings.filterwarnings("ignore", message=SINGLE_PROCESS_WARNING)
-            source = reader or dcp.FileSystemReader(path)
+            source, planner = reader or Reader(path), planner or RestrictedPlanner()
             dcp.load(tensors, storage_reader=source, planner=planner, no_dist=no_dist)
     except CheckpointException as error:
         raise UserError(f"{path} cannot be read: {describe_failures(error)}") from error

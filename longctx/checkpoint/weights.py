@@ -19,21 +19,24 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
 from longctx.checkpoint.save import (
     TRAINER,
     check_format,
     differences,
     list_checkpoints,
+    read_checksums,
     read_state,
     suggest_alternative,
 )
-from longctx.checkpoint.storage import Reader, RegionPlanner, find_damage, read_tensors, write_listing
+from longctx.checkpoint.storage import Reader, RegionPlanner, content_of, find_damage, read_tensors, write_listing
 from longctx.errors import UserError
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder
 
-_WEIGHTS = "weights.json"
+CONVERTED = "weights.json"
+"""The listing file of converted weights."""
 _PREFIX = "model."
 _PARTIAL = re.compile(r".*\.partial(-[0-9a-f]+)?")
 
@@ -51,6 +54,16 @@ class Weights:
     """SHA-256 of the listing: equal on machines that see the same weights."""
     step: int | None
     """Step of a checkpoint; None for converted weights."""
+    checksums: dict[str, str]
+    """Checksum of each file; empty where an earlier version of longctx wrote them."""
+
+    def verify_content(self) -> None:
+        """Compare the files with their checksums. A collective call if there is a process group, whose ranks share the
+        files. Raises UserError, on every rank, if a file has changed."""
+        changed = find_changed(self.path, self.checksums)
+        if changed is not None:
+            advice = "Convert again" if self.step is None else suggest_alternative(self.path, self.how)
+            raise UserError(f"{self.path} is damaged: {changed}. {advice}")
 
     @cached_property
     def _reader(self) -> Reader:
@@ -61,10 +74,9 @@ class Weights:
         """Shapes of the model's tensors, by name. Raises UserError if the metadata cannot be read."""
         try:
             entries = self._reader.read_metadata().state_dict_metadata
-        except Exception as error:  # unpickling damaged bytes can raise anything
-            raise UserError(
-                f"{self.path} cannot be read: .metadata: {error}. {suggest_alternative(self.path, self.how)}"
-            ) from error
+        except UserError as error:
+            advice = suggest_alternative(self.path, self.how)
+            raise UserError(f"{self.path} cannot be read: {error}. {advice}") from error
         return {
             name.removeprefix(_PREFIX): entry.size
             for name, entry in entries.items()
@@ -126,7 +138,7 @@ def find_weights(path: Path, how: str) -> Weights:
         raise UserError(f"{path}: no such directory. Use weights {how}: {_KINDS}")
     if _PARTIAL.fullmatch(path.name):
         raise UserError(f"{path} is incomplete: its writer was stopped. {suggest_alternative(path, how)}")
-    if (path / _WEIGHTS).is_file():
+    if (path / CONVERTED).is_file():
         return _converted(path, how)
     if not (path / TRAINER).is_file():
         checkpoints = list_checkpoints(path / "checkpoints")
@@ -135,7 +147,8 @@ def find_weights(path: Path, how: str) -> Weights:
         path = checkpoints[-1]
     state = read_state(path, how)
     check_format(path, state, "torch", f"Convert it first: longctx convert from-megatron {path} --out DIR")
-    return Weights(path, how, with_defaults(state.model), _digest(path / TRAINER), state.step)
+    checksums = read_checksums(path, how)
+    return Weights(path, how, with_defaults(state.model), _digest(path / TRAINER), state.step, checksums)
 
 
 _KINDS = "a checkpoint, the directory of a run with a checkpoint, or the output of longctx convert"
@@ -143,14 +156,14 @@ _KINDS = "a checkpoint, the directory of a run with a checkpoint, or the output 
 
 def _converted(path: Path, how: str) -> Weights:
     try:
-        content = json.loads((path / _WEIGHTS).read_text(encoding="utf-8"))
-        model, files = dict(content["model"]), dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {_WEIGHTS} cannot be read ({error}). Convert again") from error
+        content = json.loads((path / CONVERTED).read_text(encoding="utf-8"))
+        model, files, checksums = dict(content["model"]), dict(content["files"]), stored_checksums(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {CONVERTED} cannot be read ({error}). Convert again") from error
     damage = find_damage(path, files)
     if damage is not None:
         raise UserError(f"{path} is damaged: {damage}. Convert again")
-    return Weights(path, how, with_defaults(model), _digest(path / _WEIGHTS), None)
+    return Weights(path, how, with_defaults(model), _digest(path / CONVERTED), None, checksums)
 
 
 def _digest(path: Path) -> str:
@@ -208,4 +221,5 @@ def write_weights(
     describes the source of the weights. An error in materialising or writing a tensor is raised unchanged.
     """
     write_lazy(folder, {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()})
-    write_listing(folder, _WEIGHTS, {"model": dict(model), "origin": dict(origin)})
+    checksums = {name: checksum(folder / name) for name in content_of(folder)}
+    write_listing(folder, CONVERTED, {"model": dict(model), "origin": dict(origin)}, checksums)

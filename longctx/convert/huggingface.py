@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from longctx.checkpoint.checksums import write_checksums
 from longctx.checkpoint.weights import find_weights, shapes_of, stored_config, write_weights
 from longctx.config import Config
 from longctx.convert.families import FAMILIES, Family
@@ -209,6 +210,7 @@ def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: i
     if out.exists():
         raise UserError(f"{out} already exists: choose another --out")
     weights = find_weights(source, "as SOURCE")
+    weights.verify_content()
     model, vocab_size = weights.checked_model()
     family, config = _find_family(weights.path, model)
     mapped = family.table(model, shapes_of(model, vocab_size)).theirs
@@ -234,6 +236,7 @@ def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: i
         header = {"architectures": [family.architecture], "model_type": family.model_type}
         stored = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
         write_json(folder / CONFIG, {**config, **header, "dtype": stored})
+        write_checksums(folder, "*.safetensors")
     return HuggingFaceSummary(count, family.model_type, weights.path, len(groups))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
-from longctx.checkpoint.save import TRAINER, check_format, differences, list_checkpoints, read_state
+from longctx.checkpoint.save import TRAINER, check_format, differences, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.storage import Reader, RegionPlanner, read_tensors
 from longctx.checkpoint.weights import find_weights, parse_model, stored_config, with_defaults, write_weights
 from longctx.convert.megatron_table import (
@@ -65,8 +65,8 @@ class _Checkpoint:
         self._reader = Reader(folder)
         try:
             entries = self._reader.read_metadata().state_dict_metadata
-        except Exception as error:  # unpickling damaged bytes can raise anything
-            raise UserError(f"{folder} cannot be read: .metadata: {error}. Use another checkpoint as SOURCE") from error
+        except UserError as error:
+            raise UserError(f"{folder} cannot be read: {error}. Use another checkpoint as SOURCE") from error
         self._stored = {
             name: entry.size
             for name, entry in entries.items()
@@ -184,6 +184,7 @@ def _source_model(path: Path, recipe_model: ModelConfig | None) -> ModelConfig:
             raise UserError(f"{path} does not contain the model's configuration: add --to RECIPE")
         return recipe_model
     state = read_state(path, "as SOURCE")
+    verify_content(path, "as SOURCE")
     check_format(path, state, "megatron", "It needs no conversion: use it as train.init")
     model = parse_model(path, state.model)
     if recipe_model is not None:
@@ -235,6 +236,7 @@ def to_megatron(source: Path, out: Path) -> MegatronSummary:
     if out.exists():
         raise UserError(f"{out} already exists: choose another --out")
     weights = find_weights(source, "as SOURCE")
+    weights.verify_content()
     model, vocab_size = weights.checked_model()
     _check_supported(model)
     _check_attention(model)

@@ -73,6 +73,8 @@ def upcycle(sources: Sequence[Path], recipe: Recipe, out: Path) -> Upcycled:
     if not sources:
         raise UserError("no SOURCE: name at least one checkpoint or run directory")
     weights = [find_weights(path, _HOW) for path in sources]
+    for each in weights:
+        each.verify_content()
     plan = _Plan(weights, recipe.model, recipe.seed)
     origin = {
         "command": "longctx convert upcycle",

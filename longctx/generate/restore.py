@@ -14,6 +14,7 @@ from longctx.checkpoint.save import (
     list_checkpoints,
     load_tensors,
     read_state,
+    verify_content,
 )
 from longctx.checkpoint.weights import stored_config, with_defaults
 from longctx.data.loader import train_fingerprint
@@ -26,7 +27,7 @@ from longctx.train.process_group import device_type
 
 _OPTION = "--checkpoint"
 _HOW = f"with {_OPTION} PATH"
-_OVERRIDABLE = ("data.path", "train.device", "train.precision")
+_OVERRIDABLE = ("checkpoint.verify", "data.path", "train.device", "train.precision")
 """Recipe keys that may change for inference; all others were fixed by training, or do not apply."""
 
 
@@ -46,8 +47,8 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     """Restore the model of the directory `run` from its latest checkpoint, or from `checkpoint`.
 
     Runs in one process, without a process group. `overrides` change the run's recipe, as for training: `data.path`,
-    `train.device` and `train.precision`. In bf16, parameters that training keeps in float32 stay float32. Only the
-    manifest and the tokenizer file of the corpus are read.
+    `train.device`, `train.precision` and `checkpoint.verify`. In bf16, parameters that training keeps in float32 stay
+    float32. Only the manifest and the tokenizer file of the corpus are read.
 
     Raises UserError if the run has no checkpoint, the checkpoint is damaged or of another model, the tokenizer is
     missing, or another key is overridden.
@@ -73,6 +74,8 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     model = stored_config(recipe.model, rows)
     advice = f"Give a checkpoint of this run with {_OPTION}, or the run that the checkpoint belongs to"
     check_same_model(path, replace(state, model=with_defaults(state.model)), model, advice)
+    if recipe.checkpoint.verify == "full":
+        verify_content(path, _HOW)
     decoder = _load_decoder(recipe, rows, path)
     same_corpus = state.data == train_fingerprint(manifest, recipe.data, seed=recipe.seed)
     return Restored(decoder, tokenizer, path, state, same_corpus)

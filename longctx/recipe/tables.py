@@ -172,6 +172,9 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; one is always written after the last step and on SIGTERM."""
     keep: Integer = Field(default=2, gt=0)
     """Number of most recent checkpoints to keep."""
+    verify: Literal["full", "sizes"] = "full"
+    """What is compared before a checkpoint, or the weights of `train.init`, are read: `full`: the content of every file
+    with its checksum, shared by the ranks; `sizes`: the files' sizes."""
 
 
 class LoggingConfig(Config):

@@ -27,6 +27,7 @@ from longctx.checkpoint.save import (
     check_same_model,
     list_checkpoints,
     read_state,
+    verify_content,
 )
 from longctx.checkpoint.weights import Weights, find_weights, stored_config, with_defaults
 from longctx.data.corpus import Corpus
@@ -129,6 +130,7 @@ class _Trainer:
             source, state = self._find_checkpoint(resume)
             weights = self._find_weights() if source is None else None
         self._check_same_start(state, weights)
+        unverified = self._verify_content(source, weights)
         self.engine = build_engine(recipe, kind, self.vocab_size)
         stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
@@ -149,7 +151,7 @@ class _Trainer:
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
         self.routing_fluctuation = RoutingFluctuation()
-        self.resumed_from, self.initial_weights = source, weights
+        self.resumed_from, self.initial_weights, self.unverified = source, weights, unverified
         self.stopped_by: int | None = None
         self.saved = self.done if source is not None else -1
 
@@ -203,6 +205,17 @@ class _Trainer:
         weights = find_weights(Path(self.recipe.train.init), "with train.init=DIR")
         weights.check(self.recipe.model, self.vocab_size)
         return weights
+
+    def _verify_content(self, source: Path | None, weights: Weights | None) -> bool:
+        """Compare the files of the start with their checksums; return whether they should have been and have none."""
+        if self.recipe.checkpoint.verify == "sizes":
+            return False
+        if source is not None:
+            return not verify_content(source)
+        if weights is not None:
+            weights.verify_content()
+            return not weights.checksums
+        return False
 
     def _check_same_start(self, state: TrainerState, weights: Weights | None) -> None:
         """Raise UserError on every rank if ranks see different data, checkpoints or initial weights."""
@@ -294,6 +307,8 @@ class _Trainer:
             self.reporter.message(f"Resumed from {self.resumed_from} after step {self.done}.")
         if self.initial_weights is not None:
             self.reporter.message(f"Initialised from the weights in {self.initial_weights.path}.")
+        if self.unverified:
+            self.reporter.message("Its files have no checksums: an earlier version of longctx wrote them.")
 
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
         """Describe the attention schedules selected for a batch, by layers that share one."""

@@ -38,15 +38,16 @@ def listed(folder):
 def test_the_listing_has_the_content_and_the_size_of_every_other_file(tmp_path):
     for name, content in {"b.distcp": b"12345", "a.json": b"{}", ".metadata": b"123", ".lock": b""}.items():
         (tmp_path / name).write_bytes(content)
-    write_listing(tmp_path, "listing.json", {"step": 7})
-    assert listed(tmp_path) == {"step": 7, "files": {"a.json": 2, "b.distcp": 5, ".metadata": 3}}
+    write_listing(tmp_path, "listing.json", {"step": 7}, {"a.json": "00000001"})
+    files = {"a.json": 2, "b.distcp": 5, ".metadata": 3}
+    assert listed(tmp_path) == {"step": 7, "files": files, "checksums": {"a.json": "00000001"}}
     # Again, over itself.
-    write_listing(tmp_path, "listing.json", {"step": 8})
-    assert listed(tmp_path) == {"step": 8, "files": {"a.json": 2, "b.distcp": 5, ".metadata": 3}}
+    write_listing(tmp_path, "listing.json", {"step": 8}, {})
+    assert listed(tmp_path) == {"step": 8, "files": files, "checksums": {}}
 
 
 def test_intact_files_have_no_damage(folder):
-    write_listing(folder, "listing.json", {})
+    write_listing(folder, "listing.json", {}, {})
     assert find_damage(folder, listed(folder)["files"]) is None
 
 

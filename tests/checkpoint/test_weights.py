@@ -16,6 +16,7 @@ from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import find_weights, write_weights
 from longctx.data.staging import staging
 from longctx.errors import UserError
+from tests.combinations import mostly_slow
 from tests.convert.cases import save
 from tests.model.cases import VOCABULARY, hybrid
 from tests.train.runs import checkpoints, losses, metrics, mistake, tensors, train, write_workplace
@@ -196,7 +197,7 @@ def started(ranks, workplace, trained):
     return run
 
 
-@pytest.mark.parametrize("how", RANKS)
+@pytest.mark.parametrize("how", mostly_slow(RANKS, "1 rank", "4 ranks, replicated"))
 def test_a_run_starts_from_weights_and_nothing_else(started, trained, how):
     """Step, data, schedule and optimizer are a new run's: what two updates give shows the last."""
     run = started(how)
@@ -211,8 +212,9 @@ def test_a_run_starts_from_weights_and_nothing_else(started, trained, how):
     assert (after - before * (1 - 0.1 * 1.5e-3)).abs().median().item() == pytest.approx(1.5e-3, rel=1e-2)
 
 
-def test_ranks_change_nothing(started):
-    assert losses(started("1 rank")) == pytest.approx(losses(started("2 ranks")), rel=1e-5)
+@pytest.mark.parametrize("how", mostly_slow(["2 ranks", "4 ranks, replicated"], "4 ranks, replicated"))
+def test_ranks_change_nothing(started, how):
+    assert losses(started("1 rank")) == pytest.approx(losses(started(how)), rel=1e-5)
 
 
 def test_the_recipe_keeps_it_and_a_run_that_resumes_does_not_look_at_it(ranks, trained, workplace, tmp_path):
@@ -271,4 +273,6 @@ def test_tensors_that_cannot_be_read_stop_all_ranks(ranks, workplace, trained, t
     size = (spoilt / "__1_0.distcp").stat().st_size
     (spoilt / "__1_0.distcp").write_bytes(b"\0" * size)
     told = refused(ranks, workplace, tmp_path / "out", [f"train.init={spoilt}"])
+    assert told.startswith(f"{spoilt} is damaged: __1_0.distcp has the checksum ")
+    told = refused(ranks, workplace, tmp_path / "out", [f"train.init={spoilt}", "checkpoint.verify=sizes"])
     assert told.startswith(f"{spoilt} cannot be read: rank ")

@@ -163,7 +163,7 @@ def test_files_hold_no_more_than_they_may_and_the_index_says_what_is_where(tmp_p
 
 def test_one_file_has_no_index(tmp_path):
     folder = exported(tmp_path, like_llama())
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"checksums.json", "config.json", "model.safetensors"}
 
 
 def test_in_bfloat16_numbers_are_rounded_once(tmp_path):

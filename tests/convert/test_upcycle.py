@@ -357,4 +357,4 @@ def test_a_source_that_cannot_be_read_leaves_nothing(dense, tmp_path):
     source = shutil.copytree(dense[0], tmp_path / "source")
     largest = max(source.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(b"\0" * largest.stat().st_size)
-    assert f"{source} cannot be read: " in refused([source], tmp_path / "out", routed())
+    assert f"{source} is damaged: {largest.name} has" in refused([source], tmp_path / "out", routed())

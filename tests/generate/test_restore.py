@@ -169,7 +169,7 @@ def test_a_checkpoint_of_megatrons_tensors_is_reported_with_what_makes_weights_o
 @pytest.mark.parametrize("override", ["model.dim=32", "seed=9", "train.steps=1", "nonsense"])
 def test_what_has_no_part_in_generation_cannot_be_overridden(trained, override):
     with pytest.raises(
-        UserError, match=f"{override}: generation can override only data.path, train.device, train.precision"
+        UserError, match=f"{override}: generation can override only checkpoint.verify, data.path, train.device, train"
     ):
         restore(trained, [override])
 

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from longctx import system as machine
+from longctx.checkpoint.storage import Reader
 from longctx.data.prepare import prepare
 from longctx.engines.metrics import FILE_NAME, Metrics, read_metrics
 from longctx.errors import UserError
@@ -140,7 +141,7 @@ def checkpoints(out: Path) -> list[str]:
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint, whole, by name: parameters and the optimizer's state."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = Reader(checkpoint)
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

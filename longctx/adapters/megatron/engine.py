@@ -25,6 +25,7 @@ from longctx.adapters.megatron.language_model import build_language_model, trans
 from longctx.adapters.megatron.layouts import LayoutPackedSeqParams
 from longctx.adapters.megatron.optimizers import initialized_moments, load_optimizer
 from longctx.adapters.megatron.weights import mark_tensor_parallel, set_parameters
+from longctx.checkpoint.restricted import check_entries
 from longctx.checkpoint.save import RESUME, Checkpointer, TrainerState, suggest_alternative
 from longctx.checkpoint.weights import Weights
 from longctx.engines.base import Batch, StepResult
@@ -255,6 +256,11 @@ class MegatronEngine:
 
     def load(self, path: Path) -> None:
         """As in `Engine`."""
+        try:
+            check_entries(path)
+        except UserError as error:
+            advice = suggest_alternative(path, RESUME)
+            raise UserError(f"checkpoint {path} cannot be read: {error}. {advice}") from error
         saved, own = dist_checkpointing.load_content_metadata(str(path)) or {}, self._content_metadata()
         for key in _FIXED_KEYS:
             if saved.get(key) != own[key]:

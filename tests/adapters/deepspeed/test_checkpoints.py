@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
 
-from torch.distributed.checkpoint import FileSystemReader
 
 from longctx.checkpoint.save import Checkpointer, TrainerState
+from longctx.checkpoint.storage import Reader
 from longctx.checkpoint.weights import find_weights, stored_config
 from longctx.errors import UserError
 from tests.adapters.deepspeed.training import RATES, Run, batches_of, deepspeed_engine, torch_engine
@@ -99,7 +99,7 @@ def test_bf16_masters_are_kept_whole(ranks, tmp_path, stage):
 
 
 def names_and_shapes(path):
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = Reader(path).read_metadata().state_dict_metadata
     return {name: (type(entry).__name__, getattr(entry, "size", None)) for name, entry in entries.items()}
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_has_the_torch_engines_tensors_in_rows_on_all_ranks(ranks, 
         folder = tmp_path / str(stage)
         ranks.run(leg, "deepspeed", replace(TWO, stage=stage), None, folder, 0, 1, size=2)
         assert names_and_shapes(newest(folder)) == want
-        metadata = FileSystemReader(newest(folder)).read_metadata().state_dict_metadata
+        metadata = Reader(newest(folder)).read_metadata().state_dict_metadata
         assert len(metadata["model.embedding.weight"].chunks) == 2
         assert len(metadata["optimizer.state.embedding.weight.exp_avg"].chunks) == 2
 
