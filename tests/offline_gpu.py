@@ -5,6 +5,8 @@ assembler is the one that Triton runs. Needs a process in which Triton does not 
 call it as a program, which prints a JSON object per kernel:
 
     TRITON_INTERPRET=0 python -m tests.offline_gpu --capability 90 --dim 128 --dtype bfloat16 additive/scalar
+
+Cases are compiled in every dtype and head dim that is asked for; one may name its own: additive/scalar/float32/64.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -336,26 +339,27 @@ def main() -> None:
     parser.add_argument("--value-dim", type=int, help="V, where it is not K")
     parser.add_argument("--dtype", action="append", help="default bfloat16")
     parser.add_argument("--document", type=int, default=0, help="tokens per document")
-    parser.add_argument("cases", nargs="+", metavar="FAMILY/KIND")
+    parser.add_argument("cases", nargs="+", metavar="FAMILY/KIND[/DTYPE/DIM]")
     arguments = parser.parse_args()
     from longctx.kernels.linear import tuning
 
     tuning._compute_capability = lambda device: arguments.capability
     launches = record(arguments.capability)
-    for dtype in arguments.dtype or ["bfloat16"]:
-        for dim in arguments.dim or [128]:
-            for name in arguments.cases:
-                value_dim = arguments.value_dim or dim
-                case = Case(*name.split("/"), dim, value_dim, getattr(torch, dtype), document=arguments.document)
-                common = {"dtype": dtype, "dim": dim, "capability": arguments.capability}
-                try:
-                    for row in rows(case, arguments.capability, launches):
-                        sys.stdout.write(json.dumps({**common, **asdict(row)}) + "\n")
-                        sys.stdout.flush()
-                except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a result
-                    text = f"{type(error).__name__}: {str(error)[:500]}"
-                    sys.stdout.write(json.dumps({**common, "case": name, "error": text}) + "\n")
-                    sys.stdout.flush()
+    named = [name.split("/") for name in arguments.cases]
+    asked = product(arguments.dtype or ["bfloat16"], arguments.dim or [128], [name for name in named if len(name) == 2])
+    own = ((dtype, int(dim), (family, kind)) for family, kind, dtype, dim in (name for name in named if len(name) == 4))
+    for dtype, dim, (family, kind) in chain(asked, own):
+        value_dim = arguments.value_dim or dim
+        case = Case(family, kind, dim, value_dim, getattr(torch, dtype), document=arguments.document)
+        common = {"dtype": dtype, "dim": dim, "capability": arguments.capability}
+        try:
+            for row in rows(case, arguments.capability, launches):
+                sys.stdout.write(json.dumps({**common, **asdict(row)}) + "\n")
+                sys.stdout.flush()
+        except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a result
+            text = f"{type(error).__name__}: {str(error)[:500]}"
+            sys.stdout.write(json.dumps({**common, "case": f"{family}/{kind}", "error": text}) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow  # tests/kernels/test_triton_compile.py reads the same rows in every run
 def test_every_pass_is_recorded_with_its_resources():
     found = compiled("--dim", "64", "additive/constant")
     assert {row["pass_"] for row in found} == {"summarize", "apply", "summarize_grad", "apply_grad"}

@@ -23,7 +23,7 @@ FEW = (
     "check/swiglu/*", "time/swiglu/*", "train/longest", "peer/additive/constant/*",
 )  # fmt: skip
 """A step of each function that does not start a program of its own."""
-FEWEST = ("system", "process-group", "check/delta/scalar/float32/40-1-16", "time/additive/scalar/float16/40-1-16")
+FEWEST = ("system", "check/delta/scalar/float32/40-1-16", "time/additive/scalar/float16/40-1-16")
 """Enough to see that a rehearsal starts, runs and ends; all others in `make test-all`."""
 
 

@@ -10,6 +10,7 @@ from longctx.checkpoint.weights import find_weights
 from longctx.convert.huggingface import RECIPE, from_huggingface, to_huggingface
 from longctx.convert.upcycle import upcycle
 from longctx.recipe import load
+from tests.combinations import mostly_slow, mostly_slow_rows
 from tests.convert import cases
 from tests.convert.models import like_minimax, like_qwen3_next
 from tests.train import runs
@@ -50,7 +51,10 @@ def converted(workplace, sources, out) -> Path:
 
 @pytest.mark.parametrize(
     ("size", "overrides"),
-    [(2, ["parallel.ep=2"]), (2, ["parallel.cp=1"]), (1, ["parallel.cp=1"])],
+    mostly_slow_rows(
+        [(2, ["parallel.ep=2"]), (2, ["parallel.cp=1"]), (1, ["parallel.cp=1"])],
+        lambda size, overrides: overrides == ["parallel.ep=2"],
+    ),
     ids=["ep 2", "dp 2", "1 rank"],
 )
 def test_the_first_step_is_the_dense_models_and_training_continues(
@@ -73,7 +77,9 @@ def test_of_two_models_it_runs(ranks, workplace, dense, tmp_path):
     assert losses(tmp_path / "routed")[-1] < losses(tmp_path / "routed")[0]
 
 
-@pytest.mark.parametrize("config", [like_qwen3_next(), like_minimax()], ids=["qwen3_next", "minimax"])
+@pytest.mark.parametrize(
+    "config", mostly_slow([like_qwen3_next(), like_minimax()], like_qwen3_next()), ids=["qwen3_next", "minimax"]
+)
 def test_of_a_model_of_transformers_a_run_starts_and_is_exported(ranks, workplace, tmp_path, monkeypatch, config):
     monkeypatch.setattr(cases, "VOCABULARY", 320)
     cases.save(tmp_path / "built-in", 0, config)

@@ -1,6 +1,7 @@
 """`longctx train` end to end: exit statuses, messages, and that a run resumes however it was ended."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from longctx.launch.main import app
+from tests.combinations import mostly_slow
 from tests.e2e.jobs import Job
-from tests.train.runs import RECIPE, checkpoints, losses, train, write_workplace
+from tests.train.runs import RECIPE, checkpoints, interrupted_copy, losses, metrics, train, write_workplace
 
 STEPS = ("train.steps=12", "train.sequences_per_step=1", "checkpoint.every=3", "checkpoint.keep=2")
 
@@ -24,10 +26,34 @@ def newest(out: Path) -> int:
     return max(int(name.removeprefix("step-")) for name in checkpoints(out) if not name.endswith(".partial"))
 
 
-def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_does(ranks, workplace, monkeypatch):
-    out = workplace / "out"
+@pytest.mark.parametrize("how", mostly_slow(["killed long ago", "stopped", "stopped and killed"], "killed long ago"))
+def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_does(ranks, workplace, monkeypatch, how):
+    """By default one job is started, which continues what kill -9 would have left after step 6."""
+    out, whole = workplace / "out", workplace / "whole"
+    shutil.rmtree(out, ignore_errors=True)
+    ranks.run(train, workplace, whole, [*STEPS, "checkpoint.keep=4"], size=2)
+    if how == "killed long ago":
+        interrupted_copy(whole, out, 6)
+        shutil.rmtree(out / "pictures")
+        resumed = [0, 6]
+    else:
+        resumed = [0, stop_in_step_5(workplace, monkeypatch)]
+    if how == "stopped and killed":
+        resumed.append(kill_in_step_8(workplace, monkeypatch))
 
-    # SIGTERM: saved at the end of the step.
+    # The same command continues to the end.
+    status, stdout, stderr = Job(workplace, *STEPS).wait()
+    assert (status, stderr) == (0, "")
+    assert f"Resumed from out/checkpoints/step-{resumed[-1]:08d} after step {resumed[-1]}." in stdout
+    assert checkpoints(out) == ["step-00000009", "step-00000012"]
+    assert [run.step for run in metrics(out).runs] == resumed
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["loss.png"]
+    assert losses(out) == losses(whole)
+
+
+def stop_in_step_5(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """SIGTERM: saved at the end of the step; returns its number."""
+    out = workplace / "out"
     monkeypatch.setenv("SIGNALLED_STEP", "5")
     job = Job(workplace, *STEPS, entry="signalled_in_a_step")
     job.wait_for_step(4)
@@ -39,8 +65,13 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
     stopped = job.metrics().steps[-1].step
     assert stopped == 5
     assert newest(out) == stopped
+    return stopped
 
-    # kill -9 of one rank: the other stops, and what was complete stays so.
+
+def kill_in_step_8(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """kill -9 of one rank: the other stops, and what was complete stays so; returns the step of that."""
+    out = workplace / "out"
+    stopped = newest(out)
     monkeypatch.setenv("SIGNALLED_STEP", "8")
     job = Job(workplace, *STEPS, entry="signalled_in_a_step")
     job.wait_for_step(7)
@@ -56,16 +87,7 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
     assert "Traceback" not in stderr
     saved = newest(out)
     assert stopped < saved <= job.metrics().steps[-1].step < 12
-
-    # The same command continues to the end.
-    status, stdout, stderr = Job(workplace, *STEPS).wait()
-    assert (status, stderr) == (0, "")
-    assert f"Resumed from out/checkpoints/step-{saved:08d} after step {saved}." in stdout
-    assert checkpoints(out) == ["step-00000009", "step-00000012"]
-    assert [run.step for run in job.metrics().runs] == [0, stopped, saved]
-    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["loss.png"]
-    ranks.run(train, workplace, workplace / "whole", STEPS, size=2)
-    assert losses(out) == losses(workplace / "whole")
+    return saved
 
 
 @pytest.mark.slow

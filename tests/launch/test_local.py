@@ -9,6 +9,7 @@ import pytest
 
 from longctx.launch import local
 from longctx.launch.local import threads_per_rank
+from tests.combinations import mostly_slow
 
 
 def test_ranks_find_torchruns_environment(start, tmp_path):
@@ -72,7 +73,7 @@ def test_a_user_error_of_one_rank_stops_the_others(start):
     assert launcher.seconds() < 10
 
 
-@pytest.mark.parametrize("function", ["crash_on_1", "crash_on_both"])
+@pytest.mark.parametrize("function", mostly_slow(["crash_on_1", "crash_on_both"], "crash_on_both"))
 def test_an_error_is_shown_once_with_the_traceback_of_its_cause(start, tmp_path, function):
     launcher = start(function)
     status, _, stderr = launcher.wait()

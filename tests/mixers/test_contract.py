@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.mixers import MIXERS
 from longctx.parallel.layout import Layout
+from tests.combinations import mostly_slow
 from tests.mixers.cases import DIM, built, config_of, draw, run
 from tests.parallel.cases import PACKINGS, layout_here
 
@@ -16,7 +17,11 @@ each_mixer = pytest.mark.parametrize("letter", MIXERS)
 
 
 @each_mixer
-@pytest.mark.parametrize("bounds", PACKINGS.values(), ids=PACKINGS.keys())
+@pytest.mark.parametrize(
+    "bounds",
+    mostly_slow(PACKINGS.values(), PACKINGS["ends inside slices"], PACKINGS["a token each"]),
+    ids=PACKINGS.keys(),
+)
 def test_a_packed_document_is_as_it_would_be_alone(letter, bounds):
     mixer, (x, _) = built(letter), draw(bounds[-1])
     packed = run(mixer, x, Layout(bounds))
@@ -36,7 +41,7 @@ def outputs_around(letter, order, times):
 
 
 @each_mixer
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("order", mostly_slow(["contiguous", "zigzag"], "zigzag"))
 def test_changing_a_token_leaves_earlier_outputs_on_all_ranks_bitwise_unchanged(ranks, letter, order):
     times = (0, 11, 16, 30, 47)
     layout = Layout((0, 17, 48), order, 4)
@@ -62,7 +67,7 @@ def outputs_with(letter, order, times, value):
 
 
 @each_mixer
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("order", mostly_slow(["contiguous", "zigzag"], "zigzag"))
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 def test_a_token_that_is_not_finite_changes_neither_earlier_outputs_nor_other_documents(ranks, letter, order, value):
     times = (0, 16, 30)

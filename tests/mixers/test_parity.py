@@ -1,6 +1,7 @@
 """Parity of every mixer over ranks with one rank: each schedule, layout and packing.
 
-All combinations are slow; by default every `STRIDE`th is run: each schedule, order and packing, and most pairs of them.
+All combinations are slow; by default every `STRIDE`th is run: each schedule, order and packing, and most pairs of them,
+of all mixers on 4 ranks, and on fewer of those of each kind.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from longctx.mixers import MIXERS
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from tests.combinations import mostly_slow_rows
 from tests.mixers.cases import built, config_of, draw, run
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN
 
@@ -71,8 +73,13 @@ each_mixer = pytest.mark.parametrize("letter", MIXERS)
 each_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=["float64", "float32"])
 
 
-@each_mixer
-@pytest.mark.parametrize(("size", "dtype"), [(1, torch.float32), (2, torch.float64), (4, torch.float32)])
+@pytest.mark.parametrize(
+    ("size", "dtype", "letter"),
+    mostly_slow_rows(
+        [(*row, x) for row in ((1, torch.float32), (2, torch.float64), (4, torch.float32)) for x in MIXERS],
+        lambda size, dtype, letter: size == 4 or letter in {1: "K", 2: "SMKA"}[size],
+    ),
+)
 def test_some_combinations_equal_one_rank(ranks, letter, size, dtype):
     cells = combinations(letter, size)
     # From another cell for each number of ranks.

@@ -10,6 +10,7 @@ from longctx.mixers.tensor_parallel import head_shares, shard_heads
 from longctx.model.initialise import initialise
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
+from tests.combinations import mostly_slow_rows
 from tests.mixers.cases import DIM, config_of, draw
 
 BOUNDS = (0, 5, 17, 18, 31, 48)
@@ -58,9 +59,10 @@ def over_ranks(letter, router, tp):
 
 SIZES = [(4, 2), (4, 4), (2, 2)]
 MIXTURES = [*((letter, "learned") for letter in LETTERS), ("S", "norm")]
-CELLS = [(letter, None, *sizes) for letter in LETTERS for sizes in SIZES]
-CELLS += [(*mixture, *SIZES[0]) for mixture in MIXTURES]
-CELLS += [pytest.param(*mixture, *sizes, marks=pytest.mark.slow) for mixture in MIXTURES for sizes in SIZES[1:]]
+CELLS = mostly_slow_rows(
+    [(*layer, *sizes) for layer in (*((letter, None) for letter in LETTERS), *MIXTURES) for sizes in SIZES],
+    lambda letter, router, *sizes: letter in "SMEK" if (router is None) != (sizes == SIZES[0]) else router is None,
+)
 
 
 @pytest.mark.parametrize(("letter", "router", "size", "tp"), CELLS)

@@ -1,5 +1,6 @@
-"""Experts over ranks, against each token's experts computed one by one."""
+"""Experts over ranks, against experts that are computed one by one, of all tokens."""
 
+import itertools
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ from longctx.moe.experts import mixture_of_experts
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
 from longctx.parallel.traffic import count_traffic as counting
-from tests.combinations import pairs_or_everything
+from tests.combinations import mostly_slow_rows, pairs_or_everything
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, layout_here
 
 EXPERTS, DIM, HIDDEN = 8, 6, 5
@@ -39,18 +40,15 @@ def draw(length):
 
 @cache
 def one_by_one(bounds, rule, kind):
-    """Output and gradients of x, logits and weights on one rank."""
+    """Output and gradients of x, logits and weights on one rank, where each expert computes all tokens."""
     x, logits, do, gate_up, down = draw(bounds[-1])
     leaves = [t.requires_grad_() for t in (x, logits, gate_up, down)]
     logits = LOGITS[kind](logits)
     routing = choose_experts(logits, scores(logits, rule.score), rule, Layout(bounds))
     out = torch.zeros_like(x)
-    for b in range(2):
-        for t in range(bounds[-1]):
-            for expert, weight in zip(routing.experts[b, t].tolist(), routing.weights[b, t], strict=True):
-                if expert >= 0:
-                    y = reference.swiglu(x[b, t] @ gate_up[expert].T) @ down[expert].T
-                    out = out.index_put((torch.tensor(b), torch.tensor(t)), weight * y, accumulate=True)
+    for expert in range(EXPERTS):  # of all tokens, and of its own the weight, 0 of others
+        weight = (routing.weights * (routing.experts == expert)).sum(dim=-1, keepdim=True)
+        out = out + weight * (reference.swiglu(x @ gate_up[expert].T) @ down[expert].T)
     out.backward(do)
     return out.detach(), *(leaf.grad for leaf in leaves)
 
@@ -79,12 +77,18 @@ def on_rank(cases, rule, tile=None):
     return answers
 
 
+RULES = {"all": TokenChoice(3), "capacity": TokenChoice(2, score="sigmoid", capacity=0.7)}
+
+
 @pytest.mark.parametrize(
-    "rule", [TokenChoice(3), TokenChoice(2, score="sigmoid", capacity=0.7)], ids=["all", "capacity"]
+    ("size", "rule"),
+    mostly_slow_rows(
+        itertools.product([1, 2, 4], RULES), lambda size, rule: (size, rule) in [(1, "all"), (2, "capacity"), (4, rule)]
+    ),
 )
-@pytest.mark.parametrize("size", [1, 2, 4])
 @pairs_or_everything
 def test_experts_over_ranks_equal_each_token_by_itself(ranks, size, rule, combinations):
+    rule = RULES[rule]
     cases = combinations(BOUNDS, ORDERS, list(LOGITS))
     answers = ranks.run(on_rank, cases, rule, size=size)
     for number, (bounds, order, kind) in enumerate(cases):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.combinations import mostly_slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
@@ -135,7 +137,10 @@ def plain_checkout(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(Path(sys.executable), home, {"PYTHONPATH": str(checkout)})
 
 
-@pytest.fixture(params=["plain_checkout", "installed_editable", "installed_wheel"])
+# `make test` itself runs in an editable install.
+@pytest.fixture(
+    params=mostly_slow(["plain_checkout", "installed_editable", "installed_wheel"], "plain_checkout", "installed_wheel")
+)
 def installed(request: pytest.FixtureRequest) -> Installed:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Installed)

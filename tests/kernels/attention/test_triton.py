@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'longctx[triton]
 from longctx.kernels.attention import triton as attention_triton
 from longctx.kernels.attention.masks import IntervalMask, query_bounds, sliding_window, visible_tiles
 from longctx.kernels.attention.triton import BACKWARD, FORWARD, SMALL, TileConfig, tile_config
+from tests.combinations import mostly_slow
 from tests.kernels.attention.cases import draw, gathered, masks
 
 TILE = TileConfig(16, 16, 4, 1)
@@ -22,10 +23,7 @@ CASES = {
     "zigzag halves, documents, window": masks()["zigzag halves, documents, window"],
     "gathered, window": gathered(24, 60, IntervalMask(window=4), batch=1, heads=2),
 }
-each_case = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "zigzag halves, window")) for name in CASES],
-)
+each_case = pytest.mark.parametrize("name", mostly_slow(CASES, "zigzag halves, documents, window", "gathered, window"))
 in_interpreter = pytest.mark.skipif(
     not attention_triton.INTERPRETED, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
 )

@@ -13,14 +13,10 @@ from longctx.kernels.linear.api import Plan, linear_attention, scan_recurrence, 
 from longctx.kernels.linear.delta import DELTA
 from longctx.kernels.linear.feature_maps import ELEMENTWISE, NON_NEGATIVE, hedgehog
 from longctx.kernels.linear.recurrence import Inputs, Segment
+from tests.combinations import mostly_slow, mostly_slow_rows
 from tests.kernels.linear.cases import GROUPS, KINDS, by_reference, draw, named_gates, relative
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-RICHEST = ("constant", "vector", "delta, vector")
-"""Of each recurrence the kind that has all there is, and a gate that is constant over the sequence."""
-richest_kinds = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in RICHEST)) for kind in KINDS]
-)
 
 
 class Short:
@@ -242,7 +238,7 @@ def test_feature_maps_are_their_equations():
     torch.testing.assert_close(hedgehog(x, weight, torch.full((3, 4), 0.5, dtype=torch.float64)), want_hedgehog)
 
 
-@richest_kinds
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "vector", "delta, vector"))
 def test_the_compiler_takes_the_operators_whole(kind):
     case = draw(kind, 66).to(torch.float32)
 
@@ -261,9 +257,17 @@ def test_the_compiler_takes_the_operators_whole(kind):
 
 
 @pytest.mark.parametrize(
-    "function", ["summarize", "apply", "summarize_grad", "apply_grad", "query_grad", "key_value_grad"]
+    ("kind", "function"),
+    mostly_slow_rows(
+        itertools.product(
+            KINDS, ["summarize", "apply", "summarize_grad", "apply_grad", "query_grad", "key_value_grad"]
+        ),
+        lambda kind, function: (
+            kind == {"apply_grad": "constant", "apply": "delta, vector"}.get(function, "vector")
+            or (kind, function) == ("delta, vector", "apply_grad")
+        ),
+    ),
 )
-@richest_kinds
 def test_shapes_of_the_fake_operators_are_those_of_the_results(kind, function):
     case = draw(kind, 20, heads=GROUPS["fewer values"]).to(torch.bfloat16)
     gates, segments = list(case.gates), [0, 7, 1, 3, 7, 20, 0]

@@ -9,7 +9,7 @@ import torch
 
 from longctx.kernels.linear import reference
 from longctx.kernels.linear.recurrence import Carry, Inputs, Segment, compose
-from tests.combinations import pairs_first
+from tests.combinations import mostly_slow, mostly_slow_rows, pairs_first
 from tests.kernels.linear.cases import GROUPS, KINDS, by_recurrence, by_reference, draw, named_gates, relative
 
 LENGTHS = [1, 2, 63, 64, 65, 128, 200]
@@ -37,10 +37,15 @@ def test_forward_and_backward_equal_the_reference(kind, length, starts):
     check(draw(kind, length), [Segment(0, length, starts)], starts, 1e-11)
 
 
-@each_kind
-@pytest.mark.parametrize("heads", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize(
+    ("heads", "kind"),
+    mostly_slow_rows(
+        itertools.product(GROUPS, KINDS),
+        lambda heads, kind: kind in ("constant", "vector", "delta, vector") or heads == "gates alone",
+    ),
+)
 def test_heads_may_share_keys_values_gates_and_states(kind, heads):
-    check(draw(kind, 70, heads=heads), [Segment(0, 70, (33,))], (33,), 1e-11)
+    check(draw(kind, 70, heads=GROUPS[heads]), [Segment(0, 70, (33,))], (33,), 1e-11)
 
 
 @each_kind
@@ -86,9 +91,7 @@ def test_segments_that_follow_each_other_are_one(kind):
     check(draw(kind, 200), segments, starts, 1e-11)
 
 
-@each_kind
-@pytest.mark.parametrize("starts", [(), (40, 100)])
-@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize(("strong", "starts", "kind"), pairs_first([False, True], [(), (40, 100)], list(KINDS)))
 def test_float32_stays_within_1e_5_also_where_a_decay_is_exp_minus_10000(kind, starts, strong):
     case = draw(kind, 300, heads=(2, 2, 2, 2), key_dim=16, value_dim=16, strong=strong)
     low = case.to(torch.float32)
@@ -99,7 +102,7 @@ def test_float32_stays_within_1e_5_also_where_a_decay_is_exp_minus_10000(kind, s
         assert relative(got[name].double(), want) < 1e-5 or want.norm() < 1e-30, name
 
 
-@each_kind
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "constant", "vector", "delta, vector"))
 def test_bfloat16_tokens_have_a_float32_state(kind):
     case = draw(kind, 300, key_dim=32, value_dim=32).to(torch.bfloat16)
     got, _ = by_recurrence(case, [Segment(0, 300, (70,))])

@@ -57,8 +57,9 @@ def errors(kind, length, dim=8):
 @pytest.mark.parametrize(
     ("kind", "length"),
     [
-        ("constant", 2**17),
-        ("delta, scalar", 2**15),
+        ("constant", 2**15),  # enough: without new bases the error is twice the bound
+        ("delta, scalar", 2**13),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("constant", 2**17), ("delta, scalar", 2**15))),
         *(pytest.param(kind, 2**20, marks=pytest.mark.slow) for kind in KINDS),
     ],
 )

@@ -1,10 +1,13 @@
 """The scan over segments, in torch and in Triton, against maps that are applied one after the other."""
 
+import itertools
+
 import pytest
 import torch
 
 from longctx.kernels.linear.recurrence import Carry, compose, exclusive_scan
 from longctx.kernels.linear.segment_scan import compose_segments, scan_segments
+from tests.combinations import mostly_slow_rows
 
 
 def draw(kind, count=5, key_dim=5, value_dim=7):
@@ -57,9 +60,14 @@ def test_scan_and_whole_are_the_maps_one_after_the_other(kind, reverse, count):
 
 @pytest.mark.parametrize("kind", ["scalar", "vector", "matrix"])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(5, 7), (40, 33)])
-def test_the_kernels_are_the_loop(kind, reverse, count, key_dim, value_dim):
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "count"),
+    [
+        *((5, 7, n) for n in (0, 1, 2, 5)),
+        *mostly_slow_rows([(40, 33, n) for n in (0, 1, 2, 5)], lambda k, v, n: n == 5),
+    ],
+)
+def test_the_kernels_are_the_loop(kind, reverse, key_dim, value_dim, count):
     triton_scan = kernels()
     carries, state = draw(kind, max(count, 1), key_dim, value_dim)
     carries = Carry(carries.transition[:count], carries.state[:count])
@@ -70,8 +78,10 @@ def test_the_kernels_are_the_loop(kind, reverse, count, key_dim, value_dim):
     torch.testing.assert_close(last, end)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("count", [2, 5, 6])
+@pytest.mark.parametrize(
+    ("count", "reverse"),
+    mostly_slow_rows(itertools.product([2, 5, 6], [False, True]), lambda *row: row in [(5, True), (6, False)]),
+)
 def test_composed_matrices_are_the_loop(reverse, count):
     carries, _ = draw("matrix", count, 40, 33)
     want = compose_segments(carries, reverse=reverse)
@@ -104,8 +114,10 @@ def test_a_state_that_is_not_finite_reaches_no_earlier_segment():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_scan_over_many_segments_or_ranks_adds_up_no_error(reverse):
-    count, generator = 2048, torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("count", [256, pytest.param(2048, marks=pytest.mark.slow)])
+def test_a_scan_over_many_segments_or_ranks_adds_up_no_error(reverse, count):
+    """In float32, state by state, the error is 90 times the bound after 256 segments already."""
+    generator = torch.Generator().manual_seed(0)
     decays = torch.tensor([1e-9, 3.9e-8, 1e-6, 1e-4])
     transition = -decays.expand(count, 1, -1).contiguous()
     state = torch.randn(count, 1, len(decays), 2, 2, generator=generator)

@@ -17,7 +17,7 @@ from longctx.parallel.attention.visibility import KVOwners, score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.parallel.traffic import count_traffic
-from tests.combinations import pairs_or_everything
+from tests.combinations import mostly_slow, mostly_slow_rows, pairs_or_everything
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, few_examples, many_examples, packings
 
 MASKS = [CAUSAL_MASK, IntervalMask(window=5), IntervalMask(causal=False), IntervalMask(causal=False, window=3)]
@@ -98,11 +98,12 @@ def schedules(size):
 
 
 @pytest.mark.parametrize(
-    "mask",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m == MASKS[-1])) for m in MASKS],
-    ids=lambda m: f"{m.causal}-{m.window}",
+    ("size", "mask"),
+    mostly_slow_rows(
+        itertools.product([1, 2, 4], MASKS), lambda size, mask: mask in {1: MASKS[:3], 2: [], 4: MASKS[:1]}[size]
+    ),
+    ids=lambda x: f"{x.causal}-{x.window}" if isinstance(x, IntervalMask) else str(x),
 )
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pairs_or_everything
 def test_every_schedule_and_layout_equals_one_rank(ranks, size, mask, combinations):
     cases = combinations([*PACKINGS.values(), *UNEVEN.values()], ORDERS, schedules(size), [mask])
@@ -117,7 +118,7 @@ def test_every_schedule_equals_one_rank_in_other_dtypes(ranks, dtype, bound):
     compare(answers, cases, 4, dtype, bound)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (12, 3), (12, 2), (24, 6)])
+@pytest.mark.parametrize("heads", mostly_slow([(4, 4), (4, 1), (12, 3), (12, 2), (24, 6)], (4, 1), (12, 2), (24, 6)))
 def test_key_value_heads_group_in_any_way(ranks, heads):
     cases = list(itertools.product([PACKINGS["ends inside slices"]], ["zigzag"], schedules(4), MASKS[:1]))
     answers = ranks.run(on_rank, cases, torch.float64, 2, heads, size=4)
@@ -139,8 +140,12 @@ def outputs_around(order, schedule):
     return outs
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("schedule", BETWEEN_OWNERS)
+@pytest.mark.parametrize(
+    ("schedule", "order"),
+    mostly_slow_rows(
+        itertools.product(BETWEEN_OWNERS, ORDERS), lambda schedule, order: order == "zigzag" or schedule == "ring"
+    ),
+)
 def test_changing_a_token_leaves_earlier_outputs_on_all_ranks_bitwise_unchanged(ranks, order, schedule):
     layout = Layout((0, 17, 47), order, 4)
     answers = ranks.run(outputs_around, order, schedule, size=4)

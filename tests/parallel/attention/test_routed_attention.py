@@ -101,9 +101,11 @@ def dense(bounds, routes, mask):
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pairs_or_everything
 def test_routed_queries_get_what_all_queries_get_there(ranks, size, combinations):
-    cases = combinations([*PACKINGS.values(), *UNEVEN.values()], ORDERS, ROUTES, schedules(size), MASKS)
-    if combinations is not pairs:
-        cases = cases[::11]  # of 1,620
+    bounds, rows = [*PACKINGS.values(), *UNEVEN.values()], (ORDERS, ROUTES, schedules(size), MASKS)
+    if combinations is pairs:
+        cases = pairs(bounds[1::2], *rows)
+    else:
+        cases = pairs(bounds, *rows) + combinations(bounds, *rows)[::11]  # of 1,620
     answers = ranks.run(on_rank, cases, size=size)
     for number, (bounds, order, routes, schedule, mask) in enumerate(cases):
         layout = Layout(bounds, order, size)

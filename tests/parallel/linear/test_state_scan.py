@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 from longctx.parallel.linear.state_scan import begin_state_scan, state_scan
 from longctx.parallel.traffic import count_traffic
-from tests.combinations import pairs_or_everything
+from tests.combinations import mostly_slow, mostly_slow_rows, pairs_or_everything
 from tests.kernels.linear.cases import KINDS, by_reference, draw
 from tests.parallel.cases import ORDERS, PACKINGS, UNEVEN, few_examples, layout_here, many_examples, packings
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
+RICHEST = ("constant", "vector", "delta, scalar", "delta, vector")
+"""Those whose gates and transitions are of every form; of the others tests/mixers/test_parity.py has a mixer each."""
 HEADS = (4, 2, 4, 2)
 
 
@@ -46,14 +48,16 @@ def on_rank(kind, cases, dtype, states="all-gather", begun=False):
     return answers
 
 
-@each_kind
 @pytest.mark.parametrize(
-    ("size", "dtype", "bound"),
-    [
-        pytest.param(1, torch.float64, 1e-10, marks=pytest.mark.slow),
-        (2, torch.float32, 1e-5),
-        (4, torch.float64, 1e-10),
-    ],
+    ("size", "dtype", "bound", "kind"),
+    mostly_slow_rows(
+        [
+            (*row, kind)
+            for row in ((1, torch.float64, 1e-10), (2, torch.float32, 1e-5), (4, torch.float64, 1e-10))
+            for kind in KINDS
+        ],
+        lambda size, dtype, bound, kind: kind in {1: [], 2: ["delta, vector"], 4: RICHEST}[size],
+    ),
 )
 @pairs_or_everything
 def test_every_layout_equals_the_reference_on_one_rank(ranks, kind, size, dtype, bound, combinations):
@@ -92,9 +96,14 @@ def compare(answers, kind, cases, size, dtype, bound):
             assert (x - ref).norm() <= bound * ref.norm() + floor, f"{name} {bounds} {order} continued={continued}"
 
 
-@each_kind
-@pytest.mark.parametrize("states", ["ring", "tree"])
-@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 4])
+@pytest.mark.parametrize(
+    ("states", "kind"),
+    mostly_slow_rows(
+        itertools.product(["ring", "tree"], KINDS),
+        lambda states, kind: kind in ("delta, vector", "vector" if states == "tree" else "scalar"),
+    ),
+)
+@pytest.mark.parametrize("size", mostly_slow([1, 2, 4], 4))
 @pairs_or_everything
 def test_other_schedules_of_states_give_the_same(ranks, kind, states, size, combinations):
     bounds = [PACKINGS["ends inside slices"], PACKINGS["over all ranks but the ends"], UNEVEN["a ragged end"]]
@@ -104,7 +113,7 @@ def test_other_schedules_of_states_give_the_same(ranks, kind, states, size, comb
     assert all(set(answer[-1]) == ({"exchange"} if size > 1 else set()) for each in answers for answer in each)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "scalar", "delta, vector"))
 def test_a_scan_that_was_begun_early_gives_the_same(ranks, kind):
     cases = list(itertools.product([PACKINGS["ends inside slices"]], ORDERS, [False, True]))
     answers = ranks.run(on_rank, kind, cases, torch.float64, "all-gather", True, size=4)
@@ -184,7 +193,7 @@ def outputs_around(kind, order, times):
 
 
 @each_kind
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("order", mostly_slow(["contiguous", "zigzag"], "zigzag"))
 def test_changing_a_token_leaves_earlier_outputs_on_all_ranks_bitwise_unchanged(ranks, kind, order):
     times = (0, 16, 30, 47)
     layout = Layout((0, 17, 48), order, 4)

@@ -3,8 +3,8 @@
 On a GPU they run there; elsewhere in Triton's interpreter, on CPU tensors (tests/conftest.py asks for it).
 """
 
-import subprocess
-import sys
+import itertools
+import multiprocessing
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +17,7 @@ from longctx.kernels.linear.additive import triton as additive
 from longctx.kernels.linear.recurrence import Carry, Inputs, Segment, exclusive_scan
 from longctx.kernels.linear.reference import linear_recurrence
 from longctx.kernels.linear.triton_launch import MAX_SEGMENT, LaunchPlan
+from tests.combinations import mostly_slow, mostly_slow_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -116,8 +117,16 @@ def check(case, bound=1e-5, dtype=torch.float32):
         assert distance(ours, want) < bound * (10 * q.shape[1] if gate.dim() == 1 else 1)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("starts", [(), (0,), (3, 20, 33, 36)], ids=["no start", "at 0", "inside"])
+@pytest.mark.parametrize(
+    ("starts", "decay"),
+    [
+        *(pytest.param((3, 20, 33, 36), decay, id=f"inside-{decay}") for decay in DECAYS),
+        pytest.param((), "vector", id="no start-vector"),
+        pytest.param((0,), "vector", id="at 0-vector", marks=pytest.mark.slow),
+        *(pytest.param((), decay, id=f"no start-{decay}", marks=pytest.mark.slow) for decay in DECAYS[:-1]),
+        *(pytest.param((0,), decay, id=f"at 0-{decay}", marks=pytest.mark.slow) for decay in DECAYS[:-1]),
+    ],
+)
 def test_all_passes_equal_the_reference(decay, starts):
     check(Case.draw(decay, [Segment(0, 37, starts)]))
 
@@ -133,7 +142,7 @@ def test_without_gradients_of_gates_the_others_are_the_same(decay):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", mostly_slow(DECAYS, "constant", "vector"))
 def test_segments_in_any_order_of_any_length(decay):
     parts = [
         Segment(40, 57, (0, 5)),
@@ -161,11 +170,10 @@ def test_lengths_and_starts(decay, starts, length):
 
 @pytest.mark.parametrize(
     ("decay", "heads"),
-    [
-        *(("vector", heads) for heads in GROUPS),
-        ("scalar", (6, 3, 1, 3)),
-        *(pytest.param("scalar", heads, marks=pytest.mark.slow) for heads in GROUPS if heads != (6, 3, 1, 3)),
-    ],
+    mostly_slow_rows(
+        itertools.product(["vector", "scalar"], GROUPS),
+        lambda decay, heads: heads == (6, 3, 1, 3) or (decay, heads) == ("vector", (1, 1, 4, 2)),
+    ),
     ids=str,
 )
 def test_grouped_heads(decay, heads):
@@ -177,8 +185,14 @@ def test_grouped_heads_where_nothing_runs_along_the_sequence(decay):
     check(Case.draw(decay, [Segment(0, 10, (7,))], batch=2, heads=(4, 1, 2, 2), dims=(6, 4)))
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dims", [(1, 40), (33, 16), (64, 65)], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "decay"),
+    mostly_slow_rows(
+        itertools.product([(1, 40), (33, 16), (64, 65)], DECAYS),
+        lambda dims, decay: decay == "vector" or (dims, decay) in [((1, 40), "constant"), ((64, 65), "scalar")],
+    ),
+    ids=str,
+)
 def test_head_dims(decay, dims):
     check(Case.draw(decay, [Segment(0, 19)], dims=dims))
 
@@ -203,7 +217,7 @@ def test_constant_decays_from_none_to_all():
     check(case)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("decay", mostly_slow(DECAYS, "constant", "vector"))
 def test_segments_joined_by_the_scan_are_one_segment(decay):
     whole = [Segment(0, 66, (29,))]
     case = Case.draw(decay, whole)
@@ -251,7 +265,7 @@ def test_changing_a_token_leaves_earlier_outputs_bitwise_unchanged(decay):
 
 @pytest.mark.parametrize("decay", [pytest.param("scalar", marks=pytest.mark.slow), "vector"])
 def test_strided_inputs_give_the_same_and_stay_as_they_are(decay):
-    case = Case.draw(decay, [Segment(0, 12, (3,))], batch=2, heads=(2, 2, 2, 2))
+    case = Case.draw(decay, [Segment(0, 12, (3,))], batch=2, heads=(2, 2, 2, 2), dims=(6, 4))
     plain = case.on_device()
     q, k, v, gates, do, states, dends = plain
     # Heads before tokens; channels apart; a part of a wider tensor.
@@ -344,22 +358,24 @@ def test_tf32_is_followed(monkeypatch):
     assert [kind["PRECISION"] for kind in seen] == ["tf32", "tf32x3"]
 
 
+def precisions(queue):
+    seen = []
+    LaunchPlan.launch = lambda self, *args, **kwargs: seen.append(self.precision["PRECISION"])
+    k = torch.zeros(1, 4, 1, 4)
+    for setting in ("tf32", "ieee", "none"):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        additive.summarize(Inputs(None, k, k, ()), [Segment(0, 4)])
+    queue.put(seen)
+
+
 def test_the_newer_setting_of_tf32_is_followed():
     # In a process of its own: once torch has been told the one way, asking the other way is an error.
-    program = """
-import torch
-from longctx.kernels.linear.additive import triton
-from longctx.kernels.linear.recurrence import Inputs, Segment
-from longctx.kernels.linear.triton_launch import LaunchPlan
-LaunchPlan.launch = lambda self, *args, **kwargs: print(self.precision["PRECISION"])
-k = torch.zeros(1, 4, 1, 4)
-for setting in ("tf32", "ieee", "none"):
-    torch.backends.cuda.matmul.fp32_precision = setting
-    triton.summarize(Inputs(None, k, k, ()), [Segment(0, 4)])
-"""
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["tf32", "tf32x3", "tf32x3"]
+    context = multiprocessing.get_context("forkserver")
+    queue = context.Queue()
+    process = context.Process(target=precisions, args=(queue,))
+    process.start()
+    assert queue.get(timeout=120) == ["tf32", "tf32x3", "tf32x3"]
+    process.join()
 
 
 def test_segment_length():

@@ -14,13 +14,17 @@ from longctx.kernels.linear.additive import triton_vector
 from longctx.kernels.linear.recurrence import Inputs, Segment
 from longctx.kernels.linear.reference import linear_recurrence
 from longctx.kernels.linear.triton_launch import LaunchPlan
+from tests.combinations import mostly_slow
 from tests.kernels.linear.additive.test_triton import Case, check, distance, pytestmark  # noqa: F401 - marks this too
 
 SMALL = tuning.TileSizes(chunk=64, block_k=16, block_v=16, warps=4, stages=1)
 
 
-@pytest.mark.parametrize("chunk", [16, 64, pytest.param(128, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("starts", [(), (30, 31, 70, 100)], ids=["no start", "inside"])
+@pytest.mark.parametrize("chunk", mostly_slow([16, 64, 128], 16, 64))
+@pytest.mark.parametrize(
+    "starts",
+    [pytest.param((), id="no start", marks=pytest.mark.slow), pytest.param((30, 31, 70, 100), id="inside")],
+)
 def test_chunks_of_every_size_equal_the_reference(chunk, starts):
     case = Case.draw("vector", [Segment(0, 140, starts), Segment(140, 150)], dims=(20, 12), strength=0.5)
     sizes = {**SMALL, "chunk": chunk}
@@ -48,7 +52,7 @@ def test_pairs_after_decays_to_nothing_are_as_exact_as_others(chunk):
         assert distance(out[:, token], want[:, token]) < 1e-5, token
 
 
-@pytest.mark.parametrize("strength", [2.0, 0.05])
+@pytest.mark.parametrize("strength", mostly_slow([2.0, 0.05], 0.05))
 def test_bfloat16_multiplies_in_bf16_and_adds_log_decays_in_float32(strength):
     case = Case.draw("vector", [Segment(0, 70, (30,)), Segment(70, 80)], dims=(40, 24), strength=strength)
     for name in ("q", "k", "v", "do"):
@@ -67,7 +71,7 @@ def test_parts_of_the_backward_pass_equal_all_of_it():
 
 
 def test_scratch_for_few_segments_at_a_time_gives_the_same(monkeypatch):
-    case = Case.draw("vector", Segment(0, 90, (20,)).cut(40), batch=2)
+    case = Case.draw("vector", Segment(0, 36, (20,)).cut(16), batch=2, dims=(6, 4))
     q, k, v, gates, do, states, dends = case.on_device()
 
     def run():
