@@ -90,7 +90,7 @@ def test_another_corpus_is_warned_of(trained, tmp_path):
         (("--prompt", "a", "--temperature", "-1"), "error: temperature: -1.0 is out of range"),
         (("--prompt", "a", "--top-p", "0"), "error: top_p: 0.0 is out of range"),
         (("--prompt", "a", "--checkpoint", "gone"), "error: gone is not a checkpoint, or it is damaged"),
-        (("--prompt", "a", "model.dim=32"), "error: model.dim=32: generation can override only data.path"),
+        (("--prompt", "a", "model.dim=32"), "error: model.dim=32: generation can override only checkpoint.verify"),
         (("--prompt", "a", "train.precision=fp8"), "train.precision: "),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 
 from longctx.kernels.linear.operators import RegisteredRecurrence
 from longctx.kernels.linear.recurrence import Segment
+from tests.combinations import mostly_slow_rows
 from tests.kernels.linear.cases import KINDS, by_recurrence, by_reference, draw
 
 LENGTH, STARTS = 150, (20, 70, 75, 128)
@@ -47,9 +48,9 @@ def rows(x):
 CASES = [(kind, name) for kind in KINDS for name in tensors_of(kind)]
 
 
-def check_contained(kind, name, value, tokens):
+def check_contained(case, name, value, tokens):
     """A number of `name` that is not finite reaches no earlier token and no other document."""
-    case, segments = draw(kind, LENGTH).to(torch.float32), Segment(0, LENGTH, STARTS).cut(60)
+    segments = Segment(0, LENGTH, STARTS).cut(60)
     before, _ = by_recurrence(case, segments)
     for t in tokens:
         begin, end = document(t)
@@ -70,18 +71,19 @@ def check_contained(kind, name, value, tokens):
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_what_is_not_finite_stays_in_its_document_and_after_its_token(kind, name, value):
-    check_contained(kind, name, value, TOKENS)
+    check_contained(draw(kind, LENGTH).to(torch.float32), name, value, TOKENS)
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) if name == "v" else pytest.param(kind, name, marks=pytest.mark.slow) for kind, name in CASES],
+    mostly_slow_rows(CASES, lambda kind, name: (kind, name) in (("vector", "v"), ("delta, scalar", "k"))),
 )
 def test_tritons_kernels_are_contained_where_they_are_checked(kind, name, monkeypatch):
     pytest.importorskip("triton")
     module = import_module(f"longctx.kernels.linear.{KINDS[kind][0].name}.triton")
     monkeypatch.setattr(RegisteredRecurrence, "_module", lambda recurrence, k: module)
-    check_contained(kind, name, float("nan"), [40])
+    case = draw(kind, LENGTH, batch=1, heads=(2, 2, 2, 2)).to(torch.float32)
+    check_contained(case, name, float("nan"), [40])
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -18,6 +18,7 @@ from longctx.verify.cases import Case
 from longctx.verify.equations.step import Equations, evaluate
 from longctx.verify.measure import Subject, measure
 from longctx.verify.run import verify
+from tests.combinations import mostly_slow
 from tests.model.cases import VOCABULARY, hybrid, with_experts
 
 SUBJECT = Subject(hybrid(), TrainConfig(steps=1), VOCABULARY, length=32, seed=1)
@@ -107,7 +108,10 @@ def everywhere(fault, function, *arguments):
         return function(*arguments)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    mostly_slow(FAULTS, doubled_positions, another_decay, another_balance, a_state_that_crosses_a_document_start),
+)
 def test_a_fault_that_all_ranks_have_is_found_by_the_equations_alone(ranks, monkeypatch, fault):
     monkeypatch.setattr(run, "cases", lambda most_ranks, model: iter([Case(2, "zigzag", True)]))
     subject = replace(SUBJECT, model=with_experts()) if fault is another_balance else SUBJECT
