@@ -139,12 +139,8 @@ def train_plainly(clip, experts):
 
 RUNS = {
     "1 rank": [Run(), Run(experts="token")],
-    "2 ranks": [
-        Run(cp=2, train=UNCLIPPED),
-        Run(cp=2, ep=2, experts="token"),
-    ],
+    "2 ranks": [Run(cp=2, train=UNCLIPPED)],
     "4 ranks": [
-        Run(dp_replicate=2, dp_shard=2, ep=2, experts="token"),
         Run(dp_shard=2, cp=2, ep=2, experts="token", train=TILED),
     ],
     "tokens together, 2 ranks": [Run(cp=2, ep=2, experts="similarity")],
@@ -154,6 +150,7 @@ MORE_RUNS = {
     "tokens together, 2 ranks": [Run(cp=2, experts="attention")],
     "1 rank": [Run(train=UNCLIPPED)],
     "2 ranks": [
+        Run(cp=2, ep=2, experts="token"),
         Run(dp_shard=2),
         Run(dp_replicate=2),
         Run(cp=2, order="contiguous"),
@@ -161,6 +158,7 @@ MORE_RUNS = {
         Run(dp_shard=2, ep=2, experts="token"),
     ],
     "4 ranks": [
+        Run(dp_replicate=2, dp_shard=2, ep=2, experts="token"),
         Run(dp_shard=2, cp=2),
         Run(dp_replicate=2, cp=2, order="contiguous"),
         Run(dp_replicate=2, dp_shard=2, train=UNCLIPPED),

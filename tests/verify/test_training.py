@@ -18,6 +18,7 @@ from longctx.verify import training
 from longctx.verify.cases import Case, reference
 from longctx.verify.measure import Subject
 from longctx.verify.training import Run, loader_faults, open_stream, run_steps, runs, verify_training, write_corpus
+from tests.combinations import mostly_slow_rows
 from tests.model.cases import VOCABULARY, hybrid, with_experts
 
 SUBJECT = Subject(hybrid(), TrainConfig(steps=1, clip=0.05), VOCABULARY, length=48, seed=1)
@@ -177,7 +178,10 @@ class Faulty:
             return run_steps(*arguments, **checkpoints)
 
 
-@pytest.mark.parametrize(("fault", "run", "names"), FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "run", "names"),
+    mostly_slow_rows(FAULTS, lambda fault, *_: fault in (swapped_shards, no_clipping, no_moments_loaded)),
+)
 def test_faults_of_a_run_are_found(ranks, monkeypatch, fault, run, names):
     monkeypatch.setattr(training, "runs", lambda most_ranks, own: [run])
     _, row = verify_training(SUBJECT, ranks, run_steps=Faulty(fault))

@@ -17,6 +17,7 @@ from longctx.verify.equations import decoder
 from longctx.verify.equations.decoder import check_covered, uncovered
 from longctx.verify.measure import Subject
 from longctx.verify.run import verify
+from tests.combinations import mostly_slow
 from tests.mixers.cases import CONFIGS, DIM, OPTIONS
 from tests.model.cases import ROUTERS, VOCABULARY, hybrid, model_of, with_experts
 
@@ -66,7 +67,18 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+USUAL = (
+    "constant decays, attention experts",
+    "gates",
+    "the delta rule",
+    "options",
+    "experts and heads",
+    "experts with noise and a capacity",
+    "postnorm with factors",
+)
+
+
+@pytest.mark.parametrize("name", mostly_slow(MODELS, *USUAL))
 def test_a_step_of_one_rank_equals_the_equations(ranks, monkeypatch, name):
     monkeypatch.setattr(run, "cases", lambda most_ranks, model: iter(()))
     rows = list(islice(verify(Subject(MODELS[name], TrainConfig(steps=1), VOCABULARY, 32, 1), ranks), 2))
