@@ -10,8 +10,7 @@ PY := .venv/bin/python
 ANOTHER = Choose a newer Python: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Bytecode is kept, under build/: tests start hundreds of processes, each of which would compile longctx.
-export PYTHONPYCACHEPREFIX := $(CURDIR)/build/pycache
+# Tests start hundreds of processes, each of which would compile longctx anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 # The source of Python's standard library: text that is on every machine. Its tests and generated tables are excluded.
