@@ -28,6 +28,9 @@ _ALLOWED = {
     *((_OF_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
     (_OF_METADATA, "_MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    # Megatron-Core's checkpoints have the plan by which they were written.
+    *(("torch.distributed.checkpoint.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType")),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
     ("torch", "Size"),
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13
@@ -76,12 +79,13 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def load_bytes(name: str, value: io.BytesIO) -> Any:
-    """Read an entry that is not a tensor: numbers, strings, containers of them, tensors.
+    """Read an entry that is not a tensor: numbers, strings, bytes, containers of them, tensors.
 
     Raises UserError if it names anything else.
     """
     try:
-        return torch.load(value, weights_only=True)  # noqa: TID251 - with weights_only
+        with torch.serialization.safe_globals([io.BytesIO]):  # the extra state of Transformer Engine's layers
+            return torch.load(value, weights_only=True)  # noqa: TID251 - with weights_only
     except pickle.UnpicklingError as error:
         # torch goes on to recommend reading without `weights_only`.
         reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "it is damaged"

@@ -1,5 +1,6 @@
 """Reading a checkpoint runs nothing that its files name."""
 
+import io
 import pickle
 import shutil
 from copy import deepcopy
@@ -13,7 +14,14 @@ from longctx.checkpoint.restricted import METADATA, check_entries, read_metadata
 from longctx.checkpoint.storage import Reader, read_tensors
 from longctx.errors import UserError
 
-OBJECTS = {"step": 7, "betas": (0.9, 0.95), "names": ["a", None, True], "nested": {"lr": 1e-3}, "extra": torch.ones(2)}
+OBJECTS = {
+    "step": 7,
+    "bytes": io.BytesIO(b"state"),
+    "betas": (0.9, 0.95),
+    "names": ["a", None, True],
+    "nested": {"lr": 1e-3},
+    "extra": torch.ones(2),
+}
 
 
 def state():
