@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longctx.checkpoint.checksums import write_checksums
 from longctx.checkpoint.weights import find_weights, shapes_of, stored_config, write_weights
-from longctx.config import Config
+from longctx.config import Config, flattened
 from longctx.convert.families import FAMILIES, Family
 from longctx.convert.families.base import Keys
 from longctx.convert.row_table import CachedRows, MappedTensor, RowTable, gather_rows, lazy_tensor, rows_per_buffer
@@ -298,12 +298,4 @@ def resolved(model: ModelConfig) -> dict[str, Any]:
     values = model.model_dump(mode="json") | {name: table.model_dump(mode="json") for name, table in tables.items()}
     values |= {"layers": model.pattern, "ffn": list(model.feed_forwards)}
     values["residual"] = {name: factors for name, factors in (model.residual or {}).items() if factors != (1, 1)}
-    return dict(_flattened(values))
-
-
-def _flattened(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+    return {key: value for key, value in flattened(values) if value is not None}

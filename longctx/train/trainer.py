@@ -41,6 +41,7 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe, check, dump
+from longctx.train.agreement import check_agreement
 from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
 from longctx.train.display import Display, make_display
@@ -68,6 +69,7 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> None:
         # Filling new memory costs time, and nothing here reads memory that it did not write.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by property
     with process_group(kind, recipe.parallel.timeout):
+        check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
         with ExitStack() as stack:
             _Trainer(recipe, out, resume, kind, stack).run()

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -459,14 +459,25 @@ def test_another_corpus_on_one_rank(ranks, workplace, tmp_path):
 
 
 def test_checkpoints_that_one_rank_alone_sees(ranks, uninterrupted, workplace, tmp_path):
-    out = interrupted_copy(uninterrupted, tmp_path / "out", 2)
-    told = ranks.run(mistake_elsewhere_on_rank_1, workplace, out, tmp_path / "elsewhere", size=2)
+    interrupted_copy(uninterrupted, tmp_path / "out", 2)
+    (tmp_path / "elsewhere").mkdir()
+    told = ranks.run(mistake_elsewhere_on_rank_1, workplace, tmp_path, size=2)
     assert "rank 0 would resume from step 2 and rank 1 from step 0" in told[0]
     assert "on a file system shared by all machines" in told[1]
 
 
-def mistake_elsewhere_on_rank_1(workplace: Path, out: Path, elsewhere: Path) -> str:
-    return mistake(workplace, elsewhere if torch.distributed.get_rank() == 1 else out)
+def mistake_elsewhere_on_rank_1(workplace: Path, folder: Path) -> str:
+    """The same directory by its name, which is another one on the machine of rank 1."""
+    with chdir(folder / "elsewhere" if torch.distributed.get_rank() == 1 else folder):
+        return mistake(workplace, Path("out"))
+
+
+def test_nodes_with_different_recipes_do_not_train_together(ranks, workplace, tmp_path):
+    arguments = (["optimizer.lr=0.5", "train.clip=none"], "auto", nothing, 1)
+    told = refusals(ranks, workplace, tmp_path / "out", *arguments)
+    assert 'the ranks of this job were started differently: train.clip: 1.0 on rank 0, "none" on rank 1; ' in told
+    assert "optimizer.lr: 0.003 on rank 0, 0.5 on rank 1" in told
+    assert not (tmp_path / "out").exists()
 
 
 @contextmanager
