@@ -12,6 +12,7 @@ Exit status of a job:
 - a rank killed by a signal: 1; one line names both
 - SIGINT, SIGTERM or SIGHUP sent to the launcher: 128 + the signal, as shells and schedulers expect. The ranks get
   SIGTERM and have `Limits.save` seconds to save and return. A second Ctrl-C kills them immediately.
+- SIGINT or SIGTERM sent to a rank, which then stops all of them after a save: 128 + the signal
 
 After a failure the other ranks have `Limits.settle` seconds to exit, then they are killed; checkpoints are written
 atomically, so none is damaged. Ranks also die if the launcher is killed.
@@ -43,6 +44,8 @@ MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)
 """Make glibc keep freed memory instead of returning the pages of each large tensor to the system, which costs CPU ranks
 much time (measured: 27 of 101 CPU seconds at 131,072 tokens per step)."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
+"""The signal that stopped a rank which saved and returned, by the rank's exit status."""
 _SECONDHAND = re.compile(r"longctx\.parallel\.rank_errors\.RankError|torch\.distributed\.Dist\w*Error|/gloo/transport/")
 """Matches the class or message of an error that a rank raises because another one failed."""
 
@@ -68,6 +71,11 @@ class _Rank:
     was_killed: bool = False
     """Whether the launcher killed it."""
     report: RankReport | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the rank has ended, and neither returned nor saved and stopped."""
+        return self.status is not None and self.status != 0 and self.status not in _STOPPED
 
     def ask_to_stop(self) -> None:
         """Send SIGTERM only to the rank: it ends its own children (such as data readers) itself, after the save."""
@@ -113,7 +121,7 @@ class _Job:
         deadline = float("inf")
         while running := self.running():
             for rank in running:
-                if rank.has_ended(self.folder) and rank.status != 0 and not failed:
+                if rank.has_ended(self.folder) and rank.has_failed and not failed:
                     failed = True
                     deadline = min(deadline, time.monotonic() + self.limits.settle)
             for number in self.signals[handled:]:
@@ -240,14 +248,16 @@ def _conclude(job: _Job, logs: Path, advice: str) -> int:
     stop = job.signals[0] if job.signals else None
     # A rank that is asked to stop before it can save dies of SIGTERM.
     not_stopped = [rank for rank in job.ranks if not rank.was_killed and (not stop or rank.status != -signal.SIGTERM)]
-    failures = sorted((rank for rank in not_stopped if rank.status != 0), key=_precedence)
+    failures = sorted((rank for rank in not_stopped if rank.has_failed), key=_precedence)
     if any(rank.status is not None and rank.status < 0 for rank in job.ranks):
         show_cursor()
     if failures:
         return _report_failure(failures, job, logs, advice)
     if stop is None:
+        stop = next((_STOPPED[rank.status] for rank in job.ranks if rank.status in _STOPPED), None)
+    if stop is None:
         return 0
-    unsaved = [rank for rank in job.ranks if rank.status != 0]
+    unsaved = [rank for rank in job.ranks if rank.has_failed]
     if unsaved:
         echo(f"stopped by {stop.name}; {_names(unsaved)} exited without saving. {advice}".rstrip())
     else:

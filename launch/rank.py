@@ -22,7 +22,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Job(TypedDict):
-    """The job of every rank: `entry` (`module:function`), called with the keyword `arguments`."""
+    """The job of every rank: `entry` (`module:function`), called with the keyword `arguments`.
+
+    It returns the exit status of the rank; None is 0.
+    """
 
     entry: str
     arguments: dict[str, object]
@@ -56,8 +59,8 @@ def main() -> None:
     sys.excepthook = end
     job: Job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     module, _, function = job["entry"].partition(":")
-    getattr(importlib.import_module(module), function)(**job["arguments"])
-    exit_rank(0)
+    status = getattr(importlib.import_module(module), function)(**job["arguments"])
+    exit_rank(status or 0)
 
 
 def exit_rank(status: int) -> NoReturn:

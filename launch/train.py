@@ -41,19 +41,18 @@ def train(
                 "--nproc"
             )
         check(recipe, ranks)
-        _run_in_job(recipe, out, resume)
-        return 0
+        return _run_in_job(recipe, out, resume)
     ranks = nproc or _default_ranks(recipe.train.device)
     check(recipe, ranks)
     arguments = {"recipe": recipe.model_dump(), "out": str(out), "resume": resume}
     return run_ranks("longctx.launch.train:run_rank", arguments, ranks=ranks, logs=out / "logs", advice=_ADVICE)
 
 
-def run_rank(recipe: dict[str, Any], out: str, resume: str) -> None:
-    """Run the trainer on a local rank, with the recipe that the parent has loaded."""
+def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
+    """Run the trainer on a local rank, with the recipe that the parent has loaded; return the rank's exit status."""
     from longctx.train.trainer import train
 
-    train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
+    return train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
 
 
 def job_size() -> int | None:
@@ -72,7 +71,7 @@ def job_size() -> int | None:
     return int(os.environ["WORLD_SIZE"])
 
 
-def _run_in_job(recipe: Recipe, out: Path, resume: str) -> None:
+def _run_in_job(recipe: Recipe, out: Path, resume: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from longctx.train.trainer import train
@@ -80,7 +79,7 @@ def _run_in_job(recipe: Recipe, out: Path, resume: str) -> None:
     handler = get_error_handler()
     handler.initialize()
     try:
-        train(recipe, out=out, resume=resume)
+        return train(recipe, out=out, resume=resume)
     except UserError:
         raise
     except Exception as error:

@@ -56,9 +56,11 @@ _DIVERGED = (
 )
 
 
-def train(recipe: Recipe, *, out: Path, resume: str) -> None:
-    """Train `recipe` into the directory `out`. Collective: every rank of a job calls it.
+def train(recipe: Recipe, *, out: Path, resume: str) -> int:
+    """Train `recipe` into the directory `out`; return the exit status. Collective: every rank of a job calls it.
 
+    The status is 0 after the last step; 128 + the number of the signal, SIGTERM or SIGINT, if that stopped the run
+    earlier, after a save, on any rank.
     `resume`: `auto` (from the latest checkpoint in `out`, if there is one), `never`, or a checkpoint directory.
     Raises UserError, on every rank, for errors that the user can fix.
     """
@@ -72,10 +74,12 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> None:
         check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
         with ExitStack() as stack:
-            _Trainer(recipe, out, resume, kind, stack).run()
+            trainer = _Trainer(recipe, out, resume, kind, stack)
+            trainer.run()
             stack.close()
             # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
             dist.barrier()
+            return 128 + trainer.stopped_by if trainer.done < recipe.train.steps else 0
 
 
 class _Reporter:
@@ -154,7 +158,8 @@ class _Trainer:
         stack.callback(self.reporter.close)
         self.routing_fluctuation = RoutingFluctuation()
         self.resumed_from, self.initial_weights, self.unverified = source, weights, unverified
-        self.stopped_by: int | None = None
+        self.stopped_by = 0
+        """The signal that stops the run; 0 if there is none."""
         self.saved = self.done if source is not None else -1
 
     def _open_heldout(self) -> Sequence[Packed] | None:
@@ -258,6 +263,9 @@ class _Trainer:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = number
+        if number == signal.SIGINT:
+            # A second Ctrl-C does not wait for the save.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _gather(self, *values: float) -> torch.Tensor:
         """All-gather numbers: `[ranks, n]` float64."""
@@ -328,7 +336,9 @@ class _Trainer:
         if self.done >= steps:
             self.reporter.message(f"Nothing to do: {self.resumed_from} is at step {self.done}, train.steps is {steps}.")
             return
-        signal.signal(signal.SIGTERM, self._stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._stop)
         with collective_errors("at the start"):
             self._start()
         average: float | None = None
@@ -371,7 +381,7 @@ class _Trainer:
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
         memory = system.peak_memory_bytes(self.device)
-        rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by is not None))
+        rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by))
         seconds = time.perf_counter() - began
         metrics = StepMetrics(
             step=step,
@@ -387,7 +397,8 @@ class _Trainer:
             seconds_left=(recipe.train.steps - step) * (average or seconds),
             routers={name: sums.metrics for name, sums in result.router_stats.layers.items()},
         )
-        return metrics, bool(rows[:, 2].any())
+        self.stopped_by = int(rows[:, 2].max())
+        return metrics, self.stopped_by > 0
 
     def _evaluate(self) -> None:
         assert self.heldout is not None

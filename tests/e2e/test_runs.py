@@ -3,15 +3,18 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from longctx.engines.metrics import FILE_NAME, read_metrics
 from longctx.launch.main import app
 from tests.combinations import mostly_slow
-from tests.e2e.jobs import Job
+from tests.e2e.jobs import ROOT, Job
 from tests.train.runs import RECIPE, checkpoints, interrupted_copy, losses, metrics, train, write_workplace
 
 STEPS = ("train.steps=12", "train.sequences_per_step=1", "checkpoint.every=3", "checkpoint.keep=2")
@@ -104,6 +107,27 @@ def test_a_checkpoint_that_is_being_written_when_a_rank_is_killed_is_not_there(r
     ranks.run(train, tmp_path, tmp_path / "out", ["train.steps=6", "checkpoint.every=2"], size=2)
     assert [run.step for run in job.metrics().runs] == [0, 2]
     assert checkpoints(tmp_path / "out") == [f"step-{step:08d}" for step in (2, 4, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_rank_of_a_job_saves_and_is_its_status(tmp_path, monkeypatch, number):
+    """As a scheduler takes it, which would call a job with status 0 completed."""
+    write_workplace(tmp_path)
+    rank = {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    out, arguments = tmp_path / "out", ("train.steps=4000", "parallel.cp=1", "checkpoint.every=4000", "--out", "out")
+    command = [sys.executable, "-m", "longctx", "train", "tiny.toml", *arguments]
+    job = subprocess.Popen(command, cwd=tmp_path, env=os.environ | rank, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not ((out / FILE_NAME).exists() and read_metrics(out / FILE_NAME).steps):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    job.send_signal(number)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode == 128 + number, stderr
+    assert "Traceback" not in stderr
+    (saved,) = checkpoints(out)
+    assert 0 < int(saved.removeprefix("step-")) < 4000
 
 
 @pytest.mark.slow

@@ -126,3 +126,9 @@ def ignore_sigterm(folder: str) -> None:
 def leave_a_child(folder: str) -> None:
     child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG})"])
     Path(folder, f"child-{RANK}").write_text(str(child.pid))
+
+
+def stop_as_one(folder: str) -> int:
+    """All ranks have saved and stopped because rank 1 got SIGTERM; they end one after the other."""
+    time.sleep(0.2 * RANK)
+    return 128 + signal.SIGTERM

@@ -153,6 +153,12 @@ def test_ranks_save_before_a_signal_ends_the_job(start, tmp_path, number, status
     assert stderr.endswith(f"stopped by {signal.Signals(number).name}. ADVICE\n")
 
 
+def test_a_signal_to_a_rank_is_the_status_of_the_job_that_it_stopped(start):
+    status, _, stderr = start("stop_as_one", 3).wait()
+    assert status == 143
+    assert stderr == "stopped by SIGTERM. ADVICE\n"
+
+
 def test_ctrl_c_in_the_terminal_reaches_the_ranks_once_and_as_sigterm(start, tmp_path):
     launcher = start("save_at_sigterm", start_new_session=True)
     launcher.pids()

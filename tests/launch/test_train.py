@@ -62,10 +62,10 @@ def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, mon
 
     called = []
     trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume))
+    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume)) or 143
     monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
     assert entry == "longctx.launch.train:run_rank"
-    training.run_rank(**arguments)
+    assert training.run_rank(**arguments) == 143
     assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto")]
 
 
@@ -102,7 +102,7 @@ def test_a_run_directory_that_cannot_be_made_is_named(recipe, tmp_path):
 def test_inside_a_job_this_process_is_the_rank(recipe, started, monkeypatch):
     called = []
     trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume))
+    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume)) or 143
     monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
     for name, value in {
         "RANK": "1",
@@ -112,7 +112,7 @@ def test_inside_a_job_this_process_is_the_rank(recipe, started, monkeypatch):
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert run("train", recipe, "parallel.cp=2", "--resume", "never")[0] == 0
+    assert run("train", recipe, "parallel.cp=2", "--resume", "never")[0] == 143
     ((found, out, resume),) = called
     assert isinstance(found, Recipe)
     assert (out, resume, started) == ("runs/tiny", "never", [])

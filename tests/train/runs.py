@@ -78,7 +78,7 @@ def train(
 ) -> object:
     """On a rank: train `tiny.toml` of `workplace` into `out`, in the process group that the pool has made.
 
-    `around`: what is entered meanwhile; what that gives is returned.
+    `around`: what is entered meanwhile; what that gives is returned, or else the exit status.
     """
     return train_recipe(workplace / "tiny.toml", out, [f"data.path={workplace / 'corpus'}", *overrides], resume, around)
 
@@ -97,8 +97,8 @@ def train_recipe(
         patch.object(machine, "matmul_rate", lambda device, dtype: 1e9),
         around() as entered,
     ):
-        trainer.train(recipe, out=out, resume=resume)
-    return entered
+        status = trainer.train(recipe, out=out, resume=resume)
+    return entered if entered is not None else status
 
 
 def mistake(

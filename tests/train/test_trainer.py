@@ -186,10 +186,10 @@ def test_sigterm_saves_at_the_end_of_the_step_even_where_one_rank_alone_gets_it(
     ranks, uninterrupted, workplace, tmp_path
 ):
     out = tmp_path / "out"
-    ranks.run(train, workplace, out, [], "auto", sigterm_on_rank_1_in_step_3, size=2)
+    assert ranks.run(train, workplace, out, [], "auto", sigterm_on_rank_1_in_step_3, size=2) == [143, 143]
     assert checkpoints(out) == ["step-00000002", "step-00000003"]
     assert not (out / "pictures").exists()
-    ranks.run(train, workplace, out, size=2)
+    assert ranks.run(train, workplace, out, size=2) == [0, 0]
     assert losses(out) == losses(uninterrupted)
 
 
