@@ -47,8 +47,8 @@ def _verify(folder: Path) -> bool:
         weights = find_weights(folder, _HOW)
         weights.verify_content()
         return bool(weights.checksums)
-    if (folder / CHECKSUMS).is_file():
-        return verify_checksums(folder)
+    if verify_checksums(folder):
+        return True
     raise UserError(
         f"{folder} is not a checkpoint, a run with checkpoints, or the output of longctx convert: it has no {TRAINER}, "
         f"{CONVERTED} or {CHECKSUMS}"

@@ -23,7 +23,10 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "query_grad": ("do", "states"),
     "key_value_grad": ("do", "dends"),
 }
-"""The tensors that each pass takes after inputs and segments."""
+"""The tensors that each pass takes after inputs and segments.
+
+`prepare` is no pass, and is not checked: the rows that nobody reads of its results are not initialised.
+"""
 
 
 def contained(

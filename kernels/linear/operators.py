@@ -19,7 +19,7 @@ from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.finite import is_checked
 from longctx.kernels.linear.checks import check_heads, check_operands
-from longctx.kernels.linear.nonfinite import contained
+from longctx.kernels.linear.nonfinite import ARGUMENTS, contained
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor[] gates, int[] segments"
@@ -105,7 +105,7 @@ class RegisteredRecurrence(ABC):
         ) -> Any:
             inputs = Inputs(q, k, v, tuple(gates), tuple(prepared or ()))
             run, decoded = getattr(self._module(k), function), _decode_once(tuple(segments))
-            if is_checked(k) and function != "prepare":
+            if is_checked(k) and function in ARGUMENTS:
                 keyed = self.transition_dims(inputs) == (k.shape[3],) * 2
                 result = contained(function, run, inputs, decoded, *rest, gate_names=self.gate_names, keyed=keyed)
             else:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from longctx.errors import UserError
+from longctx.files import sync
 
 CHECKSUMS = "checksums.json"
 """The file of checksums in a folder whose format has no listing of ours."""
@@ -30,9 +31,10 @@ def checksum(file: Path) -> str:
 
 
 def write_checksums(folder: Path, pattern: str) -> None:
-    """Write the checksums of a folder's files of that pattern into `CHECKSUMS`."""
+    """Write the checksums of a folder's files of that pattern into `CHECKSUMS`, synced to disk."""
     sums = {file.name: checksum(file) for file in sorted(folder.glob(pattern))}
     (folder / CHECKSUMS).write_text(json.dumps({"checksums": sums}, indent=1), encoding="utf-8")
+    sync(folder / CHECKSUMS)
 
 
 def verify_checksums(folder: Path) -> bool:

@@ -87,7 +87,7 @@ def load_bytes(name: str, value: io.BytesIO) -> Any:
         with torch.serialization.safe_globals([io.BytesIO]):  # the extra state of Transformer Engine's layers
             return torch.load(value, weights_only=True)  # noqa: TID251 - with weights_only
     except pickle.UnpicklingError as error:
-        # torch goes on to recommend reading without `weights_only`.
+        # The rest of torch's message recommends reading without `weights_only`.
         reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or "it is damaged"
         raise UserError(
             f"{name} is neither a number nor a tensor, and nothing that it names was run: {reason}"

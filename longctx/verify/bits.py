@@ -15,7 +15,7 @@ from longctx.parallel.local_ranks import LocalRanks
 from longctx.parallel.mesh import Mesh
 from longctx.verify.cases import SEQUENCES, Case
 from longctx.verify.measure import Subject, batch_of, take_step
-from longctx.verify.run import Row, nan_is_worst, relative
+from longctx.verify.run import Row, largest, relative
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,5 @@ def verify_bits(
         for processes in (2**n for n in range(1, virtual.bit_length())):
             shared = Shared(virtual, processes, packed)
             each = ranks.run(step_of, subject, shared, size=processes)
-            differences = {
-                name: max((difference(x[name], ref) for x in each), key=nan_is_worst) for name, ref in want.items()
-            }
-            yield Row(shared, subject.train.precision, differences, dict.fromkeys(differences, 0.0))
+            off = largest([{name: difference(x[name], ref) for name, ref in want.items()} for x in each])
+            yield Row(shared, subject.train.precision, off, dict.fromkeys(off, 0.0))

@@ -70,7 +70,7 @@ def measure(subject: Subject, case: Case, precision: Precision) -> RankResult:
     with torch.no_grad():
         logits = {n: engine.model(b.tokens, b.layout)[0].double() for n, b in batches.items()}
     loss, *tensors = take_step(engine, list(batches.values()), subject.optimizer.lr)
-    first = mesh.cp.rank == 0 and mesh.dp.rank % case.dp_shard == 0
+    first = is_first_of_replica(case, mesh)
     gradients, step = ({name: x.double() for name, x in named.items()} if first else {} for named in tensors)
     return RankResult(loss, logits, mesh.cp.rank, gradients, step)
 
@@ -86,6 +86,11 @@ def engine_of(subject: Subject, case: Case, precision: Precision) -> TorchEngine
     )
 
 
+def is_first_of_replica(case: Case, mesh: Mesh) -> bool:
+    """Whether this rank returns the tensors of its replica, which all ranks of it gather."""
+    return mesh.cp.rank == 0 and mesh.dp.rank % case.dp_shard == 0
+
+
 def take_step(
     engine: TorchEngine, batches: list[Batch], lr: float
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
@@ -99,7 +104,11 @@ def take_step(
 def batch_of(subject: Subject, case: Case, number: int, mesh: Mesh) -> Batch:
     """Shard a sequence to this rank of a mesh, as in training."""
     tokens, labels, bounds = sequence(subject, number, case.packed)
-    drawn = Sequence(tokens[0], labels[0], torch.tensor(bounds), number)
+    return shard(Sequence(tokens[0], labels[0], torch.tensor(bounds), number), case, mesh)
+
+
+def shard(drawn: Sequence, case: Case, mesh: Mesh) -> Batch:
+    """Shard a sequence to this rank of a mesh in the layout of `case`, as in training."""
     return to_batch(drawn, mesh, case.order, mesh.device, attention=case.attention, states=case.states)
 
 

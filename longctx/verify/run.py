@@ -77,8 +77,7 @@ class Values:
     def differences(self, reference: dict[str, Tensor]) -> dict[str, float]:
         """Return the relative difference of every tensor, the largest over replicas."""
         of_all = {"loss": self.loss, "logits": self.logits}
-        each = [differences(of_all | replica, reference) for replica in self.replicas]
-        return {name: max((differences[name] for differences in each), key=nan_is_worst) for name in each[0]}
+        return largest([differences(of_all | replica, reference) for replica in self.replicas])
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,11 @@ class Row:
 def nan_is_worst(value: float) -> float:
     """Order differences: NaN is larger than any."""
     return math.inf if math.isnan(value) else value
+
+
+def largest(each: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the largest difference of every tensor, by name, over replicas or ranks."""
+    return {name: max((one[name] for one in each), key=nan_is_worst) for name in each[0]}
 
 
 def relative(x: Tensor, ref: Tensor, least: float = 0.0) -> float:

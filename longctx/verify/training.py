@@ -25,10 +25,10 @@ from longctx.data.tokenizer import ByteTokenizer
 from longctx.engines.torch_engine import TorchEngine
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.local_ranks import LocalRanks
-from longctx.train.batches import Cursor, to_batch
+from longctx.train.batches import Cursor
 from longctx.verify.cases import SEQUENCES, Case, reference
-from longctx.verify.measure import Subject, engine_of, take_step
-from longctx.verify.run import BOUND_FP64, Row, differences, nan_is_worst
+from longctx.verify.measure import Subject, engine_of, is_first_of_replica, shard, take_step
+from longctx.verify.run import BOUND_FP64, Row, differences, largest
 
 EPOCH = 2.5
 """Sequences in an epoch of the corpus: the second step begins in one epoch and ends in the next."""
@@ -142,14 +142,12 @@ def run_steps(
         cursor = Cursor(state.sequences)
     found = []
     for step in steps:
-        batches = [
-            to_batch(stream[n], mesh, case.order, mesh.device, attention=case.attention, states=case.states)
-            for n in cursor.step(SEQUENCES, mesh.dp.size, mesh.dp.rank)
-        ]
+        numbers = cursor.step(SEQUENCES, mesh.dp.size, mesh.dp.rank)
+        batches = [shard(stream[n], case, mesh) for n in numbers]
         loss, gradients, after = take_step(engine, batches, subject.optimizer.lr)
         cursor = cursor.after(SEQUENCES)
-        first = mesh.cp.rank == 0 and mesh.dp.rank % case.dp_shard == 0
-        found.append({"loss": torch.tensor(loss, dtype=torch.float64)} | gradients | after if first else {})
+        values = {"loss": torch.tensor(loss, dtype=torch.float64)} | gradients | after
+        found.append(values if is_first_of_replica(case, mesh) else {})
         if save is not None and step == steps[0]:
             _save(engine, save, subject, TrainerState(step, cursor.sequences, 0, stream.fingerprint, {}))
     return found
@@ -188,6 +186,5 @@ def verify_training(
                 want, replicas = first, steps(run.case, range(1, 2), save=saved[run.case])
             else:
                 want, replicas = second, steps(run.case, range(2, 3), resume=saved[run.before])
-            each = [differences(replica[0], want) for replica in replicas]
-            off = {name: max((one[name] for one in each), key=nan_is_worst) for name in want}
+            off = largest([differences(replica[0], want) for replica in replicas])
             yield Row(run, "fp64", off, dict.fromkeys(off, BOUND_FP64))

@@ -8,11 +8,11 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from longctx.checkpoint.restricted import METADATA, check_entries, read_metadata
 from longctx.checkpoint.storage import Reader, read_tensors
 from longctx.errors import UserError
+from tests.checkpoint.payloads import spoil
 
 OBJECTS = {
     "step": 7,
@@ -37,31 +37,6 @@ def folder(tmp_path):
     return tmp_path / "saved"
 
 
-class Payload:
-    """What leaves a file behind where it is unpickled without restriction."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), "w"))
-
-
-def with_payload(folder, mark, name):
-    """The folder with a payload in its `.metadata`, or in the entry `name` that is not a tensor."""
-    metadata = pickle.loads((folder / METADATA).read_bytes())
-    if name == METADATA:
-        metadata.planner_data = Payload(mark)
-    else:
-        (index, info) = next((i, x) for i, x in metadata.storage_data.items() if i.fqn.startswith(name))
-        assert isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
-        torch.save(Payload(mark), folder / "payload.distcp")
-        info.relative_path, info.offset = "payload.distcp", 0
-        info.length = (folder / "payload.distcp").stat().st_size
-    (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    return folder
-
-
 def test_what_was_saved_is_read(folder):
     tensors = state()
     tensors["model"]["weight"].zero_()
@@ -83,7 +58,7 @@ def test_the_metadata_is_torchs_own(folder):
 @pytest.mark.parametrize("name", [METADATA, "step", "nested"])
 def test_a_payload_does_not_run(folder, tmp_path, name):
     mark = tmp_path / "mark"
-    with_payload(folder, mark, name)
+    spoil(folder, mark, name)
     for read in (lambda: read_tensors(folder, state()), lambda: check_entries(folder)):
         with pytest.raises(UserError) as error:
             read()
@@ -91,7 +66,7 @@ def test_a_payload_does_not_run(folder, tmp_path, name):
         assert "weights_only" not in str(error.value)
         assert not mark.exists()
     # Unrestricted, it does.
-    dcp.load(state(), storage_reader=dcp.FileSystemReader(folder), no_dist=True)  # noqa: TID251
+    dcp.load(state(), storage_reader=dcp.FileSystemReader(folder), no_dist=True)  # noqa: TID251 - to compare
     assert mark.exists()
 
 

@@ -1,7 +1,6 @@
 """No command that reads a checkpoint runs code that its files name."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from longctx.checkpoint.checksums import checksum
 from longctx.checkpoint.restricted import METADATA
 from longctx.convert.megatron import to_megatron
 from longctx.launch.main import app
+from tests.checkpoint.payloads import Payload, spoil
 from tests.train.runs import mistake, train, write_workplace
 
 SHORT = ("train.steps=2", "parallel.cp=1", "train.sequences_per_step=1")
@@ -20,19 +20,9 @@ EXPERTS = ('model.ffn=["moe", "swiglu"]', "model.moe={experts = 2, active = 1, h
 REFUSED = "io.open"
 
 
-class Payload:
-    """What leaves a file behind where it is unpickled without restriction."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), "w"))
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """Of softmax layers alone, which every format can have."""
+    """A recipe of only softmax layers, which every format supports."""
     folder = write_workplace(tmp_path_factory.mktemp("workplace"))
     recipe = (folder / "tiny.toml").read_text().replace('"LS"', '"S"').replace("lightning.heads = 2\n", "")
     (folder / "tiny.toml").write_text(recipe)
@@ -50,21 +40,13 @@ def spoilt(run, tmp_path, request):
     """A copy of the run whose checkpoint has payloads in its `.metadata`, or in all entries that are not tensors."""
     copy = shutil.copytree(run, tmp_path / "run")
     for checkpoint in (copy / "checkpoints").iterdir():
-        spoil(checkpoint, tmp_path / "mark", request.param)
+        spoil_and_list(checkpoint, tmp_path / "mark", request.param)
     return copy
 
 
-def spoil(folder, mark, where):
-    metadata = pickle.loads((folder / METADATA).read_bytes())
-    if where == "metadata":
-        metadata.planner_data = Payload(mark)
-    else:
-        torch.save(Payload(mark), folder / "payload.distcp")
-        for index, info in metadata.storage_data.items():
-            if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
-                info.relative_path, info.offset = "payload.distcp", 0
-                info.length = (folder / "payload.distcp").stat().st_size
-    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+def spoil_and_list(folder, mark, where):
+    """`spoil`, with the listing that somebody who writes it would write."""
+    spoil(folder, mark, METADATA if where == "metadata" else "")
     for name in ("trainer.json", "weights.json"):
         if (folder / name).is_file():
             content = json.loads((folder / name).read_text())
@@ -110,7 +92,7 @@ def test_generating_and_converting(workplace, spoilt, tmp_path, request):
 @pytest.mark.parametrize("where", ["metadata", "entries"])
 def test_converting_from_megatron(workplace, run, tmp_path, where):
     to_megatron(run, tmp_path / "megatron")
-    spoil(tmp_path / "megatron" / "release", tmp_path / "mark", where)
+    spoil_and_list(tmp_path / "megatron" / "release", tmp_path / "mark", where)
     torch.save(Payload(tmp_path / "mark"), tmp_path / "megatron" / "release" / "common.pt")
     command = ["convert", "from-megatron", tmp_path / "megatron", "--out", tmp_path / "out", "--to"]
     result = refuse_or_ignore([*command, workplace / "tiny.toml"], tmp_path / "mark")

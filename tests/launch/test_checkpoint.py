@@ -1,4 +1,4 @@
-"""`longctx checkpoint verify`: each folder is intact or named with its damage, and the exit status says so."""
+"""`longctx checkpoint verify`: reports each folder as intact or with its damage; exit status 1 if one is damaged."""
 
 import shutil
 

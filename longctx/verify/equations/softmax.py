@@ -23,7 +23,7 @@ from longctx.verify.equations.common import (
 
 
 def frequencies(c: SoftmaxConfig, head_dim: int) -> list[float]:
-    """Compute the rotary frequencies, scaled by their wavelengths as in Llama 3.1 if the configuration says so."""
+    """Compute the rotary frequencies, with `rope_scaling` scaled by their wavelengths as in Llama 3.1."""
     plain, scaling = rotary_frequencies(c.rope_theta, c.rotary_dim or head_dim), c.rope_scaling
     if scaling is None:
         return plain
