@@ -120,7 +120,7 @@ def _measure(options: ParallelOptions, tasks: Sequence[LayerTask]) -> list[dict[
         ranks = []
         for number, command in enumerate(commands):
             files = f"{name}/tasks.json", f"{name}/results.json"
-            arguments = [sys.executable, "-m", "longctx.launch.bench_rank", *files, options.kind]
+            arguments = [sys.executable, "-P", "-m", "longctx.launch.bench_rank", *files, options.kind]
             with (folder / f"rank-{number}.log").open("wb") as log:
                 ranks.append(
                     subprocess.Popen(

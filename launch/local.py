@@ -196,7 +196,8 @@ def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subpr
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-X", "faulthandler", "-m", "longctx.launch.rank", folder, str(os.getpid())]
+    # -P: a file in the working directory does not take the place of a module of the same name.
+    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "longctx.launch.rank", folder, str(os.getpid())]
     # In a new session the rank does not get the terminal's Ctrl-C: signals reach it once, from the launcher.
     if number == 0:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-from pathlib import Path
-from typing import Final, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from longctx.config import Config
 from longctx.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
@@ -21,6 +21,17 @@ TOKENIZER_FILE = "tokenizer.json"
 ERRORS_FILE = "errors.jsonl"
 
 
+def _inside(file: str) -> str:
+    """Return the path of a file, relative to the corpus; raise ValueError if it leads out of it."""
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{file!r} is not inside the corpus")
+    return file
+
+
+FileInside = Annotated[str, AfterValidator(_inside)]
+
+
 class TokenizerEntry(Config):
     """The tokenizer of a corpus."""
 
@@ -31,14 +42,14 @@ class TokenizerEntry(Config):
     eos_id: int
     eos: str | None
     """Spelling of the end token; None for bytes."""
-    file: str | None
+    file: FileInside | None
     """Name of the copy of `tokenizer.json` beside the manifest; None for bytes."""
 
 
 class ShardEntry(Config):
     """A Parquet shard."""
 
-    file: str
+    file: FileInside
     """Path relative to the manifest's directory."""
     rows: int
     tokens: int

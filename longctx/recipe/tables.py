@@ -117,8 +117,8 @@ class ParallelConfig(Config):
     gradients and checkpoints are then equal to the bit for every `cp` and number of data-parallel ranks, powers of two.
     Each process hosts `reproducible / cp` of them in threads and holds the whole model. On CPUs, with
     `engine = "torch"`."""
-    timeout: Duration = Field(default=600.0, gt=0)
-    """Seconds that a rank waits for another rank before it stops with an error."""
+    timeout: Duration = Field(default=600.0, gt=0, le=30 * 86400)
+    """Seconds that a rank waits for another rank before it stops with an error; at most 30 days."""
 
     def shard(self, ranks: int) -> int | None:
         """Return the size of dp_shard for a number of ranks; None if the other axes do not divide it."""

@@ -57,6 +57,20 @@ def test_a_damaged_manifest(corpus):
     assert "manifest.json: damaged, not JSON" in refusal(corpus)
 
 
+@pytest.mark.parametrize("elsewhere", ["/etc/passwd", "../other/shard.parquet", "train/../../shard.parquet"])
+def test_a_file_outside_of_the_directory(corpus, elsewhere):
+    content = json.loads((corpus / "manifest.json").read_text())
+    content["splits"]["train"]["shards"][0]["file"] = elsewhere
+    change(corpus, **content)
+    assert "is not inside the corpus" in refusal(corpus)
+
+
+def test_a_tokenizer_outside_of_the_directory(corpus):
+    tokenizer = json.loads((corpus / "manifest.json").read_text())["tokenizer"]
+    change(corpus, tokenizer=tokenizer | {"file": "../tokenizer.json"})
+    assert "is not inside the corpus" in refusal(corpus)
+
+
 def test_a_missing_shard(corpus):
     (corpus / "train" / "shard-00001.parquet").unlink()
     assert "train/shard-00001.parquet: No such file" in refusal(corpus)

@@ -51,6 +51,13 @@ def test_rank_0_has_the_terminal_and_the_others_a_log(start, tmp_path):
     assert not (tmp_path / "logs" / "rank-0.log").exists()
 
 
+def test_ranks_import_nothing_from_the_working_directory(start, tmp_path):
+    for name in ("json", "ctypes"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the working directory')")
+    assert start("talk", cwd=tmp_path).wait()[0] == 0
+    assert (tmp_path / "logs" / "rank-1.log").read_text().startswith("stdout of 1")
+
+
 def test_a_log_keeps_what_earlier_runs_wrote(start, tmp_path):
     for _ in range(2):
         start("talk").wait()

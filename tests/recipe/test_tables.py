@@ -87,6 +87,7 @@ def test_dp_shard_is_the_rest_of_the_ranks_unless_it_is_set(sizes, ranks, shard)
         (ParallelConfig, "cp", 0),
         (ParallelConfig, "dp_shard", "all"),
         (ParallelConfig, "timeout", 0.0),
+        (ParallelConfig, "timeout", 1e18),
         (EvaluationConfig, "every", 0),
     ],
 )
