@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -207,6 +207,13 @@ def read_state(path: Path, how: str = RESUME) -> TrainerState:
     Raises UserError if `path` is not a checkpoint, or a file is missing or truncated.
     """
     content = _read_listing(path, how)
+    stored = content.get("state")
+    unknown = sorted({*stored} - {each.name for each in fields(TrainerState)}) if isinstance(stored, dict) else []
+    if unknown:
+        raise UserError(
+            f"checkpoint {path} was written by a newer version of longctx: this one does not know "
+            f"{', '.join(unknown)}. Read it with that version. {suggest_alternative(path, how)}"
+        )
     try:
         state, files = TrainerState(**content["state"]), dict(content["files"])
     except (ValueError, KeyError, TypeError) as error:
@@ -243,6 +250,8 @@ def verify_content(path: Path, how: str = RESUME) -> bool:
 
 
 def _read_listing(path: Path, how: str) -> dict[str, Any]:
+    if (path / TRAINER).exists() and not (path / TRAINER).is_file():
+        raise UserError(_unreadable(path, "it is not a file", how))  # reading a pipe would wait for ever
     try:
         content = json.loads((path / TRAINER).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import threading
@@ -321,6 +322,23 @@ def test_a_file_that_is_missing_or_cut_short_is_reported_with_what_to_do(damaged
     assert name in str(caught.value)
     assert f"--resume PATH (available: {damaged.with_name('step-00000001')})" in str(caught.value)
     assert list_checkpoints(damaged.parent)[-1] == damaged  # or an older one would silently take its place
+
+
+def test_a_pipe_in_place_of_the_listing_is_not_waited_for(damaged):
+    (damaged / "trainer.json").unlink()
+    os.mkfifo(damaged / "trainer.json")
+    with pytest.raises(UserError, match=r"trainer.json cannot be read \(it is not a file\)"):
+        read_state(damaged)
+
+
+def test_a_key_of_a_newer_version_is_not_called_damage(damaged):
+    listing = json.loads((damaged / "trainer.json").read_text())
+    listing["state"] |= {"lookahead": 3, "curriculum": {}}
+    (damaged / "trainer.json").write_text(json.dumps(listing))
+    with pytest.raises(UserError) as caught:
+        read_state(damaged)
+    assert "written by a newer version of longctx: this one does not know curriculum, lookahead" in str(caught.value)
+    assert "damaged" not in str(caught.value)
 
 
 def test_a_folder_above_is_no_checkpoint_and_those_in_it_are_named(saved):

@@ -30,6 +30,12 @@ def test_a_long_error_is_not_wrapped_and_brackets_are_no_markup(capsys, monkeypa
     assert capsys.readouterr().err == f"error: {text}\n"
 
 
+@pytest.mark.parametrize("say", [echo, echo_error])
+def test_control_characters_in_names_are_spelled_out(capsys, say):
+    say("corpus \x1b]0;owned\x07\x9b31m\r\x7f:\né")
+    assert capsys.readouterr().err.removeprefix("error: ") == "corpus \\x1b]0;owned\\x07\\x9b31m\\r\\x7f:\né\n"
+
+
 @pytest.mark.parametrize(("stream", "written"), [(Terminal(), "\x1b[?25h\n"), (io.StringIO(), "")])
 def test_the_cursor_is_shown_on_a_terminal_only(monkeypatch, stream, written):
     monkeypatch.setattr(terminal.sys, "stdout", stream)
