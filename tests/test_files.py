@@ -1,11 +1,12 @@
-"""Durable writes: files and folders are synced, and no descriptor stays open."""
+"""Durable writes: files and folders are synced, no descriptor stays open, and a full disk is a plain error."""
 
 import os
 
 import pytest
 
 from longctx import files
-from longctx.files import sync
+from longctx.errors import UserError
+from longctx.files import sync, writing
 
 
 @pytest.fixture
@@ -57,3 +58,14 @@ def test_a_missing_file_is_not_created(tmp_path):
     with pytest.raises(FileNotFoundError):
         sync(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_nothing_is_an_error_that_names_the_file(tmp_path):
+    named = pytest.raises(UserError, match=r"recipe\.toml cannot be written: No space left on device")
+    with open("/dev/full", "wb", buffering=0) as full, named, writing(tmp_path / "recipe.toml"):
+        full.write(b"name")
+
+
+def test_another_error_of_the_block_stays_as_it_is(tmp_path):
+    with pytest.raises(KeyError), writing(tmp_path):
+        raise KeyError

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from longctx.errors import UserError
+from longctx.files import writing
 
 FILE_NAME = "metrics.jsonl"
 
@@ -128,23 +129,25 @@ class MetricsWriter:
     from which the run resumes: records of later steps belong to an abandoned attempt and are dropped, so a curve has
     each step once. With 0 the run starts afresh and drops all records.
 
-    Raises UserError if a `metrics.jsonl` in the directory cannot be read. A truncated last line, as a crash leaves it,
-    is dropped.
+    Raises UserError if a `metrics.jsonl` in the directory cannot be read or, from any method, written. A truncated
+    last line, as a crash leaves it, is dropped.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, after_step: int = 0) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / FILE_NAME
-        _drop_later_lines(path, after_step)
-        self._file = path.open("a", encoding="ascii")
+        self._path = directory / FILE_NAME
+        with writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            _drop_later_lines(self._path, after_step)
+            # Unbuffered: a line that a full disk did not take is not written again by close().
+            self._file = self._path.open("ab", buffering=0)
         self._board: Any = None
         if tensorboard:
             # The import takes seconds: only runs that log to TensorBoard pay for it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=after_step + 1 if after_step else 0, flush_secs=10
-            )
+            board = directory / "tensorboard"
+            with writing(board):
+                self._board = SummaryWriter(str(board), purge_step=after_step + 1 if after_step else 0, flush_secs=10)
 
     def run(self, info: RunInfo) -> None:
         """Record that the run starts or resumes."""
@@ -199,8 +202,8 @@ class MetricsWriter:
 
     def _write(self, record: Record) -> None:
         fields = {"kind": _KIND_OF[type(record)], **asdict(record)}
-        self._file.write(json.dumps(_to_json(fields), allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(_to_json(fields), allow_nan=False).encode("ascii") + b"\n")
 
     def _scalars(self, step: int, scalars: dict[str, float]) -> None:
         if self._board is not None:

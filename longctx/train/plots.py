@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics, read_metrics
 from longctx.errors import UserError
+from longctx.files import writing
 from longctx.train.display import human_count, human_position
 from longctx.train.plot_routing import routing_figure
 from longctx.train.plot_style import BASELINE, TEXT, smooth, tidy
@@ -25,20 +26,21 @@ def draw(metrics_path: Path, out_dir: Path) -> list[Path]:
     """Plot `loss.png`, `loss_by_position.png` if there was an evaluation, and `routing.png` if the model has routers,
     into `out_dir`; return their paths.
 
-    Raises UserError if the metrics cannot be read or contain no step.
+    Raises UserError if the metrics cannot be read or contain no step, or the plots cannot be written.
     """
     metrics = read_metrics(metrics_path)
     if not metrics.steps:
         raise UserError(f"{metrics_path} has no steps to plot; train at least one step first")
-    out_dir.mkdir(parents=True, exist_ok=True)
     info = metrics.runs[-1] if metrics.runs else None
     figures = {"loss.png": loss_figure(metrics.steps, metrics.evaluations, info)}
     if any(_known(evaluation.positions) for evaluation in metrics.evaluations):
         figures["loss_by_position.png"] = position_figure(metrics.evaluations)
     if any(step.routers for step in metrics.steps):
         figures["routing.png"] = routing_figure(metrics.steps, metrics.evaluations)
-    for name, figure in figures.items():
-        figure.savefig(out_dir / name, dpi=150)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(out_dir / name, dpi=150)
     return [out_dir / name for name in figures]
 
 

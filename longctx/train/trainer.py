@@ -37,6 +37,7 @@ from longctx.engines.base import Batch
 from longctx.engines.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
 from longctx.engines.router_stats import NonFiniteLogitsError, RoutingFluctuation
 from longctx.errors import UserError
+from longctx.files import writing
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
@@ -152,8 +153,9 @@ class _Trainer:
         stack.callback(self.prefetcher.close)
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
+                with writing(out / "recipe.toml"):
+                    out.mkdir(parents=True, exist_ok=True)
+                    (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
         self.routing_fluctuation = RoutingFluctuation()

@@ -164,7 +164,7 @@ def test_the_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", crash)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UserError, match="no space left"):
             MetricsWriter(tmp_path, tensorboard=False, after_step=5)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -187,6 +187,21 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
         read_metrics(path)
     with pytest.raises(UserError, match="line 3"):
         MetricsWriter(tmp_path, tensorboard=False, after_step=1)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.run(RUN)
+        with writer._file, open("/dev/full", "wb", buffering=0) as full:
+            writer._file = full
+            with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No space left on device\. Make it"):
+                writer.step(step(1))
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/metrics\.jsonl cannot be written: File exists"):
+        MetricsWriter(tmp_path / "file", tensorboard=False)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ def test_without_a_step_nothing_to_draw(tmp_path: Path) -> None:
         draw(tmp_path / "metrics.jsonl", tmp_path)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.step(step(1, 5.0))
+    (tmp_path / "pictures").write_text("in the way")
+    with pytest.raises(UserError, match=r"pictures cannot be written: File exists\. Make it writable, or choose"):
+        draw(tmp_path / "metrics.jsonl", tmp_path / "pictures")
+
+
 def test_the_loss_figure_holds_each_curve() -> None:
     figure = loss_figure(falling(200), [evaluation(100), evaluation(200)], RUN)
     axes = figure.axes[0]
