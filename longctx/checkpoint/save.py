@@ -69,9 +69,12 @@ class TrainerState:
 class Checkpointer:
     """Saves the checkpoints of one run. Constructor and methods are collective: every rank calls them."""
 
-    def __init__(self, folder: Path, keep: int, timeout: float) -> None:
-        """Save to `folder/step-<8 digits>`, keeping the latest `keep`; wait at most `timeout` seconds for a rank."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, timeout: float, check: Callable[[], None] = lambda: None) -> None:
+        """Save to `folder/step-<8 digits>`, keeping the latest `keep`; wait at most `timeout` seconds for a rank.
+
+        `check` is called on rank 0 before anything in `folder` changes, and raises UserError if nothing may.
+        """
+        self.folder, self.keep, self._check = folder, keep, check
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
         # Plain copies into buffers that later saves reuse: no pinned or shared memory, no thread.
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -131,6 +134,7 @@ class Checkpointer:
         draft = final.with_name(final.name + ".partial")
 
         def prepare() -> None:
+            self._check()
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.partial"):
                 shutil.rmtree(leftover)
@@ -146,6 +150,7 @@ class Checkpointer:
                     "must be on a file system shared by all machines"
                 )
             write_listing(draft, TRAINER, {"state": asdict(state)}, checksums)
+            self._check()
             if final.exists():
                 _remove(final)
             draft.rename(final)

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.lr_schedule import lr_factor
 from longctx.train.nonfinite import not_finite
 from longctx.train.process_group import collective_errors, device_type, process_group
+from longctx.train.run_lock import locked
 
 _DIVERGED = (
     "Training stopped without saving this step. Resume from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -74,8 +75,8 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> int:
     with process_group(kind, recipe.parallel.timeout):
         check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
-        with ExitStack() as stack:
-            trainer = _Trainer(recipe, out, resume, kind, stack)
+        with locked(out, make_display().message) as check_lock, ExitStack() as stack:
+            trainer = _Trainer(recipe, out, resume, kind, check_lock, stack)
             trainer.run()
             stack.close()
             # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
@@ -127,7 +128,9 @@ class _Reporter:
 
 
 class _Trainer:
-    def __init__(self, recipe: Recipe, out: Path, resume: str, kind: str, stack: ExitStack) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, resume: str, kind: str, check_lock: Callable[[], None], stack: ExitStack
+    ) -> None:
         self.recipe, self.out, self.format = recipe, out, CHECKPOINT_FORMATS[recipe.engine]
         with raise_on_all_ranks():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
@@ -141,7 +144,8 @@ class _Trainer:
         self.engine = build_engine(recipe, kind, self.vocab_size)
         stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
-        self.checkpointer = Checkpointer(out / "checkpoints", recipe.checkpoint.keep, recipe.parallel.timeout)
+        keep, timeout = recipe.checkpoint.keep, recipe.parallel.timeout
+        self.checkpointer = Checkpointer(out / "checkpoints", keep, timeout, check_lock)
         stack.callback(self.checkpointer.close)
         if source is not None:
             self.engine.load(source)

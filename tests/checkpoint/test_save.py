@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -130,6 +131,38 @@ def test_one_of_the_same_step_is_replaced(ranks, tmp_path):
     ranks.run(save_another, tmp_path, size=2)
     assert ranks.run(read_all, tmp_path / "step-00000005", size=2) == [8.0, 8.0]
     assert names(tmp_path) == ["step-00000005"]
+
+
+@pytest.mark.parametrize(("checks", "left"), [(0, []), (1, []), (2, ["step-00000001"]), (3, ["step-00000001"])])
+def test_a_run_that_may_not_write_any_more_changes_nothing(ranks, tmp_path, checks, left):
+    """Its lock was found lost before anything was written, or before what was written got its name."""
+    messages = ranks.run(save_without_lock, tmp_path, checks, size=2)
+    assert messages[0] == messages[1]
+    assert re.search(
+        r"step-0000000\d could not be written: the lock is another's\. Earlier checkpoints are", messages[0]
+    )
+    assert [path.name for path in list_checkpoints(tmp_path)] == left
+
+
+def save_without_lock(folder: Path, checks: int) -> str:
+    """On a rank: save until the lock is lost, which that many checks do not find yet."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > checks:
+            raise UserError("the lock is another's")
+
+    checkpointer = Checkpointer(folder, 2, timeout=20.0, check=check)
+    for step in (1, 2):
+        checkpointer.save(sharded(step), state(step))
+        try:
+            checkpointer.wait()
+        except UserError as error:
+            checkpointer.close()
+            return str(error)
+    raise AssertionError("it was saved")
 
 
 def save_another(folder: Path) -> None:

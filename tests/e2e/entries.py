@@ -12,13 +12,13 @@ from longctx.launch.train import run_rank
 from longctx.train.trainer import _Trainer
 
 
-def lazy_switching(**arguments: Any) -> None:
+def lazy_switching(**arguments: Any) -> int:
     """A thread that asks for the interpreter waits a second for it: what is a race elsewhere happens at each exit."""
     sys.setswitchinterval(1.0)
-    run_rank(**arguments)
+    return run_rank(**arguments)
 
 
-def slow_writing(**arguments: Any) -> None:
+def slow_writing(**arguments: Any) -> int:
     """From the second checkpoint on, a rank's tensors take four seconds to write."""
     writes = 0
     write_data = FileSystemWriter.write_data
@@ -32,17 +32,17 @@ def slow_writing(**arguments: Any) -> None:
         return written
 
     with patch.object(FileSystemWriter, "write_data", slowly):
-        run_rank(**arguments)
+        return run_rank(**arguments)
 
 
-def signalled_in_a_step(**arguments: Any) -> None:
+def signalled_in_a_step(**arguments: Any) -> int:
     """Rank 1 starts the step SIGNALLED_STEP (environment) only when a signal has reached it; rank 0 is in the step."""
     step_of = _Trainer._step
 
     def step(self: _Trainer, number: int, *others: Any) -> Any:
-        while number == int(os.environ["SIGNALLED_STEP"]) and os.environ["RANK"] == "1" and self.stopped_by is None:
+        while number == int(os.environ["SIGNALLED_STEP"]) and os.environ["RANK"] == "1" and not self.stopped_by:
             time.sleep(0.01)
         return step_of(self, number, *others)
 
     with patch.object(_Trainer, "_step", step):
-        run_rank(**arguments)
+        return run_rank(**arguments)

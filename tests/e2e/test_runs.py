@@ -54,6 +54,23 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
     assert losses(out) == losses(whole)
 
 
+def test_a_second_start_beside_a_run_is_refused_and_the_run_continues(tmp_path, monkeypatch):
+    write_workplace(tmp_path)
+    monkeypatch.setenv("SIGNALLED_STEP", "5")
+    job = Job(tmp_path, *STEPS, entry="signalled_in_a_step")
+    job.wait_for_step(4)
+    before = (tmp_path / "out" / FILE_NAME).read_bytes()
+    status, stdout, stderr = Job(tmp_path, *STEPS).wait()
+    assert (status, stdout) == (2, "")
+    owner = job.ranks()[0]
+    assert stderr.startswith(f"error: out is being trained into by process {owner} of ")
+    assert (tmp_path / "out" / FILE_NAME).read_bytes() == before
+    os.kill(job.ranks()[1], signal.SIGTERM)  # what rank 1 waits for
+    assert job.wait()[0] == 128 + signal.SIGTERM
+    assert newest(tmp_path / "out") == 5
+    assert not (tmp_path / "out" / "run.lock").exists()
+
+
 def stop_in_step_5(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """SIGTERM: saved at the end of the step; returns its number."""
     out = workplace / "out"
