@@ -10,6 +10,7 @@ Exit status of a job:
 - a UserError: 2; its message is printed once
 - any other error: 1; the traceback of the rank that failed first is printed
 - a rank killed by a signal: 1; one line names both
+- ranks that wait for one that does not come (`longctx.health`): 1; the message names it, and where each rank is
 - SIGINT, SIGTERM or SIGHUP sent to the launcher: 128 + the signal, as shells and schedulers expect. The ranks get
   SIGTERM and have `Limits.save` seconds to save and return. A second Ctrl-C kills them immediately.
 - SIGINT or SIGTERM sent to a rank, which then stops all of them after a save: 128 + the signal
@@ -36,10 +37,14 @@ from types import FrameType
 import psutil
 
 from longctx.errors import UserError
+from longctx.health.beat import FOLDER, FolderBoard
+from longctx.health.diagnosis import Watcher
 from longctx.launch.rank import Job, RankReport
 from longctx.launch.terminal import echo, echo_error, show_cursor
 
 _POLL = 0.05
+_WATCH = 0.5
+_STACKS = "rank-*.stacks"
 MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Make glibc keep freed memory instead of returning the pages of each large tensor to the system, which costs CPU ranks
 much time (measured: 27 of 101 CPU seconds at 131,072 tokens per step)."""
@@ -58,6 +63,8 @@ class Limits:
     """To save a checkpoint and return, after a signal."""
     settle: float = 10.0
     """To exit, after another rank failed."""
+    stacks: float = 3.0
+    """To write its stacks, after a hang was found."""
 
 
 @dataclass
@@ -110,6 +117,8 @@ class _Job:
     ranks: list[_Rank] = field(default_factory=list)
     signals: list[signal.Signals] = field(default_factory=list)
     """Signals that the launcher received."""
+    hang: str | None = None
+    """The diagnosis of a job that hung."""
 
     def running(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.status is None]
@@ -119,6 +128,7 @@ class _Job:
         handled = 0
         failed = False
         deadline = float("inf")
+        watcher, board, next_look = Watcher(), FolderBoard(self.folder), 0.0
         while running := self.running():
             for rank in running:
                 if rank.has_ended(self.folder) and rank.has_failed and not failed:
@@ -131,6 +141,12 @@ class _Job:
                     self._ask_to_stop(number)
                 elif number == signal.SIGINT:
                     deadline = 0.0
+            if time.monotonic() >= next_look and self.hang is None and not failed:
+                self.hang = watcher.update(board.read([rank.number for rank in running]))
+                next_look = time.monotonic() + _WATCH
+                if self.hang is not None:
+                    board.declare_hang()
+                    deadline = min(deadline, time.monotonic() + self.limits.stacks)
             if time.monotonic() >= deadline:
                 self.kill()
                 deadline = float("inf")
@@ -164,6 +180,8 @@ def run_ranks(
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
+        for earlier in logs.glob(_STACKS):
+            earlier.unlink()
     except OSError as error:
         raise UserError(f"{logs}: cannot be created: {error.strerror}; choose another --out") from None
     with (
@@ -195,6 +213,7 @@ def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subpr
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        FOLDER: folder,
     }
     # -P: a file in the working directory does not take the place of a module of the same name.
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "longctx.launch.rank", folder, str(os.getpid())]
@@ -252,6 +271,10 @@ def _conclude(job: _Job, logs: Path, advice: str) -> int:
     failures = sorted((rank for rank in not_stopped if rank.has_failed), key=_precedence)
     if any(rank.status is not None and rank.status < 0 for rank in job.ranks):
         show_cursor()
+    if job.hang is not None:
+        stacks = f" Stacks of the ranks that answer: {logs}/rank-*.stacks." if any(logs.glob(_STACKS)) else ""
+        echo_error(f"{job.hang}{stacks} {advice}".rstrip())
+        return 1
     if failures:
         return _report_failure(failures, job, logs, advice)
     if stop is None:

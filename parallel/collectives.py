@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.parallel.mesh import Axis
-from longctx.parallel.traffic import current_layer, record_call, record_wait
+from longctx.parallel.traffic import communicating, current_layer, record_call, record_wait
 
 # torch 2.13 renames these two; the old names still work, with a warning.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,7 +32,8 @@ class CollectiveError(RuntimeError):
 @contextmanager
 def _named(description: str, layer: str) -> Iterator[None]:
     try:
-        yield
+        with communicating(description, layer):
+            yield
     except RuntimeError as error:
         where = f"layer {layer}: " if layer else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

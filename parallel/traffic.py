@@ -1,9 +1,10 @@
-"""Communication counters: calls and bytes per layer and collective, always on, a few additions per call.
+"""Communication of this process: the current collective, and calls and bytes per layer and collective, always on.
 
 A model names the current layer with `layer`; autograd functions over ranks (`longctx.parallel.autograd`) restore that
 name in the backward pass. Bytes are those that this rank receives from other ranks.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,36 @@ def count_traffic() -> Iterator[Traffic]:
     finally:
         # By identity: dataclasses with equal counts compare equal.
         _counters[:] = [counter for counter in _counters if counter is not traffic]
+
+
+@dataclass(frozen=True)
+class Communication:
+    """A collective that is being started, or waited for."""
+
+    description: str
+    layer: str
+    number: int
+    """Tells it from others of the same description."""
+
+
+_numbers = itertools.count()
+_current: Communication | None = None
+
+
+def communication() -> Communication | None:
+    """Return what this process communicates right now; None if nothing. For a thread that watches it."""
+    return _current
+
+
+@contextmanager
+def communicating(description: str, layer: str) -> Iterator[None]:
+    """Show the block as communication, to a thread that watches."""
+    global _current
+    _current = Communication(description, layer, next(_numbers))
+    try:
+        yield
+    finally:
+        _current = None
 
 
 def record_wait(seconds: float) -> None:

@@ -17,6 +17,7 @@ from longctx.errors import UserError
 from longctx.files import writing
 
 FILE_NAME = "metrics.jsonl"
+_STRAGGLES = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,23 @@ class RouterMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitMetrics:
+    """How much of a step the ranks waited for each other, as shares, 0 to 1, of its time; sampled every 50 ms."""
+
+    median: float
+    """Over ranks."""
+    least: float
+    """That of the rank that waited least: the one that others wait for."""
+    rank: int
+    """That rank."""
+
+    @property
+    def straggler(self) -> int | None:
+        """The rank that others wait for during a tenth of the step or more; None if there is none."""
+        return self.rank if self.median - self.least >= _STRAGGLES else None
+
+
+@dataclass(frozen=True, slots=True)
 class StepMetrics:
     """Metrics of one optimizer step, over all ranks."""
 
@@ -83,6 +101,8 @@ class StepMetrics:
     """Estimated time to the last step."""
     routers: dict[str, RouterMetrics] = field(default_factory=dict)
     """By layer name (`blocks.3.ffn`); empty for a model without routers."""
+    waits: WaitMetrics | None = None
+    """None with one rank, and on GPUs, where the host does not wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +190,7 @@ class MetricsWriter:
                 "speed/utilisation": metrics.utilisation,
                 "speed/step_seconds": metrics.seconds,
                 "memory/peak_gib": metrics.memory_bytes / 2**30,
+                **({f"waits/{name}": value for name, value in asdict(metrics.waits).items()} if metrics.waits else {}),
                 **{
                     f"routing_{name}/{layer}": value
                     for layer, router in metrics.routers.items()
@@ -263,6 +284,8 @@ def _parse(line: bytes) -> Record:
         fields["positions"] = tuple(PositionLoss(**bucket) for bucket in fields["positions"])
     if record is StepMetrics and "routers" in fields:
         fields["routers"] = {layer: RouterMetrics(**router) for layer, router in fields["routers"].items()}
+    if record is StepMetrics and fields.get("waits") is not None:
+        fields["waits"] = WaitMetrics(**fields["waits"])
     return record(**fields)
 
 

@@ -118,7 +118,8 @@ class ParallelConfig(Config):
     Each process hosts `reproducible / cp` of them in threads and holds the whole model. On CPUs, with
     `engine = "torch"`."""
     timeout: Duration = Field(default=600.0, gt=0, le=30 * 86400)
-    """Seconds that a rank waits for another rank before it stops with an error; at most 30 days."""
+    """Seconds that a rank waits for another rank before it stops with an error; at most 30 days. Also the longest limit
+    of a step, an evaluation or a save, after which a rank that others wait for is named."""
 
     def shard(self, ranks: int) -> int | None:
         """Return the size of dp_shard for a number of ranks; None if the other axes do not divide it."""

@@ -8,7 +8,6 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from longctx.config import flattened
 from longctx.errors import UserError
+from longctx.health.diagnosis import name_ranks
 from longctx.recipe import Recipe
 
 _BY_CONTENT = ("data.path", "train.init")
@@ -66,12 +66,5 @@ def differences(each: Sequence[Mapping[str, Any]]) -> list[str]:
             text = json.dumps(one.get(name)) if one.get(name) is not None else "none"
             ranks_of.setdefault(text, []).append(rank)
         if len(ranks_of) > 1:
-            found.append(f"{name}: {', '.join(f'{text} on {_ranges(ranks)}' for text, ranks in ranks_of.items())}")
+            found.append(f"{name}: {', '.join(f'{text} on {name_ranks(ranks)}' for text, ranks in ranks_of.items())}")
     return found
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Write ascending ranks with runs of neighbours joined: `rank 3`, `ranks 0-3, 6`."""
-    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"ranks {text}" if len(ranks) > 1 else f"rank {text}"

@@ -103,7 +103,7 @@ class PlainDisplay:
         self.message(
             f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
             f"grad norm {metrics.grad_norm:.3g}  {human_count(metrics.tokens_per_second)} tok/s  "
-            f"{metrics.utilisation:.0%} MFU  {human_bytes(metrics.memory_bytes)}  {_load(metrics)}"
+            f"{metrics.utilisation:.0%} MFU  {human_bytes(metrics.memory_bytes)}  {_load(metrics)}{_straggler(metrics)}"
             f"{human_duration(metrics.seconds_left)} left"
         )
 
@@ -241,6 +241,8 @@ class LiveDisplay:
                 table.add_row(*one, *other)
         if last.routers:
             table.add_row("max load", f"{_max_load(last):.2f} of the mean")
+        if last.waits and last.waits.straggler is not None:
+            table.add_row("waiting", f"{last.waits.median:.0%} for rank {last.waits.rank}")
         return table
 
 
@@ -255,6 +257,11 @@ def _max_load(metrics: StepMetrics) -> float:
 
 def _load(metrics: StepMetrics) -> str:
     return f"max load {_max_load(metrics):.2f}  " if metrics.routers else ""
+
+
+def _straggler(metrics: StepMetrics) -> str:
+    waits = metrics.waits
+    return f"{waits.median:.0%} waiting for rank {waits.rank}  " if waits and waits.straggler is not None else ""
 
 
 def _machine(info: RunInfo) -> str:

@@ -34,10 +34,11 @@ from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import heldout_sequences, train_stream
 from longctx.engines.base import Batch
-from longctx.engines.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics
+from longctx.engines.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics, WaitMetrics
 from longctx.engines.router_stats import NonFiniteLogitsError, RoutingFluctuation
 from longctx.errors import UserError
 from longctx.files import writing
+from longctx.health.monitor import Monitor, monitored
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
@@ -72,11 +73,12 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> int:
         torch.use_deterministic_algorithms(True)
         # Filling new memory costs time, and nothing here reads memory that it did not write.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by property
-    with process_group(kind, recipe.parallel.timeout):
+    timeout = recipe.parallel.timeout
+    with process_group(kind, timeout), monitored(timeout, out / "logs") as monitor:
         check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
         with locked(out, make_display().message) as check_lock, ExitStack() as stack:
-            trainer = _Trainer(recipe, out, resume, kind, check_lock, stack)
+            trainer = _Trainer(recipe, out, resume, kind, monitor, check_lock, stack)
             trainer.run()
             stack.close()
             # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
@@ -129,8 +131,16 @@ class _Reporter:
 
 class _Trainer:
     def __init__(
-        self, recipe: Recipe, out: Path, resume: str, kind: str, check_lock: Callable[[], None], stack: ExitStack
+        self,
+        recipe: Recipe,
+        out: Path,
+        resume: str,
+        kind: str,
+        monitor: Monitor,
+        check_lock: Callable[[], None],
+        stack: ExitStack,
     ) -> None:
+        self.monitor = monitor
         self.recipe, self.out, self.format = recipe, out, CHECKPOINT_FORMATS[recipe.engine]
         with raise_on_all_ranks():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
@@ -347,9 +357,11 @@ class _Trainer:
                 signal.signal(number, self._stop)
         with collective_errors("at the start"):
             self._start()
+        self.monitor.waited()  # what the start waited is no step's
         average: float | None = None
         while self.done < steps:
             step = self.done + 1
+            self.monitor.enter("step", f"step {step}")
             with collective_errors(f"step {step}"):
                 metrics, stop = self._step(step, average)
                 average = metrics.seconds if average is None else 0.9 * average + 0.1 * metrics.seconds
@@ -357,11 +369,14 @@ class _Trainer:
                     self.reporter.step(metrics)
                 evaluation = self.recipe.evaluation
                 if evaluation is not None and (step % evaluation.every == 0 or step == steps):
+                    self.monitor.enter("evaluation", f"evaluation after step {step}")
                     self._evaluate()
                 if stop:
                     break
                 if step % self.recipe.checkpoint.every == 0:
+                    self.monitor.enter("save", f"save after step {step}")
                     self._save()
+        self.monitor.enter("end", "at the end")
         with collective_errors("at the end"):
             self._save()
             self.checkpointer.wait()
@@ -387,7 +402,8 @@ class _Trainer:
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
         memory = system.peak_memory_bytes(self.device)
-        rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by))
+        waited = self.monitor.waited()
+        rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by), waited)
         seconds = time.perf_counter() - began
         metrics = StepMetrics(
             step=step,
@@ -402,9 +418,15 @@ class _Trainer:
             seconds=seconds,
             seconds_left=(recipe.train.steps - step) * (average or seconds),
             routers={name: sums.metrics for name, sums in result.router_stats.layers.items()},
+            waits=self._waits(rows[:, 3]),
         )
         self.stopped_by = int(rows[:, 2].max())
         return metrics, self.stopped_by > 0
+
+    def _waits(self, shares: torch.Tensor) -> WaitMetrics | None:
+        if self.device.type != "cpu" or len(shares) == 1 or shares.isnan().any():
+            return None
+        return WaitMetrics(median=shares.median().item(), least=shares.min().item(), rank=int(shares.argmin()))
 
     def _evaluate(self) -> None:
         assert self.heldout is not None

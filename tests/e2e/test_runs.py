@@ -57,7 +57,7 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
 def test_a_second_start_beside_a_run_is_refused_and_the_run_continues(tmp_path, monkeypatch):
     write_workplace(tmp_path)
     monkeypatch.setenv("SIGNALLED_STEP", "5")
-    job = Job(tmp_path, *STEPS, entry="signalled_in_a_step")
+    job = Job(tmp_path, *STEPS, "parallel.timeout=200s", entry="signalled_in_a_step")
     job.wait_for_step(4)
     before = (tmp_path / "out" / FILE_NAME).read_bytes()
     status, stdout, stderr = Job(tmp_path, *STEPS).wait()

@@ -21,6 +21,7 @@ from longctx.engines.metrics import (
     PositionLoss,
     RunInfo,
     StepMetrics,
+    WaitMetrics,
     read_metrics,
 )
 from longctx.errors import UserError
@@ -78,6 +79,24 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         writer.step(step(1))
         writer.evaluation(evaluation(1))
     assert read(tmp_path / "new" / "run") == Metrics([RUN], [step(1)], [evaluation(1)])
+
+
+def test_waits_are_read_too_and_a_step_without_them(tmp_path: Path) -> None:
+    written = [replace(step(1), waits=WaitMetrics(median=0.5, least=0.25, rank=3)), step(2)]
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for metrics in written:
+            writer.step(metrics)
+    assert read(tmp_path).steps == written
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text(lines[1].replace(', "waits": null', "") + "\n")
+    assert read(tmp_path).steps == [step(2)], "of an earlier version"
+
+
+@pytest.mark.parametrize(
+    ("median", "least", "straggler"), [(0.5, 0.375, 2), (0.5, 0.41, None), (0.05, 0.0, None), (1.0, 0.0, 2)]
+)
+def test_a_straggler_is_waited_for_during_a_tenth_of_the_step(median, least, straggler) -> None:
+    assert WaitMetrics(median, least, rank=2).straggler == straggler
 
 
 def test_each_line_is_an_object_that_names_its_kind(tmp_path: Path) -> None:

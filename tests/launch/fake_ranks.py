@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from longctx.errors import UserError
+from longctx.health.beat import FOLDER, Beat, FolderBoard
 
 RANK = int(os.environ["RANK"])
 LONG = 60.0
@@ -81,6 +83,21 @@ def exit_3_on_1(folder: str) -> None:
 def hang(folder: str) -> None:
     _ready(folder)
     time.sleep(LONG)
+
+
+def stop_reporting_on_1(folder: str) -> None:
+    """Rank 1 reports once, as if it were stopped then; rank 0 waits for it, and writes its stacks when it is asked."""
+    board = FolderBoard(Path(os.environ[FOLDER]))
+    beat = Beat(0, "node1", os.getpid(), "step 7", 0.0, 60.0, 0.5, "", 0.0, "longctx.model.ffn:128 in forward")
+    began = time.monotonic()
+    for number in range(int(LONG / 0.05)):
+        waited = time.monotonic() - began
+        board.post(RANK, replace(beat, number=number, collective="barrier" * (RANK == 0), waited=waited))
+        if RANK == 1:
+            time.sleep(LONG)
+        if board.is_hang_declared():
+            Path(folder, "logs", "rank-0.stacks").touch()
+        time.sleep(0.05)
 
 
 def lose_peer(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import socket
 
@@ -110,6 +111,25 @@ def test_a_job_that_cannot_be_found_is_a_failure(start):
     status, _, stderr = start("no_such_function", 1).wait()
     assert status == 1
     assert "has no attribute 'no_such_function'" in stderr
+
+
+# Ranks that hang
+
+
+def test_a_rank_that_does_not_come_is_named_and_the_job_ends(start, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-1.stacks").write_text("of an earlier run")
+    launcher = start("stop_reporting_on_1", env={"LC_ALL": "C"})
+    status, _, stderr = launcher.wait()
+    assert status == 1
+    assert re.fullmatch(
+        r"error: rank 1 \(process \d+ on node1\) has not reported for \d s: its process is stopped, or its machine "
+        r"does not answer\. Its last report: step 7, at longctx\.model\.ffn:128 in forward\. rank 0 waits in step 7, "
+        rf"barrier\. Stacks of the ranks that answer: {tmp_path}/logs/rank-\*\.stacks\. ADVICE\n",
+        stderr,
+    )
+    assert [path.name for path in (tmp_path / "logs").glob("*.stacks")] == ["rank-0.stacks"]
+    assert launcher.seconds() < 15
 
 
 # Killed ranks

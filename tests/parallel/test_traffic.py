@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -37,6 +38,34 @@ def test_forward_and_backward_are_counted_by_layer(ranks):
     gathered = {"all_gather": 4, "reduce_scatter": 2}
     # Rank 0 sends keys twice and gets gradients once; rank 1 gets keys twice, and sends gradients.
     assert ranks.run(by_layer, size=2) == [{"first": gathered, "second": {"exchange": 3}}] * 2
+
+
+def seen_by_a_thread():
+    seen: list[traffic.Communication | None] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.001):
+            seen.append(traffic.communication())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for _ in range(2):
+        dist.barrier()
+        time.sleep(0.2 * dist.get_rank())
+        with layer("blocks.3"):
+            all_gather(torch.zeros(4)).wait()
+    stop.set()
+    thread.join()
+    assert traffic.communication() is None
+    return list(dict.fromkeys(each for each in seen if each is not None))
+
+
+def test_another_thread_sees_what_is_waited_for_and_each_wait_apart(ranks):
+    first, _ = ranks.run(seen_by_a_thread, size=2)
+    waits = [(each.layer, each.description) for each in first]
+    assert set(waits) == {("blocks.3", "all_gather of [4] float32 over 2 ranks")}
+    assert len({each.number for each in first}) == len(first) >= 2
 
 
 def gather_in_a_layer(rank, fault):

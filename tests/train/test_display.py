@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
+from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics, WaitMetrics
 from longctx.train.display import (
     LiveDisplay,
     PlainDisplay,
@@ -89,6 +89,17 @@ def test_plain_lines_name_every_number() -> None:
         "12.3M parameters, fp32 · 2 ranks (cp 2) on AMD [EPYC] · 178 GFLOP/s matmul rate",
         "step 140/200  loss 2.1234  lr 3.00e-04  grad norm 0.812  1.2M tok/s  43% MFU  3.4 GiB  2m10s left",
     ]
+
+
+def test_a_straggler_is_shown_and_balanced_ranks_are_not() -> None:
+    for waits, shown in ((WaitMetrics(0.42, 0.02, 3), True), (WaitMetrics(0.42, 0.35, 3), False)):
+        display, file, _ = plain()
+        display.step(replace(step(140), waits=waits))
+        assert ("3.4 GiB  42% waiting for rank 3  2m10s left" in file.getvalue()) == shown
+        drawn = live()
+        drawn.step(replace(step(140), waits=waits))
+        assert any("waiting" in line and "42% for rank 3" in line for line in panel(drawn)) == shown
+        drawn.close()
 
 
 def test_plain_lines_are_seconds_apart_but_for_the_first_and_the_last() -> None:
