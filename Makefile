@@ -22,7 +22,7 @@ PREPARE = $(PY) -m longctx data prepare "$(STDLIB)" --suffix .py --exclude site-
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter-out 0,$(GPUS)),--nproc $(GPUS) parallel.cp=$(GPUS),--nproc 2)
 
-.PHONY: help install quickstart million test test-all test-adapters lint format types docs tree clean
+.PHONY: help install quickstart million test test-all test-adapters faults lint format types docs tree clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 22
@@ -64,6 +64,9 @@ test-all: lint types ## The same, including slow tests
 
 test-adapters: .venv/adapters ## Install DeepSpeed, Megatron-Core and transformers, and test the adapters (minutes)
 	@$(PYTEST) --dist loadfile tests/adapters
+
+faults: .venv/installed ## Break runs in many ways and print what they survive (about an hour on 2 cores; docs/reliability.md)
+	@$(PY) -m tests.faults
 
 .venv/adapters: .venv/installed
 	@echo "Installing DeepSpeed, Megatron-Core and transformers into .venv"

@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,6 +17,7 @@ from longctx.files import sync
 
 CHECKSUMS = "checksums.json"
 """The file of checksums in a folder whose format has no listing of ours."""
+_SEAL, _NO_SEAL = "listing", "00000000"
 _BUFFER = 2**22
 _SHARD = re.compile(r"__(\d+)_.*")
 """The name of a file of tensors, with the number of the rank that wrote it."""
@@ -30,10 +32,36 @@ def checksum(file: Path) -> str:
     return f"{value:08x}"
 
 
+def seal(content: Mapping[str, Any]) -> str:
+    """Return `content` as JSON that has a checksum of its own text, for `unseal`."""
+    text = json.dumps({**content, _SEAL: _NO_SEAL}, indent=1)
+    return text.replace(_sealed(_NO_SEAL), _sealed(f"{zlib.crc32(text.encode()):08x}"))
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """Parse JSON that `seal` wrote, or an earlier version of longctx, without any checksum.
+
+    Raises ValueError if it is no object or has changed.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    if _SEAL not in content and "checksums" not in content:
+        return content
+    found = content.pop(_SEAL, None)
+    if found != f"{zlib.crc32(text.replace(_sealed(found), _sealed(_NO_SEAL)).encode()):08x}":
+        raise ValueError("its content has changed since it was written: it does not fit its checksum")
+    return content
+
+
+def _sealed(value: object) -> str:
+    return f'"{_SEAL}": {json.dumps(value)}'
+
+
 def write_checksums(folder: Path, pattern: str) -> None:
     """Write the checksums of a folder's files of that pattern into `CHECKSUMS`, synced to disk."""
     sums = {file.name: checksum(file) for file in sorted(folder.glob(pattern))}
-    (folder / CHECKSUMS).write_text(json.dumps({"checksums": sums}, indent=1), encoding="utf-8")
+    (folder / CHECKSUMS).write_text(seal({"checksums": sums}), encoding="utf-8")
     sync(folder / CHECKSUMS)
 
 
@@ -45,7 +73,7 @@ def verify_checksums(folder: Path) -> bool:
     if not (folder / CHECKSUMS).is_file():
         return False
     try:
-        checksums = stored_checksums(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+        checksums = stored_checksums(unseal((folder / CHECKSUMS).read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / CHECKSUMS} cannot be read: {error}") from error
     changed = find_changed(folder, checksums)

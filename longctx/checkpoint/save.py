@@ -8,7 +8,6 @@ removed by the next save.
 `dcp.async_save` is not used; docs/checkpoints.md explains why (it can abort at interpreter exit).
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, written_by
+from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, unseal, written_by
 from longctx.checkpoint.restricted import METADATA, read_metadata
 from longctx.checkpoint.storage import (
     Writer,
@@ -258,12 +257,9 @@ def _read_listing(path: Path, how: str) -> dict[str, Any]:
     if (path / TRAINER).exists() and not (path / TRAINER).is_file():
         raise UserError(_unreadable(path, "it is not a file", how))  # reading a pipe would wait for ever
     try:
-        content = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+        return unseal((path / TRAINER).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(_unreadable(path, error, how)) from error
-    if not isinstance(content, dict):
-        raise UserError(_unreadable(path, "it is not an object", how))
-    return content
 
 
 def _unreadable(path: Path, reason: object, how: str) -> str:

@@ -5,7 +5,6 @@ changed files are reported before a tensor is read. Callers write a folder under
 is complete.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from functools import cached_property
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from longctx.checkpoint.checksums import seal
 from longctx.checkpoint.restricted import METADATA, RestrictedPlanner, read_metadata
 from longctx.errors import UserError
 from longctx.files import sync
@@ -62,13 +62,13 @@ def content_of(folder: Path) -> list[str]:
 
 
 def write_listing(folder: Path, name: str, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
-    """Write `content`, the sizes of all other files and their checksums into `name`, synced to disk."""
+    """Write `content`, the sizes of all other files and their checksums into `name`, with its own, synced to disk."""
     files = [folder / other for other in content_of(folder) if other != name]
     listing = {"files": {file.name: file.stat().st_size for file in files}, "checksums": dict(checksums)}
     for file in files:
         if file.suffix != ".distcp":  # these are synced by the ranks that write them
             sync(file)
-    (folder / name).write_text(json.dumps({**content, **listing}, indent=1), encoding="utf-8")
+    (folder / name).write_text(seal({**content, **listing}), encoding="utf-8")
     sync(folder / name)
     sync(folder)
 

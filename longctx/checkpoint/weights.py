@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums
+from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, unseal
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
 from longctx.checkpoint.save import (
     TRAINER,
@@ -156,7 +156,7 @@ _KINDS = "a checkpoint, the directory of a run with a checkpoint, or the output 
 
 def _converted(path: Path, how: str) -> Weights:
     try:
-        content = json.loads((path / CONVERTED).read_text(encoding="utf-8"))
+        content = unseal((path / CONVERTED).read_text(encoding="utf-8"))
         model, files, checksums = dict(content["model"]), dict(content["files"]), stored_checksums(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {CONVERTED} cannot be read ({error}). Convert again") from error

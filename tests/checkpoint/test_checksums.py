@@ -1,6 +1,8 @@
 """Checksums: every bit of every file counts, and ranks share the work."""
 
+import json
 import random
+import re
 import shutil
 import zlib
 from itertools import chain
@@ -13,7 +15,9 @@ from longctx.checkpoint.checksums import (
     CHECKSUMS,
     checksum,
     find_changed,
+    seal,
     stored_checksums,
+    unseal,
     verify_checksums,
     write_checksums,
     written_by,
@@ -100,9 +104,29 @@ def test_ranks_share_the_files_and_all_of_them_hear(ranks, saved, tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_has_none(saved, tmp_path):
     path = shutil.copytree(saved / "step-00000004", tmp_path / "step-00000004")
-    listing = (path / TRAINER).read_text()
-    (path / TRAINER).write_text(listing.replace('"checksums"', '"something"'))
+    listing = unseal((path / TRAINER).read_text())
+    del listing["checksums"]
+    (path / TRAINER).write_text(json.dumps(listing))
     assert verify_content(path) is False
+
+
+def test_any_bit_of_a_listing_that_flips_is_noticed():
+    """Also where the result is JSON still: in a number, a name of a key, the checksum itself."""
+    text = seal({"state": {"step": 40, "lr": 1e-05, "name": "é"}, "files": {"a": 1}, "checksums": {"a": "00000000"}})
+    assert unseal(text)["state"] == {"step": 40, "lr": 1e-05, "name": "é"}
+    for at in range(len(text)):
+        for bit in range(7):
+            flipped = text[:at] + chr(ord(text[at]) ^ 1 << bit) + text[at + 1 :]
+            with pytest.raises(ValueError):  # noqa: PT011 - of JSON, or of the checksum
+                unseal(flipped)
+
+
+def test_a_changed_state_is_called_damage(saved, tmp_path):
+    path = shutil.copytree(saved / "step-00000004", tmp_path / "step-00000004")
+    listing = (path / TRAINER).read_text()
+    (path / TRAINER).write_text(re.sub(r'"sequences": \d+', '"sequences": 123', listing))
+    with pytest.raises(UserError, match=r"trainer\.json cannot be read \(its content has changed since it was written"):
+        read_state(path)
 
 
 @pytest.mark.parametrize("stored", [["a"], {"a": 1}, {"../a": "00000000"}, {"/etc/passwd": "00000000"}])

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from longctx.checkpoint.checksums import seal, unseal
 from longctx.checkpoint.save import (
     Checkpointer,
     TrainerState,
@@ -365,9 +365,9 @@ def test_a_pipe_in_place_of_the_listing_is_not_waited_for(damaged):
 
 
 def test_a_key_of_a_newer_version_is_not_called_damage(damaged):
-    listing = json.loads((damaged / "trainer.json").read_text())
+    listing = unseal((damaged / "trainer.json").read_text())
     listing["state"] |= {"lookahead": 3, "curriculum": {}}
-    (damaged / "trainer.json").write_text(json.dumps(listing))
+    (damaged / "trainer.json").write_text(seal(listing))
     with pytest.raises(UserError) as caught:
         read_state(damaged)
     assert "written by a newer version of longctx: this one does not know curriculum, lookahead" in str(caught.value)

@@ -1,6 +1,5 @@
 """Weights to begin with: where they may lie, what is told of damaged ones, and a run that begins with them."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longctx.checkpoint.checksums import seal, unseal
 from longctx.checkpoint.lazy_tensors import LazyTensor
 from longctx.checkpoint.weights import find_weights, write_weights
 from longctx.data.staging import staging
@@ -97,9 +97,9 @@ def test_another_model_is_reported_by_every_difference(written):
 
 
 def test_tensors_that_are_not_the_configurations_are_reported(copy):
-    said = json.loads((copy / "weights.json").read_text())
+    said = unseal((copy / "weights.json").read_text())
     said["model"]["tie_embeddings"] = False
-    (copy / "weights.json").write_text(json.dumps(said))
+    (copy / "weights.json").write_text(seal(said))
     with pytest.raises(
         UserError, match=r"of another model: head\.weight: none, expected \[29, 12\]\. Use other weights"
     ):

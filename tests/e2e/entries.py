@@ -1,6 +1,7 @@
 """Entry points of ranks in place of `longctx.launch.train:run_rank`: the same training, with rare events forced."""
 
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -46,3 +47,37 @@ def signalled_in_a_step(**arguments: Any) -> int:
 
     with patch.object(_Trainer, "_step", step):
         return run_rank(**arguments)
+
+
+def held_steps(**arguments: Any) -> int:
+    """Every step waits while there is a file `hold` in the working directory."""
+    step_of = _Trainer._step
+
+    def step(self: _Trainer, *others: Any) -> Any:
+        while os.path.exists("hold"):
+            time.sleep(0.01)
+        return step_of(self, *others)
+
+    with patch.object(_Trainer, "_step", step):
+        return run_rank(**arguments)
+
+
+def killed_in_a_write(**arguments: Any) -> int:
+    """The rank KILL_RANK (environment) is killed at its KILL_AT-th change to the run's directory."""
+    out, changes = os.path.abspath(arguments["out"]), 0
+
+    def watch(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal changes
+        path = details[0] if details else None
+        if event == "open":
+            is_change = isinstance(details[2], int) and bool(details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        else:
+            is_change = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "shutil.rmtree")
+        if is_change and isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(out):
+            changes += 1
+            if changes == int(os.environ["KILL_AT"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == os.environ["KILL_RANK"]:
+        sys.addaudithook(watch)
+    return run_rank(**arguments)

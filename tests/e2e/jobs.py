@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -17,13 +17,20 @@ ROOT = Path(__file__).resolve().parents[2]
 class Job:
     """`longctx train tiny.toml` in `folder`, into its `out`."""
 
-    def __init__(self, folder: Path, *arguments: str, ranks: int = 2, entry: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        ranks: int = 2,
+        entry: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """`entry`: a function of `tests.e2e.entries` that the ranks run in place of the trainer's own."""
         self.folder = folder
         command = [sys.executable, "-m", "longctx"] if entry is None else [sys.executable, "-m", "tests.e2e.start"]
         command += [] if entry is None else [entry]
         command += ["train", "tiny.toml", *arguments, "--out", "out", "--nproc", str(ranks)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | dict(environment or {})
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

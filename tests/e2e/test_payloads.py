@@ -1,6 +1,5 @@
 """No command that reads a checkpoint runs code that its files name."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from longctx.checkpoint.checksums import checksum
+from longctx.checkpoint.checksums import checksum, seal, unseal
 from longctx.checkpoint.restricted import METADATA
 from longctx.convert.megatron import to_megatron
 from longctx.launch.main import app
@@ -49,10 +48,10 @@ def spoil_and_list(folder, mark, where):
     spoil(folder, mark, METADATA if where == "metadata" else "")
     for name in ("trainer.json", "weights.json"):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text())
+            content = unseal((folder / name).read_text())
             content["files"] = {f: (folder / f).stat().st_size for f in content["files"]}
             content["checksums"] = {f: checksum(folder / f) for f in content["files"]}
-            (folder / name).write_text(json.dumps(content))
+            (folder / name).write_text(seal(content))
 
 
 def refuse_or_ignore(arguments, mark):

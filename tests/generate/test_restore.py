@@ -1,6 +1,5 @@
 """The model that a run has trained, in one process."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx.checkpoint.checksums import seal, unseal
 from longctx.data.manifest import MANIFEST_FILE
 from longctx.data.prepare import prepare
 from longctx.errors import UserError
@@ -85,12 +85,12 @@ def test_in_bf16_decays_stay_exact(trained):
 
 def test_a_checkpoint_from_before_a_key_was_added_is_the_same_model(copy):
     trainer = copy / "checkpoints/step-00000004/trainer.json"
-    content = json.loads(trainer.read_text())
+    content = unseal(trainer.read_text())
     model = content["state"]["model"]
     for table, keys in ((model, ("norm", "residual")), (model["softmax"], ("window", "qk_norm", "output_gate"))):
         for key in keys:
             del table[key]
-    trainer.write_text(json.dumps(content))
+    trainer.write_text(seal(content))
     assert restore(copy).state.step == 4
 
 
@@ -159,9 +159,9 @@ def test_a_checkpoint_of_another_model_is_reported(copy):
 
 def test_a_checkpoint_of_megatrons_tensors_is_reported_with_what_makes_weights_of_it(copy):
     trainer = copy / "checkpoints/step-00000004/trainer.json"
-    content = json.loads(trainer.read_text())
+    content = unseal(trainer.read_text())
     content["state"]["format"] = "megatron"
-    trainer.write_text(json.dumps(content))
+    trainer.write_text(seal(content))
     with pytest.raises(UserError, match=r"engine = 'megatron'\. Generation needs .* longctx convert from-megatron"):
         restore(copy)
 

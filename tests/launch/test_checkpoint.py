@@ -1,11 +1,12 @@
 """`longctx checkpoint verify`: reports each folder as intact or with its damage; exit status 1 if one is damaged."""
 
+import json
 import shutil
 
 import pytest
 from typer.testing import CliRunner
 
-from longctx.checkpoint.checksums import CHECKSUMS, write_checksums
+from longctx.checkpoint.checksums import CHECKSUMS, unseal, write_checksums
 from longctx.checkpoint.weights import CONVERTED, write_weights
 from longctx.errors import UserError
 from longctx.launch.checkpoint import run_verify
@@ -55,7 +56,9 @@ def test_what_has_no_checksums_is_not_called_intact(tmp_path, capsys):
     weights = tmp_path / "weights"
     weights.mkdir()
     write_weights(weights, {}, {}, {})
-    (weights / CONVERTED).write_text((weights / CONVERTED).read_text().replace('"checksums"', '"else"'))
+    listing = unseal((weights / CONVERTED).read_text())
+    del listing["checksums"]
+    (weights / CONVERTED).write_text(json.dumps(listing))
     assert run_verify(weights) == 1
     assert "has no checksums" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"it has no trainer\.json, weights\.json or {CHECKSUMS}"):

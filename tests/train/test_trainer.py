@@ -1,6 +1,5 @@
 """Training on ranks: a resumed run repeats the uninterrupted one, options change what runs, mistakes are told first."""
 
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from longctx.checkpoint.checksums import seal, unseal
 from longctx.engines.torch_engine import TorchEngine
 from longctx.model import ffn
 from longctx.model.decoder import Block
@@ -530,9 +530,9 @@ def test_checkpoints_that_do_not_fit_the_run(ranks, uninterrupted, workplace, ov
 def test_a_checkpoint_from_before_a_key_of_the_model_resumes(ranks, uninterrupted, workplace, tmp_path):
     out = interrupted_copy(uninterrupted, tmp_path / "out", 6)
     file = out / "checkpoints" / "step-00000006" / "trainer.json"
-    content = json.loads(file.read_text())
+    content = unseal(file.read_text())
     del content["state"]["model"]["block"], content["state"]["model"]["heads"]
-    file.write_text(json.dumps(content))
+    file.write_text(seal(content))
     ranks.run(train, workplace, out, size=2)
     assert losses(out) == losses(uninterrupted)
 
