@@ -22,14 +22,18 @@ PREPARE = $(PY) -m longctx data prepare "$(STDLIB)" --suffix .py --exclude site-
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RANKS := $(if $(filter-out 0,$(GPUS)),--nproc $(GPUS) parallel.cp=$(GPUS),--nproc 2)
 
-.PHONY: help install quickstart million test test-all test-adapters faults lint format types docs tree clean
+.PHONY: help install quickstart million test test-all test-adapters faults lint format types docs lock tree clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 22
 
 install: .venv/installed ## Create .venv with the pinned dependencies, an editable install of longctx and the tools
 
-.venv/installed: pyproject.toml constraints.txt
+# pip checks the hash of every file. The lock files are complete, so dependencies are not looked up; wheels only, because
+# a build runs what a file contains (DeepSpeed has no wheels).
+LOCKED = $(PY) -m pip install --quiet --require-hashes --no-deps --only-binary :all:
+
+.venv/installed: pyproject.toml requirements/dev.txt requirements/cuda.txt
 	@command -v '$(PYTHON)' >/dev/null || { echo "There is no command $(PYTHON). $(ANOTHER)" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "longctx needs Python 3.11 or later, and $(PYTHON) is $$('$(PYTHON)' -V 2>&1). $(ANOTHER)" >&2; exit 1; }
@@ -37,9 +41,10 @@ install: .venv/installed ## Create .venv with the pinned dependencies, an editab
 	    echo "$(PYTHON) cannot create virtual environments: its modules venv and ensurepip are missing." >&2; \
 	    echo "On Debian and Ubuntu they come with the package python3-venv: apt install python3-venv" >&2; exit 1; }
 	@test -x $(PY) || { echo "Creating .venv with $$('$(PYTHON)' -V)"; rm -rf .venv; '$(PYTHON)' -m venv .venv; }
-	@echo "Installing the versions pinned in constraints.txt into .venv (takes minutes the first time: torch is large)"
-	@$(PY) -m pip install --quiet -c constraints.txt setuptools
-	@$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo "Installing requirements/dev.txt into .venv, hashes checked (takes minutes the first time: torch is large)"
+	@$(LOCKED) -r requirements/dev.txt
+	@if $(PY) -m pip show torch | grep '^Requires:.*nvidia' >/dev/null; then $(LOCKED) -r requirements/cuda.txt; fi
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: .venv/installed ## Train a small hybrid model on Python's source on 2 ranks and plot its curves (minutes)
@@ -68,9 +73,9 @@ test-adapters: .venv/adapters ## Install DeepSpeed, Megatron-Core and transforme
 faults: .venv/installed ## Break runs in many ways and print what they survive (about an hour on 2 cores; docs/reliability.md)
 	@$(PY) -m tests.faults
 
-.venv/adapters: .venv/installed
-	@echo "Installing DeepSpeed, Megatron-Core and transformers into .venv"
-	@$(PY) -m pip install --quiet -c constraints.txt -e '.[megatron,deepspeed,huggingface]' --no-build-isolation
+.venv/adapters: .venv/installed requirements/adapters.txt
+	@echo "Installing DeepSpeed, Megatron-Core and transformers (requirements/adapters.txt) into .venv, hashes checked"
+	@$(LOCKED) --no-binary deepspeed --no-build-isolation -r requirements/adapters.txt
 	@touch $@
 
 lint: .venv/installed tree ## Check style, formatting and the import order of packages
@@ -85,6 +90,9 @@ types: .venv/installed tree ## Check types with mypy
 
 docs: .venv/installed ## Regenerate docs/recipes.md from the code
 	@$(PY) -c 'from longctx.recipe.reference import reference; print(reference(), end="")' > docs/recipes.md
+
+lock: .venv/installed ## Regenerate requirements/*.txt after a change of dependencies
+	@$(PY) .ci/lock.py
 
 tree: .venv/installed
 	@$(PY) .ci/tree.py build/tree
