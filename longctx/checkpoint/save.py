@@ -19,8 +19,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -43,6 +45,8 @@ TRAINER = "trainer.json"
 """The listing file of a checkpoint."""
 RESUME = "with --resume PATH"
 """How a checkpoint to resume from is named on the command line, for error messages."""
+_STAGES_ONCE = Version(torch.__version__).release < (2, 13)
+"""Whether torch's stager copies one state and is of no use after it: torch 2.11 and 2.12 empty its tables then."""
 _AFTER_FAILURE = "Earlier checkpoints are unchanged: fix the cause and resume from the latest with --resume auto"
 
 
@@ -75,8 +79,7 @@ class Checkpointer:
         """
         self.folder, self.keep, self._check = folder, keep, check
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
-        # Plain copies into buffers that later saves reuse: no pinned or shared memory, no thread.
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -88,6 +91,9 @@ class Checkpointer:
         self.wait()
         staged = self._stager.stage(tensors)
         assert isinstance(staged, dict)
+        if _STAGES_ONCE:
+            self._stager.close()
+            self._stager = _new_stager()
         self._pending = self._thread.submit(self._write, partial(self._write_tensors, staged), state)
 
     def save_with(self, write: Callable[[Path], None], state: TrainerState) -> None:
@@ -189,6 +195,11 @@ class Checkpointer:
             # Ranks that only waited for a failed one have an empty message.
             raise UserError(f"{what}: {'; '.join(dict.fromkeys(filter(None, failures)))}. {_AFTER_FAILURE}")
         return [result for result, _ in outcomes]
+
+
+def _new_stager() -> DefaultStager:
+    """Make plain copies, into buffers that later saves reuse: no pinned or shared memory, no thread."""
+    return DefaultStager(StagingOptions(False, False, False, False))
 
 
 def _remove(path: Path) -> None:

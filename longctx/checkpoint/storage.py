@@ -86,6 +86,9 @@ def find_damage(folder: Path, files: Mapping[str, int]) -> str | None:
 class Reader(dcp.FileSystemReader):  # noqa: TID251 - made safe here
     """A FileSystemReader that runs nothing that the folder names, and caches its metadata across reads."""
 
+    refusal: UserError | None = None
+    """Why the metadata cannot be read: torch 2.11 reports only that there is none."""
+
     @cached_property
     def _metadata(self) -> Metadata:
         metadata = read_metadata(Path(self.path))
@@ -95,7 +98,11 @@ class Reader(dcp.FileSystemReader):  # noqa: TID251 - made safe here
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         del args, kwargs
-        return self._metadata
+        try:
+            return self._metadata
+        except UserError as error:
+            self.refusal = error
+            raise
 
 
 class RegionPlanner(RestrictedPlanner):
@@ -134,11 +141,14 @@ def read_tensors(
     files name is run (`longctx.checkpoint.restricted`). Raises UserError with the reason if they cannot be read.
     """
     no_dist = no_dist or not dist.is_initialized()
+    source, planner = reader or Reader(path), planner or RestrictedPlanner()
     try:
         with warnings.catch_warnings():
             if no_dist:
                 warnings.filterwarnings("ignore", message=SINGLE_PROCESS_WARNING)
-            source, planner = reader or Reader(path), planner or RestrictedPlanner()
             dcp.load(tensors, storage_reader=source, planner=planner, no_dist=no_dist)
     except CheckpointException as error:
-        raise UserError(f"{path} cannot be read: {describe_failures(error)}") from error
+        reason = describe_failures(error)
+        if source.refusal is not None and str(source.refusal) not in reason:
+            reason = f"{reason}: {source.refusal}"
+        raise UserError(f"{path} cannot be read: {reason}") from error

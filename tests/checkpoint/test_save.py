@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -118,6 +119,25 @@ def held_until(event: threading.Event) -> Iterator[None]:
 def test_the_newest_ones_stay(ranks, tmp_path):
     ranks.run(save, tmp_path, 1, 2, 10, 11, size=2)
     assert names(tmp_path) == ["step-00000010", "step-00000011"]
+
+
+def save_with_stagers_of_one_use(folder: Path) -> None:
+    """On a rank: as under torch 2.11 and 2.12, whose stagers are closed by the first state that they copy."""
+
+    class OneUse(DefaultStager):
+        def stage(self, *args, **kwargs):
+            staged = super().stage(*args, **kwargs)
+            self.close()
+            return staged
+
+    with patch("longctx.checkpoint.save.DefaultStager", OneUse), patch("longctx.checkpoint.save._STAGES_ONCE", True):
+        save(folder, 1, 2)
+
+
+def test_a_stager_that_serves_once_is_replaced(ranks, tmp_path):
+    ranks.run(save_with_stagers_of_one_use, tmp_path, size=2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert ranks.run(read_all, tmp_path / "step-00000002", size=1) == [2.0]
 
 
 def test_one_of_a_later_step_is_of_an_attempt_that_was_given_up(ranks, tmp_path):
