@@ -55,7 +55,7 @@ def test_the_metadata_is_torchs_own(folder):
     assert reader.read_metadata().storage_meta.load_id == reader.load_id
 
 
-@pytest.mark.parametrize("name", [METADATA, "step", "nested"])
+@pytest.mark.parametrize("name", [METADATA, "step", "nested", "model"])  # the model's weight is a tensor
 def test_a_payload_does_not_run(folder, tmp_path, name):
     mark = tmp_path / "mark"
     spoil(folder, mark, name)

@@ -8,11 +8,13 @@ import torch
 pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
 
 
+from longctx.checkpoint.restricted import METADATA
 from longctx.checkpoint.save import Checkpointer, TrainerState
 from longctx.checkpoint.storage import Reader
 from longctx.checkpoint.weights import find_weights, stored_config
 from longctx.errors import UserError
 from tests.adapters.deepspeed.training import RATES, Run, batches_of, deepspeed_engine, torch_engine
+from tests.checkpoint.payloads import spoil
 from tests.model.cases import VOCABULARY, model_of
 
 ENGINES = {"torch": torch_engine, "deepspeed": deepspeed_engine}
@@ -146,3 +148,14 @@ def damaged(run, path):
 def test_a_checkpoint_of_another_model_is_an_error_on_every_rank(ranks, tmp_path):
     ranks.run(leg, "torch", replace(TWO, experts=None), None, tmp_path, 0, 1, size=2)
     assert len(ranks.run(damaged, TWO, newest(tmp_path), size=2)) == 2
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("where", [METADATA, "model", "optimizer.state"])
+def test_a_payload_does_not_run(ranks, tmp_path, stage, where):
+    ranks.run(leg, "deepspeed", TWO, None, tmp_path / "saved", 0, 1, size=2)
+    path, mark = newest(tmp_path / "saved"), tmp_path / "mark"
+    spoil(path, mark, where)
+    for said in ranks.run(damaged, replace(TWO, stage=stage), path, size=2):
+        assert "io.open" in said
+    assert not mark.exists()

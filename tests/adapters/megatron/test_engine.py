@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from unittest.mock import patch
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.checkpoint.restricted import METADATA
 from longctx.checkpoint.save import list_checkpoints
 from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import from_megatron
 from longctx.errors import UserError
 from tests.adapters.megatron.shim import on_cpu
 from tests.adapters.megatron.training import may_start_processes
+from tests.checkpoint.payloads import spoil
 from tests.train.runs import interrupted_copy, losses, metrics, mistake, train, write_workplace
 
 STEPS = ["train.steps=8", "checkpoint.every=4", "evaluation.every=8", "evaluation.sequences=3"]
@@ -165,6 +168,30 @@ def test_it_resumes_without_the_distributed_optimizer_and_never_with_another_one
     out = interrupted_copy(tmp_path / "run", tmp_path / "other", 4)
     (said,) = set(ranks.run(mistake, workplace, out, [*HYBRID, "engine=megatron"], "auto", on_cpu, size=2))
     assert "from a run with megatron.distributed_optimizer = False, but this run has True" in said
+
+
+EXTRA_STATE = "decoder.layers.0.mlp.linear_fc1._extra_state"
+"""An entry that is not a tensor."""
+
+
+def resume_unchecked(workplace, out):
+    """On a rank: resume without the check, however that ends."""
+    with patch("longctx.adapters.megatron.engine.check_entries"), suppress(Exception):
+        megatron(workplace, out, [*HYBRID, ONE])
+
+
+@pytest.mark.parametrize("where", [METADATA, EXTRA_STATE, "optimizer", "common.pt"])
+def test_a_payload_in_its_files_does_not_run_when_it_resumes(ranks, workplace, saved, tmp_path, where):
+    out, mark = interrupted_copy(saved, tmp_path / "run", 4), tmp_path / "mark"
+    spoil(out / "checkpoints/step-00000004", mark, where)
+    (said,) = set(ranks.run(mistake, workplace, out, [*HYBRID, "engine=megatron"], "auto", on_cpu, size=2))
+    assert "step-00000004 cannot be read" in said
+    assert "io.open" in said
+    assert not mark.exists()
+    # Megatron reads common.pt with restrictions, and expects tensors in the place of tensors.
+    if where in (METADATA, EXTRA_STATE):
+        ranks.run(resume_unchecked, workplace, out, size=1)
+        assert mark.exists()
 
 
 def full_disk(workplace, out, overrides):
