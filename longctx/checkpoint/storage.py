@@ -146,7 +146,7 @@ def read_tensors(
         with warnings.catch_warnings():
             if no_dist:
                 warnings.filterwarnings("ignore", message=SINGLE_PROCESS_WARNING)
-            dcp.load(tensors, storage_reader=source, planner=planner, no_dist=no_dist)
+            dcp.load(tensors, storage_reader=source, planner=planner, no_dist=no_dist)  # noqa: TID251 - by Reader
     except CheckpointException as error:
         reason = describe_failures(error)
         if source.refusal is not None and str(source.refusal) not in reason:
