@@ -11,7 +11,10 @@ import pytest
 
 from tests.packaging.tour import PAGE, ROOT, Question, questions, table
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md"))]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+]
 FOLDERS = ("kernels", "parallel", "moe", "longctx", "launch", "recipes", "tests", "benchmarks", "docs")
 TOUR = questions(PAGE.read_text())
 
