@@ -11,10 +11,8 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from benchmarks.gpu_runner import Phase, Results, Step, run
 from benchmarks.gpu_shape import Shape
+from longctx.parallel.one_machine import job_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 570.0
@@ -425,8 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = header(chosen.part, chosen.rehearse)
     results.write(first)
     print(", ".join(f"{name} {value}" for name, value in first.items() if name != "versions"), flush=True)
-    work = tempfile.mkdtemp(prefix="longctx-gpu-")
-    try:
+    with job_folder("gpu") as folder:
+        work = str(folder)
         match chosen.part:
             case "tune":
                 phases = tune_part(at, str(chosen.out.resolve()))
@@ -437,8 +436,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 phases = first_part(at, work)
         failed = run([_only(phase, chosen.only, chosen.rehearse) for phase in phases], results)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     results.write({"end": chosen.part, "seconds": round(results.elapsed, 1), "failed": failed})
     print(f"{failed} steps did not end well. Results: {results.file}; output: {results.log}")
     return 1 if failed else 0

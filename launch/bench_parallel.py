@@ -2,10 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,12 +16,12 @@ from rich.table import Table
 
 from longctx.bench.layers import METHODS, LayerTask
 from longctx.errors import UserError
-from longctx.launch.hosts import INTERFACE, address, hosts
+from longctx.files import temporary_folder
+from longctx.launch.hosts import INTERFACE, hosts
 from longctx.launch.local import MALLOC_SETTINGS, threads_per_rank
 from longctx.launch.terminal import echo
+from longctx.parallel.one_machine import LOOPBACK, STORE
 
-PORT = 29511
-"""Port of rank 0 on an emulated host."""
 CAPTION = (
     "One layer with its projections, forward and backward, float32; methods of one length are interleaved.\n"
     "seconds: median time of the slowest rank; waited: longest time that a rank was blocked, on data or on slower\n"
@@ -97,29 +95,24 @@ def bench_parallel(options: ParallelOptions, json_file: Path | None) -> int:
 
 @contextmanager
 def _rank_environment(options: ParallelOptions) -> Iterator[tuple[list[list[str]], dict[str, str]]]:
-    """Yield each rank's command prefix (to run on its host) and the rendezvous environment variables."""
+    """Yield each rank's command prefix (to run on its host) and the environment variables of its network."""
     if options.gbit is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        yield [[] for _ in range(options.ranks)], {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        yield [[] for _ in range(options.ranks)], LOOPBACK | os.environ
         return
     with hosts(options.ranks, options.gbit, options.delay) as commands:
-        environment = {"MASTER_ADDR": address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": INTERFACE}
-        yield commands, environment
+        yield commands, os.environ | {"GLOO_SOCKET_IFNAME": INTERFACE}
 
 
 def _measure(options: ParallelOptions, tasks: Sequence[LayerTask]) -> list[dict[str, Any]]:
     """Run the ranks; return rank 0's results. Raises UserError with the last log line of a rank that fails."""
     with (
-        tempfile.TemporaryDirectory(prefix="longctx-bench-") as name,
+        temporary_folder("bench") as folder,
         _rank_environment(options) as (commands, environment),
     ):
-        folder = Path(name)
         (folder / "tasks.json").write_text(json.dumps([asdict(task) for task in tasks]), encoding="utf-8")
         ranks = []
         for number, command in enumerate(commands):
-            files = f"{name}/tasks.json", f"{name}/results.json"
+            files = f"{folder}/tasks.json", f"{folder}/results.json"
             arguments = [sys.executable, "-P", "-m", "longctx.launch.bench_rank", *files, options.kind]
             with (folder / f"rank-{number}.log").open("wb") as log:
                 ranks.append(
@@ -129,8 +122,8 @@ def _measure(options: ParallelOptions, tasks: Sequence[LayerTask]) -> list[dict[
                         stderr=log,
                         env={
                             **MALLOC_SETTINGS,
-                            **os.environ,
                             **environment,
+                            STORE: str(folder / "store"),
                             "OMP_NUM_THREADS": str(threads_per_rank(options.ranks)),
                             "RANK": str(number),
                             "LOCAL_RANK": str(number),

@@ -1,8 +1,10 @@
 """Local launcher: starts the ranks of a job on this machine and supervises them.
 
-The ranks get the environment variables of torchrun. torchrun itself is not used because of how runs end: its agent
-orders failures by whole seconds, and so often reports a consequence instead of the cause; it has the same grace period
-for a rank that saves and for one that waits for a dead peer; and after a signal the ranks' exit statuses are lost.
+The ranks get the environment variables of torchrun, but for MASTER_ADDR and MASTER_PORT: they find each other through a
+file in the job's private folder, so that no port is open to the network. torchrun itself is not used because of how
+runs end: its agent orders failures by whole seconds, and so often reports a consequence instead of the cause; it has
+the same grace period for a rank that saves and for one that waits for a dead peer; and after a signal the ranks' exit
+statuses are lost.
 
 Exit status of a job:
 
@@ -24,10 +26,8 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,10 +37,12 @@ from types import FrameType
 import psutil
 
 from longctx.errors import UserError
+from longctx.files import temporary_folder
 from longctx.health.beat import FOLDER, FolderBoard
 from longctx.health.diagnosis import Watcher
 from longctx.launch.rank import Job, RankReport
 from longctx.launch.terminal import echo, echo_error, show_cursor
+from longctx.parallel.one_machine import LOOPBACK, STORE
 
 _POLL = 0.05
 _WATCH = 0.5
@@ -184,39 +186,36 @@ def run_ranks(
             earlier.unlink()
     except OSError as error:
         raise UserError(f"{logs}: cannot be created: {error.strerror}; choose another --out") from None
-    with (
-        tempfile.TemporaryDirectory(prefix="longctx-") as folder,
-        _free_port() as port,
-    ):
+    with temporary_folder("job") as folder:
         content: Job = {"entry": entry, "arguments": dict(arguments)}
-        (Path(folder) / "job.json").write_text(json.dumps(content), encoding="utf-8")
-        job = _Job(Path(folder), limits or Limits())
+        (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
+        job = _Job(folder, limits or Limits())
         with _received_signals(job.signals):
             try:
                 for number in range(ranks):
-                    job.ranks.append(_Rank(number, _start(number, ranks, port, folder, logs)))
+                    job.ranks.append(_Rank(number, _start(number, ranks, folder, logs)))
                 job.watch()
             finally:
                 job.kill()
         return _conclude(job, logs, advice)
 
 
-def _start(number: int, ranks: int, port: int, folder: str, logs: Path) -> subprocess.Popen[bytes]:
+def _start(number: int, ranks: int, folder: Path, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": str(threads_per_rank(ranks)),
         **MALLOC_SETTINGS,
+        **LOOPBACK,
         **os.environ,
         "RANK": str(number),
         "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        FOLDER: folder,
+        FOLDER: str(folder),
+        STORE: str(folder / "store"),
     }
     # -P: a file in the working directory does not take the place of a module of the same name.
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "longctx.launch.rank", folder, str(os.getpid())]
+    command = [sys.executable, "-P", "-X", "faulthandler", "-m", "longctx.launch.rank", str(folder), str(os.getpid())]
     # In a new session the rank does not get the terminal's Ctrl-C: signals reach it once, from the launcher.
     if number == 0:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -230,19 +229,6 @@ def threads_per_rank(ranks: int) -> int:
     """Return the OMP threads per rank, so that `ranks` processes together use the cores available to this one."""
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or sys.maxsize)
     return max(1, cores // ranks)
-
-
-@contextlib.contextmanager
-def _free_port() -> Iterator[int]:
-    """Reserve a port for rank 0 to listen on until the job ends.
-
-    The socket is bound but never listens: with SO_REUSEADDR, which torch's store also sets, Linux lets rank 0 bind and
-    listen on the same port, and does not give the port to a program that requests any free one.
-    """
-    with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind(("", 0))
-        yield reserved.getsockname()[1]
 
 
 @contextlib.contextmanager

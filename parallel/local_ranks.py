@@ -9,7 +9,6 @@ import functools
 import multiprocessing
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import debug
+
+from longctx.parallel.one_machine import LOOPBACK, job_folder
 
 PRELOADED = [__name__]
 """Modules that are imported once, before the ranks are forked."""
@@ -43,8 +44,22 @@ def _clear_dtensor_caches() -> None:
                     value.cache_clear()
 
 
+def init_local_group(backend: str, file: str, rank: int, size: int, timeout: float) -> None:
+    """Initialise the default process group of `size` ranks on this machine, which find each other through a file.
+
+    Unlike an address and a port, nobody else can reach it if the file is in a private folder. `timeout`: seconds per
+    collective.
+    """
+    limit = timedelta(seconds=timeout)
+    store = dist.FileStore(file, size)
+    store.set_timeout(limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+
+
 def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> None:
     torch.set_num_threads(threads)
+    for name, value in LOOPBACK.items():
+        os.environ.setdefault(name, value)
     if setup is not None:
         setup()
     while True:
@@ -54,11 +69,9 @@ def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> 
             return
         if task is None:
             return
-        function, arguments, rank, size, store, timeout = task
+        function, arguments, rank, size, file, timeout = task
         try:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-            )
+            init_local_group("gloo", file, rank, size, timeout)
             try:
                 # Without it a rank could finish and leave before another has connected, which would then fail.
                 dist.barrier()
@@ -131,9 +144,9 @@ class LocalRanks:
             raise ValueError(f"run: size is {size}: expected 1 to {self.size}, the ranks of this pool")
         if not self._processes:
             self._start()
-        with tempfile.TemporaryDirectory(prefix="longctx-ranks-") as folder:
+        with job_folder("ranks") as folder:
             for rank in range(size):
-                self._pipes[rank].send((function, arguments, rank, size, f"{folder}/store", self.timeout))
+                self._pipes[rank].send((function, arguments, rank, size, str(folder / "store"), self.timeout))
             return self._collect(self._pipes[:size])
 
     def _collect(self, pipes: Sequence[Connection]) -> list[Any]:

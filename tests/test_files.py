@@ -1,12 +1,13 @@
 """Durable writes: files and folders are synced, no descriptor stays open, and a full disk is a plain error."""
 
 import os
+import tempfile
 
 import pytest
 
 from longctx import files
 from longctx.errors import UserError
-from longctx.files import sync, writing
+from longctx.files import sync, temporary_folder, writing
 
 
 @pytest.fixture
@@ -69,3 +70,11 @@ def test_a_disk_that_takes_nothing_is_an_error_that_names_the_file(tmp_path):
 def test_another_error_of_the_block_stays_as_it_is(tmp_path):
     with pytest.raises(KeyError), writing(tmp_path):
         raise KeyError
+
+
+def test_a_temporary_folder_that_cannot_be_made_is_an_error_that_names_tmpdir(tmp_path, monkeypatch):
+    with temporary_folder("job") as folder:
+        assert folder.is_dir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"No such file or directory.* Set TMPDIR to a folder"), temporary_folder("job"):
+        pass

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,7 @@ from longctx.convert.tensor_files import (
 )
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
-from longctx.files import sync
+from longctx.files import sync, temporary_folder
 from longctx.mixers.lightning import LightningConfig
 from longctx.model.config import ModelConfig
 from longctx.recipe.emit import dump
@@ -119,8 +118,8 @@ def _apply_overrides(model: ModelConfig, overrides: Sequence[str]) -> ModelConfi
     """Apply `key=value` overrides. Raises UserError if they change the model's output."""
     if not overrides:
         return model
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / RECIPE
+    with temporary_folder("convert") as folder:
+        file = folder / RECIPE
         file.write_text(dump(_ModelTable(model=model)), encoding="utf-8")
         result = load_as(_ModelTable, file, overrides).model
     changed = sorted(_model_differences(result, model))

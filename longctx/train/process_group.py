@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from longctx.errors import UserError
 from longctx.parallel.rank_errors import RankError
 from longctx.recipe.tables import TrainConfig
+from longctx.train.rendezvous import init_alone, init_job, single_rank_environment
 
 
 def device_type(config: TrainConfig) -> str:
@@ -31,19 +31,24 @@ def process_group(kind: str, timeout: float) -> Iterator[None]:
 
     Collectives time out after `timeout` seconds. The group is destroyed when the block exits.
     """
-    if "RANK" not in os.environ:
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    # Not bound to a device (`device_id`): DeviceMesh would then make its groups by split_group, which failed with two
-    # backends (pytorch issue 159200), instead of by new_group.
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    alone = "RANK" not in os.environ
+    with single_rank_environment() if alone else nullcontext():
+        if kind == "cuda":
+            torch.cuda.set_device(_local_rank())
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        # Not bound to a device (`device_id`): DeviceMesh would then make its groups by split_group, which failed with
+        # two backends (pytorch issue 159200), instead of by new_group.
+        (init_alone if alone else init_job)(backend, timeout)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def _local_rank() -> int:
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError("RANK is set, but LOCAL_RANK is not: set it to the number of the rank's GPU on its machine")
+    return int(os.environ["LOCAL_RANK"])
 
 
 @contextmanager

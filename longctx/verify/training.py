@@ -5,7 +5,6 @@ In float64, against one rank that takes both steps without resuming. The corpus 
 """
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from longctx.data.loader import SequenceStream, train_stream
 from longctx.data.prepare import prepare
 from longctx.data.tokenizer import ByteTokenizer
 from longctx.engines.torch_engine import TorchEngine
+from longctx.files import temporary_folder
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.local_ranks import LocalRanks
 from longctx.train.batches import Cursor
@@ -168,8 +168,7 @@ def verify_training(
     `run_steps` runs on each rank.
     """
     subject = replace(subject, vocab_size=max(subject.vocab_size, VOCABULARY))
-    with tempfile.TemporaryDirectory(prefix="longctx-verify-") as name:
-        folder = Path(name)
+    with temporary_folder("verify") as folder:
         texts = write_corpus(folder, subject.length, subject.seed)
         faults = {"tokens": loader_faults(open_stream(subject, folder), texts)}
         yield Row("the loader: tokens, labels, documents", "int64", faults, {"tokens": 0.0})

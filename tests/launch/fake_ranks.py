@@ -32,7 +32,7 @@ def _wait_for(folder: str, name: str) -> None:
 
 
 def describe(folder: str) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
     Path(folder, f"rank-{RANK}.txt").write_text(" ".join(os.environ[name] for name in names))
 
 

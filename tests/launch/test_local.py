@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import signal
-import socket
 
 import pytest
 
@@ -16,12 +15,12 @@ from tests.combinations import mostly_slow
 def test_ranks_find_torchruns_environment(start, tmp_path):
     assert start("describe", 3, env={"OMP_NUM_THREADS": "7"}).wait()[0] == 0
     for rank in range(3):
-        assert (tmp_path / f"rank-{rank}.txt").read_text() == f"{rank} {rank} 3 3 127.0.0.1 7"
+        assert (tmp_path / f"rank-{rank}.txt").read_text() == f"{rank} {rank} 3 3 7 lo"
 
 
 def test_ranks_share_the_cores_unless_set_otherwise(start, tmp_path, monkeypatch):
     assert start("describe", 2).wait()[0] == 0
-    assert (tmp_path / "rank-1.txt").read_text().split()[-1] == str(threads_per_rank(2))
+    assert (tmp_path / "rank-1.txt").read_text().split()[-2] == str(threads_per_rank(2))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     monkeypatch.setattr(local.psutil, "cpu_count", lambda logical: 8)
     assert [threads_per_rank(ranks) for ranks in (1, 2, 4, 7)] == [6, 3, 1, 1]
@@ -29,13 +28,16 @@ def test_ranks_share_the_cores_unless_set_otherwise(start, tmp_path, monkeypatch
     assert threads_per_rank(2) == 2  # two hyperthreads on a core are one core
 
 
-def test_the_port_is_free_for_rank_0_and_nobody_else_gets_it():
-    with local._free_port() as port, socket.socket() as rank_0, socket.socket() as other:
-        with pytest.raises(OSError, match="in use"):
-            other.bind(("", port))
-        rank_0.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        rank_0.bind(("", port))
-        rank_0.listen()
+def test_a_job_leaves_no_folder_and_removes_that_of_a_killed_launcher(start, tmp_path):
+    folders = tmp_path / "folders"
+    folders.mkdir()
+    launcher = start("hang", env={"TMPDIR": str(folders)})
+    launcher.pids()
+    launcher.process.kill()
+    launcher.process.wait()
+    assert len(os.listdir(folders)) == 1
+    assert start("talk", env={"TMPDIR": str(folders)}).wait()[0] == 0
+    assert os.listdir(folders) == []
 
 
 # What is shown
