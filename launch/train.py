@@ -10,6 +10,7 @@ from longctx.errors import UserError
 from longctx.launch.local import run_ranks
 from longctx.recipe import Recipe, check, load
 
+_MAX_PORT = 2**16 - 1
 _ADVICE = "--resume auto continues from the last complete checkpoint."
 
 
@@ -58,7 +59,7 @@ def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
 def job_size() -> int | None:
     """Return the number of ranks of the job that this process belongs to; None outside a job.
 
-    Raises UserError if the environment variables are incomplete.
+    Raises UserError if the environment variables are incomplete or no numbers.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
@@ -68,7 +69,19 @@ def job_size() -> int | None:
                 f"RANK and WORLD_SIZE are set, but {name} is not: set MASTER_ADDR and MASTER_PORT to the address and "
                 "port of rank 0, or unset RANK and WORLD_SIZE to launch ranks on this machine"
             )
-    return int(os.environ["WORLD_SIZE"])
+    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= size:
+        raise UserError(f"RANK {rank}: expected less than WORLD_SIZE, {size}; each rank needs its own")
+    if port > _MAX_PORT:
+        raise UserError(f"MASTER_PORT {port}: expected at most {_MAX_PORT}, the port of rank 0")
+    return size
+
+
+def _number(name: str) -> int:
+    value = os.environ[name]
+    if not (value.isascii() and value.isdecimal()):
+        raise UserError(f"{name} {value!r}: expected a number; torchrun and clusters set this environment variable")
+    return int(value)
 
 
 def _run_in_job(recipe: Recipe, out: Path, resume: str) -> int:

@@ -29,7 +29,8 @@ def device_type(config: TrainConfig) -> str:
 def process_group(kind: str, timeout: float) -> Iterator[None]:
     """Initialise the default process group from torchrun's environment variables; without them, one rank.
 
-    Collectives time out after `timeout` seconds. The group is destroyed when the block exits.
+    Collectives time out after `timeout` seconds. The group is destroyed when the block exits. Raises UserError if the
+    ranks do not find each other.
     """
     alone = "RANK" not in os.environ
     with single_rank_environment() if alone else nullcontext():

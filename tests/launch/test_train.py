@@ -125,6 +125,26 @@ def test_inside_a_job_this_process_is_the_rank(recipe, started, monkeypatch):
     assert "MASTER_ADDR is not" in run("train", recipe)[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "many", "WORLD_SIZE 'many': expected a number"),
+        ("RANK", "-1", "RANK '-1': expected a number"),
+        ("RANK", "2", "RANK 2: expected less than WORLD_SIZE, 2; each rank needs its own"),
+        ("MASTER_PORT", "", "MASTER_PORT '': expected a number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT 99999: expected at most 65535"),
+    ],
+)
+def test_a_jobs_environment_is_checked_before_the_rendezvous(recipe, started, monkeypatch, name, value, message):
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for each, text in (job | {name: value}).items():
+        monkeypatch.setenv(each, text)
+    status, stderr = run("train", recipe)
+    assert status == 2
+    assert stderr.startswith(f"error: {message}")
+    assert started == []
+
+
 def test_an_error_inside_a_job_is_left_for_torchrun(recipe, tmp_path, monkeypatch):
     def fail(recipe, out, resume):
         raise KeyError("the cause")

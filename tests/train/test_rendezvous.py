@@ -1,8 +1,9 @@
-"""How ranks find each other: on one machine unseen by others."""
+"""How ranks find each other: on one machine unseen by others, elsewhere as told, and with a word where they do not."""
 
 import ipaddress
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -66,3 +67,56 @@ def test_pools_of_local_ranks_listen_on_loopback_only(ranks):
     for found in ranks.run(use_groups, size=2):
         assert found
         assert all(map(is_loopback, found))
+
+
+# Elsewhere
+
+
+def job(**environment: object) -> str:
+    """The error of a rank of a job of 2 that waits for a second."""
+    code = "from longctx.errors import UserError; from longctx.train.process_group import process_group\n"
+    code += "try:\n with process_group('cpu', 1.0): print('joined')\nexcept UserError as error: print(error)"
+    variables = os.environ | {"WORLD_SIZE": "2"} | {name: str(value) for name, value in environment.items()}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+SAME = "Start every rank with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE (2), each with its own RANK"
+
+
+def test_ranks_that_do_not_come_are_told_with_what_to_check(outside):
+    port = free_port()
+    said = job(RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert said.startswith(f"rank 0 waited 1 s (parallel.timeout) at MASTER_ADDR:MASTER_PORT 127.0.0.1:{port}")
+    assert "1/2 clients joined" in said
+    assert f"{SAME}, and let no firewall block the port" in said
+
+
+def test_a_rank_0_that_is_not_there_is_told_with_its_address(outside):
+    port = free_port()
+    said = job(RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert said.startswith(f"rank 1 cannot join at MASTER_ADDR:MASTER_PORT 127.0.0.1:{port} within 1 s")
+    assert "a firewall blocks the port" in said
+    assert SAME in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_without_an_address_is_named(outside, rank):
+    said = job(RANK=rank, MASTER_ADDR="no-such-host.invalid", MASTER_PORT=free_port())
+    assert said.startswith(f"rank {rank} cannot find MASTER_ADDR 'no-such-host.invalid' (")
+    assert "the IP address of rank 0's machine" in said
+
+
+def test_a_port_that_another_program_has_is_named(outside):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        said = job(RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert said.startswith(f"rank 0 cannot join at MASTER_ADDR:MASTER_PORT 127.0.0.1:{port}")
+    assert "another program has it" in said
