@@ -4,12 +4,13 @@ Imports no torch: launchers start without it.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from longctx.parallel.folder_lock import abandoned, lock_folder, remove_locked
 
 STORE = "LONGCTX_STORE"
 """Environment variable of a rank: path of the file through which the ranks of a job on one machine find each other."""
@@ -18,7 +19,6 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
 listen on the interface of the host's name. What the user has set takes precedence."""
 
 _PREFIX = "longctx-"
-_LOCK = ".lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -34,17 +34,16 @@ def job_folder(purpose: str) -> Iterator[Path]:
     _remove_leftovers(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{purpose}-", dir=parent))
     try:
-        # Locked before it gets its name: another start never sees a lock that is free because it is young.
-        draft = folder / f"{_LOCK}.draft"
-        with draft.open("x", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.write(_boot_id())
-            lock.flush()
-            draft.rename(folder / _LOCK)
-            yield folder
+        lock = lock_folder(folder, _boot_id())
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    try:
+        yield folder
     finally:
         with contextlib.suppress(OSError):
-            _remove(folder)
+            remove_locked(folder)
+        os.close(lock)
 
 
 def _boot_id() -> str:
@@ -63,24 +62,6 @@ def _remove_leftovers(parent: Path) -> None:
 
 def _remove_leftover(folder: Path) -> None:
     """Remove a folder if it is certain that its owner is gone."""
-    status = folder.lstat()
-    if status.st_uid != os.geteuid() or folder.is_symlink():
-        return
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is in use
-        is_current = os.path.samestat(os.fstat(lock), (folder / _LOCK).lstat())  # else another start has removed it
-        if is_current and os.read(lock, 100).decode("ascii", "replace").strip() == _boot_id():
-            _remove(folder)
-    finally:
-        os.close(lock)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, its lock last: the next start can remove what is left if this process is killed meanwhile."""
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        elif entry.name != _LOCK:
-            os.unlink(entry.path)
-    shutil.rmtree(folder)
+    with abandoned(folder) as boot_id:
+        if boot_id == _boot_id():
+            remove_locked(folder)

@@ -1,19 +1,17 @@
 """Atomic output directories: written under a temporary name and renamed when complete."""
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from longctx.data.manifest import MANIFEST_FILE
 from longctx.errors import UserError
 from longctx.files import sync
-
-_LOCK = ".lock"
+from longctx.parallel.folder_lock import LOCK, abandoned, lock_folder, remove_locked
 
 
 @contextmanager
@@ -54,19 +52,16 @@ def resolve_target(out: Path | str, *, overwrite: bool) -> Path:
 def staging(path: Path) -> Iterator[Path]:
     """Create a directory beside `path` that is renamed to `path` when the block succeeds, and removed when it fails.
 
-    Leftovers of killed runs beside `path` are removed first: a running process holds a lock on its directory. A corpus
-    that is replaced is first renamed to `path.replaced-…`, because the kernel renames one directory at a time; a run
-    killed between the two renames leaves it there, complete.
+    Leftovers of killed runs beside `path` are removed first: a running process holds a lock on its directories. A
+    corpus that is replaced is first renamed to `path.replaced-…`, because the kernel renames one directory at a time; a
+    run killed between the two renames leaves it there, complete, and the next one puts it back first.
 
     Raises UserError if another run is writing `path`, or the disk cannot be written.
     """
     with naming_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
-        lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _clear_leftovers(path)
+        partial, lock = _locked_partial(path)
     try:
         yield partial
         with naming_disk_errors(path):
@@ -74,27 +69,42 @@ def staging(path: Path) -> Iterator[Path]:
             _replace(partial, path)
             sync(path.parent)
             # Unlock last: without the lock, another run would take the directory for a leftover.
-            (path / _LOCK).unlink()
+            (path / LOCK).unlink()
     finally:
-        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)  # no longer there if it was renamed
+        os.close(lock)
 
 
-def _remove_leftovers(path: Path) -> None:
-    for partial in path.parent.glob(f"{_escape(path.name)}.partial-*"):
-        try:
-            lock = os.open(partial / _LOCK, os.O_RDWR)
-        except FileNotFoundError:
-            if not any(partial.iterdir()):
-                partial.rmdir()  # killed before it created its lock
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {path} (in {partial.name}); wait for it or stop it") from None
-        finally:
-            os.close(lock)
-        shutil.rmtree(partial)
+def _locked_partial(path: Path) -> tuple[Path, int]:
+    while True:
+        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
+        partial.mkdir()
+        # FileNotFoundError: another run has taken it for a leftover before it had a lock.
+        with suppress(FileNotFoundError):
+            return partial, lock_folder(partial)
+
+
+def _clear_leftovers(path: Path) -> None:
+    for kind in ("partial", "replaced"):
+        for leftover in path.parent.glob(f"{_escape(path.name)}.{kind}-*"):
+            try:
+                with abandoned(leftover):
+                    if kind == "replaced" and not path.exists():
+                        leftover.rename(path)
+                        (path / LOCK).unlink()
+                    else:
+                        remove_locked(leftover)
+            except BlockingIOError:
+                raise _busy(path, leftover) from None
+            except FileNotFoundError:
+                with suppress(OSError):
+                    leftover.rmdir()  # if it is empty: killed before it had a lock
+            except (PermissionError, NotADirectoryError):
+                continue  # not this user's run's
+
+
+def _busy(path: Path, folder: Path) -> UserError:
+    return UserError(f"another run is writing {path} (in {folder.name}); wait for it or stop it")
 
 
 def _escape(name: str) -> str:
@@ -105,14 +115,26 @@ def _replace(partial: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         partial.rename(path)
         return
-    old = path.with_name(f"{path.name}.replaced-{secrets.token_hex(4)}")
-    path.rename(old)
     try:
-        partial.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+        with abandoned(path):
+            pass
+    except BlockingIOError:
+        raise _busy(path, path) from None  # it has just written it, and has not ended yet
+    except (FileNotFoundError, PermissionError):
+        pass
+    old = path.with_name(f"{path.name}.replaced-{secrets.token_hex(4)}")
+    lock = lock_folder(path)
+    try:
+        path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            old.rename(path)
+            (path / LOCK).unlink()
+            raise
+        remove_locked(old)
+    finally:
+        os.close(lock)
 
 
 def _sync_folders(path: Path) -> None:

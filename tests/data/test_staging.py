@@ -15,6 +15,7 @@ import pytest
 
 from longctx.data import staging
 from longctx.errors import UserError
+from longctx.parallel.folder_lock import remove_locked
 from tests.data.cases import prepared, texts, write_tree
 
 
@@ -130,6 +131,86 @@ def test_only_what_a_dead_run_left_is_removed(folder, tmp_path):
     (tmp_path / "out.partial-young").mkdir()
     prepared([folder], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in", "out", "out.partial-notes"]
+
+
+KILLED = {
+    "between the renames": """
+        rename = staging.Path.rename
+        def rename_or_die(source, goal):
+            if source.name.startswith("out.partial-"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(source, goal)
+        staging.Path.rename = rename_or_die
+    """,
+    "while it removed the old corpus": """
+        from longctx.parallel import folder_lock
+        folder_lock.shutil.rmtree = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    """,
+}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_run_that_was_killed_replacing_a_corpus_leaves_one_and_the_next_removes_the_rest(folder, tmp_path, when):
+    prepared([folder], tmp_path / "out")
+    other = write_tree(tmp_path / "other", {"a": "new"})
+    replace = "module.prepare([sys.argv[1]], sys.argv[2], progress=False, overwrite=True)"
+    assert run(f"{textwrap.dedent(KILLED[when])}\n{replace}", other, tmp_path / "out").wait(60) == -signal.SIGKILL
+    (old,) = tmp_path.glob("out.replaced-*")
+    assert (tmp_path / "out").exists() == (when != "between the renames")
+    # A run that fails puts the old corpus back, if there is none.
+    with pytest.raises(UserError, match="invalid UTF-8"):
+        prepared([write_tree(tmp_path / "bad", {"a": b"\xff"})], tmp_path / "out", overwrite=True)
+    assert not old.exists()
+    assert len(texts(tmp_path / "out")) == (50 if when == "between the renames" else 1)
+    prepared([other], tmp_path / "out", overwrite=True)
+    assert texts(tmp_path / "out") == {"other/a": "new"}
+    assert sorted(os.listdir(tmp_path)) == ["bad", "in", "other", "out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "train"]
+
+
+def test_a_corpus_that_a_live_run_is_replacing_is_left_to_it(folder, tmp_path, monkeypatch):
+    prepared([folder], tmp_path / "out")
+    told = []
+
+    def another_start(old):
+        with pytest.raises(UserError, match=r"another run is writing .*out \(in out.replaced-\w+\)"):
+            prepared([folder], tmp_path / "out", overwrite=True)
+        told.append(len(texts(old)))
+        remove_locked(old)
+
+    monkeypatch.setattr(staging, "remove_locked", another_start)
+    prepared([write_tree(tmp_path / "other", {"a": "new"})], tmp_path / "out", overwrite=True)
+    assert told == [50]
+    assert sorted(os.listdir(tmp_path)) == ["in", "other", "out"]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+def test_a_link_and_another_users_folder_stay(folder, tmp_path, monkeypatch, kind):
+    target = write_tree(tmp_path / "target", {".lock": "", "mine": "x"})
+    (tmp_path / f"out.{kind}-link").symlink_to(target)
+    prepared([folder], tmp_path / "out")
+    write_tree(tmp_path, {f"out.{kind}-theirs/.lock": "", f"out.{kind}-theirs/data": "x"})
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    prepared([folder], tmp_path / "out", overwrite=True)
+    assert sorted(os.listdir(target)) == [".lock", "mine"]
+    assert sorted(os.listdir(tmp_path / f"out.{kind}-theirs")) == [".lock", "data"]
+
+
+def test_a_folder_that_another_start_took_for_a_leftover_is_made_again(folder, tmp_path, monkeypatch):
+    """Killed runs leave empty folders, and so does, for a moment, one that starts."""
+    mkdir, taken = staging.Path.mkdir, []
+
+    def made_and_taken(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        if path.name.startswith("out.partial-") and not taken:
+            taken.append(path.name)
+            staging._clear_leftovers(tmp_path / "out")
+            assert not path.exists()
+
+    monkeypatch.setattr(staging.Path, "mkdir", made_and_taken)
+    prepared([folder], tmp_path / "out")
+    assert taken
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(folder, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.parallel import one_machine
+from longctx.parallel import folder_lock, one_machine
 from longctx.parallel.one_machine import job_folder
 from tests.e2e.jobs import ROOT
 
@@ -106,7 +106,7 @@ def test_what_is_not_certainly_a_dead_jobs_stays(parent, tmp_path):
 def test_another_users_stays(parent, monkeypatch):
     leftover = killed(parent)
     with monkeypatch.context() as patch:
-        patch.setattr(one_machine.os, "geteuid", lambda: os.getuid() + 1)
+        patch.setattr(folder_lock.os, "geteuid", lambda: os.getuid() + 1)
         with job_folder("job"):
             assert leftover.exists()
     with job_folder("job"):
@@ -116,14 +116,14 @@ def test_another_users_stays(parent, monkeypatch):
 def test_a_folder_is_locked_before_another_start_can_take_its_lock(parent, monkeypatch):
     """Another start at every moment of a start finds either no lock or one that is taken."""
     seen = []
-    flock = one_machine.fcntl.flock
+    flock = folder_lock.fcntl.flock
 
     def other_start(*arguments):
         one_machine._remove_leftovers(parent)
         seen.append(sorted(path.name for path in parent.glob("*/*")))
 
     def before_and_after(lock, how):
-        if how == one_machine.fcntl.LOCK_EX:
+        if how == folder_lock.fcntl.LOCK_EX:
             other_start()
         flock(lock, how)
 
@@ -134,7 +134,7 @@ def test_a_folder_is_locked_before_another_start_can_take_its_lock(parent, monke
         rename(source, target)
         other_start()
 
-    monkeypatch.setattr(one_machine.fcntl, "flock", before_and_after)
+    monkeypatch.setattr(folder_lock.fcntl, "flock", before_and_after)
     monkeypatch.setattr(Path, "rename", around)
     with job_folder("job") as folder:
         assert folder.exists()
@@ -144,7 +144,7 @@ def test_a_folder_is_locked_before_another_start_can_take_its_lock(parent, monke
 def test_a_removal_that_is_interrupted_is_completed_by_the_next_start(parent, monkeypatch):
     leftover = killed(parent)
     with monkeypatch.context() as patch:
-        patch.setattr(one_machine.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(folder_lock.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt), job_folder("job"):
             pass
     assert (leftover / ".lock").exists()
