@@ -113,7 +113,15 @@ def _measure(options: ParallelOptions, tasks: Sequence[LayerTask]) -> list[dict[
         ranks = []
         for number, command in enumerate(commands):
             files = f"{folder}/tasks.json", f"{folder}/results.json"
-            arguments = [sys.executable, "-P", "-m", "longctx.launch.bench_rank", *files, options.kind]
+            arguments = [
+                sys.executable,
+                "-P",
+                "-m",
+                "longctx.launch.bench_rank",
+                *files,
+                options.kind,
+                str(os.getpid()),
+            ]
             with (folder / f"rank-{number}.log").open("wb") as log:
                 ranks.append(
                     subprocess.Popen(

@@ -1,6 +1,8 @@
 """One rank of `longctx bench parallel`: measures the tasks with the other ranks; rank 0 writes the results.
 
-python -m longctx.launch.bench_rank TASKS RESULTS cpu|cuda
+python -m longctx.launch.bench_rank TASKS RESULTS cpu|cuda PARENT
+
+PARENT is the pid of the benchmark; the rank dies with it.
 """
 
 import json
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.bench.layers import LayerTask, measure
-from longctx.launch.rank import exit_rank
+from longctx.launch.rank import die_with, exit_rank
 from longctx.parallel.mesh import Mesh
 from longctx.train.process_group import process_group
 
@@ -39,5 +41,6 @@ def main(tasks: Path, results: Path, kind: str) -> None:
 
 
 if __name__ == "__main__":
+    die_with(int(sys.argv[4]))
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     exit_rank(0)

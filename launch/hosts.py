@@ -1,11 +1,15 @@
 """Network emulation for benchmarks: hosts in network namespaces, joined by a bridge with links of a given speed.
 
 Linux only, as root, with `ip` and `tc` (iproute2). Each host's link is shaped in both directions by a token bucket
-filter (`tc ... tbf`), and delayed by `netem` if a delay is set. Everything is removed afterwards.
+filter (`tc ... tbf`), and delayed by `netem` if a delay is set. Everything is removed afterwards; what a killed process
+left is removed by the next one.
 """
 
 import os
+import re
+import secrets
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +20,14 @@ SUBNET = "10.213.0"
 INTERFACE = "eth0"
 """A host's link, inside its namespace."""
 MAX_HOSTS = 250
+_TAG = "lcx[0-9a-f]{6}"
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return done.stdout
 
 
 def check() -> None:
@@ -77,6 +83,44 @@ def _shape(device: str, gbit: float, delay: float, *inside: str) -> None:
         )
 
 
+def _claim(tag: str) -> socket.socket | None:
+    """Claim the names that begin with a tag, until the socket is closed; None if a process has claimed them.
+
+    An abstract socket belongs to a network namespace, as the bridge does, and ends with its process, however that ends.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0longctx-{tag}")
+    except OSError:
+        claim.close()
+        return None
+    return claim
+
+
+def _claim_new() -> tuple[str, socket.socket]:
+    while True:
+        tag = f"lcx{secrets.token_hex(3)}"
+        if (claim := _claim(tag)) is not None:
+            return tag, claim
+
+
+def _remove_leftovers() -> None:
+    """Remove the hosts of processes that were killed: those whose bridge is here and whose tag nobody claims."""
+    for tag in re.findall(rf"^\d+: ({_TAG})b:", _run("ip", "-o", "link"), re.MULTILINE):
+        claim = _claim(tag)
+        if claim is not None:
+            with claim:
+                _remove(tag)
+
+
+def _remove(tag: str) -> None:
+    for space in re.findall(rf"^{tag}n\d+\b", _run("ip", "netns"), re.MULTILINE):
+        subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
+    # The bridge last: the next process finds by it what is left if this one is killed meanwhile.
+    for link in (*re.findall(rf"^\d+: ({tag}v\d+)\b", _run("ip", "-o", "link"), re.MULTILINE), f"{tag}b"):
+        subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
+
+
 @contextmanager
 def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str]]]:
     """Create `count` hosts with links of `gbit` Gbit/s per direction; yield the prefix of a command that runs on each.
@@ -87,9 +131,10 @@ def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str
     check()
     if not 1 <= count <= MAX_HOSTS:
         raise UserError(f"{count} hosts: give 1 to {MAX_HOSTS}")
-    tag = f"lcx{os.getpid() % 100000}"
+    _remove_leftovers()
+    tag, claim = _claim_new()
     bridge = f"{tag}b"
-    with ExitStack() as stack:
+    with claim, ExitStack() as stack:
         _run("ip", "link", "add", bridge, "type", "bridge")
         stack.callback(subprocess.run, ["ip", "link", "del", bridge], capture_output=True, check=False)
         _run("ip", "link", "set", bridge, "up")

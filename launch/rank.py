@@ -44,7 +44,7 @@ class RankReport(TypedDict):
 def main() -> None:
     """Run the job in this process, as the rank that torchrun's environment variables define."""
     folder, parent = Path(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent)
+    die_with(parent)
     rank = int(os.environ["RANK"])
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
@@ -75,7 +75,7 @@ def exit_rank(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent` ends, however it ends: no rank outlives its launcher."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

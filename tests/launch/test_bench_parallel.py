@@ -1,13 +1,20 @@
 """`longctx bench parallel`: its table and file, hosts that come and go, and what it refuses."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from longctx.bench.layers import METHODS
 from longctx.errors import UserError
 from longctx.launch import main as commands
+from tests.e2e.jobs import ROOT
 from tests.launch.test_hosts import can_link, left_behind
 
 SMALL = ("--ranks", "2", "--lengths", "64,96", "--heads", "2", "--kv-heads", "2", "--head-dim", "8", "--repeats", "1")
@@ -42,6 +49,26 @@ def test_ranks_on_hosts_of_their_own_measure_the_same_bytes_and_leave_nothing(tm
     assert status == 0, told
     assert all(each["received"] == each["least"] for each in json.loads(file.read_text(encoding="utf-8"))["results"])
     assert left_behind() == []
+
+
+def test_ranks_end_with_a_benchmark_that_is_killed(tmp_path):
+    command = [sys.executable, "-m", "longctx", "bench", "parallel", *SMALL, "--gbit", "none", "--repeats", "1000000"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    process = psutil.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ranks, end = [], time.monotonic() + 120
+    try:
+        while len(ranks) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+            ranks = process.children()
+        process.kill()
+        process.wait()
+        assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    finally:
+        for each in (process, *ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @pytest.mark.parametrize(
