@@ -67,6 +67,9 @@ class TrainerState:
     """Speeds by which attention schedules were chosen, so that a resumed run chooses the same; None if not measured."""
     format: str = "torch"
     """Names and shapes of the tensors: `torch`, the built-in model's, or `megatron`, Megatron-Core's."""
+    heldout: str | None = None
+    """Fingerprint of the held-out part that the run was evaluated on; None if it was not, or if an earlier version of
+    longctx wrote the checkpoint."""
 
 
 class Checkpointer:

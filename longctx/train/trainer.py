@@ -144,7 +144,7 @@ class _Trainer:
         self.recipe, self.out, self.format = recipe, out, CHECKPOINT_FORMATS[recipe.engine]
         with raise_on_all_ranks():
             self.stream = train_stream(recipe.data, seed=recipe.seed)
-            self.heldout = self._open_heldout()
+            self.heldout, self.heldout_fingerprint = self._open_heldout()
             self.vocab_size = self._vocabulary()
             self.model = stored_config(recipe.model, self.vocab_size)
             source, state = self._find_checkpoint(resume)
@@ -162,6 +162,8 @@ class _Trainer:
         elif weights is not None:
             self.engine.load_weights(weights)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
+        # A run that is not evaluated for a while keeps it.
+        self.heldout_fingerprint = self.heldout_fingerprint or state.heldout
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
@@ -178,11 +180,13 @@ class _Trainer:
         """The signal that stops the run; 0 if there is none."""
         self.saved = self.done if source is not None else -1
 
-    def _open_heldout(self) -> Sequence[Packed] | None:
+    def _open_heldout(self) -> tuple[Sequence[Packed] | None, str | None]:
+        """Return the sequences of evaluation and the fingerprint of their corpus; None without evaluation."""
         if self.recipe.evaluation is None:
-            return None
+            return None, None
         corpus = Corpus(self.recipe.data.path, "heldout")
-        return heldout_sequences(corpus, self.recipe.data.sequence_length, self.recipe.evaluation.sequences)
+        length, count = self.recipe.data.sequence_length, self.recipe.evaluation.sequences
+        return heldout_sequences(corpus, length, count), corpus.fingerprint
 
     def _vocabulary(self) -> int:
         tokens = self.stream.corpus.manifest.tokenizer.vocab_size
@@ -219,6 +223,12 @@ class _Trainer:
                 f"sequence_length: its data cursor is not valid for {self.recipe.data.path}. Restore these settings, "
                 "or start a new run (--out)"
             )
+        if None not in (state.heldout, self.heldout_fingerprint) and state.heldout != self.heldout_fingerprint:
+            raise UserError(
+                f"checkpoint {path}: the run was evaluated on another held-out part than that of "
+                f"{self.recipe.data.path}: its held-out losses could not be compared. The training tokens are the "
+                "same. Restore the held-out part, or start a new run (--out)"
+            )
         return path, state
 
     def _find_weights(self) -> Weights | None:
@@ -243,7 +253,8 @@ class _Trainer:
     def _check_same_start(self, state: TrainerState, weights: Weights | None) -> None:
         """Raise UserError on every rank if ranks see different data, checkpoints or initial weights."""
         starts: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size()
-        dist.all_gather_object(starts, (self.stream.fingerprint, state.step, weights.digest if weights else ""))
+        corpus = f"{self.stream.fingerprint} {self.heldout_fingerprint}"
+        dist.all_gather_object(starts, (corpus, state.step, weights.digest if weights else ""))
         for rank, (data, step, digest) in enumerate(starts):
             if data != starts[0][0]:
                 raise UserError(
@@ -264,7 +275,8 @@ class _Trainer:
         if self.saved != self.done:
             speeds = None if self.speeds is None else asdict(self.speeds)
             progress = self.done, self.cursor.sequences, self.tokens
-            state = TrainerState(*progress, self.stream.fingerprint, self.model, speeds, self.format)
+            data = self.stream.fingerprint
+            state = TrainerState(*progress, data, self.model, speeds, self.format, self.heldout_fingerprint)
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
 

@@ -537,6 +537,49 @@ def test_a_checkpoint_from_before_a_key_of_the_model_resumes(ranks, uninterrupte
     assert losses(out) == losses(uninterrupted)
 
 
+@pytest.fixture(scope="module")
+def other_heldout(workplace, tmp_path_factory) -> Path:
+    """The corpus with the same tokens to train on and another held-out part."""
+    folder = tmp_path_factory.mktemp("other")
+    other, corpus = write_corpus(folder / "other", salt=1), shutil.copytree(workplace / "corpus", folder / "corpus")
+    shutil.rmtree(corpus / "heldout")
+    shutil.copytree(other / "heldout", corpus / "heldout")
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["splits"]["heldout"] = json.loads((other / "manifest.json").read_text())["splits"]["heldout"]
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    return corpus
+
+
+def test_another_held_out_part_is_noticed(ranks, uninterrupted, workplace, other_heldout, tmp_path):
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 6)
+    other, evaluated = f"data.path={other_heldout}", "evaluation.every=4"
+    told = refusals(ranks, workplace, out, [other, evaluated])
+    assert "step-00000006: the run was evaluated on another held-out part than that of" in told
+    assert str(other_heldout) in told
+    # It is not noticed where it is not used, and not forgotten there either.
+    ranks.run(train, workplace, out, [other, "train.steps=7"], size=2)
+    assert "another held-out part" in refusals(ranks, workplace, out, [other, evaluated])
+    ranks.run(train, workplace, out, [evaluated], size=2)
+
+
+def test_another_held_out_part_on_one_rank(ranks, workplace, other_heldout, tmp_path):
+    (tmp_path / "tiny.toml").write_text((workplace / "tiny.toml").read_text() + "[evaluation]\nevery = 4\n")
+    (tmp_path / "corpus").symlink_to(workplace / "corpus")
+    arguments = ([f"data.path={other_heldout}"], "auto", nothing, 1)
+    assert "rank 1 sees a different corpus than rank 0" in refusals(ranks, tmp_path, tmp_path / "out", *arguments)
+
+
+def test_a_checkpoint_without_a_held_out_part_takes_any(ranks, uninterrupted, workplace, other_heldout, tmp_path):
+    """One of an earlier version of longctx, or of a run without evaluation."""
+    out = interrupted_copy(uninterrupted, tmp_path / "out", 6)
+    file = out / "checkpoints" / "step-00000006" / "trainer.json"
+    content = json.loads(file.read_text())
+    del content["state"]["heldout"]
+    file.write_text(json.dumps(content))
+    ranks.run(train, workplace, out, [f"data.path={other_heldout}", "evaluation.every=4"], size=2)
+    assert losses(out) == losses(uninterrupted)
+
+
 def test_a_checkpoint_from_elsewhere_for_a_run_that_has_its_own(ranks, uninterrupted, workplace, tmp_path):
     out = interrupted_copy(uninterrupted, tmp_path / "out", 2)
     told = refusals(ranks, workplace, out, [], str(uninterrupted / "checkpoints" / "step-00000008"))
