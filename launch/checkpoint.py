@@ -7,6 +7,7 @@ from longctx.checkpoint.checksums import CHECKSUMS, verify_checksums
 from longctx.checkpoint.save import TRAINER, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.weights import CONVERTED, find_weights
 from longctx.errors import UserError
+from longctx.printable import printable
 
 _HOW = "as PATH"
 
@@ -35,7 +36,7 @@ def run_verify(path: Path) -> int:
 
 
 def _report(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable(text)}\n")
 
 
 def _verify(folder: Path) -> bool:

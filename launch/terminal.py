@@ -1,15 +1,8 @@
 """Terminal output of the command line: messages and errors on stderr; stdout is for results."""
 
-import re
 import sys
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters but tab and newline. A name from a file may contain them, and a terminal obeys them."""
-
-
-def _spelled_out(text: str) -> str:
-    """Return a text with its control characters as escape sequences, such as `\\x1b`."""
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+from longctx.printable import printable
 
 
 def echo_error(text: str) -> None:
@@ -18,13 +11,13 @@ def echo_error(text: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    message = Text("error: ", style="bold red").append(_spelled_out(text), style="not bold default")
+    message = Text("error: ", style="bold red").append(printable(text, lines=True), style="not bold default")
     Console(stderr=True, soft_wrap=True, highlight=False).print(message)
 
 
 def echo(text: str) -> None:
     """Print a message."""
-    sys.stderr.write(f"{_spelled_out(text)}\n")
+    sys.stderr.write(f"{printable(text, lines=True)}\n")
     sys.stderr.flush()
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from longctx.data.corpus import Corpus
 from longctx.data.manifest import ERRORS_FILE, Manifest, SplitEntry
 from longctx.errors import UserError
+from longctx.printable import printable
 
 _BAR = 40
 _LONGEST = 5
@@ -34,29 +35,33 @@ def inspect(directory: Path | str, *, verify: bool = False) -> Group:
     parts: list[RenderableType] = [*_head(directory, manifest, verify)]
     for name, split in manifest.splits.items():
         if split.documents:
-            parts += ["", Text(f"{name}: documents by length in tokens", style="bold"), _histogram(split)]
+            parts += ["", _text(f"{name}: documents by length in tokens", style="bold"), _histogram(split)]
     corpus = Corpus(directory)
-    parts += ["", Text("longest documents of train", style="bold"), _longest(corpus)]
+    parts += ["", _text("longest documents of train", style="bold"), _longest(corpus)]
     if manifest.errors:
-        parts += ["", Text("input skipped during preparation", style="bold"), *_errors(directory, manifest)]
-    parts += ["", Text(f"sample: {corpus.source(0)}", style="bold"), Text(_sample(corpus))]
+        parts += ["", _text("input skipped during preparation", style="bold"), *_errors(directory, manifest)]
+    parts += ["", _text(f"sample: {corpus.source(0)}", style="bold"), _text(_sample(corpus), lines=True)]
     return Group(*parts)
+
+
+def _text(text: str, style: str = "", *, lines: bool = False) -> Text:
+    return Text(printable(text, lines=lines), style)
 
 
 def _head(directory: Path, manifest: Manifest, verified: bool) -> Iterator[RenderableType]:
     entry = manifest.tokenizer
     end = f"{entry.eos_id}" if entry.eos is None else f"{entry.eos_id} ({entry.eos})"
     checked = ", every shard's content verified" if verified else ""
-    yield Text(f"{directory}: format version {manifest.version}{checked}", style="bold")
-    yield Text(
+    yield _text(f"{directory}: format version {manifest.version}{checked}", style="bold")
+    yield _text(
         f"tokenizer {entry.name}: vocabulary {entry.vocab_size:,}, end of document {end}, {entry.fingerprint[:16]}…"
     )
     for source in manifest.inputs:
-        yield Text(
+        yield _text(
             f"from {source.path}: {source.files:,} files, {source.documents:,} documents, {source.tokens:,} tokens"
         )
     for reason, count in manifest.passed_over.items():
-        yield Text(f"ignored: {count:,} {reason}")
+        yield _text(f"ignored: {count:,} {reason}")
     table = Table("split", box=None)
     for column in ("documents", "tokens", "mean length", "shards", "MB"):
         table.add_column(column, justify="right")
@@ -78,7 +83,7 @@ def _histogram(split: SplitEntry) -> Table:
     for k, count in islice(enumerate(split.lengths), first, None):
         # At least one mark: a few very long documents may be the point of the corpus.
         marks = -(-count * _BAR // most)
-        table.add_row(f"{2**k:,} – {2 ** (k + 1) - 1:,}", Text("█" * marks), f"{count:,}")
+        table.add_row(f"{2**k:,} – {2 ** (k + 1) - 1:,}", _text("█" * marks), f"{count:,}")
     return table
 
 
@@ -87,23 +92,25 @@ def _longest(corpus: Corpus) -> Table:
     table.add_column(justify="right")
     table.add_column()
     for document in heapq.nlargest(_LONGEST, range(corpus.documents), key=corpus.lengths.__getitem__):
-        table.add_row(f"{corpus.lengths[document]:,}", Text(corpus.source(document)))
+        table.add_row(f"{corpus.lengths[document]:,}", _text(corpus.source(document)))
     return table
 
 
 def _errors(directory: Path, manifest: Manifest) -> Iterator[Text]:
     for kind, count in sorted(manifest.errors.items()):
-        yield Text(f"{count:,} {kind}")
+        yield _text(f"{count:,} {kind}")
     path = directory / ERRORS_FILE
     try:
         with open(path, encoding="utf-8") as stream:
             entries = [json.loads(line) for line in islice(stream, _ERRORS)]
+        lines = [f"  {entry['where']}: {entry['kind']}: {entry['detail']}" for entry in entries]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; copy it back, or prepare the corpus again") from None
-    for entry in entries:
-        yield Text(f"  {entry['where']}: {entry['kind']}: {entry['detail']}")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: damaged; copy it again, or prepare the corpus again") from None
+    yield from map(_text, lines)
     if (more := sum(manifest.errors.values()) - len(entries)) > 0:
-        yield Text(f"  and {more:,} more, in {path}")
+        yield _text(f"  and {more:,} more, in {path}")
 
 
 def _sample(corpus: Corpus) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from longctx.engines.metrics import EvaluationMetrics, PositionLoss, RunInfo, StepMetrics
+from longctx.printable import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MAX_WIDTH = 92  # columns of the panel: wider, labels and numbers are too far apart
@@ -89,7 +90,7 @@ class PlainDisplay:
     def message(self, text: str) -> None:
         """Print a line."""
         # soft_wrap: log lines are not wrapped at 80 columns.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text, lines=True), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Print the last step if it was held back."""
@@ -143,7 +144,7 @@ class LiveDisplay:
 
     def message(self, text: str) -> None:
         """Print a line above the panel."""
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(printable(text, lines=True), markup=False, highlight=False)
 
     def close(self) -> None:
         """Draw the panel a last time and leave it on the screen."""

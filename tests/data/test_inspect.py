@@ -1,8 +1,10 @@
 """`longctx data inspect`: what a corpus holds."""
 
+import pytest
 from rich.console import Console
 
 from longctx.data.inspect import inspect
+from longctx.errors import UserError
 from tests.data.cases import corpus_of, prepared, write_tokenizer, write_tree
 
 
@@ -50,3 +52,34 @@ def test_the_histogram_marks_every_length(tmp_path):
     assert lines[0][:3] + lines[0][4:] == ["2", "–", "3", "400"]
     assert lines[-1] == ["4,096", "–", "8,191", "█", "1"]
     assert len(lines) == 12
+
+
+def test_names_and_text_are_shown_and_not_obeyed(tmp_path):
+    """A title, a colour, a line that looks like another; of documents, a tokenizer, skipped files and the folder."""
+    escape = "\x1b]0;owned\x07\x9b31m"
+    files = {f"{escape}{n}.txt": f"{escape}text\n\tof two lines" for n in range(3)} | {f"{escape}bad.txt": b"\xff"}
+    folder = write_tree(tmp_path / f"in{escape}\nerror: none", files)
+    tokenizer = write_tokenizer(tmp_path / f"fox{escape}" / "tokenizer.json")
+    out = tmp_path / f"out{escape}"
+    prepared([folder], out, tokenizer=str(tokenizer), workers=1, on_error="skip", heldout=0)
+    text = shown(out)
+    assert set(text) & set(map(chr, [*range(10), *range(11, 32), *range(127, 160)])) == set()
+    assert "\nerror: none" not in text
+    shown_escape = "\\x1b]0;owned\\x07\\x9b31m"
+    for name in (
+        f"out{shown_escape}",
+        f"fox{shown_escape}",
+        f"in{shown_escape}\\nerror: none",
+        f"{shown_escape}bad.txt",
+    ):
+        assert name in text
+    assert f"{shown_escape}text\n        of two lines" in text
+
+
+@pytest.mark.parametrize("content", ["no json", "[1]", "3", '{"where": "a"}', "[" * 100_000])
+def test_a_damaged_list_of_skipped_input_is_named(tmp_path, content):
+    folder = write_tree(tmp_path / "in", {"a.txt": "text", "bad.txt": b"\xff"})
+    prepared([folder], tmp_path / "out", on_error="skip", heldout=0)
+    (tmp_path / "out" / "errors.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"out/errors\.jsonl: damaged"):
+        shown(tmp_path / "out")

@@ -71,3 +71,9 @@ def test_the_command_ends_with_its_status(saved, tmp_path):
     result = runner.invoke(app, ["checkpoint", "verify", str(tmp_path)])
     assert result.exit_code != 0
     assert "is not a checkpoint" in result.output
+
+
+def test_names_are_shown_and_not_obeyed(saved, tmp_path, capsys):
+    run_verify(shutil.copytree(saved, tmp_path / "run\x1b[31m\nb: intact"))
+    shown = f"{tmp_path}/run\\x1b[31m\\nb: intact/checkpoints/step-0000000"
+    assert capsys.readouterr().out.splitlines() == [f"{shown}{n}: intact" for n in (3, 4)]

@@ -102,6 +102,15 @@ def test_a_straggler_is_shown_and_balanced_ranks_are_not() -> None:
         drawn.close()
 
 
+@pytest.mark.parametrize("kind", [PlainDisplay, LiveDisplay])
+def test_names_in_messages_are_shown_and_not_obeyed(kind) -> None:
+    terminal = Terminal()
+    kind(Console(file=terminal, force_terminal=True, width=80, height=24)).message(
+        "Done: \x1b]0;owned\x07\nSaved: a\x9b"
+    )
+    assert terminal.getvalue() == "Done: \\x1b]0;owned\\x07\nSaved: a\\x9b\n"
+
+
 def test_plain_lines_are_seconds_apart_but_for_the_first_and_the_last() -> None:
     display, file, clock = plain()
     for number in range(1, 24):
