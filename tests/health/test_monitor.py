@@ -121,7 +121,7 @@ def test_phases_are_reported_with_their_limits(ranks, tmp_path: Path) -> None:
 def declare_a_hang(folder: Path, monitor: Any) -> str:
     FolderBoard(folder).declare_hang()
     stacks = folder / f"rank-{dist.get_rank()}.stacks"
-    return str(until(lambda: stacks.exists() and stacks.read_text()))
+    return str(until(lambda: "declare_a_hang" in (text := stacks.read_text() if stacks.exists() else "") and text))
 
 
 def test_stacks_are_written_once_a_hang_is_declared(ranks, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training on ranks: a resumed run repeats the uninterrupted one, options change what runs, mistakes are told first."""
 
+import json
 import math
 import os
 import shutil
@@ -573,9 +574,9 @@ def test_a_checkpoint_without_a_held_out_part_takes_any(ranks, uninterrupted, wo
     """One of an earlier version of longctx, or of a run without evaluation."""
     out = interrupted_copy(uninterrupted, tmp_path / "out", 6)
     file = out / "checkpoints" / "step-00000006" / "trainer.json"
-    content = json.loads(file.read_text())
+    content = unseal(file.read_text())
     del content["state"]["heldout"]
-    file.write_text(json.dumps(content))
+    file.write_text(seal(content))
     ranks.run(train, workplace, out, [f"data.path={other_heldout}", "evaluation.every=4"], size=2)
     assert losses(out) == losses(uninterrupted)
 
