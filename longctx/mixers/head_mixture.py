@@ -49,7 +49,7 @@ class HeadMixtureConfig(Config):
         problems = []
         if self.shared + self.active > heads:
             problems.append(f"active: {self.shared} shared and {self.active} active of {heads} heads of {mixer}")
-        if self.shared % group:
+        if group and self.shared % group:  # 0: more key/value heads than heads, which the mixer refuses
             problems.append(f"shared: {self.shared} heads are not a multiple of {group}, {mixer}'s heads per kv head")
         if self.router == "norm" and mixer != "softmax":
             problems.append(f"router: 'norm' supports only softmax layers, not {mixer}; use 'learned'")

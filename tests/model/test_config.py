@@ -58,6 +58,10 @@ def refused(**changes):
             "heads.mixers: the pattern 'LS' has no 'lightnin'; expected one of lightning, softmax",
         ),
         ({"heads": mix("softmax", active=5, shared=3)}, "heads.active: 3 shared and 5 active of 6 heads of softmax"),
+        (
+            {"softmax": SoftmaxConfig(heads=4, kv_heads=8), "heads": mix("softmax", shared=2)},
+            "softmax.kv_heads: 4 query heads are not a multiple of 8",
+        ),
         ({"heads": mix("softmax", shared=2)}, "heads.shared: 2 heads are not a multiple of 3, softmax"),
         (
             {"heads": mix("lightning", router="norm")},
