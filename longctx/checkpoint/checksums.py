@@ -74,7 +74,7 @@ def verify_checksums(folder: Path) -> bool:
         return False
     try:
         checksums = stored_checksums(unseal((folder / CHECKSUMS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / CHECKSUMS} cannot be read: {error}") from error
     changed = find_changed(folder, checksums)
     if changed is not None:

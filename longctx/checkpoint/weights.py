@@ -158,7 +158,7 @@ def _converted(path: Path, how: str) -> Weights:
     try:
         content = unseal((path / CONVERTED).read_text(encoding="utf-8"))
         model, files, checksums = dict(content["model"]), dict(content["files"]), stored_checksums(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {CONVERTED} cannot be read ({error}). Convert again") from error
     damage = find_damage(path, files)
     if damage is not None:

@@ -42,7 +42,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read an object from a JSON file. Raises UserError if that fails."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object")

@@ -151,7 +151,7 @@ class Manifest(Config):
             raise UserError(f"{directory} is not a prepared corpus: it has no {MANIFEST_FILE}; {again}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: damaged, not JSON: {error}; {again}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path}: not the manifest of a prepared corpus (no format {FORMAT!r}); {again}")

@@ -269,7 +269,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
             break  # only the last line can lack it: the writer was killed in the middle of it, or is still writing it
         try:
             records.append((line, _parse(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: not a record of this version of longctx ({type(error).__name__}: {error}); "
                 "delete the line, or move the file away"

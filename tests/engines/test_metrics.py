@@ -196,7 +196,8 @@ def test_a_step_written_twice_counts_as_its_later_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["damaged", "7", "[]", '{"step": 1}', '{"kind": "other"}', '{"kind": "step", "step": 1}', '"\\u00e9"']
+    "line",
+    ["damaged", "7", "[]", '{"step": 1}', '{"kind": "other"}', '{"kind": "step", "step": 1}', '"\\u00e9"', "[" * 9999],
 )
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     write(tmp_path, 1, 1)
