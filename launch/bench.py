@@ -1,6 +1,5 @@
 """`longctx bench kernels`: tables of the kernels, their peers and the machine's limits."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from longctx.bench.kernels import KERNELS
 from longctx.bench.measure import Measurement
 from longctx.bench.run import ROW_SECONDS, Benchmark, KernelOptions, KernelRow, Report, ScalingRow, gib
 from longctx.errors import UserError
+from longctx.launch.arguments import check_json_file, write_json
 from longctx.launch.terminal import echo
 
 WIDTH = 132
@@ -32,8 +32,7 @@ def bench_kernels(options: KernelOptions, json_file: Path | None) -> int:
     """Run the benchmark, print tables, write the JSON file; return the exit status, 1 if a peer's results differ."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; create it first")
+    check_json_file(json_file)
     report = Benchmark(options, echo).run()
     console = Console(highlight=False, markup=False, width=WIDTH)
     console.print(_header(report), soft_wrap=True)
@@ -47,8 +46,7 @@ def bench_kernels(options: KernelOptions, json_file: Path | None) -> int:
         console.print(line, soft_wrap=True)
     for line in report.disagreements:
         console.print(line, style="red", soft_wrap=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    write_json(json_file, asdict(report))
     return 1 if report.disagreements else 0
 
 

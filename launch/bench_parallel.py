@@ -17,6 +17,7 @@ from rich.table import Table
 from longctx.bench.layers import METHODS, LayerTask
 from longctx.errors import UserError
 from longctx.files import temporary_folder
+from longctx.launch.arguments import check_json_file, write_json
 from longctx.launch.hosts import INTERFACE, hosts
 from longctx.launch.local import MALLOC_SETTINGS, threads_per_rank
 from longctx.launch.terminal import echo
@@ -68,8 +69,7 @@ def bench_parallel(options: ParallelOptions, json_file: Path | None) -> int:
         raise UserError(f"--kv-heads {options.kv_heads}: must divide --heads {options.heads}")
     if "ulysses" in options.methods and options.heads % options.ranks:
         raise UserError(f"--heads {options.heads}: must be a multiple of --ranks {options.ranks} for ulysses")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no directory {json_file.parent}; create it first")
+    check_json_file(json_file)
     shape = (options.heads, options.kv_heads, options.head_dim, options.repeats)
     tasks = [
         LayerTask(method, length, *shape)
@@ -87,9 +87,7 @@ def bench_parallel(options: ParallelOptions, json_file: Path | None) -> int:
     console = Console(highlight=False, markup=False, width=132)
     console.print(f"\n{CAPTION}", soft_wrap=True)
     console.print(_table(results))
-    if json_file is not None:
-        content = {"options": asdict(options), "results": results}
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(json_file, {"options": asdict(options), "results": results})
     return 0
 
 

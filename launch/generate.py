@@ -64,6 +64,10 @@ def _prompt(text: str | None, file: Path | None) -> str:
             raise UserError(f"--prompt-file {file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not text:
         raise UserError("the prompt is empty: give at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"--prompt: not UTF-8 text (at character {error.start})") from None
     return text
 
 

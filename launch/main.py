@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 
 import longctx
 from longctx.errors import UserError
+from longctx.files import path_errors
+from longctx.launch.arguments import at_least, integer, link_speed, two_lengths
 from longctx.launch.terminal import echo, echo_error
 
 
@@ -20,7 +22,8 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with path_errors():
+                return super().invoke(ctx)
         except UserError as error:
             # In a job every rank raises it. One message per machine, not per job: the problem may be only on this
             # machine.
@@ -159,7 +162,7 @@ def _generate(
     from longctx.launch.generate import run as generate
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    count = _at_least(1, "--tokens", tokens)
+    count = at_least(1, "--tokens", tokens)
     raise typer.Exit(
         generate(
             run,
@@ -226,7 +229,7 @@ def _data_prepare(
         suffixes=suffix or (),
         exclude=exclude or (),
         heldout=heldout,
-        shard_tokens=_integer("--shard-tokens", shard_tokens),
+        shard_tokens=integer("--shard-tokens", shard_tokens),
         workers=workers,
         overwrite=overwrite,
         progress=progress,
@@ -285,7 +288,7 @@ def _bench_kernels(
     from longctx.launch.bench import bench_kernels, select_kernels
 
     options = KernelOptions(
-        tokens=_at_least(1, "--tokens", tokens),
+        tokens=at_least(1, "--tokens", tokens),
         heads=heads,
         head_dim=head_dim,
         dtype=dtype,
@@ -295,7 +298,7 @@ def _bench_kernels(
         kernels=select_kernels(only or ()),
         peers=peers,
         peer_seconds=peer_seconds,
-        scaling=_two_lengths("--scaling", scaling),
+        scaling=two_lengths("--scaling", scaling),
     )
     raise typer.Exit(bench_kernels(options, json))
 
@@ -329,14 +332,14 @@ def _bench_parallel(
 
     options = ParallelOptions(
         ranks=ranks,
-        lengths=tuple(_at_least(1, "--lengths", part) for part in lengths.split(",")),
+        lengths=tuple(at_least(1, "--lengths", part) for part in lengths.split(",")),
         methods=select_methods(only or ()),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         repeats=repeats,
-        softmax_tokens=_at_least(0, "--softmax-tokens", softmax_tokens),
-        gbit=_link_speed(gbit),
+        softmax_tokens=at_least(0, "--softmax-tokens", softmax_tokens),
+        gbit=link_speed(gbit),
         delay=delay,
     )
     raise typer.Exit(bench_parallel(options, json))
@@ -399,7 +402,7 @@ def _convert_to_huggingface(
     """Export a model to Hugging Face transformers (safetensors)."""
     from longctx.launch.convert import run_to_huggingface
 
-    most = _at_least(1, "--shard-size", shard_size.strip().removesuffix("B"))
+    most = at_least(1, "--shard-size", shard_size.strip().removesuffix("B"))
     raise typer.Exit(run_to_huggingface(source, out, dtype, most))
 
 
@@ -462,43 +465,6 @@ def _checkpoint_verify(
     from longctx.launch.checkpoint import run_verify
 
     raise typer.Exit(run_verify(path))
-
-
-def _link_speed(text: str) -> float | None:
-    if text == "none":
-        return None
-    try:
-        speed = float(text)
-    except ValueError:
-        speed = 0.0
-    if not 0 < speed < float("inf"):
-        raise UserError(f"--gbit {text}: expected a speed in Gbit/s, or none")
-    return speed
-
-
-def _two_lengths(option: str, text: str) -> tuple[int, int] | None:
-    if text == "none":
-        return None
-    lengths = [_at_least(1, option, part) for part in text.split(",")]
-    if len(lengths) != 2 or lengths[0] >= lengths[1]:
-        raise UserError(f"{option} {text}: expected two lengths, the shorter first, such as 16Ki,1Mi, or none")
-    return lengths[0], lengths[1]
-
-
-def _at_least(least: int, option: str, text: str) -> int:
-    number = _integer(option, text)
-    if number < least:
-        raise UserError(f"{option} {text}: expected at least {least}")
-    return number
-
-
-def _integer(option: str, text: str) -> int:
-    from longctx.config import parse_integer
-
-    try:
-        return int(str(parse_integer(text)))
-    except ValueError as error:
-        raise UserError(f"{option}: {error}") from None
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import UserError
+from longctx.files import path_errors
 from longctx.launch.local import run_ranks
 from longctx.recipe import Recipe, check, load
 
@@ -53,7 +54,8 @@ def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
     """Run the trainer on a local rank, with the recipe that the parent has loaded; return the rank's exit status."""
     from longctx.train.trainer import train
 
-    return train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
+    with path_errors():
+        return train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
 
 
 def job_size() -> int | None:
@@ -92,7 +94,8 @@ def _run_in_job(recipe: Recipe, out: Path, resume: str) -> int:
     handler = get_error_handler()
     handler.initialize()
     try:
-        return train(recipe, out=out, resume=resume)
+        with path_errors():
+            return train(recipe, out=out, resume=resume)
     except UserError:
         raise
     except Exception as error:

@@ -4,15 +4,17 @@ Each configuration class is beside the code that it configures (`LightningConfig
 `longctx.recipe` composes them.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 # At most 18 digits on each side of the point: longer numbers are mistakes.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,3}(?:_?[0-9]){0,17})(\.[0-9]{1,18})?\s*(k|M|G|Ki|Mi|Gi)?")
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
 
@@ -65,8 +67,26 @@ def parse_duration(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def parse_path(value: str) -> str:
+    """Return the path of a file or folder. Raises ValueError if none can have that name."""
+    if not value:
+        raise ValueError("is empty: give a path")
+    if "\0" in value:
+        raise ValueError(f"{value[:_LONGEST_NAME]!r} has a NUL character, which no path has")
+    names = os.fsencode(value).split(b"/")
+    if len(os.fsencode(value)) > _LONGEST_PATH or max(map(len, names)) > _LONGEST_NAME:
+        raise ValueError(
+            f"{value[:40]!r}… has {len(value):,} characters: a path has at most {_LONGEST_PATH:,} bytes, each name in "
+            f"it {_LONGEST_NAME}"
+        )
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(parse_integer)]
 """An integer, in a recipe optionally with a unit: `"1Mi"`."""
 
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 """Seconds, in a recipe optionally with a unit: `"10m"`."""
+
+PathText = Annotated[str, AfterValidator(parse_path)]
+"""The path of a file or folder."""

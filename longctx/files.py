@@ -1,5 +1,6 @@
-"""File-system helpers: durable writes, temporary folders, and the error of a disk that takes none."""
+"""File-system helpers: durable writes, temporary folders, and errors of files and disks that a user can fix."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,6 +8,32 @@ from pathlib import Path
 
 from longctx.errors import UserError
 from longctx.parallel.one_machine import job_folder
+
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+_OF_A_DISK = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_SHOWN = 80
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Raise an OSError of the block that only the user can fix as a UserError with the path: its name, kind, permission
+    or disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_OF_A_PATH, *_OF_A_DISK) or error.filename is None:
+            raise
+        raise UserError(f"{shortened(os.fsdecode(error.filename))}: {error.strerror}") from error
+
+
+def shortened(text: str) -> str:
+    """Return a text with its end replaced by its length, if it is too long for a message."""
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}… ({len(text):,} characters)"
+
+
+def absolute(path: Path | str) -> Path:
+    """Return the absolute path that a user means, with `~` expanded where there is such a user."""
+    return Path(os.path.expanduser(path)).resolve()
 
 
 def sync(path: Path) -> None:

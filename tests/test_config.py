@@ -1,5 +1,6 @@
 """Numbers that people write, and strictness."""
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from longctx.config import Config, Duration, Integer, parse_duration, parse_integer
+from longctx.config import Config, Duration, Integer, parse_duration, parse_integer, parse_path
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -77,3 +78,22 @@ def test_values_are_frozen():
     numbers = Numbers()
     with pytest.raises(ValidationError, match="frozen"):
         numbers.steps = 2
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("", "is empty: give a path"),
+        ("a\0b", "'a\\x00b' has a NUL character, which no path has"),
+        ("a/" + "é" * 128, "has 130 characters: a path has at most 4,095 bytes, each name in it 255"),
+        ("a/" * 2048, "has 4,096 characters"),
+    ],
+)
+def test_what_is_no_path_is_refused_with_the_reason(path, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_path(path)
+
+
+@pytest.mark.parametrize("path", ["/", "a b/c", "é" * 127, ("x" * 255 + "/") * 15, "caf\udce9"])
+def test_a_path_stays_as_it_is(path):
+    assert parse_path(path) == path

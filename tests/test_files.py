@@ -1,13 +1,15 @@
 """Durable writes: files and folders are synced, no descriptor stays open, and a full disk is a plain error."""
 
+import errno
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from longctx import files
 from longctx.errors import UserError
-from longctx.files import sync, temporary_folder, writing
+from longctx.files import absolute, path_errors, sync, temporary_folder, writing
 
 
 @pytest.fixture
@@ -78,3 +80,29 @@ def test_a_temporary_folder_that_cannot_be_made_is_an_error_that_names_tmpdir(tm
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"No such file or directory.* Set TMPDIR to a folder"), temporary_folder("job"):
         pass
+
+
+@pytest.mark.parametrize(
+    "kind", [errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP, errno.ENOTDIR, errno.EROFS, errno.ENOSPC]
+)
+def test_what_only_the_user_can_fix_is_an_error_with_the_path(kind):
+    reason = os.strerror(kind)
+    with pytest.raises(UserError, match=f"^a/b: {reason}$"), path_errors():
+        raise OSError(kind, reason, "a/b")
+    with pytest.raises(UserError, match=rf"^x{{80}}… \(5,000 characters\): {reason}$"), path_errors():
+        raise OSError(kind, reason, b"x" * 5000)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "bad", "a"), OSError(errno.ENOSPC, "full"), KeyError("a")])
+def test_other_errors_are_not_taken_for_the_users(error):
+    with pytest.raises(type(error)) as caught, path_errors():
+        raise error
+    assert caught.value is error
+
+
+def test_a_path_is_absolute_and_a_home_is_expanded_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert absolute("~/a") == Path("/home/me/a")
+    assert absolute("~no-such-user/a") == tmp_path / "~no-such-user" / "a"
+    assert absolute(Path("b/../c")) == tmp_path / "c"

@@ -34,7 +34,7 @@ from longctx.convert.tensor_files import (
 )
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
-from longctx.files import sync, temporary_folder
+from longctx.files import absolute, sync, temporary_folder
 from longctx.mixers.lightning import LightningConfig
 from longctx.model.config import ModelConfig
 from longctx.recipe.emit import dump
@@ -85,7 +85,7 @@ def from_huggingface(source: Path, out: Path, overrides: Sequence[str] = ()) -> 
         "source": str(source.resolve()),
         "model_type": family.model_type,
     }
-    path = out.expanduser().resolve()
+    path = absolute(out)
     with staging(path) as folder, naming_disk_errors(path):
         write_weights(folder, tensors, stored_config(model, vocab_size), origin)
         (folder / RECIPE).write_text(dump(_ModelTable(model=model)), encoding="utf-8")
@@ -220,7 +220,7 @@ def to_huggingface(source: Path, out: Path, dtype: Dtype = "fp32", shard_size: i
     groups = group_by_size(sizes, shard_size)
     names = file_names(len(groups))
     rows = CachedRows(weights)
-    path = out.expanduser().resolve()
+    path = absolute(out)
     with staging(path) as folder, naming_disk_errors(path):
         for file, group in zip(names, groups, strict=True):
             tensors = {

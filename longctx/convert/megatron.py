@@ -35,7 +35,7 @@ from longctx.convert.megatron_table import (
 from longctx.convert.row_table import CachedRows, MappedTensor, lazy_tensor, rows_per_buffer
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
-from longctx.files import sync
+from longctx.files import absolute, sync
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
@@ -170,7 +170,7 @@ def from_megatron(source: Path, model: ModelConfig | None, out: Path) -> Megatro
     _check_tensors(checkpoint, table.theirs)
     tensors = {name: lazy_tensor(mapped, checkpoint.read_rows) for name, mapped in table.ours.items()}
     origin = {"command": "longctx convert from-megatron", "source": str(path.resolve())}
-    final = out.expanduser().resolve()
+    final = absolute(out)
     with staging(final) as folder, naming_disk_errors(final):
         write_weights(folder, tensors, stored_config(model, vocab_size), origin)
     return MegatronSummary(sum(mapped.shape.numel() for mapped in table.ours.values()), path, model)
@@ -247,7 +247,7 @@ def to_megatron(source: Path, out: Path) -> MegatronSummary:
         tensors |= _column_parts(name, tensors.pop(name), widths)
     tensors |= _standalone_norms(model, tensors)
     stacked = len(set(model.pattern)) == 1 and model.mixer(0).same_in_all_layers
-    final = out.expanduser().resolve()
+    final = absolute(out)
     with staging(final) as folder, naming_disk_errors(final):
         release = folder / _RELEASE
         release.mkdir()

@@ -27,6 +27,7 @@ from longctx.checkpoint.weights import (
 from longctx.convert.row_table import BUFFER_BYTES
 from longctx.data.staging import naming_disk_errors, staging
 from longctx.errors import UserError
+from longctx.files import absolute
 from longctx.mixers.attention_experts import AttentionExpertsConfig
 from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
@@ -82,7 +83,7 @@ def upcycle(sources: Sequence[Path], recipe: Recipe, out: Path) -> Upcycled:
         "recipe": recipe.name,
         "seed": recipe.seed,
     }
-    path = out.expanduser().resolve()
+    path = absolute(out)
     with staging(path) as folder, naming_disk_errors(path):
         write_weights(folder, plan.tensors(), stored_config(recipe.model, plan.vocab_size), origin)
     return Upcycled(

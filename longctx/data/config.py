@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from longctx.config import Config, Integer
+from longctx.config import Config, Integer, PathText
 
 
 class DataConfig(Config):
     """`[data]`: the prepared corpus and the sequences cut from it."""
 
-    path: str = Field(min_length=1)
+    path: PathText
     """Corpus directory written by `longctx data prepare`; relative to the working directory."""
     sequence_length: Integer = Field(gt=0)
     """Tokens per sequence, over all context-parallel ranks."""

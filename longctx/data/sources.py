@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from longctx.data.encode import EncodeJob, split_text
 from longctx.errors import UserError
+from longctx.files import shortened
 
 Join = Literal["none", "folder"]
 
@@ -107,7 +108,11 @@ def _discover_one(path: str, suffixes: Sequence[str], exclude: Sequence[str]) ->
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise UserError(f"input {path}: {error.strerror}; name a file or a folder that can be read") from None
+        raise UserError(
+            f"input {shortened(path)}: {error.strerror}; name a file or a folder that can be read"
+        ) from None
+    except ValueError as error:  # a NUL character
+        raise UserError(f"input {path!r}: {error}; name a file or a folder that can be read") from None
     source = Source(path, _printable(os.path.basename(path) or "root"), stat.S_ISDIR(mode))
     if not source.is_folder:
         _add(source, path, source.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longctx.data.manifest import MANIFEST_FILE
 from longctx.errors import UserError
-from longctx.files import sync
+from longctx.files import absolute, sync
 from longctx.parallel.folder_lock import LOCK, abandoned, lock_folder, remove_locked
 
 
@@ -37,7 +37,7 @@ def resolve_target(out: Path | str, *, overwrite: bool) -> Path:
 
     Raises UserError if it exists and is not empty, unless `overwrite` is set and it is a prepared corpus.
     """
-    path = Path(out).expanduser().resolve()
+    path = absolute(out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         if not overwrite:
             raise UserError(f"{path} already exists; choose another --out, or replace it with --overwrite")

@@ -101,9 +101,10 @@ class HuggingFaceTokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
             text = path.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL character
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"tokenizer {str(path)!r}: {error.strerror}; use 'bytes' or the path of a Hugging Face tokenizer.json"
+                f"tokenizer {str(path)!r}: {reason}; use 'bytes' or the path of a Hugging Face tokenizer.json"
             ) from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(text)

@@ -10,8 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longctx.config import parse_path
 from longctx.errors import UserError
+from longctx.files import shortened
 from longctx.recipe.lines import Key, key_lines
+
+_DEEPEST = 20
+_TOO_DEEP = f"tables and arrays are nested more than {_DEEPEST} levels deep, which no key of a recipe is"
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,12 @@ def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 def _locate(name: str, folder: Path, origin: str) -> Path:
     """Return the file of recipe `name`; paths are relative to `folder`. `origin` is the prefix of error messages."""
+    try:
+        parse_path(name)
+    except ValueError as error:
+        raise UserError(f"{origin}recipe {error}") from None
     if name.endswith(".toml"):
-        path = folder / Path(name).expanduser()
+        path = folder / os.path.expanduser(name)
         if path.is_file():
             return path
         raise UserError(f"{origin}{_displayed(path)}: no such file")
@@ -111,9 +120,11 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedRecipe:
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: is not UTF-8 text (byte {error.start})") from None
     try:
-        data = tomllib.loads(text)
+        data = _parse(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(_syntax(place, text, str(error))) from None
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
     origins = {key: Origin(place, line) for key, line in key_lines(text).items()}
     origins[()] = Origin(place)
     if "extends" not in data:
@@ -159,9 +170,15 @@ def _override(source: MergedRecipe, override: str) -> None:
     except tomllib.TOMLDecodeError:
         path = ()
     if not equals or not path:
-        source.mistakes.append(f"command line: {override!r} should be key=value, such as train.steps=100")
+        source.mistakes.append(f"command line: {shortened(override)!r} should be key=value, such as train.steps=100")
         return
-    value, inner_keys = _override_value(text)
+    try:
+        value, inner_keys = _override_value(text)
+        if len(path) > _DEEPEST:
+            raise ValueError(_TOO_DEEP)
+    except ValueError as error:
+        source.mistakes.append(f"command line: {shortened(override)!r}: {error}")
+        return
     table: Any = source.data
     for depth, part in enumerate(path[:-1], start=1):
         table = table.get(part) if isinstance(table, dict) else None
@@ -171,6 +188,25 @@ def _override(source: MergedRecipe, override: str) -> None:
     for part in reversed(path):
         value = {part: value}
     source.data = _merge(source.data, value)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """Parse TOML. Raises TOMLDecodeError if it is not valid, another ValueError if it is and no recipe can have it."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except ValueError:
+        raise ValueError("a number has too many digits") from None
+    level: list[Any] = [data]
+    for _ in range(_DEEPEST + 1):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for inner in values for each in inner if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return data
 
 
 def _path_of(table: dict[str, Any]) -> tuple[str, ...]:
@@ -190,7 +226,7 @@ def _override_value(text: str) -> tuple[Any, list[Key]]:
     so that words need no quotes on the command line."""
     line = f"value = {text}"
     try:
-        table = tomllib.loads(line)
+        table = _parse(line)
     except tomllib.TOMLDecodeError:
         return text, [()]
     if table.keys() != {"value"}:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from longctx.config import Config, Duration, Integer
+from longctx.config import Config, Duration, Integer, PathText
 
 
 class TrainConfig(Config):
@@ -12,7 +12,7 @@ class TrainConfig(Config):
 
     steps: Integer = Field(gt=0)
     """Optimizer steps."""
-    init: str | None = Field(default=None, min_length=1)
+    init: PathText | None = None
     """Initial weights instead of random ones, of the same model: a checkpoint, a run's directory (its latest
     checkpoint), or the output of `longctx convert`. Step, data and optimizer state start fresh. Ignored when a run
     resumes from a checkpoint of its own."""

@@ -86,6 +86,8 @@ def test_inputs_that_cannot_be_prepared_are_refused(folder, tmp_path):
         discover([])
     with pytest.raises(UserError, match=r"suffix 'txt' has no dot: write '\.txt'"):
         discover([str(folder)], suffixes=["txt"])
+    with pytest.raises(UserError, match=r"input '.*/no\\x00ne': embedded null byte; name a file"):
+        discover([f"{tmp_path}/no\0ne"])
     with pytest.raises(UserError, match=f"input {tmp_path}/none: No such file or directory"):
         discover([str(tmp_path / "none")])
     with pytest.raises(UserError, match=f"b.txt would be prepared twice, by the inputs {folder} and {folder}/b.txt"):

@@ -80,6 +80,8 @@ def test_no_end_token_is_an_error_that_eos_mends(tmp_path):
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer 'gpt\\x002': embedded null byte; use 'bytes'"):
+        open_tokenizer("gpt\x002")
     with pytest.raises(UserError, match=r"gpt2.*No such file.*tokenizer\.json"):
         open_tokenizer("gpt2")
     (tmp_path / "tokenizer.json").write_text("{}")

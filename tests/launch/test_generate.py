@@ -106,3 +106,5 @@ def test_a_prompt_that_is_no_text_is_reported(trained, tmp_path):
     status, _, said = run(trained, "--prompt-file", tmp_path / "prompt")
     assert status == 2
     assert f"--prompt-file {tmp_path / 'prompt'}: not UTF-8 text (invalid start byte at byte 2)" in said
+    status, _, said = run(trained, "--prompt", "ab\udcff")
+    assert (status, said) == (2, "error: --prompt: not UTF-8 text (at character 2)\n")

@@ -10,6 +10,7 @@ import longctx
 from longctx.errors import UserError
 from longctx.launch import main as commands
 from longctx.launch import train as training
+from tests.train.runs import RECIPE
 
 
 def run(*arguments):
@@ -99,3 +100,57 @@ def test_a_corpus_is_prepared_and_inspected(tmp_path, monkeypatch):
     assert status == 2
     assert "error: --shard-tokens: 'many' is not an integer" in stderr
     assert run("data", "inspect", "texts")[0] == 2
+
+
+# Paths
+
+LONG = "x" * 5000
+PATHS = {
+    "resume": ("train", "{recipe}", "--resume", LONG),
+    "out of train": ("train", "{recipe}", "--out", LONG),
+    "input": ("data", "prepare", LONG, "--out", "out"),
+    "tokenizer": ("data", "prepare", "{recipe}", "--out", "out", "--tokenizer", LONG),
+    "out of prepare": ("data", "prepare", "{recipe}", "--out", LONG, "--no-progress"),
+    "corpus": ("data", "inspect", LONG),
+    "run": ("generate", LONG, "--prompt", "a"),
+    "prompt file": ("generate", ".", "--prompt-file", LONG),
+    "checkpoint": ("checkpoint", "verify", LONG),
+    "dense model": ("convert", "upcycle", LONG, "--to", "{recipe}", "--out", "out"),
+    "model of transformers": ("convert", "from-huggingface", LONG, "--out", "out"),
+    "model for transformers": ("convert", "to-huggingface", LONG, "--out", "out"),
+    "model of Megatron": ("convert", "from-megatron", LONG, "--to", "{recipe}", "--out", "out"),
+    "model for Megatron": ("convert", "to-megatron", LONG, "--out", "out"),
+    "results": ("bench", "parallel", "--json", LONG, "--gbit", "none"),
+}
+
+
+@pytest.mark.parametrize("arguments", PATHS.values(), ids=PATHS.keys())
+def test_a_path_that_is_too_long_is_named(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(RECIPE.replace("cp = 2", "cp = 1"))
+    status, stderr = run(*(argument.format(recipe="tiny.toml") for argument in arguments))
+    assert status == 2
+    assert stderr.startswith("error: ")
+    assert "File name too long" in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+# Files that somebody else has written
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("manifest.json", ("data", "inspect")),
+        ("trainer.json", ("checkpoint", "verify")),
+        ("weights.json", ("checkpoint", "verify")),
+        ("checksums.json", ("checkpoint", "verify")),
+        ("config.json", ("convert", "from-huggingface", "--out", "out")),
+    ],
+)
+def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, file, command):
+    (tmp_path / file).write_text("[" * 100_000)
+    status, stderr = run(*command, tmp_path)
+    assert (status, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith(f"error: {tmp_path}")
+    assert file in stderr

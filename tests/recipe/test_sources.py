@@ -135,3 +135,54 @@ def test_a_file_that_is_missing_or_not_text_is_named(write, tmp_path):
     (tmp_path / "r.toml").write_bytes(b"x = '\xff'")
     with pytest.raises(UserError, match=r"^r\.toml: is not UTF-8 text \(byte 5\)$"):
         read_merged("r.toml")
+
+
+DEEP = {
+    "arrays": "a = " + "[" * 5000 + "]" * 5000,
+    "inline tables": "a = " + "{b = " * 5000 + "1" + "}" * 5000,
+    "a dotted key": ".".join(["a"] * 5000) + " = 1",
+    "a header": f"[{'.'.join(['a'] * 5000)}]",
+    "a little": "a = " + "[" * 21 + "1" + "]" * 21,
+}
+TOO_DEEP = "tables and arrays are nested more than 20 levels deep"
+
+
+@pytest.mark.parametrize("text", DEEP.values(), ids=DEEP.keys())
+def test_a_recipe_that_is_nested_too_deeply_is_named(write, text):
+    with pytest.raises(UserError, match=f"^r.toml: {TOO_DEEP}"):
+        read_merged(write("r.toml", text))
+    assert read_merged(write("r.toml", "a = " + "[" * 20 + "1" + "]" * 20)).data["a"]
+
+
+@pytest.mark.parametrize("override", [text.replace(" = ", "=", 1) for text in DEEP.values() if "=" in text])
+def test_an_override_that_is_nested_too_deeply_is_a_short_mistake(write, override):
+    merged = read_merged(write("r.toml", "x = 1\n"), [override])
+    assert merged.data == {"x": 1}
+    (mistake,) = merged.mistakes
+    assert mistake.startswith(f"command line: {override[:80]!r}"[:-1])
+    assert TOO_DEEP in mistake
+    assert len(mistake) < 300
+
+
+def test_a_number_of_thousands_of_digits_is_a_mistake(write):
+    number = "9" * 5000
+    with pytest.raises(UserError, match=r"^r\.toml: a number has too many digits$"):
+        read_merged(write("r.toml", f"a = {number}"))
+    (mistake,) = read_merged(write("r.toml", "x = 1\n"), [f"a={number}"]).mistakes
+    assert mistake.endswith("(5,002 characters)': a number has too many digits")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".toml", "x/" * 3000, "a\0b.toml", ""])
+def test_a_name_that_no_recipe_can_have_is_named_with_the_reason(write, name):
+    reason = "has a NUL character" if "\0" in name else "is empty" if not name else "a path has at most 4,095 bytes"
+    with pytest.raises(UserError, match=f"^recipe .*{reason}") as caught:
+        read_merged(name)
+    assert len(str(caught.value)) < 300
+    quoted = name.replace("\0", "\\u0000")
+    with pytest.raises(UserError, match=rf"^r\.toml:2: extends: recipe .*{reason}"):
+        read_merged(write("r.toml", f'x = 1\nextends = "{quoted}"'))
+
+
+def test_the_home_of_nobody_is_no_such_file(write):
+    with pytest.raises(UserError, match=r"^~no-such-user/r\.toml: no such file"):
+        read_merged("~no-such-user/r.toml")
