@@ -10,8 +10,9 @@ removed by the next save.
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, unseal, written_by
 from longctx.checkpoint.restricted import METADATA, read_metadata
+from longctx.checkpoint.retention import HeldOut, RetentionPolicy
 from longctx.checkpoint.storage import (
     Writer,
     content_of,
@@ -70,17 +72,22 @@ class TrainerState:
     heldout: str | None = None
     """Fingerprint of the held-out part that the run was evaluated on; None if it was not, or if an earlier version of
     longctx wrote the checkpoint."""
+    heldout_loss: HeldOut | None = None
+    """Held-out loss of exactly the parameters in the checkpoint; None if it was not measured."""
 
 
 class Checkpointer:
     """Saves the checkpoints of one run. Constructor and methods are collective: every rank calls them."""
 
-    def __init__(self, folder: Path, keep: int, timeout: float, check: Callable[[], None] = lambda: None) -> None:
-        """Save to `folder/step-<8 digits>`, keeping the latest `keep`; wait at most `timeout` seconds for a rank.
+    def __init__(
+        self, folder: Path, retention: RetentionPolicy, timeout: float, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Save to `folder/step-<8 digits>`; wait at most `timeout` seconds for a rank.
 
-        `check` is called on rank 0 before anything in `folder` changes, and raises UserError if nothing may.
+        `retention` says which checkpoints are kept. `check` is called on rank 0 before anything in `folder` changes,
+        and raises UserError if nothing may.
         """
-        self.folder, self.keep, self._check = folder, keep, check
+        self.folder, self._retention, self._check = folder, retention, check
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
         self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -167,7 +174,7 @@ class Checkpointer:
             index = checkpoints.index(final)
             # Later checkpoints are from before the run went back to an earlier one; if they were kept, the next start
             # would resume from them.
-            for path in (*checkpoints[index + 1 :], *checkpoints[: max(0, index + 1 - self.keep)]):
+            for path in (*checkpoints[index + 1 :], *self._surplus(checkpoints[: index + 1])):
                 _remove(path)
 
         what = f"checkpoint {final} could not be written"
@@ -175,6 +182,18 @@ class Checkpointer:
         self._on_all_ranks(what, partial(write, draft))
         checksums = self._on_all_ranks(what, partial(self._checksums, draft))
         self._on_rank_zero(what, partial(publish, dict(chain.from_iterable(each.items() for each in checksums))))
+
+    def _surplus(self, checkpoints: Sequence[Path]) -> list[Path]:
+        by_step = {_step_of(path): path for path in checkpoints}
+        return [by_step[step] for step in self._retention.surplus(list(by_step), _heldout_losses(checkpoints))]
+
+    def best(self) -> tuple[Path, float] | None:
+        """Return the checkpoint with the lowest held-out loss and that loss, in nats per token; None if none is known,
+        or the best is not kept. Not collective."""
+        checkpoints = list_checkpoints(self.folder)
+        losses = _heldout_losses(checkpoints)
+        step = self._retention.best(losses)
+        return None if step is None else (self.folder / f"step-{step:08d}", losses[step].loss)
 
     def _checksums(self, folder: Path) -> dict[str, str]:
         """Return the checksums of the files that this rank has written, which are still in memory."""
@@ -219,6 +238,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
+def _step_of(path: Path) -> int:
+    named = _NAME.fullmatch(path.name)
+    assert named is not None
+    return int(named[1])
+
+
+def _heldout_losses(checkpoints: Sequence[Path]) -> dict[int, HeldOut]:
+    """Read the held-out losses of checkpoints by step; those without one, or with a damaged listing, are left out."""
+    losses = {}
+    for path in checkpoints:
+        with suppress(UserError, ValueError, KeyError, TypeError):
+            state = _parse_state(_read_listing(path, RESUME)["state"])
+            if state.heldout_loss is not None:
+                losses[_step_of(path)] = state.heldout_loss
+    return losses
+
+
+def _parse_state(stored: dict[str, Any]) -> TrainerState:
+    """Parse the JSON form of a state. Raises ValueError, KeyError or TypeError if it is of something else."""
+    content = dict(stored)
+    if content.get("heldout_loss") is not None:
+        content["heldout_loss"] = HeldOut.parse(content["heldout_loss"])
+    return TrainerState(**content)
+
+
 def read_state(path: Path, how: str = RESUME) -> TrainerState:
     """Read the state of a checkpoint and check its files; `how` is how a checkpoint is named on the command line.
 
@@ -233,7 +277,7 @@ def read_state(path: Path, how: str = RESUME) -> TrainerState:
             f"{', '.join(unknown)}. Read it with that version. {suggest_alternative(path, how)}"
         )
     try:
-        state, files = TrainerState(**content["state"]), dict(content["files"])
+        state, files = _parse_state(content["state"]), dict(content["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(_unreadable(path, error, how)) from error
     damage = _find_wrong(path, state, files) or find_damage(path, files)

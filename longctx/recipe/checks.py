@@ -16,7 +16,8 @@ def check_tables(tables: Mapping[str, Any], world_size: int | None) -> list[Mist
     Checks of missing tables are skipped, so that a recipe with one invalid table has its other tables checked.
     `world_size` is the number of ranks; if None, checks that depend on it are skipped.
     """
-    train, schedule, parallel, model = (tables.get(name) for name in ("train", "schedule", "parallel", "model"))
+    names = ("train", "schedule", "parallel", "model", "checkpoint")
+    train, schedule, parallel, model, checkpoint = map(tables.get, names)
     mistakes: list[Mistake] = list(check_engine(tables))
     if train is not None and schedule is not None:
         mistakes += _check_lr_schedule(train, schedule)
@@ -29,6 +30,8 @@ def check_tables(tables: Mapping[str, Any], world_size: int | None) -> list[Mist
         mistakes += _check_experts(model, parallel, world_size)
     if train is not None and parallel is not None:
         mistakes += _check_sequences(train, parallel, world_size)
+    if checkpoint is not None and checkpoint.keep_best and tables.get("evaluation", True) is None:
+        mistakes.append(Mistake(("checkpoint", "keep_best"), "there is no held-out loss without [evaluation]"))
     return mistakes
 
 

@@ -173,9 +173,21 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; one is always written after the last step and on SIGTERM."""
     keep: Integer = Field(default=2, gt=0)
     """Number of most recent checkpoints to keep."""
+    keep_every: Annotated[Integer, Field(gt=0)] | Literal["none"] = "none"
+    """Also keep every checkpoint whose step is a multiple of this, which is a multiple of `every`. `none`: no such
+    milestones."""
+    keep_best: bool | None = None
+    """Also keep the checkpoint with the lowest held-out loss, of those at whose step there was an evaluation. Default:
+    true where there is an `[evaluation]`."""
     verify: Literal["full", "sizes"] = "full"
     """What is compared before a checkpoint, or the weights of `train.init`, are read: `full`: the content of every file
     with its checksum, shared by the ranks; `sizes`: the files' sizes."""
+
+    @model_validator(mode="after")
+    def _milestones_are_written(self) -> "CheckpointConfig":
+        if self.keep_every != "none" and self.keep_every % self.every:
+            raise ValueError(f"keep_every: {self.keep_every} is not a multiple of every = {self.every}")
+        return self
 
 
 class LoggingConfig(Config):

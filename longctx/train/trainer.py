@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from longctx import system
+from longctx.checkpoint.retention import HeldOut
 from longctx.checkpoint.save import (
     Checkpointer,
     TrainerState,
@@ -48,6 +49,7 @@ from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
 from longctx.train.display import Display, make_display
 from longctx.train.evaluate import evaluate, unigram_loss
+from longctx.train.kept_checkpoints import best_text, build_retention, unknown_best_warning
 from longctx.train.lr_schedule import lr_factor
 from longctx.train.nonfinite import not_finite
 from longctx.train.process_group import collective_errors, device_type, process_group
@@ -154,8 +156,8 @@ class _Trainer:
         self.engine = build_engine(recipe, kind, self.vocab_size)
         stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
-        keep, timeout = recipe.checkpoint.keep, recipe.parallel.timeout
-        self.checkpointer = Checkpointer(out / "checkpoints", keep, timeout, check_lock)
+        retention = build_retention(recipe.checkpoint, len(self.heldout) if self.heldout is not None else None)
+        self.checkpointer = Checkpointer(out / "checkpoints", retention, recipe.parallel.timeout, check_lock)
         stack.callback(self.checkpointer.close)
         if source is not None:
             self.engine.load(source)
@@ -165,6 +167,7 @@ class _Trainer:
         # A run that is not evaluated for a while keeps it.
         self.heldout_fingerprint = self.heldout_fingerprint or state.heldout
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
+        self.measured = state.heldout_loss
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
         with raise_on_all_ranks():
@@ -277,6 +280,7 @@ class _Trainer:
             progress = self.done, self.cursor.sequences, self.tokens
             data = self.stream.fingerprint
             state = TrainerState(*progress, data, self.model, speeds, self.format, self.heldout_fingerprint)
+            state = replace(state, heldout_loss=self.measured)
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
 
@@ -337,7 +341,7 @@ class _Trainer:
         self.reporter.start(info)
         kinds = {mixer.name: mixer for mixer in map(self.recipe.model.mixer, range(len(self.recipe.model.pattern)))}
         warnings = [mixer.warning(self.recipe.data.sequence_length) for mixer in kinds.values()]
-        for message in (*self.engine.startup_messages, *filter(None, warnings)):
+        for message in (*self.engine.startup_messages, *filter(None, (*warnings, unknown_best_warning(self.recipe)))):
             self.reporter.message(message)
         for layers, schedule in info.attention.items():
             self.reporter.message(f"attention, {layers}: {schedule}")
@@ -413,6 +417,7 @@ class _Trainer:
             raise UserError(" ".join(filter(None, (said, where and f"{where}.", _DIVERGED))))
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
+        self.measured = None
         memory = system.peak_memory_bytes(self.device)
         waited = self.monitor.waited()
         rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by), waited)
@@ -442,7 +447,9 @@ class _Trainer:
 
     def _evaluate(self) -> None:
         assert self.heldout is not None
-        self.reporter.evaluation(evaluate(self.engine, self.heldout, self._batch, self.done, self.routing_fluctuation))
+        found = evaluate(self.engine, self.heldout, self._batch, self.done, self.routing_fluctuation)
+        self.measured = HeldOut(found.loss, len(self.heldout)) if math.isfinite(found.loss) else None
+        self.reporter.evaluation(found)
 
     def _finish(self) -> None:
         checkpoint = self.checkpointer.folder / f"step-{self.done:08d}"
@@ -452,6 +459,7 @@ class _Trainer:
             )
             return
         self.reporter.plot()
+        best = best_text(self.checkpointer.best()) if dist.get_rank() == 0 else ""
         self.reporter.message(
-            f"Done. Checkpoint: {checkpoint}\nMetrics: {self.out / FILE_NAME}\nPlots: {self.out / 'pictures'}"
+            f"Done. Checkpoint: {checkpoint}{best}\nMetrics: {self.out / FILE_NAME}\nPlots: {self.out / 'pictures'}"
         )

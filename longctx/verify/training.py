@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longctx.checkpoint.retention import RetentionPolicy
 from longctx.checkpoint.save import Checkpointer, TrainerState, list_checkpoints, read_state
 from longctx.checkpoint.weights import stored_config
 from longctx.data.config import DataConfig
@@ -155,7 +156,7 @@ def run_steps(
 
 def _save(engine: TorchEngine, folder: Path, subject: Subject, state: TrainerState) -> None:
     state = replace(state, model=stored_config(subject.model, subject.vocab_size))
-    checkpointer = Checkpointer(folder, keep=1, timeout=TIMEOUT)
+    checkpointer = Checkpointer(folder, RetentionPolicy(keep=1), timeout=TIMEOUT)
     engine.save(checkpointer, state)
     checkpointer.close()
 

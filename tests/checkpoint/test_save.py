@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx.checkpoint.checksums import seal, unseal
+from longctx.checkpoint.retention import HeldOut, RetentionPolicy
 from longctx.checkpoint.save import (
     Checkpointer,
     TrainerState,
@@ -54,12 +56,18 @@ def read_all(path: Path) -> float:
 
 def save(folder: Path, *steps: int, keep: int = 2) -> None:
     """On a rank: save `sharded(step)` for each step."""
-    checkpointer = Checkpointer(folder, keep, timeout=20.0)
+    save_states(folder, RetentionPolicy(keep), *map(state, steps))
+
+
+def save_states(folder: Path, retention: RetentionPolicy, *states: TrainerState) -> tuple[Path, float] | None:
+    """On a rank: save `sharded(step)` with each state; the best checkpoint in the end."""
+    checkpointer = Checkpointer(folder, retention, timeout=20.0)
     try:
-        for step in steps:
-            checkpointer.save(sharded(step), state(step))
+        for each in states:
+            checkpointer.save(sharded(each.step), each)
     finally:
         checkpointer.close()
+    return checkpointer.best()
 
 
 def names(folder: Path) -> list[str]:
@@ -94,7 +102,7 @@ def changed_while_written(folder: Path) -> float:
     """Save 7, hold the writer until the tensors are 1000 higher, and read what was written."""
     changed = threading.Event()
     with held_until(changed):
-        checkpointer = Checkpointer(folder, 2, timeout=20.0)
+        checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
         tensors = sharded(7.0)
         checkpointer.save(tensors, state(1))
         tensors["model"]["weight"] += 1000
@@ -146,6 +154,46 @@ def test_one_of_a_later_step_is_of_an_attempt_that_was_given_up(ranks, tmp_path)
     assert names(tmp_path) == ["step-00000005", "step-00000006"]
 
 
+def measured(step: int, loss: float) -> TrainerState:
+    """The state of a checkpoint whose held-out loss is known."""
+    return replace(state(step), heldout_loss=HeldOut(loss, 8))
+
+
+BEST = RetentionPolicy(1, sequences=8)
+
+
+def test_milestones_stay(ranks, tmp_path):
+    ranks.run(save_states, tmp_path, RetentionPolicy(1, every=4), *map(state, (2, 4, 6, 8, 10)), size=2)
+    assert names(tmp_path) == ["step-00000004", "step-00000008", "step-00000010"]
+
+
+def test_the_best_stays_until_there_is_a_better_one(ranks, tmp_path):
+    states = measured(1, 3.0), measured(2, 2.0), state(3), measured(4, 2.5)
+    best = ranks.run(save_states, tmp_path, BEST, *states, size=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000004"]
+    assert best == [(tmp_path / "step-00000002", 2.0)] * 2
+    assert ranks.run(save_states, tmp_path, BEST, measured(5, 1.5), size=2)[0] == (tmp_path / "step-00000005", 1.5)
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_the_best_is_the_best_of_those_that_are_there_after_going_back(ranks, tmp_path):
+    """Those of the attempt that was given up, its milestones and its best, are not kept: a start would resume there."""
+    retention = RetentionPolicy(1, every=2, sequences=8)
+    ranks.run(save_states, tmp_path, retention, *(measured(step, 3 - step / 10) for step in (1, 2, 4, 5, 6)), size=1)
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000006"]
+    (best,) = ranks.run(save_states, tmp_path, retention, measured(3, 2.9), size=1)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert best == (tmp_path / "step-00000002", 2.8)
+
+
+def test_a_best_that_is_damaged_is_passed_over(ranks, tmp_path):
+    ranks.run(save_states, tmp_path, RetentionPolicy(3, sequences=8), measured(1, 1.0), measured(2, 2.0), size=1)
+    (tmp_path / "step-00000001" / "trainer.json").write_text("{")
+    (best,) = ranks.run(save_states, tmp_path, BEST, measured(3, 3.0), size=1)
+    assert best == (tmp_path / "step-00000002", 2.0)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
 def test_one_of_the_same_step_is_replaced(ranks, tmp_path):
     ranks.run(save, tmp_path, 5, size=2)
     ranks.run(save_another, tmp_path, size=2)
@@ -174,7 +222,7 @@ def save_without_lock(folder: Path, checks: int) -> str:
         if calls > checks:
             raise UserError("the lock is another's")
 
-    checkpointer = Checkpointer(folder, 2, timeout=20.0, check=check)
+    checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0, check=check)
     for step in (1, 2):
         checkpointer.save(sharded(step), state(step))
         try:
@@ -186,7 +234,7 @@ def save_without_lock(folder: Path, checks: int) -> str:
 
 
 def save_another(folder: Path) -> None:
-    checkpointer = Checkpointer(folder, 2, timeout=20.0)
+    checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
     checkpointer.save(sharded(8.0), state(5))
     checkpointer.close()
 
@@ -304,7 +352,7 @@ def files_of_rank_1_elsewhere() -> Iterator[None]:
 def failing_save(folder: Path, cause: Callable[[], AbstractContextManager[None]]) -> str:
     """Save 1, fail to save 2 for a `cause`, save 3; the message."""
     save(folder, 1)
-    checkpointer = Checkpointer(folder, 2, timeout=20.0)
+    checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
     with cause():
         checkpointer.save(sharded(2), state(2))
         with pytest.raises(UserError) as caught:
@@ -337,7 +385,7 @@ def test_a_failed_save_is_reported_by_the_next_one(ranks, tmp_path):
 
 
 def fail_at_the_next_save(folder: Path) -> None:
-    checkpointer = Checkpointer(folder, 2, timeout=20.0)
+    checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
     with no_space_on_rank_1():
         checkpointer.save(sharded(2), state(2))
         with pytest.raises(UserError, match="step-00000002 could not be written"):
@@ -392,6 +440,22 @@ def test_a_key_of_a_newer_version_is_not_called_damage(damaged):
         read_state(damaged)
     assert "written by a newer version of longctx: this one does not know curriculum, lookahead" in str(caught.value)
     assert "damaged" not in str(caught.value)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_held_out_loss(damaged):
+    listing = unseal((damaged / "trainer.json").read_text())
+    del listing["state"]["heldout_loss"]
+    (damaged / "trainer.json").write_text(seal(listing))
+    assert read_state(damaged) == state(2)
+
+
+@pytest.mark.parametrize("value", [{"loss": "low"}, 2.0])
+def test_a_held_out_loss_that_is_none_is_damage(damaged, value):
+    listing = unseal((damaged / "trainer.json").read_text())
+    listing["state"]["heldout_loss"] = value
+    (damaged / "trainer.json").write_text(seal(listing))
+    with pytest.raises(UserError, match=r"or it is damaged: trainer\.json cannot be read"):
+        read_state(damaged)
 
 
 def test_a_folder_above_is_no_checkpoint_and_those_in_it_are_named(saved):

@@ -7,7 +7,7 @@ from longctx.mixers.softmax import SoftmaxConfig
 from longctx.model.config import ModelConfig
 from longctx.model.moe import MoeConfig
 from longctx.recipe.checks import check_tables
-from longctx.recipe.tables import LRScheduleConfig, ParallelConfig, TrainConfig
+from longctx.recipe.tables import CheckpointConfig, EvaluationConfig, LRScheduleConfig, ParallelConfig, TrainConfig
 
 
 def found(world_size=None, *, sequences=1, schedule=None, **parallel):
@@ -32,6 +32,17 @@ def found(world_size=None, *, sequences=1, schedule=None, **parallel):
 )
 def test_the_axes_multiply_to_the_number_of_ranks(world_size, parallel, fits):
     assert ("parallel" in found(world_size, sequences=4, **parallel)) is not fits
+
+
+@pytest.mark.parametrize("keep_best", [None, True, False])
+@pytest.mark.parametrize("evaluation", [None, EvaluationConfig(every=5)])
+def test_a_best_checkpoint_that_is_asked_for_needs_an_evaluation(keep_best, evaluation):
+    tables = {"checkpoint": CheckpointConfig(every=5, keep_best=keep_best), "evaluation": evaluation}
+    refused = keep_best is True and evaluation is None
+    mistakes = check_tables(tables, None)
+    assert [mistake.key for mistake in mistakes] == ([("checkpoint", "keep_best")] if refused else [])
+    del tables["evaluation"]  # invalid, which is reported by itself
+    assert check_tables(tables, None) == []
 
 
 def test_the_number_of_ranks_to_start_is_named():

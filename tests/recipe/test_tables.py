@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from longctx.recipe.tables import (
+    CheckpointConfig,
     DeepSpeedConfig,
     EvaluationConfig,
     LRScheduleConfig,
@@ -41,6 +42,13 @@ def test_options_of_another_lr_schedule_are_refused(options, message):
 def test_options_of_the_lr_schedule_itself_are_accepted(options):
     schedule = LRScheduleConfig(**options)
     assert {name: getattr(schedule, name) for name in options} == options
+
+
+def test_milestones_are_at_steps_with_a_checkpoint():
+    assert CheckpointConfig(every=50, keep_every=100).keep_every == 100
+    assert CheckpointConfig(every=50).keep_every == "none"
+    with pytest.raises(ValidationError, match="keep_every: 120 is not a multiple of every = 50"):
+        CheckpointConfig(every=50, keep_every=120)
 
 
 @pytest.mark.parametrize(("offload", "least"), [("none", 0), ("optimizer", 1), ("parameters", 3)])

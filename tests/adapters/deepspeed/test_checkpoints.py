@@ -9,6 +9,7 @@ pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[d
 
 
 from longctx.checkpoint.restricted import METADATA
+from longctx.checkpoint.retention import RetentionPolicy
 from longctx.checkpoint.save import Checkpointer, TrainerState
 from longctx.checkpoint.storage import Reader
 from longctx.checkpoint.weights import find_weights, stored_config
@@ -28,7 +29,7 @@ def leg(name, run, source, target, first, steps):
             engine.load(source)
         results = [engine.step(batches_of(run, engine.mesh, n), RATES[n % 3]) for n in range(first, first + steps)]
         if target is not None:
-            checkpointer = Checkpointer(target, keep=1, timeout=60)
+            checkpointer = Checkpointer(target, RetentionPolicy(1), timeout=60)
             state = TrainerState(first + steps, 0, 0, "", stored_config(model_of(run.experts), VOCABULARY))
             engine.save(checkpointer, state)
             checkpointer.close()
