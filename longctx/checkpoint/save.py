@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, unseal, written_by
 from longctx.checkpoint.restricted import METADATA, read_metadata
 from longctx.checkpoint.retention import HeldOut, RetentionPolicy
+from longctx.checkpoint.spike_state import SpikeState
 from longctx.checkpoint.storage import (
     Writer,
     content_of,
@@ -72,6 +73,8 @@ class TrainerState:
     heldout: str | None = None
     """Fingerprint of the held-out part that the run was evaluated on; None if it was not, or if an earlier version of
     longctx wrote the checkpoint."""
+    spikes: SpikeState = field(default_factory=SpikeState)
+    """Recent losses and gradient norms, so that a resumed run takes the same decisions."""
     heldout_loss: HeldOut | None = None
     """Held-out loss of exactly the parameters in the checkpoint; None if it was not measured."""
 
@@ -84,8 +87,9 @@ class Checkpointer:
     ) -> None:
         """Save to `folder/step-<8 digits>`; wait at most `timeout` seconds for a rank.
 
-        `retention` says which checkpoints are kept. `check` is called on rank 0 before anything in `folder` changes,
-        and raises UserError if nothing may.
+        `retention` says which checkpoints are kept. One whose step is a spike displaces none: until the loss is the
+        usual one again, its parameters may be worse than those of any before. `check` is called on rank 0 before
+        anything in `folder` changes, and raises UserError if nothing may.
         """
         self.folder, self._retention, self._check = folder, retention, check
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
@@ -174,7 +178,8 @@ class Checkpointer:
             index = checkpoints.index(final)
             # Later checkpoints are from before the run went back to an earlier one; if they were kept, the next start
             # would resume from them.
-            for path in (*checkpoints[index + 1 :], *self._surplus(checkpoints[: index + 1])):
+            surplus = [] if state.spikes.in_a_row else self._surplus(checkpoints[: index + 1])
+            for path in (*checkpoints[index + 1 :], *surplus):
                 _remove(path)
 
         what = f"checkpoint {final} could not be written"
@@ -184,7 +189,7 @@ class Checkpointer:
         self._on_rank_zero(what, partial(publish, dict(chain.from_iterable(each.items() for each in checksums))))
 
     def _surplus(self, checkpoints: Sequence[Path]) -> list[Path]:
-        by_step = {_step_of(path): path for path in checkpoints}
+        by_step = {step_of(path): path for path in checkpoints}
         return [by_step[step] for step in self._retention.surplus(list(by_step), _heldout_losses(checkpoints))]
 
     def best(self) -> tuple[Path, float] | None:
@@ -238,7 +243,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, of those that `list_checkpoints` returns, by its name."""
     named = _NAME.fullmatch(path.name)
     assert named is not None
     return int(named[1])
@@ -251,13 +257,15 @@ def _heldout_losses(checkpoints: Sequence[Path]) -> dict[int, HeldOut]:
         with suppress(UserError, ValueError, KeyError, TypeError):
             state = _parse_state(_read_listing(path, RESUME)["state"])
             if state.heldout_loss is not None:
-                losses[_step_of(path)] = state.heldout_loss
+                losses[step_of(path)] = state.heldout_loss
     return losses
 
 
 def _parse_state(stored: dict[str, Any]) -> TrainerState:
     """Parse the JSON form of a state. Raises ValueError, KeyError or TypeError if it is of something else."""
     content = dict(stored)
+    if "spikes" in content:
+        content["spikes"] = SpikeState.parse(content["spikes"])
     if content.get("heldout_loss") is not None:
         content["heldout_loss"] = HeldOut.parse(content["heldout_loss"])
     return TrainerState(**content)

@@ -36,6 +36,8 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     router_stats: RouterStats
+    skipped: bool = False
+    """Whether the update was not applied: parameters, optimizer state and routing biases are as before."""
 
 
 class Engine(Protocol):

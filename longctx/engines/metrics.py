@@ -1,23 +1,25 @@
 """Training metrics: what a run records, written to `metrics.jsonl` and TensorBoard event files.
 
 `metrics.jsonl` has one JSON object per line with `kind` as its first key: `run` (training starts or resumes), `step`,
-`evaluation`. JSON has no NaN or infinity, so they are written as the strings "NaN", "Infinity" and "-Infinity" (as in
-protobuf's JSON mapping), and `read_metrics` converts them back.
+`evaluation`, `spike`. JSON has no NaN or infinity, so they are written as the strings "NaN", "Infinity" and "-Infinity"
+(as in protobuf's JSON mapping), and `read_metrics` converts them back.
 """
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar
 
 from longctx.errors import UserError
 from longctx.files import writing
 
 FILE_NAME = "metrics.jsonl"
 _STRAGGLES = 0.1
+_Step = TypeVar("_Step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +133,37 @@ class EvaluationMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class SpikeMetrics:
+    """A step whose loss or gradient norm jumped (`[spikes]`), over all ranks."""
+
+    step: int
+    loss: float
+    """Nats per token."""
+    usual_loss: float
+    """Median over the window."""
+    loss_limit: float
+    """The loss above which the step is a spike."""
+    grad_norm: float
+    """Before clipping."""
+    usual_grad_norm: float
+    grad_norm_limit: float
+    in_a_row: int
+    """Steps up to this one, without another between them, that were spikes."""
+    action: Literal["reported", "skipped", "stopped"]
+    """What the run did: `reported`: applied the update; `skipped`: did not apply it; `stopped`: ended, unsaved."""
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
-    """Contents of a `metrics.jsonl`: each step and each evaluation once, in order."""
+    """Contents of a `metrics.jsonl`: each step, evaluation and spike once, in order."""
 
     runs: list[RunInfo]
     steps: list[StepMetrics]
     evaluations: list[EvaluationMetrics]
+    spikes: list[SpikeMetrics] = field(default_factory=list)
 
 
-Record = RunInfo | StepMetrics | EvaluationMetrics
+Record = RunInfo | StepMetrics | EvaluationMetrics | SpikeMetrics
 
 
 class MetricsWriter:
@@ -207,6 +231,11 @@ class MetricsWriter:
         fluctuation = {f"routing_fluctuation/{layer}": share for layer, share in metrics.fluctuation.items()}
         self._scalars(metrics.step, {"heldout/loss": metrics.loss, **by_position, **fluctuation})
 
+    def spike(self, metrics: SpikeMetrics) -> None:
+        """Record a spike, which may be of a step that `logging.every` leaves out."""
+        self._write(metrics)
+        self._scalars(metrics.step, {"train/spike": metrics.loss})
+
     def close(self) -> None:
         """Flush and close the files. Idempotent."""
         self._file.close()
@@ -235,7 +264,7 @@ class MetricsWriter:
 def read_metrics(path: Path) -> Metrics:
     """Read a `metrics.jsonl`, which a run may still be writing or may have been killed while writing.
 
-    Steps and evaluations are sorted and unique: of duplicates the later line counts.
+    Steps, evaluations and spikes are sorted and unique: of duplicates the later line counts.
 
     Raises UserError if the file is missing or a line is not a record; a truncated last line is ignored.
     """
@@ -244,6 +273,7 @@ def read_metrics(path: Path) -> Metrics:
     runs: list[RunInfo] = []
     steps: dict[int, StepMetrics] = {}
     evaluations: dict[int, EvaluationMetrics] = {}
+    spikes: dict[int, SpikeMetrics] = {}
     for _, record in _read_lines(path):
         match record:
             case RunInfo():
@@ -252,10 +282,21 @@ def read_metrics(path: Path) -> Metrics:
                 steps[record.step] = record
             case EvaluationMetrics():
                 evaluations[record.step] = record
-    return Metrics(runs, [steps[i] for i in sorted(steps)], [evaluations[i] for i in sorted(evaluations)])
+            case SpikeMetrics():
+                spikes[record.step] = record
+    return Metrics(runs, _in_order(steps), _in_order(evaluations), _in_order(spikes))
 
 
-_KINDS: dict[str, type[Record]] = {"run": RunInfo, "step": StepMetrics, "evaluation": EvaluationMetrics}
+def _in_order(by_step: Mapping[int, _Step]) -> list[_Step]:
+    return [by_step[step] for step in sorted(by_step)]
+
+
+_KINDS: dict[str, type[Record]] = {
+    "run": RunInfo,
+    "step": StepMetrics,
+    "evaluation": EvaluationMetrics,
+    "spike": SpikeMetrics,
+}
 _KIND_OF = {record: kind for kind, record in _KINDS.items()}
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

@@ -5,7 +5,7 @@ of labels (`longctx.engines.step`): the result does not depend on how tokens are
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +140,31 @@ class TorchEngine:
         squares = torch.stack([n.double() for n in torch._foreach_norm(local)]).square().sum()
         return (all_reduce(squares) / self.mesh.dp_replicate).sqrt()
 
-    def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """As in `Engine`."""
+    def step(
+        self, batches: Sequence[Batch], lr: float, skip: Callable[[float, float], bool] | None = None
+    ) -> StepResult:
+        """As in `Engine`. `skip`, called with the loss and the gradient norm before the update, says whether not to
+        apply it; all ranks must get the same answer."""
         loss, router_stats = self.gradients(batches)
         router_stats.check_finite()
         if not math.isfinite(loss):
             # The parameters stay as they are, so that the trainer can find out where the loss is not finite.
             return StepResult(loss, math.nan, router_stats)
-        return StepResult(loss, self.update(lr, router_stats), router_stats)
+        norm = self.grad_norm()
+        skipped = skip is not None and skip(loss, norm.item())
+        if skipped:
+            self.optimizer.zero_grad()
+        else:
+            self.update(lr, router_stats, norm)
+        return StepResult(loss, norm.item(), router_stats, skipped)
 
-    def update(self, lr: float, router_stats: RouterStats) -> float:
-        """Clip the gradients, step the optimizer and the routers' biases; return the gradient norm before clipping."""
+    def grad_norm(self) -> Tensor:
+        """Compute the norm of the accumulated gradients over all parameters, float64 on the device."""
+        return self._norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def update(self, lr: float, router_stats: RouterStats, norm: Tensor) -> None:
+        """Clip the gradients, whose norm is `norm`, and step the optimizer and the routers' biases."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = self._norm([p.grad for p in parameters])
         if self.config.clip != "none":
             for on_one_mesh in self._by_mesh(parameters):
                 clip_grads_with_norm_(on_one_mesh, self.config.clip, norm)
@@ -161,7 +173,6 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_router_biases(self.model, router_stats)
-        return norm.item()
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Losses:

@@ -12,7 +12,7 @@ from longctx.model.config import ModelConfig
 from longctx.model.ffn import SwigluConfig
 from longctx.parallel.layout import Layout
 from longctx.recipe.sources import Mistake
-from longctx.recipe.tables import DeepSpeedConfig, MegatronConfig, ParallelConfig, TrainConfig
+from longctx.recipe.tables import DeepSpeedConfig, MegatronConfig, ParallelConfig, SpikeConfig, TrainConfig
 
 
 def check_engine(tables: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -26,6 +26,13 @@ def check_engine(tables: Mapping[str, Any]) -> Iterator[Mistake]:
     if engine != "torch" and parallel is not None and parallel.reproducible != "none":
         yield Mistake(
             ("parallel", "reproducible"), f"engine = {engine!r} does not support virtual ranks; use engine = 'torch'"
+        )
+    spikes: SpikeConfig | None = tables.get("spikes")
+    if engine != "torch" and spikes is not None and spikes.policy == "skip":
+        yield Mistake(
+            ("spikes", "policy"),
+            f"'skip' needs engine = 'torch': with {engine!r} the gradient norm is known only after the parameters have "
+            "changed; use 'stop'",
         )
     if engine == "megatron":
         yield from _check_megatron(tables)

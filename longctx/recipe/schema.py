@@ -23,6 +23,7 @@ from longctx.recipe.tables import (
     MegatronConfig,
     OptimizerConfig,
     ParallelConfig,
+    SpikeConfig,
     TrainConfig,
 )
 
@@ -45,6 +46,7 @@ class Recipe(Config):
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: LRScheduleConfig = LRScheduleConfig()
+    spikes: SpikeConfig = SpikeConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig | None = None
     """Options of `engine = "deepspeed"`."""

@@ -81,6 +81,29 @@ class LRScheduleConfig(Config):
         return self
 
 
+class SpikeConfig(Config):
+    """`[spikes]`: loss spikes, steps whose finite loss or gradient norm jumps (docs/spikes.md)."""
+
+    policy: Literal["report", "skip", "stop"] = "report"
+    """`report`: a message and a line of metrics. `skip`: the step's update is not applied, also after a resume; only
+    with `engine = "torch"`. `stop`: the run ends with an error before it saves."""
+    window: Integer = Field(default=64, ge=8)
+    """Latest steps with an update, whose median and spread are the usual; before there are as many, no step is a
+    spike."""
+    deviations: float = Field(default=10.0, gt=0)
+    """A step is a spike if its loss, or the logarithm of its gradient norm, is more than so many robust standard
+    deviations above the median of the window."""
+    max_skips: Integer | None = Field(default=None, gt=0)
+    """Spikes in a row with which a run that skips them stops, since it has diverged. Default: 8; not allowed without
+    `skip`."""
+
+    @model_validator(mode="after")
+    def _max_skips_belongs_to_skip(self) -> "SpikeConfig":
+        if self.policy != "skip" and self.max_skips is not None:
+            raise ValueError(f"max_skips is an option of policy = 'skip', not of {self.policy!r}")
+        return self
+
+
 class ParallelConfig(Config):
     """`[parallel]`: the device mesh, `dp_replicate * dp_shard * cp * tp * pp` ranks, and its schedules."""
 

@@ -35,7 +35,15 @@ from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed
 from longctx.data.loader import heldout_sequences, train_stream
 from longctx.engines.base import Batch
-from longctx.engines.metrics import FILE_NAME, EvaluationMetrics, MetricsWriter, RunInfo, StepMetrics, WaitMetrics
+from longctx.engines.metrics import (
+    FILE_NAME,
+    EvaluationMetrics,
+    MetricsWriter,
+    RunInfo,
+    SpikeMetrics,
+    StepMetrics,
+    WaitMetrics,
+)
 from longctx.engines.router_stats import NonFiniteLogitsError, RoutingFluctuation
 from longctx.errors import UserError
 from longctx.files import writing
@@ -44,6 +52,7 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe, check, dump
+from longctx.train import spikes
 from longctx.train.agreement import check_agreement
 from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
@@ -114,6 +123,13 @@ class _Reporter:
             self._writer.evaluation(metrics)
             self._display.evaluation(metrics)
 
+    def spike(self, metrics: SpikeMetrics) -> None:
+        text = spikes.message(metrics)
+        if self._writer:
+            self._writer.spike(metrics)
+        if text is not None:
+            self.message(text)
+
     def message(self, text: str) -> None:
         if self._display:
             self._display.message(text)
@@ -167,7 +183,7 @@ class _Trainer:
         # A run that is not evaluated for a while keeps it.
         self.heldout_fingerprint = self.heldout_fingerprint or state.heldout
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
-        self.measured = state.heldout_loss
+        self.spikes, self.measured = spikes.SpikeWatch(recipe.spikes, state.spikes, self.device), state.heldout_loss
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
         with raise_on_all_ranks():
@@ -280,7 +296,7 @@ class _Trainer:
             progress = self.done, self.cursor.sequences, self.tokens
             data = self.stream.fingerprint
             state = TrainerState(*progress, data, self.model, speeds, self.format, self.heldout_fingerprint)
-            state = replace(state, heldout_loss=self.measured)
+            state = replace(state, spikes=self.spikes.state, heldout_loss=self.measured)
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
 
@@ -379,10 +395,12 @@ class _Trainer:
             step = self.done + 1
             self.monitor.enter("step", f"step {step}")
             with collective_errors(f"step {step}"):
-                metrics, stop = self._step(step, average)
+                metrics, spike, stop = self._step(step, average)
                 average = metrics.seconds if average is None else 0.9 * average + 0.1 * metrics.seconds
                 if step % self.recipe.logging.every == 0 or step == steps:
                     self.reporter.step(metrics)
+                if spike is not None:
+                    self._handle(spike)
                 evaluation = self.recipe.evaluation
                 if evaluation is not None and (step % evaluation.every == 0 or step == steps):
                     self.monitor.enter("evaluation", f"evaluation after step {step}")
@@ -398,8 +416,8 @@ class _Trainer:
             self.checkpointer.wait()
             self._finish()
 
-    def _step(self, step: int, average: float | None) -> tuple[StepMetrics, bool]:
-        """Take one optimizer step; return its metrics, and whether any rank received a stop signal."""
+    def _step(self, step: int, average: float | None) -> tuple[StepMetrics, SpikeMetrics | None, bool]:
+        """Take one optimizer step; return its metrics, those of a spike, and whether any rank got a stop signal."""
         began = time.perf_counter()
         recipe = self.recipe
         batches = self.prefetcher.take(self._numbers(self.cursor))
@@ -408,7 +426,7 @@ class _Trainer:
             self.prefetcher.request(self._numbers(next_cursor))
         lr = recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.train.steps)
         try:
-            result = self.engine.step(batches, lr)
+            result = self.spikes.step(self.engine, batches, lr)
         except NonFiniteLogitsError as error:
             raise UserError(f"step {step}: {error}. {_DIVERGED}") from error
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -417,7 +435,8 @@ class _Trainer:
             raise UserError(" ".join(filter(None, (said, where and f"{where}.", _DIVERGED))))
         tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
-        self.measured = None
+        self.measured = self.measured if result.skipped else None
+        spike = self.spikes.observe(step, result)
         memory = system.peak_memory_bytes(self.device)
         waited = self.monitor.waited()
         rows = self._gather(self._training_flops(batches), memory, float(self.stopped_by), waited)
@@ -438,7 +457,15 @@ class _Trainer:
             waits=self._waits(rows[:, 3]),
         )
         self.stopped_by = int(rows[:, 2].max())
-        return metrics, self.stopped_by > 0
+        return metrics, spike, self.stopped_by > 0
+
+    def _handle(self, spike: SpikeMetrics) -> None:
+        """Report a spike; raise UserError, with nothing saved, if the run is to stop at it."""
+        self.reporter.spike(spike)
+        if spike.action == "stopped":
+            self.monitor.enter("end", f"stop at the spike of step {spike.step}")
+            self.checkpointer.wait()
+            raise UserError(spikes.stop_text(spike, list_checkpoints(self.checkpointer.folder)))
 
     def _waits(self, shares: torch.Tensor) -> WaitMetrics | None:
         if self.device.type != "cpu" or len(shares) == 1 or shares.isnan().any():

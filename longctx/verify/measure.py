@@ -97,8 +97,9 @@ def take_step(
     """Take an optimizer step: return the loss, the gradients, and the `grad norm`, parameters and moments after it."""
     loss, router_stats = engine.gradients(batches)
     gradients = {name: x.clone() for name, x in engine.named_gradients()}  # clipped in place by `update`
-    step = {"grad norm": torch.tensor(engine.update(lr, router_stats), dtype=torch.float64)}
-    return loss, gradients, step | {name: x.clone() for name, x in engine.named_updates()}
+    norm = engine.grad_norm()
+    engine.update(lr, router_stats, norm)
+    return loss, gradients, {"grad norm": norm.double().cpu()} | {name: x.clone() for name, x in engine.named_updates()}
 
 
 def batch_of(subject: Subject, case: Case, number: int, mesh: Mesh) -> Batch:

@@ -30,6 +30,7 @@ from longctx.checkpoint.save import (
     load_tensors,
     read_state,
 )
+from longctx.checkpoint.spike_state import SpikeState
 from longctx.errors import UserError
 
 MODEL = {"dim": 16, "vocab_size": 320}
@@ -192,6 +193,14 @@ def test_a_best_that_is_damaged_is_passed_over(ranks, tmp_path):
     (best,) = ranks.run(save_states, tmp_path, BEST, measured(3, 3.0), size=1)
     assert best == (tmp_path / "step-00000002", 2.0)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_one_that_is_written_at_a_spike_displaces_none(ranks, tmp_path):
+    spiking = [replace(state(step), spikes=SpikeState((2.0,), (1.0,), in_a_row)) for step, in_a_row in ((3, 1), (4, 2))]
+    ranks.run(save_states, tmp_path, RetentionPolicy(1), state(2), *spiking, size=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+    ranks.run(save_states, tmp_path, RetentionPolicy(1), state(5), size=2)
+    assert names(tmp_path) == ["step-00000005"]
 
 
 def test_one_of_the_same_step_is_replaced(ranks, tmp_path):
@@ -442,17 +451,23 @@ def test_a_key_of_a_newer_version_is_not_called_damage(damaged):
     assert "damaged" not in str(caught.value)
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_held_out_loss(damaged):
+def test_a_checkpoint_of_an_earlier_version_has_no_spikes_and_no_held_out_loss(damaged):
     listing = unseal((damaged / "trainer.json").read_text())
-    del listing["state"]["heldout_loss"]
+    del listing["state"]["spikes"], listing["state"]["heldout_loss"]
     (damaged / "trainer.json").write_text(seal(listing))
     assert read_state(damaged) == state(2)
 
 
-@pytest.mark.parametrize("value", [{"loss": "low"}, 2.0])
-def test_a_held_out_loss_that_is_none_is_damage(damaged, value):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("spikes", value) for value in (None, {"losses": [2.0]}, [])),
+        *(("heldout_loss", value) for value in ({"loss": "low"}, 2.0)),
+    ],
+)
+def test_spikes_and_held_out_losses_that_are_none_are_damage(damaged, key, value):
     listing = unseal((damaged / "trainer.json").read_text())
-    listing["state"]["heldout_loss"] = value
+    listing["state"][key] = value
     (damaged / "trainer.json").write_text(seal(listing))
     with pytest.raises(UserError, match=r"or it is damaged: trainer\.json cannot be read"):
         read_state(damaged)

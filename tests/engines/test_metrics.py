@@ -20,6 +20,7 @@ from longctx.engines.metrics import (
     MetricsWriter,
     PositionLoss,
     RunInfo,
+    SpikeMetrics,
     StepMetrics,
     WaitMetrics,
     read_metrics,
@@ -59,12 +60,18 @@ def evaluation(number: int, loss: float = 2.6) -> EvaluationMetrics:
     return EvaluationMetrics(number, loss, (PositionLoss(0, 1, 4.0, 8), PositionLoss(1, 2, math.inf, 8)))
 
 
+def spike(number: int) -> SpikeMetrics:
+    return SpikeMetrics(number, 9.0, 2.5, 2.7, 30.0, 0.5, 1.5, in_a_row=1, action="skipped")
+
+
 def write(directory: Path, first: int, last: int, after_step: int = 0, tensorboard: bool = False) -> None:
     """A start of the run: steps `first` to `last`, an evaluation after each fifth."""
     with MetricsWriter(directory, tensorboard, after_step) as writer:
         writer.run(replace(RUN, step=after_step))
         for number in range(first, last + 1):
             writer.step(step(number))
+            if number % 4 == 0:
+                writer.spike(spike(number))
             if number % 5 == 0:
                 writer.evaluation(evaluation(number))
 
@@ -78,7 +85,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         writer.run(RUN)
         writer.step(step(1))
         writer.evaluation(evaluation(1))
-    assert read(tmp_path / "new" / "run") == Metrics([RUN], [step(1)], [evaluation(1)])
+        writer.spike(spike(1))
+    assert read(tmp_path / "new" / "run") == Metrics([RUN], [step(1)], [evaluation(1)], [spike(1)])
 
 
 def test_waits_are_read_too_and_a_step_without_them(tmp_path: Path) -> None:
@@ -151,6 +159,7 @@ def test_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
     metrics = read(tmp_path)
     assert [m.step for m in metrics.steps] == list(range(1, 21))
     assert [m.step for m in metrics.evaluations] == [5, 10, 15, 20]
+    assert [m.step for m in metrics.spikes] == [4, 8, 12, 16, 20]
     assert [info.step for info in metrics.runs] == [0, 10]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 21))
@@ -236,6 +245,7 @@ def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path: Path) -> 
     board.Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 11))
     assert [event.step for event in board.Scalars("heldout/loss")] == [5, 10]
+    assert [(event.step, event.value) for event in board.Scalars("train/spike")] == [(4, 9.0), (8, 9.0)]
     assert [event.value for event in board.Scalars("heldout_by_position/00000000")] == [4.0, 4.0]
     assert board.Scalars("memory/peak_gib")[0].value == 1.0
 

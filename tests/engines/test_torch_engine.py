@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from longctx.engines.base import Batch
-from longctx.engines.torch_engine import TorchEngine
+from longctx.engines.torch_engine import TorchEngine, gathered
 from longctx.kernels.loss import IGNORE
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
@@ -211,6 +211,47 @@ def test_weight_decay_acts_on_matrices_alone_and_a_step_without_labels_does_noth
         for name, value in before.items():
             kept = 1 - 0.1 * OPTIMIZER.weight_decay if value.ndim == 2 else 1.0
             torch.testing.assert_close(after[name], kept * value, rtol=1e-12, atol=1e-14)
+
+
+def state_of(engine):
+    """Parameters, buffers and optimizer state, by name: whole copies."""
+    state = {f"model.{name}": x for name, x in engine.model.state_dict().items()}
+    for number, each in enumerate(engine.optimizer.state.values()):
+        state |= {f"{name} {number}": x for name, x in each.items()}
+    return {name: gathered(x).clone() for name, x in state.items()}
+
+
+def step_with_and_without_one_that_is_skipped(run):
+    """The state after two steps, that after another one is skipped between them, and what `skip` was told."""
+    told, states = [], []
+
+    def skip(loss, norm):
+        told.append((loss, norm))
+        return True
+
+    for between in (False, True):
+        engine = engine_of(run)
+        engine.step(batches_of(run, engine, 0), 0.02, lambda loss, norm: False)
+        before = state_of(engine)
+        if between:
+            result = engine.step(batches_of(run, engine, 100), 0.02, skip)
+            assert result.skipped
+            assert told == [(result.loss, result.grad_norm)]
+            assert all(torch.equal(x, before[name]) for name, x in state_of(engine).items())
+        result = engine.step(batches_of(run, engine, 200), 0.01)
+        assert not result.skipped
+        states.append(state_of(engine))
+    return states
+
+
+@pytest.mark.parametrize(
+    "run", [Run(dp_shard=2, cp=2, ep=2, experts="token"), pytest.param(Run(), marks=pytest.mark.slow)], ids=str
+)
+def test_a_skipped_step_leaves_no_trace(ranks, run):
+    """Neither in parameters, moments, the count of steps by which Adam corrects them, nor in routing biases."""
+    for without, with_one in ranks.run(step_with_and_without_one_that_is_skipped, run, size=run.ranks):
+        assert without.keys() == with_one.keys()
+        assert [name for name, x in with_one.items() if not torch.equal(x, without[name])] == []
 
 
 def losses_by_token(run):

@@ -100,6 +100,14 @@ MISTAKES = {
         "megatron: this table is for engine = 'megatron', but engine = 'torch'; remove it",
     ),
     "tensor parallelism": (["engine=torch", "parallel.tp=2"], "parallel.tp: engine = 'torch' does not support tp"),
+    "spikes that are skipped": (
+        ["spikes.policy=skip"],
+        "spikes.policy: 'skip' needs engine = 'torch': with 'megatron' the gradient norm is known only after",
+    ),
+    "spikes that DeepSpeed skips": (
+        ["engine=deepspeed", "spikes.policy=skip"],
+        "spikes.policy: 'skip' needs engine = 'torch': with 'deepspeed' the gradient norm is known only after",
+    ),
     "a pipeline": (["engine=deepspeed", "parallel.pp=2"], "parallel.pp: engine = 'deepspeed' does not support pp"),
 }
 

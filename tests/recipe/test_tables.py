@@ -10,6 +10,7 @@ from longctx.recipe.tables import (
     LRScheduleConfig,
     OptimizerConfig,
     ParallelConfig,
+    SpikeConfig,
     TrainConfig,
 )
 
@@ -42,6 +43,13 @@ def test_options_of_another_lr_schedule_are_refused(options, message):
 def test_options_of_the_lr_schedule_itself_are_accepted(options):
     schedule = LRScheduleConfig(**options)
     assert {name: getattr(schedule, name) for name in options} == options
+
+
+@pytest.mark.parametrize("policy", ["report", "stop"])
+def test_a_bound_of_skips_belongs_to_a_policy_that_skips(policy):
+    assert SpikeConfig(policy="skip", max_skips=3).max_skips == 3
+    with pytest.raises(ValidationError, match=f"max_skips is an option of policy = 'skip', not of '{policy}'"):
+        SpikeConfig(policy=policy, max_skips=3)
 
 
 def test_milestones_are_at_steps_with_a_checkpoint():
