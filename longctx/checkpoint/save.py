@@ -11,7 +11,7 @@ removed by the next save.
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -93,22 +93,24 @@ class Checkpointer:
         """
         self.folder, self._retention, self._check = folder, retention, check
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
-        self._stager = _new_stager()
+        self._stagers = [_new_stager()]
+        """Copies of this rank's tensors; those that no pending save uses are free."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: list[tuple[Future[None], DefaultStager]] = []
+        """Saves in progress, oldest first."""
 
     def save(self, tensors: dict[str, Any], state: TrainerState) -> None:
         """Start writing `step-<state.step>` in the background; the tensors may change once this returns.
 
-        Waits for the previous save first and raises its error, if any (see `wait`).
+        Does not wait for the save before, which takes a second copy of the tensors if that is still being written; does
+        wait for the one before that. Raises the error of a save that has ended (see `wait`).
         """
-        self.wait()
-        staged = self._stager.stage(tensors)
+        self._wait_for(max(self._count_finished(), len(self._pending) - 1))
+        stager = self._free_stager()
+        staged = stager.stage(tensors)
         assert isinstance(staged, dict)
-        if _STAGES_ONCE:
-            self._stager.close()
-            self._stager = _new_stager()
-        self._pending = self._thread.submit(self._write, partial(self._write_tensors, staged), state)
+        write = partial(self._write_tensors, staged)
+        self._pending.append((self._thread.submit(self._write, write, state), stager))
 
     def save_with(self, write: Callable[[Path], None], state: TrainerState) -> None:
         """Write `step-<state.step>` with another framework, on the caller's thread.
@@ -120,18 +122,45 @@ class Checkpointer:
         self._write(write, state)
 
     def wait(self) -> None:
-        """Wait for the save in progress. Raises UserError, on every rank, if it failed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Wait for the saves in progress. Raises UserError, on every rank, if one failed: the error of the first."""
+        self._wait_for(len(self._pending))
+
+    def _wait_for(self, count: int) -> None:
+        """Wait for the `count` oldest saves in progress."""
+        ended, self._pending = self._pending[:count], self._pending[count:]
+        wait([future for future, _ in ended])
+        for future, _ in ended:
+            future.result()
+
+    def _count_finished(self) -> int:
+        """Return how many saves in progress every rank has finished: the same on all ranks, which go on alike then."""
+        if not self._pending:
+            return 0
+        finished = torch.tensor(sum(future.done() for future, _ in self._pending))
+        dist.all_reduce(finished, dist.ReduceOp.MIN)
+        return int(finished)
+
+    def _free_stager(self) -> DefaultStager:
+        used = [stager for _, stager in self._pending]
+        free = [stager for stager in self._stagers if stager not in used]
+        if _STAGES_ONCE and free:
+            for stager in free:
+                stager.close()
+                self._stagers.remove(stager)
+            free = []
+        if not free:
+            free = [_new_stager()]
+            self._stagers += free
+        return free[0]
 
     def close(self) -> None:
-        """Wait for the save in progress and stop the background thread."""
+        """Wait for the saves in progress and stop the background thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown(wait=True)
-            self._stager.close()
+            for stager in self._stagers:
+                stager.close()
 
     def _on_rank_zero(self, what: str, action: Callable[[], None]) -> None:
         """Run `action` on rank 0; raise its error, after `what`, on every rank."""

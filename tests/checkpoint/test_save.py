@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,68 @@ def changed_while_written(folder: Path) -> float:
         changed.set()
         checkpointer.close()
     return read_all(folder / "step-00000001")
+
+
+def test_a_save_does_not_wait_for_the_one_before(ranks, tmp_path):
+    assert ranks.run(back_to_back, tmp_path, size=2) == [[1.0, 2.0, 3.0]] * 2
+
+
+def back_to_back(folder: Path) -> list[float]:
+    """Save 1 and 2 while the writer is held, and 3 once it is not; read what was written."""
+    released = threading.Event()
+    checkpointer = Checkpointer(folder, RetentionPolicy(3), timeout=20.0)
+    tensors = sharded(1.0)
+    with held_until(released):
+        checkpointer.save(tensors, state(1))
+        tensors["model"]["weight"] += 1
+        checkpointer.save(tensors, state(2))
+        tensors["model"]["weight"] += 1
+        assert list_checkpoints(folder) == []
+        threading.Timer(0.5, released.set).start()
+        checkpointer.save(tensors, state(3))
+        assert released.is_set(), "there is memory for two, and the third waited for the first"
+        tensors["model"]["weight"] += 1000
+        checkpointer.close()
+    return [read_all(folder / f"step-{step:08d}") for step in (1, 2, 3)]
+
+
+def test_saves_far_apart_use_one_copy_of_the_tensors(ranks, tmp_path):
+    assert ranks.run(count_copies, tmp_path, size=2) == [1, 1]
+
+
+def count_copies(folder: Path) -> int:
+    checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
+    for step in (1, 2, 3):
+        checkpointer.save(sharded(1.0), state(step))
+        wait([future for future, _ in checkpointer._pending])
+        dist.barrier()
+    copies = len(checkpointer._stagers)
+    checkpointer.close()
+    return copies
+
+
+def test_of_two_saves_that_fail_the_first_is_told(ranks, tmp_path):
+    messages = ranks.run(fail_twice, tmp_path, size=2)
+    assert len(set(messages)) == 1
+    assert "step-00000001 could not be written: " in messages[0]
+
+
+def fail_twice(folder: Path) -> str:
+    checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
+    held = threading.Event()
+    with held_until(held):
+        for step in (1, 2):
+            checkpointer.save(sharded(1.0), state(step))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder)
+            folder.write_text("in the way")
+        dist.barrier()
+        held.set()
+        with pytest.raises(UserError) as caught:
+            checkpointer.wait()
+    checkpointer.close()
+    return str(caught.value)
 
 
 @contextmanager
@@ -397,6 +460,8 @@ def fail_at_the_next_save(folder: Path) -> None:
     checkpointer = Checkpointer(folder, RetentionPolicy(2), timeout=20.0)
     with no_space_on_rank_1():
         checkpointer.save(sharded(2), state(2))
+        wait([future for future, _ in checkpointer._pending])
+        dist.barrier()
         with pytest.raises(UserError, match="step-00000002 could not be written"):
             checkpointer.save(sharded(3), state(3))
     checkpointer.close()
