@@ -47,7 +47,11 @@ def init_job(backend: str, timeout: float) -> None:
         init_local_group(backend, os.environ[STORE], rank, size, timeout)
         return
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        limit = timedelta(seconds=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun gives the ranks that it starts again the store of those before them, with the addresses of the dead.
+        store = dist.PrefixStore(f"longctx/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         is_from_gloo = "gloo" in str(error).lower()
         if not is_from_gloo and not isinstance(error, dist.DistError):

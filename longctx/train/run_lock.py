@@ -187,16 +187,23 @@ class RunLock:
 
     def _create(self) -> bool:
         try:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
             return False
-        self._thread.start()
         try:
-            os.write(self._descriptor, _OWNER.dump_json(self._me))
-            os.fsync(self._descriptor)
+            os.write(descriptor, _OWNER.dump_json(self._me))
+            os.fsync(descriptor)
         except OSError:
+            os.close(descriptor)
             self.path.unlink()
             raise
+        found = _read(self.path)
+        if found is None or found[0] != self._me:
+            # This process was suspended between the two, and another start took over the lock without a name.
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        self._thread.start()
         return True
 
     def _runs(self, owner: Owner) -> bool | None:

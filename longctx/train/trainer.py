@@ -62,6 +62,7 @@ from longctx.train.kept_checkpoints import best_text, build_retention, unknown_b
 from longctx.train.lr_schedule import lr_factor
 from longctx.train.nonfinite import not_finite
 from longctx.train.process_group import collective_errors, device_type, process_group
+from longctx.train.recovery import find_last_step, recovery_text
 from longctx.train.run_lock import locked
 
 _DIVERGED = (
@@ -104,7 +105,9 @@ class _Reporter:
         self._out = out
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
+        self._resumed_from, self._last = step, None
         if dist.get_rank() == 0:
+            self._last = find_last_step(out) if step else None
             self._writer = MetricsWriter(out, recipe.logging.tensorboard, after_step=step)
             self._display = make_display()
 
@@ -117,6 +120,9 @@ class _Reporter:
         if self._writer and self._display:
             self._writer.step(metrics)
             self._display.step(metrics)
+            if self._last is not None:
+                self.message(recovery_text(self._last, self._resumed_from, self._out))
+                self._last = None
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         if self._writer and self._display:

@@ -16,7 +16,9 @@ from tests.e2e.jobs import ROOT, Job
 from tests.train.runs import write_workplace
 
 OVERRIDES = ("train.steps=100000", "checkpoint.every=100000", "parallel.timeout=8s")
-SILENT = r"\(process {pid} on .+\) has not reported for \d s: its process is stopped, or its machine does not answer\. "
+SILENT = (
+    r"\(process {pid} on .+\) has not reported for \d+ s: its process is stopped, or its machine does not answer\. "
+)
 
 
 @pytest.fixture

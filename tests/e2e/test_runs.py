@@ -1,6 +1,7 @@
 """`longctx train` end to end: exit statuses, messages, and that a run resumes however it was ended."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,3 +178,25 @@ def test_a_mistake_in_the_recipe_is_said_before_any_rank_starts(tmp_path, monkey
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_it_continues(ranks, tmp_path):
+    """The ranks that it starts again must not meet those before them, whose addresses are in the same store."""
+    write_workplace(tmp_path)
+    ranks.run(train, tmp_path, tmp_path / "whole", [*STEPS, "checkpoint.keep=4"], size=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "tests.e2e.killed_once"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(
+        [*command, "train", "tiny.toml", *STEPS, "--out", "out"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert job.returncode == 0, job.stderr
+    assert "Resumed from out/checkpoints/step-00000006 after step 6." in job.stdout
+    assert re.search(r"Recovered [\d.]+s after the last step before; [12] steps? (is|are) repeated\.", job.stdout)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")

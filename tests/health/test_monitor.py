@@ -119,6 +119,7 @@ def test_phases_are_reported_with_their_limits(ranks, tmp_path: Path) -> None:
 
 
 def declare_a_hang(folder: Path, monitor: Any) -> str:
+    dist.barrier()
     FolderBoard(folder).declare_hang()
     stacks = folder / f"rank-{dist.get_rank()}.stacks"
     return str(until(lambda: "declare_a_hang" in (text := stacks.read_text() if stacks.exists() else "") and text))

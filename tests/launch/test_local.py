@@ -125,7 +125,7 @@ def test_a_rank_that_does_not_come_is_named_and_the_job_ends(start, tmp_path):
     status, _, stderr = launcher.wait()
     assert status == 1
     assert re.fullmatch(
-        r"error: rank 1 \(process \d+ on node1\) has not reported for \d s: its process is stopped, or its machine "
+        r"error: rank 1 \(process \d+ on node1\) has not reported for \d+ s: its process is stopped, or its machine "
         r"does not answer\. Its last report: step 7, at longctx\.model\.ffn:128 in forward\. rank 0 waits in step 7, "
         rf"barrier\. Stacks of the ranks that answer: {tmp_path}/logs/rank-\*\.stacks\. ADVICE\n",
         stderr,

@@ -245,6 +245,28 @@ def test_of_many_starts_that_find_a_dead_owner_one_wins(tmp_path: Path) -> None:
         assert list(folder.iterdir()) == []
 
 
+def test_a_start_that_was_suspended_before_it_wrote_its_name_does_not_take_the_lock_for_its_own(tmp_path: Path) -> None:
+    """As if another start had waited for its patience, and taken the lock over, between creation and writing."""
+    lock, other = Quick(tmp_path), Quick(tmp_path)
+    write_of = os.write
+
+    def write_late(descriptor: int, content: bytes) -> int:
+        (tmp_path / FILE_NAME).unlink()
+        with pytest.MonkeyPatch.context() as undone:
+            undone.setattr(run_lock.os, "write", write_of)
+            assert other.try_acquire() is None
+        return write_of(descriptor, content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lock.os, "write", write_late)
+        with pytest.raises(UserError, match="is being trained into by"):
+            acquire(lock)
+    other.check()
+    lock.release()
+    other.check()
+    other.release()
+
+
 def test_a_takeover_that_comes_late_leaves_the_new_owner_its_lock(lock: RunLock, tmp_path: Path) -> None:
     """As if another start had taken over between this one's reading of the stale lock and its takeover."""
     assert lock.try_acquire() is None
