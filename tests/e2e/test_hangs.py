@@ -83,7 +83,8 @@ def cluster(workplace: Path) -> Iterator[list[subprocess.Popen[str]]]:
         rank.wait()
 
 
-@pytest.mark.parametrize("stopped", mostly_slow([1, 0], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, 0])
 def test_without_a_launcher_the_ranks_find_it(workplace: Path, cluster, stopped: int) -> None:
     """Rank 0 holds the rendezvous store: if it is stopped, nobody's reports can be read."""
     metrics = workplace / "out" / "metrics.jsonl"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from tests.faults import damage, disks, fuzz, kills, starts, stops
-from tests.faults.faults import Kind, Trial, Workplace
+from tests.faults.faults import Kind, Trial, Workplace, train_as_user
 
 KINDS = (*kills.KINDS, *stops.KINDS, *starts.KINDS, *damage.KINDS, *disks.KINDS, *fuzz.KINDS)
 
@@ -40,7 +40,7 @@ def main() -> int:
         parser.error(f"no such kind: {', '.join(sorted(unknown))}")
     rows, failed, began = [], 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-workplace-") as name:
-        workplace = Workplace(Path(name))
+        workplace = Workplace(Path(name), train_as_user)
         for kind in KINDS:
             if arguments.kinds and kind.name not in arguments.kinds:
                 continue

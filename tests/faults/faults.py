@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +58,11 @@ class Kind:
 class Workplace:
     """A corpus, a recipe and the run that nothing disturbed, on 2 ranks; made once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, train: Callable[[Path, Sequence[str]], None]) -> None:
+        """`train`: trains `tiny.toml` of a folder into its `whole`, with overrides."""
         self.folder = write_workplace(folder)
-        status, _, stderr = Job(self.folder, *OVERRIDES, "checkpoint.keep=4").wait()
-        expect(status == 0, f"the undisturbed run ended with {status}: {stderr}")
-        (self.folder / "out").rename(self.folder / "whole")
         self.whole = self.folder / "whole"
+        train(self.folder, [*OVERRIDES, "checkpoint.keep=4"])
 
     def copy(self, folder: Path, *, run: bool = False, steps: int = STEPS) -> Path:
         """Copy it, with what the undisturbed run had in `out` after so many steps if `run`; return the folder."""
@@ -74,6 +73,13 @@ class Workplace:
                 if int(checkpoint.name.removeprefix("step-")) > steps:
                     shutil.rmtree(checkpoint)
         return folder
+
+
+def train_as_user(folder: Path, overrides: Sequence[str]) -> None:
+    """Train by the command line: see Workplace."""
+    status, _, stderr = Job(folder, *overrides).wait()
+    expect(status == 0, f"the undisturbed run ended with {status}: {stderr}")
+    (folder / "out").rename(folder / "whole")
 
 
 def expect(condition: object, message: str) -> None:

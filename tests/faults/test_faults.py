@@ -1,11 +1,14 @@
 """A slice of the fault campaign (`make faults`): many trials of what starts no ranks, one of each other kind."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
 from tests.combinations import mostly_slow_rows
 from tests.faults.__main__ import KINDS, survives
 from tests.faults.faults import Kind, TrialError, Workplace, expect_plain, expect_same_run
-from tests.train.runs import losses
+from tests.train.runs import losses, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # checkpoints read by one process
 
@@ -14,8 +17,11 @@ QUICK = {"recipe": 100, "command-line": 50, "flip-verify": 20}
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("faults"))
+def workplace(ranks, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    def train_on_pool(folder: Path, overrides: Sequence[str]) -> None:
+        ranks.run(train, folder, folder / "whole", list(overrides), size=2)
+
+    return Workplace(tmp_path_factory.mktemp("faults"), train_on_pool)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_ranks_on_hosts_of_their_own_measure_the_same_bytes_and_leave_nothing(tm
     assert left_behind() == []
 
 
+@pytest.mark.slow
 def test_ranks_end_with_a_benchmark_that_is_killed(tmp_path):
     command = [sys.executable, "-m", "longctx", "bench", "parallel", *SMALL, "--gbit", "none", "--repeats", "1000000"]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}

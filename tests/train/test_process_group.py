@@ -47,11 +47,15 @@ def test_groups_of_two_backends_are_not_split(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **keywords: iter([(dist.HashStore(), 3, 8)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: calls.append((*args, keywords)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
     with process_group("cuda", 5.0):
         pass
-    assert calls == [("device", 1), ("cpu:gloo,cuda:nccl", {"timeout": timedelta(seconds=5)}), "destroyed"]
+    (_, (backend, options), _) = calls
+    assert (calls[0], backend, calls[2]) == (("device", 1), "cpu:gloo,cuda:nccl", "destroyed")
+    assert options.pop("store") is not None
+    assert options == {"rank": 3, "world_size": 8, "timeout": timedelta(seconds=5)}, "no device_id"
 
 
 def test_a_rank_alone_needs_no_environment_and_leaves_no_group(monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from longctx.launch.local import run_ranks
 from longctx.parallel.one_machine import STORE
 from longctx.train.process_group import process_group
+from tests.combinations import mostly_slow
 from tests.e2e.jobs import ROOT
 from tests.train.listening import use_groups
 
@@ -33,7 +34,7 @@ def is_loopback(address: str) -> bool:
 # On one machine
 
 
-@pytest.mark.parametrize("interface", [None, "lo,lo"])
+@pytest.mark.parametrize("interface", mostly_slow([None, "lo,lo"], None))
 def test_ranks_of_one_machine_listen_on_loopback_only(outside, tmp_path, monkeypatch, interface):
     if interface:
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
@@ -45,6 +46,7 @@ def test_ranks_of_one_machine_listen_on_loopback_only(outside, tmp_path, monkeyp
         assert found["interface"] == (interface or "lo")
 
 
+@pytest.mark.slow
 def test_a_rank_alone_listens_on_loopback_only(outside):
     code = "import os; from longctx.train.process_group import process_group\n"
     code += "from tests.train.listening import use_groups\n"
@@ -99,6 +101,7 @@ def test_ranks_that_do_not_come_are_told_with_what_to_check(outside):
     assert f"{SAME}, and let no firewall block the port" in said
 
 
+@pytest.mark.slow
 def test_a_rank_0_that_is_not_there_is_told_with_its_address(outside):
     port = free_port()
     said = job(RANK=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -107,13 +110,14 @@ def test_a_rank_0_that_is_not_there_is_told_with_its_address(outside):
     assert SAME in said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", mostly_slow([0, 1], 1))
 def test_a_host_without_an_address_is_named(outside, rank):
     said = job(RANK=rank, MASTER_ADDR="no-such-host.invalid", MASTER_PORT=free_port())
     assert said.startswith(f"rank {rank} cannot find MASTER_ADDR 'no-such-host.invalid' (")
     assert "the IP address of rank 0's machine" in said
 
 
+@pytest.mark.slow
 def test_a_port_that_another_program_has_is_named(outside):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
