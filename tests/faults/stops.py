@@ -11,7 +11,7 @@ from tests.faults.starts import ranks_of_a_cluster
 
 PORT = 29511
 """Of rank 0, on a host of its own."""
-LONG = ("train.steps=100000", "checkpoint.every=100000", "parallel.timeout=8s")
+LONG = ("train.steps=100000", "checkpoint.every=100000", "parallel.timeout=16s")
 RANKS_4 = ("parallel.cp=2", "parallel.dp_shard=2")
 
 
@@ -19,7 +19,7 @@ def _stop_a_rank(trial: Trial) -> None:
     """SIGSTOP one of 2 or 4 ranks; the launcher names it."""
     folder = trial.shared.copy(trial.folder)
     size = trial.random.choice([2, 4])
-    job = Job(folder, *LONG, *(RANKS_4 if size == 4 else ()), "parallel.timeout=12s", ranks=size)
+    job = Job(folder, *LONG, *(RANKS_4 if size == 4 else ()), ranks=size)
     job.wait_for_step(trial.random.randint(1, 5))
     ranks = job.ranks()
     victim = trial.random.randrange(size)
