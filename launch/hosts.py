@@ -114,9 +114,11 @@ def _remove_leftovers() -> None:
 
 
 def _remove(tag: str) -> None:
+    """Remove the hosts whose names begin with a tag, as far as they were created."""
     for space in re.findall(rf"^{tag}n\d+\b", _run("ip", "netns"), re.MULTILINE):
         subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
-    # The bridge last: the next process finds by it what is left if this one is killed meanwhile.
+    # Links explicitly: a removed namespace releases its devices only later. The bridge last: the next process finds by
+    # it what is left if this one is killed meanwhile.
     for link in (*re.findall(rf"^\d+: ({tag}v\d+)\b", _run("ip", "-o", "link"), re.MULTILINE), f"{tag}b"):
         subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
 
@@ -135,18 +137,15 @@ def hosts(count: int, gbit: float, delay: float = 0.0) -> Iterator[list[list[str
     tag, claim = _claim_new()
     bridge = f"{tag}b"
     with claim, ExitStack() as stack:
+        stack.callback(_remove, tag)
         _run("ip", "link", "add", bridge, "type", "bridge")
-        stack.callback(subprocess.run, ["ip", "link", "del", bridge], capture_output=True, check=False)
         _run("ip", "link", "set", bridge, "up")
         commands = []
         for number in range(count):
             space, outside = f"{tag}n{number}", f"{tag}v{number}"
             _run("ip", "netns", "add", space)
-            stack.callback(subprocess.run, ["ip", "netns", "del", space], capture_output=True, check=False)
             inside = ["ip", "netns", "exec", space]
             _run("ip", "link", "add", outside, "type", "veth", "peer", "name", INTERFACE, "netns", space)
-            # Deleted explicitly: a removed namespace releases its devices only later.
-            stack.callback(subprocess.run, ["ip", "link", "del", outside], capture_output=True, check=False)
             _run("ip", "link", "set", outside, "master", bridge, "up")
             _run(*inside, "ip", "addr", "add", f"{address(number)}/24", "dev", INTERFACE)
             _run(*inside, "ip", "link", "set", "lo", "up")

@@ -38,15 +38,14 @@ import psutil
 
 from longctx.errors import UserError
 from longctx.files import temporary_folder
-from longctx.health.beat import FOLDER, FolderBoard
-from longctx.health.diagnosis import Watcher
+from longctx.health.beat import FOLDER, STACKS, FolderBoard
+from longctx.health.diagnosis import Watcher, stacks_text
 from longctx.launch.rank import Job, RankReport
 from longctx.launch.terminal import echo, echo_error, show_cursor
 from longctx.parallel.one_machine import LOOPBACK, STORE
 
 _POLL = 0.05
 _WATCH = 0.5
-_STACKS = "rank-*.stacks"
 MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Make glibc keep freed memory instead of returning the pages of each large tensor to the system, which costs CPU ranks
 much time (measured: 27 of 101 CPU seconds at 131,072 tokens per step)."""
@@ -121,6 +120,9 @@ class _Job:
     """Signals that the launcher received."""
     hang: str | None = None
     """The diagnosis of a job that hung."""
+    watcher: Watcher = field(default_factory=Watcher)
+    next_look: float = 0.0
+    """When the ranks' reports are read next, by the monotonic clock."""
 
     def running(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.status is None]
@@ -130,7 +132,6 @@ class _Job:
         handled = 0
         failed = False
         deadline = float("inf")
-        watcher, board, next_look = Watcher(), FolderBoard(self.folder), 0.0
         while running := self.running():
             for rank in running:
                 if rank.has_ended(self.folder) and rank.has_failed and not failed:
@@ -143,16 +144,24 @@ class _Job:
                     self._ask_to_stop(number)
                 elif number == signal.SIGINT:
                     deadline = 0.0
-            if time.monotonic() >= next_look and self.hang is None and not failed:
-                self.hang = watcher.update(board.read([rank.number for rank in running]))
-                next_look = time.monotonic() + _WATCH
-                if self.hang is not None:
-                    board.declare_hang()
-                    deadline = min(deadline, time.monotonic() + self.limits.stacks)
+            if not failed and self._has_just_hung(running):
+                deadline = min(deadline, time.monotonic() + self.limits.stacks)
             if time.monotonic() >= deadline:
                 self.kill()
                 deadline = float("inf")
             time.sleep(_POLL)
+
+    def _has_just_hung(self, running: list[_Rank]) -> bool:
+        """Read the ranks' reports, each half second; if they show a hang for the first time, ask for stacks."""
+        if self.hang is not None or time.monotonic() < self.next_look:
+            return False
+        board = FolderBoard(self.folder)
+        self.hang = self.watcher.update(board.read([rank.number for rank in running]))
+        self.next_look = time.monotonic() + _WATCH
+        if self.hang is None:
+            return False
+        board.declare_hang()
+        return True
 
     def _ask_to_stop(self, number: signal.Signals) -> None:
         again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
@@ -182,7 +191,7 @@ def run_ranks(
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        for earlier in logs.glob(_STACKS):
+        for earlier in logs.glob(STACKS.format("*")):
             earlier.unlink()
     except OSError as error:
         raise UserError(f"{logs}: cannot be created: {error.strerror}; choose another --out") from None
@@ -258,8 +267,7 @@ def _conclude(job: _Job, logs: Path, advice: str) -> int:
     if any(rank.status is not None and rank.status < 0 for rank in job.ranks):
         show_cursor()
     if job.hang is not None:
-        stacks = f" Stacks of the ranks that answer: {logs}/rank-*.stacks." if any(logs.glob(_STACKS)) else ""
-        echo_error(f"{job.hang}{stacks} {advice}".rstrip())
+        echo_error(f"{job.hang}{stacks_text(logs)} {advice}".rstrip())
         return 1
     if failures:
         return _report_failure(failures, job, logs, advice)

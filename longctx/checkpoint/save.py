@@ -143,15 +143,12 @@ class Checkpointer:
     def _free_stager(self) -> DefaultStager:
         used = [stager for _, stager in self._pending]
         free = [stager for stager in self._stagers if stager not in used]
-        if _STAGES_ONCE and free:
-            for stager in free:
-                stager.close()
-                self._stagers.remove(stager)
-            free = []
-        if not free:
-            free = [_new_stager()]
-            self._stagers += free
-        return free[0]
+        if free and not _STAGES_ONCE:
+            return free[0]
+        for stager in free:
+            stager.close()
+        self._stagers = [*used, _new_stager()]
+        return self._stagers[-1]
 
     def close(self) -> None:
         """Wait for the saves in progress and stop the background thread."""
@@ -219,15 +216,19 @@ class Checkpointer:
 
     def _surplus(self, checkpoints: Sequence[Path]) -> list[Path]:
         by_step = {step_of(path): path for path in checkpoints}
-        return [by_step[step] for step in self._retention.surplus(list(by_step), _heldout_losses(checkpoints))]
+        return [by_step[step] for step in self._retention.surplus(list(by_step), self._losses(checkpoints))]
 
     def best(self) -> tuple[Path, float] | None:
         """Return the checkpoint with the lowest held-out loss and that loss, in nats per token; None if none is known,
         or the best is not kept. Not collective."""
         checkpoints = list_checkpoints(self.folder)
-        losses = _heldout_losses(checkpoints)
+        losses = self._losses(checkpoints)
         step = self._retention.best(losses)
         return None if step is None else (self.folder / f"step-{step:08d}", losses[step].loss)
+
+    def _losses(self, checkpoints: Sequence[Path]) -> dict[int, HeldOut]:
+        """Return the held-out losses by step; reads nothing if the best checkpoint is not kept."""
+        return {} if self._retention.sequences is None else _heldout_losses(checkpoints)
 
     def _checksums(self, folder: Path) -> dict[str, str]:
         """Return the checksums of the files that this rank has written, which are still in memory."""

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -287,6 +288,18 @@ def read_metrics(path: Path) -> Metrics:
     return Metrics(runs, _in_order(steps), _in_order(evaluations), _in_order(spikes))
 
 
+def read_last_step(path: Path) -> StepMetrics | None:
+    """Return the last step of a `metrics.jsonl`, None if it has none. Parses from the end, no line before that step.
+
+    Raises UserError if a line that it parses is not a record.
+    """
+    for number, line in reversed(_complete_lines(path)):
+        record = _parse_line(path, number, line)
+        if isinstance(record, StepMetrics):
+            return record
+    return None
+
+
 def _in_order(by_step: Mapping[int, _Step]) -> list[_Step]:
     return [by_step[step] for step in sorted(by_step)]
 
@@ -303,19 +316,23 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
     """Parse every complete line; return it, with its newline, and its record."""
+    return [(line, _parse_line(path, number, line)) for number, line in _complete_lines(path)]
+
+
+def _complete_lines(path: Path) -> list[tuple[int, bytes]]:
     lines = path.read_bytes().splitlines(keepends=True)
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            break  # only the last line can lack it: the writer was killed in the middle of it, or is still writing it
-        try:
-            records.append((line, _parse(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{path}, line {number}: not a record of this version of longctx ({type(error).__name__}: {error}); "
-                "delete the line, or move the file away"
-            ) from error
-    return records
+    # Only the last line can lack its end: the writer was killed in the middle of it, or is still writing it.
+    return list(takewhile(lambda numbered: numbered[1].endswith(b"\n"), enumerate(lines, start=1)))
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> Record:
+    try:
+        return _parse(line)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}, line {number}: not a record of this version of longctx ({type(error).__name__}: {error}); "
+            "delete the line, or move the file away"
+        ) from error
 
 
 def _parse(line: bytes) -> Record:

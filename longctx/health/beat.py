@@ -13,6 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 FOLDER = "LONGCTX_HEARTBEATS"
 """Environment variable: the folder in which the ranks of a job on one machine report, if their launcher watches it."""
+STACKS = "rank-{}.stacks"
+"""Name of the file of a rank's stacks, in the run's folder of logs."""
 _HANG = "hang"
 
 

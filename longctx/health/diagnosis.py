@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
-from longctx.health.beat import Beat
+from longctx.health.beat import STACKS, Beat
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Watcher:
             if rank not in self._seen or self._seen[rank].beat != beat:
                 self._seen[rank] = _Seen(beat, now)
         running = {rank: self._seen[rank] for rank, beat in beats.items() if beat.phase}
-        silent = {rank for rank, seen in running.items() if now - seen.since >= seen.beat.patience}
+        silent = self.silent & running.keys()
         if silent and len(silent) == len(running):
             return self._all_are_silent(running, now)
         awake = {rank: seen.beat for rank, seen in running.items() if rank not in silent}
@@ -105,6 +106,12 @@ def _position(beat: Beat) -> str:
 
 def _name(rank: int, beat: Beat) -> str:
     return f"rank {rank} (process {beat.pid} on {beat.host})"
+
+
+def stacks_text(logs: Path) -> str:
+    """Return a sentence, after a space, about the stacks that ranks have written into a folder; empty if none has."""
+    pattern = STACKS.format("*")
+    return f" Stacks of the ranks that answer: {logs}/{pattern}." if any(logs.glob(pattern)) else ""
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

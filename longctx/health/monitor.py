@@ -27,8 +27,8 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from longctx.health.beat import FOLDER, Beat, Board, FolderBoard
-from longctx.health.diagnosis import Watcher
+from longctx.health.beat import FOLDER, STACKS, Beat, Board, FolderBoard
+from longctx.health.diagnosis import Watcher, stacks_text
 from longctx.health.phase_limits import PhaseLimits
 from longctx.health.store_board import StoreBoard
 from longctx.parallel.rank_errors import RankError
@@ -50,10 +50,10 @@ class Monitor:
         """`board`: where to report, None: nowhere. `timeout`: that of collectives, in seconds. `stacks`: the folder for
         the ranks' stacks when the job hangs."""
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._board, self._stacks = board, stacks / f"rank-{self._rank}.stacks"
-        self._patience = min(_LONGEST_PATIENCE, _PATIENCE_OF_TIMEOUT * timeout)
+        self._board, self._stacks = board, stacks / STACKS.format(self._rank)
+        self._patience = _patience(timeout)
         self._period = self._patience / _REPORTS
-        if isinstance(board, FolderBoard):  # files of this machine
+        if board is not None and board.is_watched:  # files of this machine
             self._period = min(self._period, 1.0)
         # A hang is found, and others have reported, before collectives time out.
         self._limits = PhaseLimits(timeout - max(_REST_OF_TIMEOUT * timeout, 3 * self._period))
@@ -189,7 +189,7 @@ class Monitor:
         with suppress(OSError):
             self._write_stacks()
         time.sleep(2 * self._period)
-        message = f"{diagnosis} Stacks of the ranks that answer: {self._stacks.parent}/rank-*.stacks."
+        message = diagnosis + stacks_text(self._stacks.parent)
         get_error_handler().record_exception(RankError(message))
         sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
@@ -212,8 +212,11 @@ def _board(timeout: float) -> Board | None:
         return FolderBoard(Path(os.environ[FOLDER]))
     if dist.get_world_size() == 1 or "MASTER_PORT" not in os.environ:
         return None
-    patience = min(_LONGEST_PATIENCE, _PATIENCE_OF_TIMEOUT * timeout)
-    return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), patience / _REPORTS)
+    return StoreBoard(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), _patience(timeout) / _REPORTS)
+
+
+def _patience(timeout: float) -> float:
+    return min(_LONGEST_PATIENCE, _PATIENCE_OF_TIMEOUT * timeout)
 
 
 def _store_address() -> str:

@@ -24,7 +24,7 @@ class StoreBoard:
 
     def post(self, rank: int, beat: Beat) -> None:
         """Report: see Board."""
-        self._store.set(f"rank-{rank}", encode(beat).decode("ascii"))
+        self._store.set(f"rank-{rank}", encode(beat).decode())
 
     def read(self, ranks: Sequence[int]) -> dict[int, Beat]:
         """Return reports: see Board."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from longctx.engines.metrics import FILE_NAME, read_metrics
+from longctx.engines.metrics import FILE_NAME, read_last_step
 from longctx.train.display import human_duration
 
 
@@ -22,8 +22,8 @@ def find_last_step(out: Path) -> LastStep | None:
     Raises UserError if the metrics cannot be read.
     """
     path = out / FILE_NAME
-    steps = read_metrics(path).steps if path.is_file() else []
-    return LastStep(steps[-1].step, path.stat().st_mtime) if steps else None
+    last = read_last_step(path) if path.is_file() else None
+    return None if last is None else LastStep(last.step, path.stat().st_mtime)
 
 
 def recovery_text(last: LastStep, resumed_from: int, out: Path) -> str:

@@ -9,7 +9,7 @@
 
 No clock is compared with that of another machine: a heartbeat is a change of the file's modification time. Advisory
 locks (flock, fcntl) are not used: NFS may be mounted without them, and a client that loses its server loses them
-unseen. Exclusive creation, rename and utime work everywhere. A run that lost its lock, as after its machine was
+unseen. Exclusive creation and utime work everywhere. A run that lost its lock, as after its machine was
 suspended for longer than `patience`, does not publish a checkpoint any more (`RunLock.check`).
 """
 
@@ -33,8 +33,6 @@ from longctx.files import writing
 from longctx.parallel.rank_errors import raise_on_all_ranks
 
 FILE_NAME = "run.lock"
-_SETTLE = 2.0
-"""Seconds after a takeover in which another start that took over at the same time shows itself."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class RunLock:
     def check(self) -> None:
         """Raise UserError if this process does not hold the lock any more."""
         found = _read(self.path)
-        if found is not None and found[0] == self._me:
+        if self._is_mine(found):
             return
         who = "removed" if found is None else f"taken over by {_name(found[0])}"
         raise UserError(
@@ -179,8 +177,7 @@ class RunLock:
         os.close(self._descriptor)
         self._descriptor = -1
         with suppress(OSError):
-            found = _read(self.path)
-            if found is not None and found[0] == self._me:
+            if self._is_mine(_read(self.path)):
                 self.path.unlink()
                 if self._is_new:
                     self.path.parent.rmdir()  # an error unless it is empty: of a run that was refused
@@ -197,14 +194,16 @@ class RunLock:
             os.close(descriptor)
             self.path.unlink()
             raise
-        found = _read(self.path)
-        if found is None or found[0] != self._me:
+        if not self._is_mine(_read(self.path)):
             # This process was suspended between the two, and another start took over the lock without a name.
             os.close(descriptor)
             return False
         self._descriptor = descriptor
         self._thread.start()
         return True
+
+    def _is_mine(self, found: tuple[Owner | None, int] | None) -> bool:
+        return found is not None and found[0] == self._me
 
     def _runs(self, owner: Owner) -> bool | None:
         """Return whether the owner's process runs; None if that cannot be known from here."""

@@ -299,10 +299,18 @@ class _Trainer:
     def _save(self) -> None:
         if self.saved != self.done:
             speeds = None if self.speeds is None else asdict(self.speeds)
-            progress = self.done, self.cursor.sequences, self.tokens
-            data = self.stream.fingerprint
-            state = TrainerState(*progress, data, self.model, speeds, self.format, self.heldout_fingerprint)
-            state = replace(state, spikes=self.spikes.state, heldout_loss=self.measured)
+            state = TrainerState(
+                step=self.done,
+                sequences=self.cursor.sequences,
+                tokens=self.tokens,
+                data=self.stream.fingerprint,
+                model=self.model,
+                speeds=speeds,
+                format=self.format,
+                heldout=self.heldout_fingerprint,
+                spikes=self.spikes.state,
+                heldout_loss=self.measured,
+            )
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
 

@@ -23,6 +23,7 @@ from longctx.engines.metrics import (
     SpikeMetrics,
     StepMetrics,
     WaitMetrics,
+    read_last_step,
     read_metrics,
 )
 from longctx.errors import UserError
@@ -87,6 +88,21 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         writer.evaluation(evaluation(1))
         writer.spike(spike(1))
     assert read(tmp_path / "new" / "run") == Metrics([RUN], [step(1)], [evaluation(1)], [spike(1)])
+
+
+def test_the_last_step_is_found_from_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, 1, 5)
+    with path.open("ab") as file:
+        file.write(b'{"kind": "step", "step": 6, ')  # as a crash leaves it
+    assert read_last_step(path) == step(5)
+    path.write_bytes(b"no record\n" + path.read_bytes())
+    assert read_last_step(path) == step(5), "no earlier line is parsed"
+    path.write_bytes(b"no record\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not a record"):
+        read_last_step(path)
+    path.write_bytes(b"")
+    assert read_last_step(path) is None
 
 
 def test_waits_are_read_too_and_a_step_without_them(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.e2e.jobs import Job
-from tests.faults.faults import OVERRIDES, Kind, Trial, expect_plain, expect_same_run, finish, run
+from tests.faults.faults import OVERRIDES, Kind, Trial, expect_plain, expect_resumes, run
 
 
 @contextmanager
@@ -27,8 +27,7 @@ def _fill_the_runs_disk(trial: Trial) -> None:
         if status != 0:
             expect_plain(status, stderr)
         run("mount", "-o", "remount,size=64m", folder / "out")
-        finish(folder)
-        expect_same_run(folder / "out", trial.shared.whole)
+        expect_resumes(trial)
 
 
 KINDS = (

@@ -103,12 +103,13 @@ def expect_same_run(run: Path, whole: Path) -> None:
     expect(one.keys() == other.keys() and not different, f"tensors differ: {different}")
 
 
-def finish(folder: Path, *overrides: str) -> None:
-    """Resume the run in `folder` to its end; raise TrialError unless that succeeds without a word."""
-    status, _, stderr = Job(folder, *OVERRIDES, *overrides).wait()
+def expect_resumes(trial: Trial) -> None:
+    """Resume the trial's run to its end; raise TrialError unless it is the undisturbed one then, to the bit."""
+    status, _, stderr = Job(trial.folder, *OVERRIDES).wait()
     expect(status == 0, f"the resumed run ended with {status}: {stderr[-2000:]}")
+    expect_same_run(trial.folder / "out", trial.shared.whole)
 
 
-def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*command: object) -> None:
     """Run a command of the system; raise if it fails."""
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)

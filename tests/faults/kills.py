@@ -5,25 +5,33 @@ import signal
 import time
 
 from tests.e2e.jobs import Job
-from tests.faults.faults import OVERRIDES, Kind, Trial, expect, expect_same_run, finish
+from tests.faults.faults import OVERRIDES, Kind, Trial, expect, expect_resumes
+
+
+def _send_to_a_run(trial: Trial, numbers: list[signal.Signals], latest: float) -> tuple[Job, int, signal.Signals]:
+    """Start the trial's run, and send a rank or the launcher one of the signals within `latest` seconds after a step.
+
+    Return the job, the process that got it (0: the job was done), and the signal.
+    """
+    job = Job(trial.shared.copy(trial.folder), *OVERRIDES)
+    job.wait_for_step(1)
+    ranks = job.ranks()
+    time.sleep(trial.random.uniform(0, latest))
+    number = trial.random.choice(numbers)
+    victim = trial.random.choice([*ranks, job.process.pid])
+    try:
+        os.kill(victim, number)
+    except ProcessLookupError:
+        return job, 0, number
+    return job, victim, number
 
 
 def _kill_a_rank(trial: Trial) -> None:
     """Kill -9 one rank, or the launcher, at a random time of the run."""
-    folder = trial.shared.copy(trial.folder)
-    job = Job(folder, *OVERRIDES)
-    job.wait_for_step(1)
-    ranks = job.ranks()
-    time.sleep(trial.random.uniform(0, 1.5))
-    victim = trial.random.choice([*ranks, job.process.pid])
-    try:
-        os.kill(victim, signal.SIGKILL)
-    except ProcessLookupError:
-        victim = 0  # it was done
+    job, victim, _ = _send_to_a_run(trial, [signal.SIGKILL], 1.5)
     status, _, stderr = job.wait()
-    expect(status == 0 or status == 1 or victim == job.process.pid, f"the killed run ended with {status}: {stderr}")
-    finish(folder)
-    expect_same_run(folder / "out", trial.shared.whole)
+    expect(status in (0, 1) or victim == job.process.pid, f"the killed run ended with {status}: {stderr}")
+    expect_resumes(trial)
 
 
 def _kill_in_a_write(trial: Trial) -> None:
@@ -35,27 +43,15 @@ def _kill_in_a_write(trial: Trial) -> None:
     )
     status, _, stderr = job.wait()
     expect(status in (0, 1), f"the killed run ended with {status}: {stderr}")
-    finish(folder)
-    expect_same_run(folder / "out", trial.shared.whole)
+    expect_resumes(trial)
 
 
 def _signal(trial: Trial) -> None:
-    """SIGTERM or SIGINT to a rank or the launcher: it saves, says so by its status, and is resumed."""
-    folder = trial.shared.copy(trial.folder)
-    job = Job(folder, *OVERRIDES)
-    job.wait_for_step(1)
-    ranks = job.ranks()
-    time.sleep(trial.random.uniform(0, 0.3))
-    number = trial.random.choice([signal.SIGTERM, signal.SIGINT])
-    victim = trial.random.choice([*ranks, job.process.pid])
-    try:
-        os.kill(victim, number)
-    except ProcessLookupError:
-        number = signal.Signals.SIGTERM  # it was done
+    """SIGTERM or SIGINT to a rank or the launcher: it saves, exits with the status for it, and is resumed."""
+    job, _, number = _send_to_a_run(trial, [signal.SIGTERM, signal.SIGINT], 0.3)
     status, _, stderr = job.wait()
     expect(status in (0, 128 + number), f"the stopped run ended with {status}: {stderr}")
-    finish(folder)
-    expect_same_run(folder / "out", trial.shared.whole)
+    expect_resumes(trial)
 
 
 KINDS = (

@@ -96,7 +96,7 @@ def _different_machines(trial: Trial) -> None:
 KINDS = (
     Kind(
         "second-start",
-        "a second start beside a run; it is refused with the owner's name, the run goes on",
+        "a second start beside a run; it is refused with the owner's name, the run continues",
         20,
         _second_start,
     ),
