@@ -33,7 +33,7 @@ install: .venv/installed ## Create .venv with the pinned dependencies, an editab
 # a build runs what a file contains (DeepSpeed has no wheels).
 LOCKED = $(PY) -m pip install --quiet --require-hashes --no-deps --only-binary :all:
 
-.venv/installed: pyproject.toml requirements/dev.txt requirements/cuda.txt
+.venv/installed: pyproject.toml .ci/requirements/dev.txt .ci/requirements/cuda.txt
 	@command -v '$(PYTHON)' >/dev/null || { echo "There is no command $(PYTHON). $(ANOTHER)" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "longctx needs Python 3.11 or later, and $(PYTHON) is $$('$(PYTHON)' -V 2>&1). $(ANOTHER)" >&2; exit 1; }
@@ -41,9 +41,9 @@ LOCKED = $(PY) -m pip install --quiet --require-hashes --no-deps --only-binary :
 	    echo "$(PYTHON) cannot create virtual environments: its modules venv and ensurepip are missing." >&2; \
 	    echo "On Debian and Ubuntu they come with the package python3-venv: apt install python3-venv" >&2; exit 1; }
 	@test -x $(PY) || { echo "Creating .venv with $$('$(PYTHON)' -V)"; rm -rf .venv; '$(PYTHON)' -m venv .venv; }
-	@echo "Installing requirements/dev.txt into .venv, hashes checked (takes minutes the first time: torch is large)"
-	@$(LOCKED) -r requirements/dev.txt
-	@if $(PY) -m pip show torch | grep '^Requires:.*nvidia' >/dev/null; then $(LOCKED) -r requirements/cuda.txt; fi
+	@echo "Installing .ci/requirements/dev.txt into .venv, hashes checked (takes minutes the first time: torch is large)"
+	@$(LOCKED) -r .ci/requirements/dev.txt
+	@if $(PY) -m pip show torch | grep '^Requires:.*nvidia' >/dev/null; then $(LOCKED) -r .ci/requirements/cuda.txt; fi
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -73,9 +73,9 @@ test-adapters: .venv/adapters ## Install DeepSpeed, Megatron-Core and transforme
 faults: .venv/installed ## Break runs in many ways and print what they survive (about an hour on 2 cores; docs/reliability.md)
 	@$(PY) -m tests.faults
 
-.venv/adapters: .venv/installed requirements/adapters.txt
-	@echo "Installing DeepSpeed, Megatron-Core and transformers (requirements/adapters.txt) into .venv, hashes checked"
-	@$(LOCKED) --no-binary deepspeed --no-build-isolation -r requirements/adapters.txt
+.venv/adapters: .venv/installed .ci/requirements/adapters.txt
+	@echo "Installing DeepSpeed, Megatron-Core and transformers (.ci/requirements/adapters.txt) into .venv, hashes checked"
+	@$(LOCKED) --no-binary deepspeed --no-build-isolation -r .ci/requirements/adapters.txt
 	@touch $@
 
 lint: .venv/installed tree ## Check style, formatting and the import order of packages
@@ -91,7 +91,7 @@ types: .venv/installed tree ## Check types with mypy
 docs: .venv/installed ## Regenerate docs/recipes.md from the code
 	@$(PY) -c 'from longctx.recipe.reference import reference; print(reference(), end="")' > docs/recipes.md
 
-lock: .venv/installed ## Regenerate requirements/*.txt after a change of dependencies
+lock: .venv/installed ## Regenerate .ci/requirements/*.txt after a change of dependencies
 	@$(PY) .ci/lock.py
 
 tree: .venv/installed

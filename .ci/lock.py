@@ -1,4 +1,4 @@
-"""Write requirements/*.txt: what `make` installs, with the hashes of all builds of each version (`make lock`).
+"""Write .ci/requirements/*.txt: what `make` installs, with the hashes of all builds of each version (`make lock`).
 
     python .ci/lock.py
 
@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "requirements"
+FOLDER = ROOT / ".ci" / "requirements"
 ADAPTERS = ("megatron", "deepspeed", "huggingface")
 CUDA = ("nvidia-", "cuda-")
 """How the names of the libraries begin that torch's CUDA build requires, and its CPU build does not."""
@@ -30,7 +30,7 @@ def compile_lock(known: str, *extras: str) -> dict[str, str]:
 
     `known` are lines of an earlier lock, whose versions stay where constraints.txt leaves a choice.
     """
-    # uv would take torch from these alone, and leave out the public index's builds.
+    # With these, uv takes torch only from them, without the builds of the public index.
     more = ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS")
     environment = {name: value for name, value in os.environ.items() if name not in more}
     with tempfile.TemporaryDirectory() as folder:

@@ -87,8 +87,8 @@ class Checkpointer:
     ) -> None:
         """Save to `folder/step-<8 digits>`; wait at most `timeout` seconds for a rank.
 
-        `retention` says which checkpoints are kept. One whose step is a spike displaces none: until the loss is the
-        usual one again, its parameters may be worse than those of any before. `check` is called on rank 0 before
+        `retention`: which checkpoints are kept. A save during a spike removes no earlier one: until the loss is back at
+        its usual level, the parameters may be worse than before. `check` is called on rank 0 before
         anything in `folder` changes, and raises UserError if nothing may.
         """
         self.folder, self._retention, self._check = folder, retention, check

@@ -1,4 +1,4 @@
-"""Recent losses and gradient norms of a run, by which its next spike is told, as a checkpoint stores them."""
+"""State of spike detection in a checkpoint: recent losses and gradient norms of the run."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Canaries of the frameworks that the adapters build on, by name; `tests/packaging/internals.py` says what they are.
+"""Canaries for internals of the adapters' frameworks, by name (what a canary is: `tests/packaging/internals.py`).
 
 Nothing here imports a framework before a canary runs: the tests of packaging read the names without them.
 """

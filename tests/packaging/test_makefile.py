@@ -29,7 +29,7 @@ def clone(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "requirements", folder / "requirements")
+    shutil.copytree(ROOT / ".ci" / "requirements", folder / ".ci" / "requirements")
     return folder
 
 
@@ -107,7 +107,7 @@ def test_an_unfit_python_is_named(clone: Path, fails_at: str, message: str) -> N
 
 
 def test_a_file_whose_hash_is_not_listed_is_not_installed(clone: Path, index: Index) -> None:
-    locks = clone / "requirements"
+    locks = clone / ".ci" / "requirements"
     (locks / "dev.txt").write_text(index.wheel("intact") + damaged(index.wheel("torch")))
     result = make(clone, "install", **index.environment)
     assert result.returncode != 0
@@ -132,7 +132,7 @@ def test_a_file_whose_hash_is_not_listed_is_not_installed(clone: Path, index: In
 def test_cuda_libraries_are_installed_for_the_build_of_torch_that_needs_them(
     clone: Path, index: Index, requires: str
 ) -> None:
-    (clone / "requirements/dev.txt").write_text(index.wheel("torch", requires))
-    (clone / "requirements/cuda.txt").write_text(index.wheel("nvidia-nccl"))
+    (clone / ".ci/requirements/dev.txt").write_text(index.wheel("torch", requires))
+    (clone / ".ci/requirements/cuda.txt").write_text(index.wheel("nvidia-nccl"))
     make(clone, "install", **index.environment)  # which ends at longctx itself, without setuptools
     assert installed(clone) == {"torch", "nvidia_nccl"} - ({"nvidia_nccl"} if requires == "filelock" else set())
