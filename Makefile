@@ -61,7 +61,7 @@ million: .venv/installed ## Train a few steps on sequences of 1,048,576 tokens o
 # Each worker starts its own ranks.
 PYTEST = $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal --progress
 
-test: lint types ## Run all checks and tests: style, imports, types, tests (about 7 minutes on 2 cores)
+test: lint types ## Run all checks and tests: style, imports, types, tests (about 8 minutes on 2 cores)
 	@$(PYTEST) --ignore tests/adapters
 
 test-all: lint types ## The same, including slow tests
