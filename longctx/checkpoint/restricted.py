@@ -1,9 +1,9 @@
 """Reading checkpoints that others wrote: their pickles name no function and no class but those of a checkpoint.
 
 A torch.distributed.checkpoint folder has two kinds of pickles: `.metadata`, and the entries of `.distcp` files that are
-not tensors (an optimizer's scalars). Unpickling calls what a pickle names, so a crafted one runs any code. Here
-`.metadata` may name only what torch's metadata consists of, and the other entries are read as `torch.load` reads with
-`weights_only=True`.
+not tensors: an optimizer's scalars, in those of other programs and of earlier versions. Unpickling calls what a pickle
+names, so a crafted one runs any code. Here `.metadata` may name only what torch's metadata consists of, and the other
+entries are read as `torch.load` reads with `weights_only=True`.
 """
 
 import io

@@ -93,7 +93,7 @@ class Checkpointer:
         """
         self.folder, self._retention, self._check = folder, retention, check
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc="checkpoint")
-        self._stagers = [_new_stager()]
+        self._stagers = [new_stager()]
         """Copies of this rank's tensors; those that no pending save uses are free."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: list[tuple[Future[None], DefaultStager]] = []
@@ -147,7 +147,7 @@ class Checkpointer:
             return free[0]
         for stager in free:
             stager.close()
-        self._stagers = [*used, _new_stager()]
+        self._stagers = [*used, new_stager()]
         return self._stagers[-1]
 
     def close(self) -> None:
@@ -254,9 +254,18 @@ class Checkpointer:
         return [result for result, _ in outcomes]
 
 
-def _new_stager() -> DefaultStager:
-    """Make plain copies, into buffers that later saves reuse: no pinned or shared memory, no thread."""
-    return DefaultStager(StagingOptions(False, False, False, False))
+def new_stager() -> DefaultStager:
+    """Make a stager: it copies on the caller's thread, into CPU memory that later saves reuse.
+
+    That memory is page-locked for a GPU's copies, unless it would serve only once: to lock it takes about as long as to
+    copy without.
+    """
+    pinned = torch.cuda.is_available() and not _STAGES_ONCE
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=pinned, use_non_blocking_copy=pinned, use_shared_memory=False, use_async_staging=False
+        )
+    )
 
 
 def _remove(path: Path) -> None:

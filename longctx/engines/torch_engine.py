@@ -194,21 +194,22 @@ class TorchEngine:
         """As in `Engine`."""
         weights.load_into(self.model)
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> tuple[dict[str, Any], Any]:
+        """Return the tensors of model and optimizer, and the optimizer's parameter groups by names of parameters."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
+        groups = optimizer.pop("param_groups")
+        return {"model": model, "optimizer": optimizer}, groups
 
     def save(self, checkpointer: Checkpointer, state: TrainerState) -> None:
         """As in `Engine`; written in the background while training continues."""
-        checkpointer.save(self._tensors(), state)
+        checkpointer.save(self._tensors()[0], state)
 
     def load(self, path: Path) -> None:
         """As in `Engine`."""
-        tensors = self._tensors()
+        tensors, groups = self._tensors()
         load_tensors(path, tensors)
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
-        )
+        optimizer = {**tensors["optimizer"], "param_groups": groups}
+        set_state_dict(self.model, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=optimizer)
 
     def close(self) -> None:
         """Do nothing: there are no external resources."""

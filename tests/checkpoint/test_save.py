@@ -24,11 +24,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from longctx.checkpoint.checksums import seal, unseal
 from longctx.checkpoint.retention import HeldOut, RetentionPolicy
 from longctx.checkpoint.save import (
+    _STAGES_ONCE,
     Checkpointer,
     TrainerState,
     check_same_model,
     list_checkpoints,
     load_tensors,
+    new_stager,
     read_state,
 )
 from longctx.checkpoint.spike_state import SpikeState
@@ -210,6 +212,20 @@ def test_a_stager_that_serves_once_is_replaced(ranks, tmp_path):
     ranks.run(save_with_stagers_of_one_use, tmp_path, size=2)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
     assert ranks.run(read_all, tmp_path / "step-00000002", size=1) == [2.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or _STAGES_ONCE, reason="needs a GPU, and torch from 2.13")
+def test_the_copy_of_a_gpus_tensors_is_page_locked_and_whole_when_it_is_returned():
+    stager, x = new_stager(), torch.arange(2**24, device="cuda", dtype=torch.float32)
+    for _ in range(2):
+        x += 1
+        want, staged = x.cpu(), stager.stage({"x": x})["x"]
+        x.mul_(2)
+        assert staged.is_pinned()
+        assert torch.equal(staged, want)
+        x.div_(2)
+    stager.close()
 
 
 def test_one_of_a_later_step_is_of_an_attempt_that_was_given_up(ranks, tmp_path):

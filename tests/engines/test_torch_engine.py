@@ -5,9 +5,13 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from longctx.checkpoint.restricted import read_metadata
+from longctx.checkpoint.retention import RetentionPolicy
+from longctx.checkpoint.save import Checkpointer, TrainerState, list_checkpoints
 from longctx.engines.base import Batch
 from longctx.engines.torch_engine import TorchEngine, gathered
 from longctx.kernels.loss import IGNORE
@@ -23,7 +27,7 @@ LABELS = [24, 0, 3, 11]
 STEPS = ((0.02, 0), (0.01, 100), (0.015, 200))
 """Learning rates, and seeds of the tokens."""
 OPTIMIZER = OptimizerConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
-
+OTHER_OPTIMIZER = OptimizerConfig(betas=(0.7, 0.95), eps=1e-5, weight_decay=0.25)
 
 CLIPPED, UNCLIPPED = TrainConfig(steps=1, clip=0.05), TrainConfig(steps=1, clip="none")
 TILED = TrainConfig(steps=1, clip=0.05, activation_checkpointing="block", ffn_tile=5, loss_tile=7)
@@ -62,10 +66,10 @@ def sequence(number, seed):
     return x, labels
 
 
-def engine_of(run, **options):
+def engine_of(run, optimizer=OPTIMIZER, **options):
     mesh = Mesh.build("cpu", dp_replicate=run.dp_replicate, dp_shard=run.dp_shard, cp=run.cp, ep=run.ep)
     options = {"vocab_size": VOCABULARY, "seed": 7, "dtype": torch.float64} | options
-    return TorchEngine(run.model, run.train, OPTIMIZER, mesh, **options)
+    return TorchEngine(run.model, run.train, optimizer, mesh, **options)
 
 
 def batches_of(run, engine, seed):
@@ -252,6 +256,37 @@ def test_a_skipped_step_leaves_no_trace(ranks, run):
     for without, with_one in ranks.run(step_with_and_without_one_that_is_skipped, run, size=run.ranks):
         assert without.keys() == with_one.keys()
         assert [name for name, x in with_one.items() if not torch.equal(x, without[name])] == []
+
+
+def load_with_another_optimizer(run, folder):
+    """A checkpoint's entries that are not tensors; the state that was saved and the one that another engine loaded,
+    with its hyperparameters."""
+    saved, other = engine_of(run), engine_of(run, OTHER_OPTIMIZER)
+    saved.step(batches_of(run, saved, 0), 0.02)
+    checkpointer = Checkpointer(folder, RetentionPolicy(1), timeout=60.0)
+    saved.save(checkpointer, TrainerState(1, sequences=4, tokens=96, data="a corpus", model={}))
+    checkpointer.close()
+    (path,) = list_checkpoints(folder)
+    other.load(path)
+    entries = read_metadata(path).state_dict_metadata.items()
+    groups = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in other.optimizer.param_groups]
+    return (
+        [name for name, entry in entries if isinstance(entry, BytesStorageMetadata)],
+        state_of(saved),
+        (
+            state_of(other),
+            groups,
+        ),
+    )
+
+
+def test_a_checkpoint_has_tensors_only_and_the_optimizer_keeps_its_own_hyperparameters(ranks, tmp_path):
+    run = Run(dp_shard=2)
+    for others, saved, (loaded, groups) in ranks.run(load_with_another_optimizer, run, tmp_path, size=2):
+        assert others == []
+        assert saved.keys() == loaded.keys()
+        assert [name for name, x in saved.items() if not torch.equal(x, loaded[name])] == []
+        assert groups == [{"betas": (0.7, 0.95), "eps": 1e-5, "weight_decay": decay} for decay in (0.25, 0.0)]
 
 
 def losses_by_token(run):

@@ -87,15 +87,14 @@ class ZeroEngine:
         decays = weight_decay_names(self._meta_model)
         matrices = [name for name, _ in self._meta_model.named_parameters() if name in decays]
         vectors = [name for name, _ in self._meta_model.named_parameters() if name not in decays]
-        self._names = [names for names in (matrices, vectors) if names]
-        """Names of the parameters in each parameter group."""
         return torch.optim.AdamW(
             [
                 {
                     "params": [self.model.get_parameter(name) for name in names],
                     "weight_decay": config.weight_decay if names is matrices else 0.0,
                 }
-                for names in self._names
+                for names in (matrices, vectors)
+                if names
             ],
             lr=config.lr,
             betas=config.betas,
@@ -236,11 +235,7 @@ class ZeroEngine:
                 moment: self._shard_rows(shape.shape, None if empty else self._state.moment(parameter, moment))
                 for moment in MOMENTS
             }
-        groups = [
-            {key: value for key, value in group.items() if key != "params"} | {"params": names}
-            for group, names in zip(self.optimizer.param_groups, self._names, strict=True)
-        ]
-        return {"model": self._model_state(empty=empty), "optimizer": {"state": states, "param_groups": groups}}
+        return {"model": self._model_state(empty=empty), "optimizer": {"state": states}}
 
     def _shard_rows(self, shape: torch.Size, full: Tensor | None) -> DTensor:
         """Shard a full tensor by rows over all ranks; None: an empty float32 tensor."""

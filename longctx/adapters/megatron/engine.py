@@ -278,6 +278,9 @@ class MegatronEngine:
             raise UserError(f"checkpoint {path} cannot be read: {error}. {advice}") from error
         self.model.load_state_dict(loaded["model"])
         load_optimizer(self.optimizer, loaded["optimizer"])
+        for group in self.optimizer.param_groups:
+            # The checkpoint's replaced the recipe's; lr and weight_decay are set at each step.
+            group["betas"], group["eps"] = self.recipe.optimizer.betas, self.recipe.optimizer.eps
 
     def close(self) -> None:
         """Destroy Megatron's process groups, which are global."""

@@ -159,6 +159,18 @@ def test_it_resumes_from_a_checkpoint_on_other_ranks(ranks, workplace, built_in,
     assert_same(curve(out), curve(built_in))
 
 
+OTHER_ADAM = ["optimizer.betas=[0.5, 0.7]", "optimizer.eps=0.001", "optimizer.weight_decay=0.9"]
+
+
+def test_hyperparameters_that_changed_in_the_recipe_hold_after_resuming(ranks, workplace, built_in, saved, tmp_path):
+    want = interrupted_copy(built_in, tmp_path / "torch", 4)
+    ranks.run(train, workplace, want, [*HYBRID, ONE, *OTHER_ADAM], size=1)
+    assert curve(want)[-1] != pytest.approx(curve(built_in)[-1], rel=1e-4), "they change nothing"
+    out = interrupted_copy(saved, tmp_path / "run", 4)
+    ranks.run(megatron, workplace, out, [*HYBRID, ONE, *OTHER_ADAM], size=1)
+    assert_same(curve(out), curve(want))
+
+
 def test_it_resumes_without_the_distributed_optimizer_and_never_with_another_one(ranks, workplace, built_in, tmp_path):
     whole = [*HYBRID, "megatron.distributed_optimizer=false"]
     ranks.run(megatron, workplace, tmp_path / "run", [*whole, "parallel.tp=2", "parallel.cp=1"], size=2)
