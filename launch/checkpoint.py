@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from longctx.checkpoint.checksums import CHECKSUMS, verify_checksums
-from longctx.checkpoint.save import TRAINER, list_checkpoints, read_state, verify_content
+from longctx.checkpoint.read import TRAINER, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.weights import CONVERTED, find_weights
 from longctx.errors import UserError
 from longctx.printable import printable

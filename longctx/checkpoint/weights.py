@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, unseal
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
-from longctx.checkpoint.save import (
+from longctx.checkpoint.read import (
     TRAINER,
     check_format,
     differences,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longctx.checkpoint.lazy_tensors import LazyTensor
-from longctx.checkpoint.save import differences
+from longctx.checkpoint.read import differences
 from longctx.checkpoint.weights import (
     Weights,
     find_weights,

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longctx.checkpoint.save import Checkpointer, TrainerState
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights
 from longctx.engines.router_stats import RouterStats
 from longctx.model.decoder import Losses

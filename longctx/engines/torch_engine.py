@@ -16,7 +16,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from longctx.checkpoint.save import Checkpointer, TrainerState, load_tensors
+from longctx.checkpoint.read import load_tensors
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights
 from longctx.engines.base import Batch, StepResult
 from longctx.engines.router_stats import RouterStats

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from longctx.checkpoint.save import (
-    TrainerState,
+from longctx.checkpoint.read import (
     check_format,
     check_same_model,
     list_checkpoints,
@@ -16,6 +15,7 @@ from longctx.checkpoint.save import (
     read_state,
     verify_content,
 )
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import stored_config, with_defaults
 from longctx.data.loader import train_fingerprint
 from longctx.data.manifest import Manifest

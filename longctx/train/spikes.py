@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from longctx.checkpoint.save import step_of
+from longctx.checkpoint.read import step_of
 from longctx.checkpoint.spike_state import SpikeState
 from longctx.engines.base import Batch, Engine, StepResult
 from longctx.engines.metrics import SpikeMetrics

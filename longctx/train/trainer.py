@@ -20,16 +20,10 @@ import torch
 import torch.distributed as dist
 
 from longctx import system
+from longctx.checkpoint.read import check_format, check_same_model, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.retention import HeldOut
-from longctx.checkpoint.save import (
-    Checkpointer,
-    TrainerState,
-    check_format,
-    check_same_model,
-    list_checkpoints,
-    read_state,
-    verify_content,
-)
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights, find_weights, stored_config, with_defaults
 from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed

@@ -14,8 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longctx.checkpoint.read import list_checkpoints, read_state
 from longctx.checkpoint.retention import RetentionPolicy
-from longctx.checkpoint.save import Checkpointer, TrainerState, list_checkpoints, read_state
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import stored_config
 from longctx.data.config import DataConfig
 from longctx.data.loader import Sequence as Packed

@@ -9,8 +9,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from longctx.checkpoint.checksums import checksum
+from longctx.checkpoint.read import TRAINER
 from longctx.checkpoint.restricted import METADATA
-from longctx.checkpoint.save import TRAINER
 from longctx.checkpoint.storage import content_of, write_listing
 
 

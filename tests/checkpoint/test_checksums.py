@@ -22,7 +22,7 @@ from longctx.checkpoint.checksums import (
     write_checksums,
     written_by,
 )
-from longctx.checkpoint.save import TRAINER, list_checkpoints, read_checksums, read_state, verify_content
+from longctx.checkpoint.read import TRAINER, list_checkpoints, read_checksums, read_state, verify_content
 from longctx.errors import UserError
 from tests.checkpoint.test_save import save
 

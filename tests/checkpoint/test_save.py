@@ -18,67 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
-from longctx.checkpoint.checksums import seal, unseal
+from longctx.checkpoint.read import list_checkpoints, read_state
 from longctx.checkpoint.retention import HeldOut, RetentionPolicy
-from longctx.checkpoint.save import (
-    _STAGES_ONCE,
-    Checkpointer,
-    TrainerState,
-    check_same_model,
-    list_checkpoints,
-    load_tensors,
-    new_stager,
-    read_state,
-)
+from longctx.checkpoint.save import _STAGES_ONCE, Checkpointer, new_stager
 from longctx.checkpoint.spike_state import SpikeState
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.errors import UserError
-
-MODEL = {"dim": 16, "vocab_size": 320}
-
-
-def state(step: int) -> TrainerState:
-    return TrainerState(step, sequences=2 * step, tokens=128 * step, data="a corpus", model=MODEL)
-
-
-def sharded(value: float) -> dict[str, dict[str, torch.Tensor]]:
-    """What an engine gives: 600 numbers that begin with `value`, divided over the ranks."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {"model": {"weight": distribute_tensor(torch.arange(600.0) + value, mesh, [Shard(0)])}}
-
-
-def read_all(path: Path) -> float:
-    """The value with which a checkpoint was saved, once all of it was read."""
-    tensors = sharded(-1.0)
-    load_tensors(path, tensors)
-    read = tensors["model"]["weight"].full_tensor()
-    assert torch.equal(read, torch.arange(600.0) + read[0])
-    return read[0].item()
-
-
-def save(folder: Path, *steps: int, keep: int = 2) -> None:
-    """On a rank: save `sharded(step)` for each step."""
-    save_states(folder, RetentionPolicy(keep), *map(state, steps))
-
-
-def save_states(folder: Path, retention: RetentionPolicy, *states: TrainerState) -> tuple[Path, float] | None:
-    """On a rank: save `sharded(step)` with each state; the best checkpoint in the end."""
-    checkpointer = Checkpointer(folder, retention, timeout=20.0)
-    try:
-        for each in states:
-            checkpointer.save(sharded(each.step), each)
-    finally:
-        checkpointer.close()
-    return checkpointer.best()
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-# What is written
+from tests.checkpoint.saving import names, read_all, save, save_states, sharded, state
 
 
 def written_and_read(folder: Path) -> tuple[float, TrainerState]:
@@ -481,107 +428,3 @@ def fail_at_the_next_save(folder: Path) -> None:
         with pytest.raises(UserError, match="step-00000002 could not be written"):
             checkpointer.save(sharded(3), state(3))
     checkpointer.close()
-
-
-# Checkpoints that are read
-
-
-@pytest.fixture(scope="module")
-def saved(ranks, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    ranks.run(save, folder, 1, 2, size=2)
-    return folder
-
-
-@pytest.fixture
-def damaged(saved, tmp_path) -> Path:
-    """A copy to damage, with another one beside it."""
-    return shutil.copytree(saved, tmp_path / "checkpoints") / "step-00000002"
-
-
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "trainer.json"])
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_file_that_is_missing_or_cut_short_is_reported_with_what_to_do(damaged, name, damage):
-    file = damaged / name
-    if damage == "cut":
-        os.truncate(file, file.stat().st_size - 10)
-    else:
-        file.unlink()
-    with pytest.raises(UserError) as caught:
-        read_state(damaged)
-    assert f"{damaged}" in str(caught.value)
-    assert name in str(caught.value)
-    assert f"--resume PATH (available: {damaged.with_name('step-00000001')})" in str(caught.value)
-    assert list_checkpoints(damaged.parent)[-1] == damaged  # or an older one would silently take its place
-
-
-def test_a_pipe_in_place_of_the_listing_is_not_waited_for(damaged):
-    (damaged / "trainer.json").unlink()
-    os.mkfifo(damaged / "trainer.json")
-    with pytest.raises(UserError, match=r"trainer.json cannot be read \(it is not a file\)"):
-        read_state(damaged)
-
-
-def test_a_key_of_a_newer_version_is_not_called_damage(damaged):
-    listing = unseal((damaged / "trainer.json").read_text())
-    listing["state"] |= {"lookahead": 3, "curriculum": {}}
-    (damaged / "trainer.json").write_text(seal(listing))
-    with pytest.raises(UserError) as caught:
-        read_state(damaged)
-    assert "written by a newer version of longctx: this one does not know curriculum, lookahead" in str(caught.value)
-    assert "damaged" not in str(caught.value)
-
-
-def test_a_checkpoint_of_an_earlier_version_has_no_spikes_and_no_held_out_loss(damaged):
-    listing = unseal((damaged / "trainer.json").read_text())
-    del listing["state"]["spikes"], listing["state"]["heldout_loss"]
-    (damaged / "trainer.json").write_text(seal(listing))
-    assert read_state(damaged) == state(2)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("spikes", value) for value in (None, {"losses": [2.0]}, [])),
-        *(("heldout_loss", value) for value in ({"loss": "low"}, 2.0)),
-    ],
-)
-def test_spikes_and_held_out_losses_that_are_none_are_damage(damaged, key, value):
-    listing = unseal((damaged / "trainer.json").read_text())
-    listing["state"][key] = value
-    (damaged / "trainer.json").write_text(seal(listing))
-    with pytest.raises(UserError, match=r"or it is damaged: trainer\.json cannot be read"):
-        read_state(damaged)
-
-
-def test_a_folder_above_is_no_checkpoint_and_those_in_it_are_named(saved):
-    with pytest.raises(
-        UserError, match=f"is not a checkpoint.*available: {saved}/step-00000001, {saved}/step-00000002"
-    ):
-        read_state(saved)
-
-
-def test_there_is_none_where_there_is_no_folder(tmp_path):
-    assert list_checkpoints(tmp_path / "nowhere") == []
-
-
-def test_bytes_that_changed_are_an_error_on_every_rank(ranks, damaged):
-    size = (damaged / ".metadata").stat().st_size
-    (damaged / ".metadata").write_bytes(b"\0" * size)
-    read_state(damaged)
-    messages = ranks.run(unreadable, damaged, size=2)
-    assert messages[0] == messages[1]
-    assert messages[0].startswith(f"checkpoint {damaged} cannot be read: ")
-    assert "--resume PATH (available: " in messages[0]
-
-
-def unreadable(path: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        load_tensors(path, sharded(0.0))
-    return str(caught.value)
-
-
-def test_another_model_is_reported_by_every_difference(tmp_path):
-    check_same_model(tmp_path, state(1), dict(MODEL))
-    with pytest.raises(UserError, match=r"dim: 16, expected 32; heads: None, expected 2\. Train this model in"):
-        check_same_model(tmp_path, state(1), {"dim": 32, "vocab_size": 320, "heads": 2})

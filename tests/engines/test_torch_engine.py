@@ -9,9 +9,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from longctx.checkpoint.read import list_checkpoints
 from longctx.checkpoint.restricted import read_metadata
 from longctx.checkpoint.retention import RetentionPolicy
-from longctx.checkpoint.save import Checkpointer, TrainerState, list_checkpoints
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.engines.base import Batch
 from longctx.engines.torch_engine import TorchEngine, gathered
 from longctx.kernels.loss import IGNORE

@@ -13,6 +13,7 @@ WITHOUT = {
     "longctx/__main__.py": "one call: tests/launch/test_main.py starts it",
     "longctx/adapters/*/*.py": "tested where they run, inside the frameworks, by topic: tests/adapters/<framework>",
     "longctx/bench/layers.py": "measured over ranks: tests/launch/test_bench_parallel.py",
+    "longctx/checkpoint/trainer_state.py": "read with a checkpoint: tests/checkpoint/test_read.py",
     "longctx/convert/megatron_table.py": "names of tensors both ways: tests/convert/test_megatron.py",
     "longctx/engines/base.py": "a protocol and its records: tests/engines/test_torch_engine.py",
     "longctx/verify/equations/constant_decay.py": "of mixers: tests/mixers/test_{linear,lightning,retention}.py",

@@ -21,7 +21,9 @@ from longctx.adapters.deepspeed.groups import Groups
 from longctx.adapters.deepspeed.probe import TOLERANCE, gradient_scale
 from longctx.adapters.deepspeed.runtime import DeepSpeedModel, ZeroSettings, init_distributed, partition_parameters
 from longctx.adapters.deepspeed.zero_state import MOMENTS, ZeroState, full_gradient
-from longctx.checkpoint.save import Checkpointer, TrainerState, load_tensors
+from longctx.checkpoint.read import load_tensors
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights
 from longctx.engines.base import Batch, StepResult
 from longctx.engines.router_stats import RouterStats

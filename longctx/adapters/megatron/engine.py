@@ -25,8 +25,10 @@ from longctx.adapters.megatron.language_model import build_language_model, trans
 from longctx.adapters.megatron.layouts import LayoutPackedSeqParams
 from longctx.adapters.megatron.optimizers import initialized_moments, load_optimizer
 from longctx.adapters.megatron.weights import mark_tensor_parallel, set_parameters
+from longctx.checkpoint.read import RESUME, suggest_alternative
 from longctx.checkpoint.restricted import check_entries
-from longctx.checkpoint.save import RESUME, Checkpointer, TrainerState, suggest_alternative
+from longctx.checkpoint.save import Checkpointer
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights
 from longctx.engines.base import Batch, StepResult
 from longctx.engines.router_stats import ONE_STAGE, RouterStats

@@ -10,8 +10,9 @@ pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[d
 
 from longctx.checkpoint.restricted import METADATA
 from longctx.checkpoint.retention import RetentionPolicy
-from longctx.checkpoint.save import Checkpointer, TrainerState
+from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.storage import Reader
+from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import find_weights, stored_config
 from longctx.errors import UserError
 from tests.adapters.deepspeed.training import RATES, Run, batches_of, deepspeed_engine, torch_engine

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
 
+from longctx.checkpoint.read import list_checkpoints
 from longctx.checkpoint.restricted import METADATA
-from longctx.checkpoint.save import list_checkpoints
 from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import from_megatron
 from longctx.errors import UserError
