@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple
 from pathlib import Path
 from types import FrameType
 
@@ -20,14 +20,11 @@ import torch
 import torch.distributed as dist
 
 from longctx import system
-from longctx.checkpoint.read import check_format, check_same_model, list_checkpoints, read_state, verify_content
+from longctx.checkpoint.read import list_checkpoints
 from longctx.checkpoint.retention import HeldOut
 from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.trainer_state import TrainerState
-from longctx.checkpoint.weights import Weights, find_weights, stored_config, with_defaults
-from longctx.data.corpus import Corpus
 from longctx.data.loader import Sequence as Packed
-from longctx.data.loader import heldout_sequences, train_stream
 from longctx.engines.base import Batch
 from longctx.engines.metrics import (
     FILE_NAME,
@@ -49,7 +46,7 @@ from longctx.recipe import Recipe, check, dump
 from longctx.train import spikes
 from longctx.train.agreement import check_agreement
 from longctx.train.batches import Cursor, Prefetcher, to_batch
-from longctx.train.build_engine import CHECKPOINT_FORMATS, build_engine
+from longctx.train.build_engine import build_engine
 from longctx.train.display import Display, make_display
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.kept_checkpoints import best_text, build_retention, unknown_best_warning
@@ -58,6 +55,7 @@ from longctx.train.nonfinite import not_finite
 from longctx.train.process_group import collective_errors, device_type, process_group
 from longctx.train.recovery import find_last_step, recovery_text
 from longctx.train.run_lock import locked
+from longctx.train.start import find_start
 
 _DIVERGED = (
     "Training stopped without saving this step. Resume from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -159,29 +157,22 @@ class _Trainer:
         stack: ExitStack,
     ) -> None:
         self.monitor = monitor
-        self.recipe, self.out, self.format = recipe, out, CHECKPOINT_FORMATS[recipe.engine]
-        with raise_on_all_ranks():
-            self.stream = train_stream(recipe.data, seed=recipe.seed)
-            self.heldout, self.heldout_fingerprint = self._open_heldout()
-            self.vocab_size = self._vocabulary()
-            self.model = stored_config(recipe.model, self.vocab_size)
-            source, state = self._find_checkpoint(resume)
-            weights = self._find_weights() if source is None else None
-        self._check_same_start(state, weights)
-        unverified = self._verify_content(source, weights)
-        self.engine = build_engine(recipe, kind, self.vocab_size)
+        self.recipe, self.out = recipe, out
+        self.start = start = find_start(recipe, out, resume)
+        self.stream, self.heldout, state = start.stream, start.heldout, start.state
+        self.engine = build_engine(recipe, kind, start.vocab_size)
         stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
         retention = build_retention(recipe.checkpoint, len(self.heldout) if self.heldout is not None else None)
         self.checkpointer = Checkpointer(out / "checkpoints", retention, recipe.parallel.timeout, check_lock)
         stack.callback(self.checkpointer.close)
-        if source is not None:
-            self.engine.load(source)
-        elif weights is not None:
-            self.engine.load_weights(weights)
+        if start.source is not None:
+            self.engine.load(start.source)
+        elif start.weights is not None:
+            self.engine.load_weights(start.weights)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
         # A run that is not evaluated for a while keeps it.
-        self.heldout_fingerprint = self.heldout_fingerprint or state.heldout
+        self.heldout_fingerprint = start.heldout_fingerprint or state.heldout
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.spikes, self.measured = spikes.SpikeWatch(recipe.spikes, state.spikes, self.device), state.heldout_loss
         self.prefetcher = Prefetcher(self.stream, self._batch)
@@ -194,101 +185,9 @@ class _Trainer:
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
         self.routing_fluctuation = RoutingFluctuation()
-        self.resumed_from, self.initial_weights, self.unverified = source, weights, unverified
         self.stopped_by = 0
         """The signal that stops the run; 0 if there is none."""
-        self.saved = self.done if source is not None else -1
-
-    def _open_heldout(self) -> tuple[Sequence[Packed] | None, str | None]:
-        """Return the sequences of evaluation and the fingerprint of their corpus; None without evaluation."""
-        if self.recipe.evaluation is None:
-            return None, None
-        corpus = Corpus(self.recipe.data.path, "heldout")
-        length, count = self.recipe.data.sequence_length, self.recipe.evaluation.sequences
-        return heldout_sequences(corpus, length, count), corpus.fingerprint
-
-    def _vocabulary(self) -> int:
-        tokens = self.stream.corpus.manifest.tokenizer.vocab_size
-        rows = self.recipe.model.vocabulary_rows(tokens)
-        if rows < tokens:
-            raise UserError(f"model.vocab_size: {rows} is less than the {tokens} tokens of the corpus's tokenizer")
-        return rows
-
-    def _find_checkpoint(self, resume: str) -> tuple[Path | None, TrainerState]:
-        """Find the checkpoint to resume from, if any, check it against this run, and return it with its state."""
-        fresh = TrainerState(0, 0, 0, self.stream.fingerprint, self.model, None, self.format)
-        existing = list_checkpoints(self.out / "checkpoints")
-        if resume == "never":
-            if existing:
-                raise UserError(
-                    f"{self.out} contains checkpoints of an earlier run, the latest {existing[-1]}: resume from it "
-                    "with --resume auto, or choose another directory with --out"
-                )
-            return None, fresh
-        path = Path(resume) if resume != "auto" else (existing[-1] if existing else None)
-        if path is None:
-            return None, fresh
-        if existing and path.resolve().parent != existing[-1].resolve().parent:
-            raise UserError(
-                f"{self.out} contains checkpoints of its own, the latest {existing[-1]}: resume from it with "
-                f"--resume auto, or choose another directory with --out to start from {path}"
-            )
-        state = read_state(path)
-        check_format(path, state, self.format, "Resume with that engine, or start another run from its weights")
-        check_same_model(path, replace(state, model=with_defaults(state.model)), self.model)
-        if state.data != self.stream.fingerprint:
-            raise UserError(
-                f"checkpoint {path} was trained on other data, or with another seed, shuffle_window or "
-                f"sequence_length: its data cursor is not valid for {self.recipe.data.path}. Restore these settings, "
-                "or start a new run (--out)"
-            )
-        if None not in (state.heldout, self.heldout_fingerprint) and state.heldout != self.heldout_fingerprint:
-            raise UserError(
-                f"checkpoint {path}: the run was evaluated on another held-out part than that of "
-                f"{self.recipe.data.path}: its held-out losses could not be compared. The training tokens are the "
-                "same. Restore the held-out part, or start a new run (--out)"
-            )
-        return path, state
-
-    def _find_weights(self) -> Weights | None:
-        """Find the initial weights of a fresh run and check them against its model; None for random initialisation."""
-        if self.recipe.train.init is None:
-            return None
-        weights = find_weights(Path(self.recipe.train.init), "with train.init=DIR")
-        weights.check(self.recipe.model, self.vocab_size)
-        return weights
-
-    def _verify_content(self, source: Path | None, weights: Weights | None) -> bool:
-        """Compare the files of the start with their checksums; return whether they should have been and have none."""
-        if self.recipe.checkpoint.verify == "sizes":
-            return False
-        if source is not None:
-            return not verify_content(source)
-        if weights is not None:
-            weights.verify_content()
-            return not weights.checksums
-        return False
-
-    def _check_same_start(self, state: TrainerState, weights: Weights | None) -> None:
-        """Raise UserError on every rank if ranks see different data, checkpoints or initial weights."""
-        starts: list[tuple[str, int, str]] = [("", 0, "")] * dist.get_world_size()
-        corpus = f"{self.stream.fingerprint} {self.heldout_fingerprint}"
-        dist.all_gather_object(starts, (corpus, state.step, weights.digest if weights else ""))
-        for rank, (data, step, digest) in enumerate(starts):
-            if data != starts[0][0]:
-                raise UserError(
-                    f"data.path: rank {rank} sees a different corpus than rank 0; copy the same corpus to every machine"
-                )
-            if step != starts[0][1]:
-                raise UserError(
-                    f"rank 0 would resume from step {starts[0][1]} and rank {rank} from step {step}, by the "
-                    f"checkpoints that each sees: {self.out} must be on a file system shared by all machines"
-                )
-            if digest != starts[0][2]:
-                raise UserError(
-                    f"train.init: rank {rank} sees different weights than rank 0; copy the same weights to every "
-                    "machine"
-                )
+        self.saved = self.done if start.source is not None else -1
 
     def _save(self) -> None:
         if self.saved != self.done:
@@ -298,9 +197,9 @@ class _Trainer:
                 sequences=self.cursor.sequences,
                 tokens=self.tokens,
                 data=self.stream.fingerprint,
-                model=self.model,
+                model=self.start.model,
                 speeds=speeds,
-                format=self.format,
+                format=self.start.format,
                 heldout=self.heldout_fingerprint,
                 spikes=self.spikes.state,
                 heldout_loss=self.measured,
@@ -345,7 +244,7 @@ class _Trainer:
         flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
-            unigram = unigram_loss(self.stream, self.heldout, self.vocab_size)
+            unigram = unigram_loss(self.stream, self.heldout, self.start.vocab_size)
         mesh, parallel = self.mesh, self.recipe.parallel
         axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "cp": mesh.cp.size, "ep": mesh.ep.size}
         axes |= {"tp": parallel.tp, "pp": parallel.pp}
@@ -369,11 +268,11 @@ class _Trainer:
             self.reporter.message(message)
         for layers, schedule in info.attention.items():
             self.reporter.message(f"attention, {layers}: {schedule}")
-        if self.resumed_from is not None:
-            self.reporter.message(f"Resumed from {self.resumed_from} after step {self.done}.")
-        if self.initial_weights is not None:
-            self.reporter.message(f"Initialised from the weights in {self.initial_weights.path}.")
-        if self.unverified:
+        if self.start.source is not None:
+            self.reporter.message(f"Resumed from {self.start.source} after step {self.done}.")
+        if self.start.weights is not None:
+            self.reporter.message(f"Initialised from the weights in {self.start.weights.path}.")
+        if self.start.unverified:
             self.reporter.message("Its files have no checksums: an earlier version of longctx wrote them.")
 
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
@@ -390,7 +289,7 @@ class _Trainer:
     def run(self) -> None:
         steps = self.recipe.train.steps
         if self.done >= steps:
-            self.reporter.message(f"Nothing to do: {self.resumed_from} is at step {self.done}, train.steps is {steps}.")
+            self.reporter.message(f"Nothing to do: {self.start.source} is at step {self.done}, train.steps is {steps}.")
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) != signal.SIG_IGN:
