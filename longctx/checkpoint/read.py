@@ -1,7 +1,7 @@
 """Reading a run's checkpoints: which there are, whether they are intact and of this model, their states and tensors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -25,24 +25,48 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in folder.iterdir() if parse_name(path.name) is not None and path.is_dir())
+
+
+def name_of(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def parse_name(name: str) -> int | None:
+    """Return the step of a checkpoint by the name of its folder; None if it is not the name of one."""
+    named = _NAME.fullmatch(name)
+    return None if named is None else int(named[1])
 
 
 def step_of(path: Path) -> int:
     """Return the step of a checkpoint, of those that `list_checkpoints` returns, by its name."""
-    named = _NAME.fullmatch(path.name)
-    assert named is not None
-    return int(named[1])
+    step = parse_name(path.name)
+    assert step is not None
+    return step
 
 
-def heldout_losses(checkpoints: Sequence[Path]) -> dict[int, HeldOut]:
-    """Read the held-out losses of checkpoints by step; those without one, or with a damaged listing, are left out."""
+def read_listing(path: Path, how: str = RESUME) -> dict[str, Any]:
+    """Read the listing of a checkpoint. Raises UserError if there is none, or it is damaged."""
+    if (path / TRAINER).exists() and not (path / TRAINER).is_file():
+        raise UserError(_unreadable(path, "it is not a file", how))  # reading a pipe would wait for ever
+    try:
+        return unseal((path / TRAINER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(_unreadable(path, error, how)) from error
+
+
+def heldout_losses(steps: Iterable[int], read: Callable[[int], Mapping[str, Any]]) -> dict[int, HeldOut]:
+    """Return the held-out losses of checkpoints by step; those without one, or with a damaged listing, are left out.
+
+    `read` reads the listing of a step's checkpoint.
+    """
     losses = {}
-    for path in checkpoints:
+    for step in steps:
         with suppress(UserError, ValueError, KeyError, TypeError):
-            state = parse_state(_read_listing(path, RESUME)["state"])
-            if state.heldout_loss is not None:
-                losses[step_of(path)] = state.heldout_loss
+            loss = parse_state(read(step)["state"]).heldout_loss
+            if loss is not None:
+                losses[step] = loss
     return losses
 
 
@@ -51,7 +75,7 @@ def read_state(path: Path, how: str = RESUME) -> TrainerState:
 
     Raises UserError if `path` is not a checkpoint, or a file is missing or truncated.
     """
-    content = _read_listing(path, how)
+    content = read_listing(path, how)
     stored = content.get("state")
     unknown = sorted({*stored} - {each.name for each in fields(TrainerState)}) if isinstance(stored, dict) else []
     if unknown:
@@ -74,7 +98,7 @@ def read_checksums(path: Path, how: str = RESUME) -> dict[str, str]:
 
     Raises UserError if `path` is not a checkpoint.
     """
-    listing = _read_listing(path, how)
+    listing = read_listing(path, how)
     try:
         return stored_checksums(listing)
     except UserError as error:
@@ -94,15 +118,6 @@ def verify_content(path: Path, how: str = RESUME) -> bool:
     return bool(checksums)
 
 
-def _read_listing(path: Path, how: str) -> dict[str, Any]:
-    if (path / TRAINER).exists() and not (path / TRAINER).is_file():
-        raise UserError(_unreadable(path, "it is not a file", how))  # reading a pipe would wait for ever
-    try:
-        return unseal((path / TRAINER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(_unreadable(path, error, how)) from error
-
-
 def _unreadable(path: Path, reason: object, how: str) -> str:
     advice = suggest_alternative(path, how)
     return f"{path} is not a checkpoint, or it is damaged: {TRAINER} cannot be read ({reason}). {advice}"
@@ -114,9 +129,9 @@ def _find_wrong(path: Path, state: TrainerState, files: Mapping[str, Any]) -> st
         value = getattr(state, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             return f"{TRAINER} has {name} {value!r}, expected a number from 0"
-    named = _NAME.fullmatch(path.name)
-    if named and int(named[1]) != state.step:
-        return f"{TRAINER} is of step {state.step}, and the folder of step {int(named[1])}"
+    named = parse_name(path.name)
+    if named not in (state.step, None):
+        return f"{TRAINER} is of step {state.step}, and the folder of step {named}"
     if METADATA not in files:
         return f"{TRAINER} does not list {METADATA}"
     if not all(Path(name).name == name and isinstance(size, int) for name, size in files.items()):

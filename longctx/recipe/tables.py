@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from longctx.config import Config, Duration, Integer, PathText
 
@@ -202,9 +202,21 @@ class CheckpointConfig(Config):
     keep_best: bool | None = None
     """Also keep the checkpoint with the lowest held-out loss, of those at whose step there was an evaluation. Default:
     true where there is an `[evaluation]`."""
+    copy_to: str | None = None
+    """URL of a folder in an object store, such as `s3://bucket/runs/mine`, to which every checkpoint is copied after it
+    is written (docs/checkpoints.md). A start with --resume auto downloads the latest copy if it is later than the
+    checkpoints in the run's directory. Needs the store's package: s3fs for `s3://`, gcsfs for `gs://`, adlfs for
+    `abfs://`."""
     verify: Literal["full", "sizes"] = "full"
     """What is compared before a checkpoint, or the weights of `train.init`, are read: `full`: the content of every file
     with its checksum, shared by the ranks; `sizes`: the files' sizes."""
+
+    @field_validator("copy_to")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and "://" not in value:
+            raise ValueError(f"expected a URL, such as s3://bucket/runs/mine, not {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _milestones_are_written(self) -> "CheckpointConfig":

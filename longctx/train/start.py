@@ -1,12 +1,13 @@
 """Start of a run: its data, and the checkpoint or the weights that it starts from, checked before anything is built."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from longctx.checkpoint.copies import CheckpointCopies
 from longctx.checkpoint.read import check_format, check_same_model, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights, find_weights, stored_config, with_defaults
@@ -17,6 +18,7 @@ from longctx.errors import UserError
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe
 from longctx.train.build_engine import CHECKPOINT_FORMATS
+from longctx.train.resume_copy import open_copies
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,18 @@ class Start:
     """Initial weights of a fresh run; None: it resumes, or they are random."""
     unverified: bool
     """Whether the files of the start were to be compared with their checksums, and have none."""
+    copies: CheckpointCopies | None
+    """Where checkpoints are copied to; None: nowhere."""
 
 
-def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
+def find_start(recipe: Recipe, out: Path, resume: str, say: Callable[[str], None]) -> Start:
     """Find what a run starts from and check it against the recipe. Collective.
 
-    `resume`: as for `train`. Raises UserError, on every rank, if data, checkpoint or weights do not fit the recipe, are
-    damaged, or are not the same on all ranks.
+    `resume`: as for `train`. `say` is called on rank 0 before what takes long. Raises UserError, on every rank, if
+    data, checkpoint or weights do not fit the recipe, are damaged, or are not the same on all ranks.
     """
+    url = recipe.checkpoint.copy_to
+    copies = None if url is None else open_copies(url, out, resume, say)
     with raise_on_all_ranks():
         stream = train_stream(recipe.data, seed=recipe.seed)
         heldout, heldout_fingerprint = _open_heldout(recipe)
@@ -61,7 +67,17 @@ def find_start(recipe: Recipe, out: Path, resume: str) -> Start:
     _check_same_start(f"{stream.fingerprint} {heldout_fingerprint}", state, weights, out)
     unverified = _verify_content(recipe, source, weights)
     return Start(
-        stream, heldout, heldout_fingerprint, vocab_size, model, fresh.format, source, state, weights, unverified
+        stream=stream,
+        heldout=heldout,
+        heldout_fingerprint=heldout_fingerprint,
+        vocab_size=vocab_size,
+        model=model,
+        format=fresh.format,
+        source=source,
+        state=state,
+        weights=weights,
+        unverified=unverified,
+        copies=copies,
     )
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from longctx import system
-from longctx.checkpoint.read import list_checkpoints
+from longctx.checkpoint.read import list_checkpoints, name_of
 from longctx.checkpoint.retention import HeldOut
 from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.trainer_state import TrainerState
@@ -158,13 +158,15 @@ class _Trainer:
     ) -> None:
         self.monitor = monitor
         self.recipe, self.out = recipe, out
-        self.start = start = find_start(recipe, out, resume)
+        self.start = start = find_start(recipe, out, resume, make_display().message)
         self.stream, self.heldout, state = start.stream, start.heldout, start.state
         self.engine = build_engine(recipe, kind, start.vocab_size)
         stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
         retention = build_retention(recipe.checkpoint, len(self.heldout) if self.heldout is not None else None)
-        self.checkpointer = Checkpointer(out / "checkpoints", retention, recipe.parallel.timeout, check_lock)
+        self.checkpointer = Checkpointer(
+            out / "checkpoints", retention, recipe.parallel.timeout, check_lock, start.copies
+        )
         stack.callback(self.checkpointer.close)
         if start.source is not None:
             self.engine.load(start.source)
@@ -188,6 +190,9 @@ class _Trainer:
         self.stopped_by = 0
         """The signal that stops the run; 0 if there is none."""
         self.saved = self.done if start.source is not None else -1
+        self.not_copied: str | None = None
+        """What was said of the last checkpoint's copy; None if there was nothing to say."""
+        self.checkpointer.copy_missing(start.source)
 
     def _save(self) -> None:
         if self.saved != self.done:
@@ -206,6 +211,13 @@ class _Trainer:
             )
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
+            self._report_copies()
+
+    def _report_copies(self) -> None:
+        """Say why the last checkpoint was not copied, unless that was said before."""
+        if self.checkpointer.not_copied not in (None, self.not_copied):
+            self.reporter.message(f"WARNING: {self.checkpointer.not_copied}")
+        self.not_copied = self.checkpointer.not_copied
 
     def _batch(self, sequence: Packed) -> Batch:
         parallel = self.recipe.parallel
@@ -386,8 +398,9 @@ class _Trainer:
         self.reporter.evaluation(found)
 
     def _finish(self) -> None:
-        checkpoint = self.checkpointer.folder / f"step-{self.done:08d}"
+        checkpoint = self.checkpointer.folder / name_of(self.done)
         if self.done < self.recipe.train.steps:
+            self._report_copies()
             self.reporter.message(
                 f"Stopped by a signal after step {self.done}. Checkpoint: {checkpoint}; rerun the command to resume."
             )
@@ -397,3 +410,5 @@ class _Trainer:
         self.reporter.message(
             f"Done. Checkpoint: {checkpoint}{best}\nMetrics: {self.out / FILE_NAME}\nPlots: {self.out / 'pictures'}"
         )
+        if self.checkpointer.not_copied is not None:
+            raise UserError(self.checkpointer.not_copied)

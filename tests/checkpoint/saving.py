@@ -1,5 +1,6 @@
 """Checkpoints of a small tensor, saved and read by ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longctx.checkpoint.read import load_tensors
-from longctx.checkpoint.retention import RetentionPolicy
+from longctx.checkpoint.retention import HeldOut, RetentionPolicy
 from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.trainer_state import TrainerState
 
@@ -17,6 +18,11 @@ MODEL = {"dim": 16, "vocab_size": 320}
 
 def state(step: int) -> TrainerState:
     return TrainerState(step, sequences=2 * step, tokens=128 * step, data="a corpus", model=MODEL)
+
+
+def measured(step: int, loss: float) -> TrainerState:
+    """The state of a checkpoint whose held-out loss is known."""
+    return replace(state(step), heldout_loss=HeldOut(loss, 8))
 
 
 def sharded(value: float) -> dict[str, dict[str, torch.Tensor]]:

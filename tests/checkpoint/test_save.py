@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from longctx.checkpoint.read import list_checkpoints, read_state
-from longctx.checkpoint.retention import HeldOut, RetentionPolicy
+from longctx.checkpoint.retention import RetentionPolicy
 from longctx.checkpoint.save import _STAGES_ONCE, Checkpointer, new_stager
 from longctx.checkpoint.spike_state import SpikeState
 from longctx.checkpoint.trainer_state import TrainerState
 from longctx.errors import UserError
-from tests.checkpoint.saving import names, read_all, save, save_states, sharded, state
+from tests.checkpoint.saving import measured, names, read_all, save, save_states, sharded, state
 
 
 def written_and_read(folder: Path) -> tuple[float, TrainerState]:
@@ -179,11 +179,6 @@ def test_one_of_a_later_step_is_of_an_attempt_that_was_given_up(ranks, tmp_path)
     ranks.run(save, tmp_path, 1, 5, 9, size=2)
     ranks.run(save, tmp_path, 6, size=2)
     assert names(tmp_path) == ["step-00000005", "step-00000006"]
-
-
-def measured(step: int, loss: float) -> TrainerState:
-    """The state of a checkpoint whose held-out loss is known."""
-    return replace(state(step), heldout_loss=HeldOut(loss, 8))
 
 
 BEST = RetentionPolicy(1, sequences=8)
