@@ -38,6 +38,7 @@ from longctx.engines.metrics import (
 from longctx.engines.router_stats import NonFiniteLogitsError, RoutingFluctuation
 from longctx.errors import UserError
 from longctx.files import writing
+from longctx.health.flight_recorder import FOLDER, record_collectives
 from longctx.health.monitor import Monitor, monitored
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
@@ -78,6 +79,8 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> int:
         # Filling new memory costs time, and nothing here reads memory that it did not write.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # set by property
     timeout = recipe.parallel.timeout
+    if kind == "cuda":
+        record_collectives(out / "logs")
     with process_group(kind, timeout), monitored(timeout, out / "logs") as monitor:
         check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
@@ -183,6 +186,8 @@ class _Trainer:
             if dist.get_rank() == 0:
                 with writing(out / "recipe.toml"):
                     out.mkdir(parents=True, exist_ok=True)
+                    if kind == "cuda":
+                        (out / "logs" / FOLDER).mkdir(parents=True, exist_ok=True)
                     (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
             self.reporter = _Reporter(recipe, out, self.done)
         stack.callback(self.reporter.close)
