@@ -13,11 +13,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from longctx.data.footer import footer_digest
 from longctx.data.manifest import Manifest, ShardEntry, SplitName
-from longctx.data.tokenizer import Tokens
+from longctx.data.shards import schema
+from longctx.data.tokenizer import Tokens, token_dtype
 from longctx.errors import UserError
 
 Index = npt.NDArray[np.int64]
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
+"""What reading a damaged shard raises."""
 
 
 class Corpus:
@@ -133,19 +137,29 @@ class Corpus:
         try:
             with self._open(shard) as parquet:
                 table = parquet.read_row_group(inside, columns=[column], use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+        except _UNREADABLE as error:
             raise self._damaged(shard, f"row group {inside}: {error}") from error
+        rows = int(self.row_groups[group + 1] - self.row_groups[group])
+        kind = schema(token_dtype(self.vocab_size)).field(column).type
+        if table.column_names != [column] or len(table) != rows or table.schema[0].type != kind:
+            raise self._damaged(shard, f"row group {inside}: it has no {column} of {rows} documents")
         return table.column(0).combine_chunks()
 
     def _read_lengths(self, shard: ShardEntry) -> list[Index]:
         try:
+            footer = None if shard.footer is None else footer_digest(self.directory / shard.file)
             with self._open(shard) as parquet:
-                groups = [
-                    parquet.read_row_group(group, columns=["length"], use_threads=False).column(0).to_numpy()
+                tables = [
+                    parquet.read_row_group(group, columns=["length"], use_threads=False)
                     for group in range(parquet.num_row_groups)
                 ]
-        except (OSError, pa.ArrowException) as error:
+        except _UNREADABLE as error:
             raise self._damaged(shard, str(error)) from error
+        if footer != shard.footer:
+            raise self._damaged(shard, "its footer has changed since it was prepared")
+        if any(table.column_names != ["length"] or not pa.types.is_integer(table.schema[0].type) for table in tables):
+            raise self._damaged(shard, "it has no lengths of documents")
+        groups = [table.column(0).to_numpy() for table in tables]
         rows, tokens = sum(map(len, groups)), int(sum(group.sum() for group in groups))
         if (rows, tokens) != (shard.rows, shard.tokens):
             raise self._damaged(

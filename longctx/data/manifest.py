@@ -55,6 +55,9 @@ class ShardEntry(Config):
     tokens: int
     bytes: int
     sha256: str
+    footer: str | None = None
+    """Digest of its footer (`longctx.data.footer`), which is compared at every start; None: an earlier version of
+    longctx prepared it."""
 
 
 class SplitEntry(Config):

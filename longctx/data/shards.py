@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from longctx.data.footer import footer_digest
 from longctx.data.manifest import ShardEntry, SplitEntry, SplitName
 from longctx.data.staging import naming_disk_errors
 from longctx.data.tokenizer import Tokens
@@ -140,6 +141,7 @@ class SplitWriter:
                 tokens=self._shard_filled,
                 bytes=file.stat().st_size,
                 sha256=digest,
+                footer=footer_digest(file),
             )
         )
         self._writer = None

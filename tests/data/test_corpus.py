@@ -1,5 +1,6 @@
 """Random access to documents, at bounded memory, from shards that may be damaged."""
 
+import json
 import sys
 import threading
 
@@ -133,3 +134,31 @@ def test_a_shard_that_is_not_parquet_stops_before_the_first_step(tmp_path):
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(UserError, match=r"shard-00000\.parquet cannot be read"):
         Corpus(directory)
+
+
+def test_a_bit_that_flips_in_a_footer_is_noticed_and_before_there_were_digests_never_a_crash(tmp_path):
+    """A footer has no checksum of its own: of an earlier version's corpus, some of these change tokens unseen."""
+    directory = corpus_of(tmp_path / "corpus", [5, 600])
+    shard, manifest = directory / "train" / "shard-00000.parquet", directory / "manifest.json"
+    content, now = shard.read_bytes(), json.loads(manifest.read_text())
+    old = json.loads(manifest.read_text())
+    for entry in old["splits"]["train"]["shards"]:
+        del entry["footer"]
+    length = int.from_bytes(content[-8:-4], "little") + 8
+    bits = range(0, 8 * length, 13)
+    for version, flips in ((now, bits), (old, bits)):
+        manifest.write_text(json.dumps(version))
+        told = []
+        for bit in flips:
+            changed = bytearray(content)
+            changed[len(content) - length + bit // 8] ^= 1 << bit % 8
+            shard.write_bytes(changed)
+            try:
+                corpus = Corpus(directory)
+                for document in range(corpus.documents):
+                    corpus.read(document)
+                    corpus.source(document)
+            except UserError as error:
+                told.append(str(error))
+        assert all("shard-00000.parquet cannot be read" in text for text in told)
+        assert len(told) == len(flips) if version is now else told
