@@ -63,6 +63,8 @@ _DIVERGED = (
     "schedule.warmup or a smaller train.clip"
 )
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
 
 def train(recipe: Recipe, *, out: Path, resume: str) -> int:
     """Train `recipe` into the directory `out`; return the exit status. Collective: every rank of a job calls it.
@@ -85,6 +87,9 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> int:
         check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
         with locked(out, make_display().message) as check_lock, ExitStack() as stack:
+            for number in _STOPPING:
+                # Last: the trainer's handler holds it, with the model and its process groups.
+                stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
             trainer = _Trainer(recipe, out, resume, kind, monitor, check_lock, stack)
             trainer.run()
             stack.close()
@@ -308,7 +313,7 @@ class _Trainer:
         if self.done >= steps:
             self.reporter.message(f"Nothing to do: {self.start.source} is at step {self.done}, train.steps is {steps}.")
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._stop)
         with collective_errors("at the start"):

@@ -41,6 +41,10 @@ def test_a_process_that_is_killed_is_distinguished_from_an_error() -> None:
     assert caught.value.died
 
 
+def is_ready() -> bool:
+    return True
+
+
 def hang() -> None:
     report("before")
     time.sleep(600)
@@ -57,7 +61,7 @@ def test_one_process_calls_one_function_after_the_other_and_survives_an_error() 
 def test_a_function_that_hangs_is_ended_after_its_time_and_its_reports_have_arrived() -> None:
     reports: list[object] = []
     with IsolatedProcess() as process:
-        process.call(os.getpid)  # it has started
+        process.call(is_ready)  # it has started, and imported this module
         with pytest.raises(IsolatedProcessError, match="more than 2 s") as caught:
             process.call(hang, seconds=2, on_report=reports.append)
     assert caught.value.timed_out

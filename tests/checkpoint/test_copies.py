@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
 from longctx.checkpoint.copies import CheckpointCopies
@@ -16,7 +17,8 @@ from tests.checkpoint.saving import measured, names, read_all, save, sharded, st
 
 def copies_in(folder: Path, run: str = "mine") -> CheckpointCopies:
     copies = CheckpointCopies(f"file://{folder / 'store'}")
-    copies.claim(run)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        copies.claim(run)
     return copies
 
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -44,7 +44,7 @@ def workplace(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(ranks, workplace) -> Path:
     """8 uninterrupted steps on 2 context-parallel ranks, 2 sequences accumulated in each; checkpoints at 2, 4, 6, 8."""
-    ranks.run(train, workplace, workplace / "uninterrupted", ["evaluation.every=4"], size=2)
+    ranks.run(train, workplace, workplace / "uninterrupted", ["evaluation.every=4"], "auto", nullcontext, True, size=2)
     return workplace / "uninterrupted"
 
 
@@ -217,7 +217,8 @@ EXPERTS = (
 @pytest.fixture(scope="module")
 def expert_parallel(ranks, workplace) -> Path:
     """8 steps with experts that are sharded over 2 context-parallel ranks."""
-    ranks.run(train, workplace, workplace / "expert_parallel", [*EXPERTS, "parallel.ep=2"], size=2)
+    overrides = [*EXPERTS, "parallel.ep=2"]
+    ranks.run(train, workplace, workplace / "expert_parallel", overrides, "auto", nullcontext, True, size=2)
     return workplace / "expert_parallel"
 
 
