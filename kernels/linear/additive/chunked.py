@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.chunking import Chunk, ChunkLoop, HeadGroup, split_chunks
 from longctx.kernels.linear.decay import Decay, Decays, LogDecayGrad
 from longctx.kernels.linear.recurrence import Carry, GateGrads, Inputs, Segment
@@ -55,18 +56,6 @@ class _AdditiveLoop(ChunkLoop):
         size = VECTOR_CHUNK if self.decays.vector else CHUNK
         return split_chunks(segment, size, pad_to_power_of_two=self.decays.vector)
 
-    def transitions(self, segments: Sequence[Segment]) -> Tensor:
-        """Return the segments' transitions as cumulative log-decays, `[N, B, H]` or `[N, B, H, K]`."""
-        gates = self.inputs.gates
-        gate = gates[0] if gates else torch.zeros(1, dtype=self.dtype, device=self.scratch.device)
-        if gate.dim() == 1:
-            totals = [gate.to(self.dtype).mul(s.size).expand(self.batch, -1) for s in segments]
-        else:
-            totals = [gate[:, s.at].sum(dim=1, dtype=torch.float64).to(self.dtype) for s in segments]
-        totals = [total.repeat_interleave(self.heads // total.shape[1], dim=1) for total in totals]
-        reset = zip(totals, segments, strict=True)
-        return torch.stack([torch.full_like(t, float("-inf")) if s.starts else t for t, s in reset])
-
     def write(self, state: RunningState, keys: Tensor, values: Tensor, decay: Decay) -> None:
         """Update the state from S to S'."""
         written = self.scaled("written", keys, decay.writes)
@@ -93,6 +82,20 @@ class _AdditiveLoop(ChunkLoop):
                     self.store_state(ends[number], group, state.value())
 
 
+def transitions(inputs: Inputs, segments: Sequence[Segment]) -> Tensor:
+    """Return the segments' transitions as cumulative log-decays, `[N, B, H]` or `[N, B, H, K]`."""
+    batch, heads, *_ = inputs.state_shape
+    dtype = accumulation_dtype(inputs.k.dtype)
+    gate = inputs.gates[0] if inputs.gates else torch.zeros(1, dtype=dtype, device=inputs.k.device)
+    if gate.dim() == 1:
+        totals = [gate.to(dtype).mul(s.size).expand(batch, -1) for s in segments]
+    else:
+        totals = [gate[:, s.at].sum(dim=1, dtype=torch.float64).to(dtype) for s in segments]
+    totals = [total.repeat_interleave(heads // total.shape[1], dim=1) for total in totals]
+    reset = zip(totals, segments, strict=True)
+    return torch.stack([torch.full_like(t, float("-inf")) if s.starts else t for t, s in reset])
+
+
 def segment_length(heads: int, length: int, device: torch.device) -> int:
     """Return the whole length, one segment: a chunk of several heads is enough work for a CPU."""
     del heads, device
@@ -113,7 +116,7 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
                 keys, values = loop.load("k", k, group, chunk), loop.load("v", v, group, chunk)
                 loop.write(state, keys, values, loop.decays.for_chunk(loop, group, chunk))
             loop.store_state(states[number], group, state.value())
-    return Carry(loop.transitions(segments), states)
+    return Carry(transitions(inputs, segments), states)
 
 
 def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +150,7 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
                     queries, grads = loop.load("q", q, group, chunk, reader), loop.load("do", do, group, chunk, reader)
                     added.baddbmm_(loop.scaled("read", queries, decay.reads).transpose(1, 2), grads)
             loop.store_state(dstates[number], group, dstate.value())
-    return Carry(loop.transitions(segments), dstates)
+    return Carry(transitions(inputs, segments), dstates)
 
 
 def query_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor, states: Tensor) -> Tensor:

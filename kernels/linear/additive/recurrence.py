@@ -1,10 +1,10 @@
-"""Additive recurrence: its gate, FLOPs and decoding step, over the chunkwise torch and Triton implementations."""
+"""Additive recurrence: its gate, FLOPs and decoding step, over chunkwise implementations in C++, torch and Triton."""
 
 from typing import Any
 
 from torch import Tensor
 
-from longctx.kernels.linear.additive import chunked
+from longctx.kernels.linear.additive import native
 from longctx.kernels.linear.checks import check_decay
 from longctx.kernels.linear.operators import RegisteredRecurrence, Shape
 from longctx.kernels.linear.recurrence import Inputs
@@ -45,5 +45,5 @@ def decayed(state: Tensor, log_decay: Tensor) -> Tensor:
     return state * (decay[..., None] if decay.dim() == 3 else decay[..., None, None])
 
 
-ADDITIVE = Additive(chunked, "longctx.kernels.linear.additive.triton")
+ADDITIVE = Additive(native, "longctx.kernels.linear.additive.triton")
 """Linear attention, lightning, retention, simple GLA, Mamba-2, GLA, HGRN-2, LightNet."""

@@ -1,0 +1,149 @@
+"""The additive recurrence in C++ against that in torch operators in float64, on every layout of heads and documents."""
+
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from longctx.kernels.linear.additive import chunked, native
+from longctx.kernels.linear.recurrence import Inputs, Segment
+from longctx.kernels.native import library
+from tests.kernels.linear.cases import GROUPS, by_recurrence, draw, relative
+
+pytestmark = pytest.mark.skipif(
+    not library.is_enabled() or library.load(native.FAMILY) is None, reason="needs a C++ compiler"
+)
+KINDS = ("no decay", "constant", "scalar")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+SEGMENTS = [Segment(0, 70), Segment(70, 210, (9, 75, 76)), Segment(210, 210), Segment(210, 300)]
+BOUND = 2e-6
+
+
+def check(case, segments, bound=BOUND):
+    """Values and gradients in float32 against float64."""
+    narrow = case.to(torch.float32)
+    got, again = by_recurrence(narrow, segments, module=native)
+    wanted, _ = by_recurrence(narrow.to(torch.float64), segments, module=chunked)
+    for name, want in wanted.items():
+        assert got[name].shape == want.shape, name
+        # A constant decay's gradient is a sum over all tokens that cancels.
+        limit = 5 * bound if name == "dlog_decay" and want.dim() == 1 else bound
+        assert relative(got[name].double(), want) < limit or got[name].norm() == want.norm() == 0, name
+    for name, (second, first) in again.items():
+        assert relative(second.double(), first.double()) < bound, name
+
+
+@each_kind
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(5, 7), (16, 16), (33, 17), (64, 100), (128, 128)])
+def test_values_and_gradients_of_any_width(kind, key_dim, value_dim):
+    check(draw(kind, 300, 1, (2, 2, 2, 2), key_dim, value_dim), SEGMENTS)
+
+
+@each_kind
+@pytest.mark.parametrize("heads", GROUPS.values(), ids=GROUPS)
+def test_heads_may_be_shared(kind, heads):
+    check(draw(kind, 130, 2, heads), [Segment(0, 130, (64,))])
+
+
+@each_kind
+@pytest.mark.parametrize("length", [1, 5, 6, 63, 64, 65, 128])
+def test_chunks_may_be_ragged(kind, length):
+    check(draw(kind, length), [Segment(0, length)])
+
+
+@each_kind
+@pytest.mark.parametrize("starts", [(0,), (1,), (199,), tuple(range(0, 200, 3)), tuple(range(200))])
+def test_documents_start_anywhere(kind, starts):
+    check(draw(kind, 200, 1), [Segment(0, 200, starts)])
+
+
+@each_kind
+def test_blocks_of_chunks_whose_states_are_recomputed(kind):
+    """More chunks than between two kept states, and the last block is not whole."""
+    check(draw(kind, 64 * 35 + 9, 1, (2, 1, 1, 1)), [Segment(0, 64 * 35 + 9)])
+
+
+def test_strong_decays():
+    check(draw("scalar", 200, strong=True), [Segment(0, 200, (50,))])
+
+
+@each_kind
+def test_bfloat16_inputs_are_multiplied_as_they_are(kind):
+    """Their products are float32's: what is rounded is the result alone."""
+    case = draw(kind, 200, 1).to(torch.bfloat16)
+    inputs, segments, states = Inputs(case.q, case.k, case.v, case.gates), [Segment(0, 200)], case.state[None]
+    wide = Inputs(case.q.float(), case.k.float(), case.v.float(), case.gates)
+    out, ends = native.apply(inputs, segments, states)
+    want, want_ends = native.apply(wide, segments, states)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(ends, want_ends)
+    assert torch.equal(out, want.bfloat16())
+    arguments = segments, case.do, states, case.dend[None], True
+    dq, dk, dv, dgates, dstates = native.apply_grad(inputs, *arguments)
+    wide_grads = native.apply_grad(wide, segments, case.do.float(), *arguments[2:])
+    for got, grad in zip((dq, dk, dv), wide_grads[:3], strict=True):
+        assert torch.equal(got, grad.bfloat16())
+    assert torch.equal(dstates, wide_grads[4])
+    assert all(torch.equal(got, grad) for got, grad in zip(dgates, wide_grads[3], strict=True) if grad is not None)
+
+
+@each_kind
+def test_tensors_need_not_be_contiguous(kind):
+    case = draw(kind, 130).to(torch.float32)
+    want, _ = by_recurrence(case, [Segment(0, 130)], module=native)
+
+    def head_major(x):
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def interleaved(x):
+        return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+
+    for change in (head_major, interleaved):
+        tokens = {name: change(getattr(case, name)) for name in ("q", "k", "v", "do")}
+        gates = tuple(change(gate) if gate.dim() > 1 else gate for gate in case.gates)
+        got, _ = by_recurrence(type(case)(**vars(case) | tokens | {"gates": gates}), [Segment(0, 130)], module=native)
+        for name, x in want.items():
+            assert torch.equal(got[name], x), name
+
+
+@each_kind
+def test_the_number_of_threads_changes_no_bit(kind):
+    case = draw(kind, 2100, 2, (3, 3, 3, 3), 32, 32).to(torch.float32)
+    found, segments = [], [*SEGMENTS[:2], Segment(210, 2100)]
+    for count in (1, 2, 5, 64):
+        with patch.object(torch, "get_num_threads", return_value=count):
+            values, _ = by_recurrence(case, segments, module=native)
+        found.append(values)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], x) for name, x in found[0].items())
+
+
+def test_tokens_in_no_segment_are_left_as_they_are(monkeypatch):
+    """What is not asked for is not read either."""
+    case = draw("scalar", 200).to(torch.float32)
+    for x in (case.q, case.k, case.v, case.do, *case.gates):
+        x[:, :20] = x[:, 150:] = torch.nan
+    segments = [Segment(20, 150)]
+    out, ends = native.apply(Inputs(case.q, case.k, case.v, case.gates), segments, case.state[None])
+    assert out[:, 20:150].isfinite().all()
+    assert ends.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "switch"), [("vector", "float32", "1"), ("scalar", "float64", "1"), ("scalar", "float32", "0")]
+)
+def test_what_it_does_not_take_runs_in_torch(kind, dtype, switch):
+    case = draw(kind, 70).to(getattr(torch, dtype))
+    with patch.dict(os.environ, {library.SWITCH: switch}), patch.object(native, "_Pass", side_effect=AssertionError):
+        got, _ = by_recurrence(case, [Segment(0, 70)], module=native)
+    want, _ = by_recurrence(case, [Segment(0, 70)], module=chunked)
+    assert all(torch.equal(got[name], x) for name, x in want.items())
+
+
+def test_no_memory_is_an_error():
+    case = draw("scalar", 70).to(torch.float32)
+    failing = type("Library", (), {"additive_apply": staticmethod(lambda call: 1)})
+    inputs = Inputs(case.q, case.k, case.v, case.gates)
+    with patch.object(library, "load", lambda family: failing), pytest.raises(MemoryError, match="additive_apply"):
+        native.apply(inputs, [Segment(0, 70)], case.state[None])
