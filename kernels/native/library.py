@@ -42,7 +42,7 @@ def load(family: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(build(family)))
     except (NativeUnavailableError, OSError) as error:
         _log.warning(
-            "native CPU kernels (%s) are not available: %s. torch operators run in their place, two to four times as "
+            "native CPU kernels (%s) are not available: %s. torch operators run in their place and take up to twice as "
             "long; %s=0 silences this",
             family,
             error,
