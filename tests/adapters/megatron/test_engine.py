@@ -48,10 +48,10 @@ def curve(out):
     return [(step.loss, step.grad_norm) for step in metrics(out).steps]
 
 
-def assert_same(found, want):
+def assert_same(found, want, rel=1e-5):
     assert len(found) == len(want)
     for each, wanted in zip(found, want, strict=True):
-        assert each == pytest.approx(wanted, rel=1e-5)
+        assert each == pytest.approx(wanted, rel=rel)
 
 
 ONE = "parallel.cp=1"
@@ -165,10 +165,10 @@ OTHER_ADAM = ["optimizer.betas=[0.5, 0.7]", "optimizer.eps=0.001", "optimizer.we
 def test_hyperparameters_that_changed_in_the_recipe_hold_after_resuming(ranks, workplace, built_in, saved, tmp_path):
     want = interrupted_copy(built_in, tmp_path / "torch", 4)
     ranks.run(train, workplace, want, [*HYBRID, ONE, *OTHER_ADAM], size=1)
-    assert curve(want)[-1] != pytest.approx(curve(built_in)[-1], rel=1e-4), "they change nothing"
+    assert curve(want)[-1] != pytest.approx(curve(built_in)[-1], rel=1e-3), "they change nothing"
     out = interrupted_copy(saved, tmp_path / "run", 4)
     ranks.run(megatron, workplace, out, [*HYBRID, ONE, *OTHER_ADAM], size=1)
-    assert_same(curve(out), curve(want))
+    assert_same(curve(out), curve(want), rel=5e-5)  # such short memories of moments amplify rounding
 
 
 def test_it_resumes_without_the_distributed_optimizer_and_never_with_another_one(ranks, workplace, built_in, tmp_path):
