@@ -1,7 +1,10 @@
-"""Checkpoints of a small tensor, saved and read by ranks."""
+"""Checkpoints of a small tensor, saved and read by ranks, and writers that are stopped on the way."""
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from longctx.checkpoint.read import load_tensors
 from longctx.checkpoint.retention import HeldOut, RetentionPolicy
 from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.trainer_state import TrainerState
+from longctx.errors import UserError
 
 MODEL = {"dim": 16, "vocab_size": 320}
 
@@ -58,3 +62,34 @@ def save_states(folder: Path, retention: RetentionPolicy, *states: TrainerState)
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+class Killed(BaseException):
+    """Stands for kill -9 at one point: every later change raises it too, so that what is there stays so."""
+
+
+def stopped_before(point: int, action: Callable[[], object], changes: Sequence[tuple[object, str]]) -> bool:
+    """Run `action`, and stop it before its change number `point`; whether it was stopped.
+
+    changes: the functions that change something, each as an attribute of an object.
+    """
+    count = 0
+
+    def counting(change):
+        def changed(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count > point:
+                raise Killed
+            return change(*arguments, **options)
+
+        return changed
+
+    with ExitStack() as stack:
+        for owner, name in changes:
+            stack.enter_context(patch.object(owner, name, counting(getattr(owner, name))))
+        try:
+            action()
+        except (Killed, UserError):  # UserError: torch gathers what ends a rank's writing and raises it as its own
+            return True
+    return False

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ from longctx.checkpoint.save import _STAGES_ONCE, Checkpointer, new_stager
 from longctx.checkpoint.spike_state import SpikeState
 from longctx.checkpoint.trainer_state import TrainerState
 from longctx.errors import UserError
-from tests.checkpoint.saving import measured, names, read_all, save, save_states, sharded, state
+from tests.checkpoint.saving import measured, names, read_all, save, save_states, sharded, state, stopped_before
 
 
 def written_and_read(folder: Path) -> tuple[float, TrainerState]:
@@ -281,8 +282,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next_save(ranks, tmp_path):
 # Writers that are stopped
 
 
-class Killed(BaseException):
-    """Stands for kill -9 at one point: every later change to the disk raises it too, so that what is there stays so."""
+CHANGES = [(Path, "rename"), (Path, "write_text"), (FileSystem, "create_stream"), (os, "unlink"), (os, "rmdir")]
 
 
 def killed_at_each_change(folder: Path) -> int:
@@ -291,7 +291,7 @@ def killed_at_each_change(folder: Path) -> int:
     for point in range(1000):
         here = folder / str(point)
         save(here, 1, 2, 3)
-        if not stopped_before(point, lambda: save(here, 3, keep=1)):  # noqa: B023 - called at once
+        if not stopped_before(point, partial(save, here, 3, keep=1), CHANGES):
             assert names(here) == ["step-00000003"]
             return point
         found = list_checkpoints(here)
@@ -302,34 +302,6 @@ def killed_at_each_change(folder: Path) -> int:
         assert names(here)[-1] == "step-00000004"
         assert not list(here.glob("*.partial"))
     raise AssertionError("it never ends")
-
-
-def stopped_before(point: int, action: Callable[[], None]) -> bool:
-    """Run `action`, and stop it before its change number `point` to the disk; whether it was stopped."""
-    count = 0
-
-    def counting(change):
-        def changed(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count > point:
-                raise Killed
-            return change(*arguments, **options)
-
-        return changed
-
-    with (
-        patch.object(Path, "rename", counting(Path.rename)),
-        patch.object(Path, "write_text", counting(Path.write_text)),
-        patch.object(FileSystem, "create_stream", counting(FileSystem.create_stream)),
-        patch.object(os, "unlink", counting(os.unlink)),
-        patch.object(os, "rmdir", counting(os.rmdir)),
-    ):
-        try:
-            action()
-        except (Killed, UserError):  # UserError: torch gathers what ends a rank's writing and raises it as its own
-            return True
-    return False
 
 
 def test_a_run_killed_at_any_point_leaves_whole_checkpoints(ranks, tmp_path):
