@@ -34,7 +34,6 @@ from longctx.checkpoint.read import (
     list_checkpoints,
     name_of,
     read_listing,
-    read_state,
     step_of,
 )
 from longctx.checkpoint.restricted import read_metadata
@@ -100,11 +99,10 @@ class Checkpointer:
         self.wait()
         self._write(write, state)
 
-    def copy_missing(self, checkpoint: Path | None) -> None:
+    def copy_missing(self, checkpoint: Path, state: TrainerState) -> None:
         """Start copying the checkpoint that the run resumes from, if it is of `folder` and its copy is not complete."""
-        if self._copies is None or checkpoint is None or checkpoint.resolve().parent != self.folder.resolve():
+        if self._copies is None or checkpoint.resolve().parent != self.folder.resolve():
             return
-        state = read_state(checkpoint)
         self._pending.append((self._thread.submit(self._copy_if_missing, checkpoint, state), None))
 
     def wait(self) -> None:

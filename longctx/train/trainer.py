@@ -202,7 +202,8 @@ class _Trainer:
         self.saved = self.done if start.source is not None else -1
         self.not_copied: str | None = None
         """What was said of the last checkpoint's copy; None if there was nothing to say."""
-        self.checkpointer.copy_missing(start.source)
+        if start.source is not None:
+            self.checkpointer.copy_missing(start.source, state)
 
     def _save(self) -> None:
         if self.saved != self.done:

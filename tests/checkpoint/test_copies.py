@@ -1,6 +1,7 @@
 """Copies of checkpoints in a store without renames: complete or absent, whatever stops the run that makes them."""
 
 import os
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from longctx.checkpoint.copies import CheckpointCopies
 from longctx.checkpoint.retention import RetentionPolicy
 from longctx.checkpoint.save import Checkpointer
 from longctx.errors import UserError
-from tests.checkpoint.saving import measured, names, read_all, save, sharded, state
+from tests.checkpoint.saving import measured, names, read_all, save, sharded, state, stopped_before
 
 
 def copies_in(folder: Path, run: str = "mine") -> CheckpointCopies:
@@ -61,8 +62,7 @@ def test_those_of_an_attempt_that_was_given_up_are_removed(ranks, tmp_path):
     assert copies_in(tmp_path).steps() == [1, 2]
 
 
-class Killed(BaseException):
-    """Stands for kill -9 at one point."""
+CHANGES = [(LocalFileSystem, name) for name in ("put_file", "pipe_file", "rm_file")] + [(os, "unlink")]
 
 
 def killed_at_each_change(folder: Path) -> int:
@@ -74,7 +74,7 @@ def killed_at_each_change(folder: Path) -> int:
         copies = copies_in(folder / str(point))
         for step in (1, 2, 3):
             make_copy(copies, local, step, RetentionPolicy(3))
-        if not stopped_before(point, lambda: make_copy(copies, local, 2, RetentionPolicy(1))):  # noqa: B023 - at once
+        if not stopped_before(point, partial(make_copy, copies, local, 2, RetentionPolicy(1)), CHANGES):
             assert copies.steps() == [2]
             return point
         for step in copies.steps():
@@ -90,33 +90,6 @@ def make_copy(copies: CheckpointCopies, local: Path, step: int, retention: Reten
     copies.upload(path, [name for name in names(path) if name != "trainer.json"])
     copies.publish(path)
     copies.retain(retention)
-
-
-def stopped_before(point: int, action) -> bool:
-    """Run `action`, and stop it before its change number `point` to the store; whether it was stopped."""
-    count = 0
-
-    def counting(change):
-        def changed(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count > point:
-                raise Killed
-            return change(*arguments, **options)
-
-        return changed
-
-    with (
-        patch.object(LocalFileSystem, "put_file", counting(LocalFileSystem.put_file)),
-        patch.object(LocalFileSystem, "pipe_file", counting(LocalFileSystem.pipe_file)),
-        patch.object(LocalFileSystem, "rm_file", counting(LocalFileSystem.rm_file)),
-        patch.object(os, "unlink", counting(os.unlink)),
-    ):
-        try:
-            action()
-        except Killed:
-            return True
-    return False
 
 
 def test_a_run_killed_at_any_point_leaves_whole_copies(ranks, tmp_path):
@@ -158,7 +131,7 @@ def test_a_copy_that_fails_does_not_end_the_run(ranks, tmp_path):
 
 def copy_missing(folder: Path, step: int) -> str | None:
     checkpointer = Checkpointer(folder / "checkpoints", RetentionPolicy(2), timeout=20.0, copies=copies_in(folder))
-    checkpointer.copy_missing(folder / "checkpoints" / f"step-{step:08d}")
+    checkpointer.copy_missing(folder / "checkpoints" / f"step-{step:08d}", state(step))
     checkpointer.close()
     return checkpointer.not_copied
 
