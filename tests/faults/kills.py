@@ -55,10 +55,10 @@ def _signal(trial: Trial) -> None:
 
 
 KINDS = (
-    Kind("kill", "kill -9 of a rank or the launcher; the resumed run is bitwise equal", 40, _kill_a_rank),
+    Kind("kill", "SIGKILL of a rank or the launcher; the resumed run is bitwise equal", 40, _kill_a_rank),
     Kind(
         "kill-in-write",
-        "kill -9 of a rank at a change to the disk; the resumed run is bitwise equal",
+        "SIGKILL of a rank at a change to the disk; the resumed run is bitwise equal",
         40,
         _kill_in_a_write,
     ),

@@ -70,7 +70,7 @@ def test_strong_decays():
 
 @each_kind
 def test_bfloat16_inputs_are_multiplied_as_they_are(kind):
-    """Their products are float32's: what is rounded is the result alone."""
+    """Products are in float32; only results are rounded to bfloat16."""
     case = draw(kind, 200, 1).to(torch.bfloat16)
     inputs, segments, states = Inputs(case.q, case.k, case.v, case.gates), [Segment(0, 200)], case.state[None]
     wide = Inputs(case.q.float(), case.k.float(), case.v.float(), case.gates)
