@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -116,6 +117,8 @@ def fail_twice(folder: Path) -> str:
             checkpointer.save(sharded(1.0), state(step))
         dist.barrier()
         if dist.get_rank() == 0:
+            while not list(folder.glob("*.partial")):  # the writer would create it while it is removed
+                time.sleep(0.01)
             shutil.rmtree(folder)
             folder.write_text("in the way")
         dist.barrier()
