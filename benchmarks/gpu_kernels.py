@@ -221,13 +221,15 @@ def time_recurrence(kind: str, dtype: str, shape: Shape, device: str, repeats: i
     return {}
 
 
-def timings(forward: Call, both: Call, device: torch.device, repeats: int) -> None:
+def timings(forward: Call, both: Call | None, device: torch.device, repeats: int) -> None:
     """Report the times of a forward and of a whole pass as they come, then kernels and memory."""
     forward()
-    report({"peak_mib": peak_mib(both, device)})
+    whole = both or forward
+    report({"peak_mib": peak_mib(whole, device)})
     for name, call in (("forward", forward), ("both", both)):
-        report({name: milliseconds(call, device, repeats)})
-    report({"kernels": kernels_of(both, device, 12)})
+        if call is not None:
+            report({name: milliseconds(call, device, repeats)})
+    report({"kernels": kernels_of(whole, device, 12)})
 
 
 def min_bytes(kind: str, shape: Shape, itemsize: int) -> tuple[int, int]:

@@ -88,7 +88,7 @@ GPU = Sizes(
     device="cuda",
     half="bfloat16",
     workers=min(16, os.cpu_count() or 1),
-    checkers=4,
+    checkers=8,
     shapes=((65536, 16, 128), (8192, 64, 128), (1048576, 8, 128)),
     small=(65536, 16, 64),
     compiled=32768,
@@ -164,6 +164,12 @@ def first_part(at: Sizes, work: str) -> list[Phase]:
         for dtype in (at.half, FP32)
     ]
 
+    compiled += [
+        Step(f"compile/peer/{kind}", "benchmarks.gpu_peers:compile_peer",
+             (kind, at.half, replace(first, tokens=at.compiled), device), 90)
+        for kind in PEERS
+    ]  # fmt: skip
+
     # The longest first.
     checked = [Step("pytest/attention", "benchmarks.gpu_system:tests", ATTENTION_TESTS, 70)]
     for dtype, like, packed in (
@@ -231,12 +237,12 @@ def first_part(at: Sizes, work: str) -> list[Phase]:
     return [
         # torch's first import, from a disk that nobody has read, may take half of it.
         Phase("system", 45, _steps(*system, at=at)),
-        Phase("compile", 150, _steps(*compiled, at=at), at.workers),
-        # The long ones take most of the memory, each by itself.
-        Phase("check", 215, _steps(*checked, at=at), at.checkers),
-        Phase("check, long", 240, _steps(*far, at=at)),
-        Phase("time", 390, _steps(*timed, at=at)),
-        Phase("train", 480, _steps(*_training(at, work), at=at)),
+        Phase("compile", 140, _steps(*compiled, at=at), at.workers),
+        # The long ones take up to 27 GiB each.
+        Phase("check", 200, _steps(*checked, at=at), at.checkers),
+        Phase("check, long", 275, _steps(*far, at=at), min(2, at.checkers)),
+        Phase("time", 345, _steps(*timed, at=at)),
+        Phase("train", 520, _steps(*_training(at, work), at=at)),
         Phase("peers", LIMIT, _steps(*_peers(at), at=at)),
     ]
 
@@ -245,8 +251,8 @@ def _training(at: Sizes, work: str) -> list[Step]:
     module, (_, tokens) = "benchmarks.gpu_train", at.tokens
     overrides = (*at.training, f"data.sequence_length={tokens}")
     return [
-        Step(f"train/{tokens}", f"{module}:train", (work, "run", overrides, 1), 80),
-        Step("train/profile", f"{module}:profile", (at.training, tokens, at.device), 50),
+        Step(f"train/{tokens}", f"{module}:train", (work, "run", overrides, 1), 120),
+        Step("train/profile", f"{module}:profile", (at.training, tokens, at.device), 60),
         Step("train/longest", f"{module}:longest", (at.training, at.tokens, at.device, 15.0), 60),
         Step("generate", f"{module}:generate", (work, "run", at.prompt, 128 if at is GPU else 4), 45),
     ]

@@ -1,5 +1,6 @@
 """Pointwise steps of the GPU benchmark: functions that torch.compile fuses on CUDA, short convolution."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -23,6 +24,13 @@ Leaves = Sequence[Tensor]
 @cache
 def _table(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rotary_table(torch.arange(rows, device=device), HEAD_DIM, 1e4)
+
+
+@cache
+def _gradient(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the gradient of a result; cached, so that timings are without it. Rounded on the CPU, as for float64."""
+    count = math.prod(shape)
+    return torch.linspace(-1, 1, count, dtype=torch.float64).view(shape).to(dtype).to(device)
 
 
 @cache
@@ -63,8 +71,7 @@ def with_gradients(name: str, inputs: Leaves) -> tuple[Tensor, ...]:
     """Return a function's result and the gradients of what it takes."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = FUNCTIONS[name](leaves)
-    seed = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
-    out.backward(torch.ones_like(out) if out.dim() == 0 else seed)
+    out.backward(torch.ones_like(out) if out.dim() == 0 else _gradient(out.shape, out.dtype, out.device))
     return out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)
 
 

@@ -15,6 +15,8 @@ from longctx.system import peak_memory_bytes
 
 FLUSHED = 2**28
 """Bytes written before each timed call: more than any L2 cache holds."""
+CYCLES_PER_MS = 2_000_000
+"""At least: the clock of a GPU is below 2 GHz."""
 SECONDS = 2.0
 """For the repeats of one timing."""
 Call = Callable[[], object]
@@ -32,10 +34,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def milliseconds(call: Call, device: torch.device, repeats: int) -> dict[str, float]:
-    """Time a call that ran before: the median `ms`, the spread over `repeats`, and the host's part `host_ms`.
+    """Time a call that ran before: the median `ms`, the spread over `repeats`, `host_ms` and `device_ms`.
 
-    The L2 cache is flushed before each. `host_ms` is until the call returns, with nothing in the device's queue: where
-    it is near `ms`, the host is the limit.
+    The L2 cache is flushed before each. `ms` begins with nothing in the device's queue, and `host_ms` is until the call
+    returns: where both are near, the host is the limit. `device_ms`, on a GPU, is the time with the call queued behind
+    others, which is what it adds to a step whose host is ahead.
     """
     clock, hosts = Clock(device), []
 
@@ -48,16 +51,34 @@ def milliseconds(call: Call, device: torch.device, repeats: int) -> dict[str, fl
     while len(times) < repeats and (len(times) < 2 or sum(times) < 1e3 * SECONDS):
         _flushed(device).zero_()
         times.append(1e3 * clock.seconds(timed))
-    return {
+    result = {
         "ms": statistics.median(times),
         "least_ms": min(times),
         "most_ms": max(times),
         "host_ms": statistics.median(hosts),
     }
+    if device.type == "cuda":
+        ahead = int(CYCLES_PER_MS * 2 * max(hosts))
+        queued = [_behind(call, device, ahead) for _ in range(min(len(times), 5))]
+        result["device_ms"] = statistics.median(queued)
+    return result
 
 
-def kernels_of(call: Call, device: torch.device, count: int) -> list[dict[str, Any]]:
-    """Profile a call: the `count` kernels (operators on a CPU) that take longest in all, with calls and ms."""
+def _behind(call: Call, device: torch.device, cycles: int) -> float:
+    """Time a call in ms whose kernels wait in the device's queue, behind one that takes `cycles` of its clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    _flushed(device).zero_()
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end)
+
+
+def kernels_of(call: Call, device: torch.device, count: int | None = None) -> list[dict[str, Any]]:
+    """Profile a call: its kernels (operators on a CPU) with calls and ms, the `count` that take longest in all."""
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         call()

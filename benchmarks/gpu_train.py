@@ -142,14 +142,15 @@ def _engine(overrides: Sequence[str], device: str) -> Iterator[_Engine]:
 
 
 def profile(overrides: Sequence[str], tokens: int, device: str) -> dict[str, Any]:
-    """Profile one step at a length: its 20 longest kernels, after a timed step."""
+    """Profile one step at a length, after a timed step: the time of all kernels, and the 20 longest."""
     from benchmarks.gpu_timing import kernels_of
 
     with _engine(overrides, device) as engine:
         batch = engine.batch(tokens)
         engine.step(batch)
         report(engine.measure(batch))
-        report({"kernels": kernels_of(lambda: engine.step(batch), engine.device, 20)})
+        kernels = kernels_of(lambda: engine.step(batch), engine.device)
+        report({"kernels_ms": sum(row["ms"] for row in kernels), "kernels": kernels[:20]})
     return {}
 
 
