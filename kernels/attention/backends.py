@@ -41,13 +41,19 @@ class Call:
     """The larger one of keys and values."""
     tiles: int
     """Tiles of 128 x 128, times the heads where each has its own mask."""
+    lengths: tuple[int, int] = (0, 0)
+    """Queries and keys."""
+    reproducible: bool = False
+    """Whether it is a backward pass that has to repeat bitwise."""
 
 
-def describe(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Call:
+def describe(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, backward: bool = False) -> Call:
     """Collect the properties on which the choice of a backend depends."""
     masks = q.shape[0] * q.shape[2] if isinstance(mask, Positions) and mask.query.dim() == 3 else 1
     tiles = masks * -(-q.shape[1] // 128) * -(-k.shape[1] // 128)
-    return Call(q.device, q.dtype, mask, max(q.shape[3], v.shape[3]), tiles)
+    reproducible = backward and torch.are_deterministic_algorithms_enabled()
+    lengths = q.shape[1], k.shape[1]
+    return Call(q.device, q.dtype, mask, max(q.shape[3], v.shape[3]), tiles, lengths, reproducible)
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -87,7 +93,24 @@ def _cudnn_refusal(call: Call) -> str | None:
         return "this build of torch has no cuDNN"
     if call.head_dim > 128:
         return f"it supports head dims up to 128, not {call.head_dim}"
+    if call.reproducible:
+        return "its backward pass does not repeat bitwise, and torch.use_deterministic_algorithms is on"
     return None
+
+
+PLAN_GRAIN = 1024
+"""Tokens: cuDNN builds a plan for each new shape, in 0.07 to 1.1 s on an H100 host, so it goes ahead only for lengths
+that are multiples of this, which few are, and which are long enough for it to be faster."""
+
+
+def _cudnn_is_faster(call: Call) -> bool:
+    """Whether cuDNN goes ahead of FlashAttention: on Hopper and later, which FlashAttention 2 was not written for.
+
+    On an H100 (benchmarks/README.md) it takes 0.45 to 0.55 of the time forward, 0.6 backward.
+    """
+    if call.device.type != "cuda" or torch.cuda.get_device_capability(call.device) < (9, 0):
+        return False
+    return min(call.lengths) > 0 and all(length % PLAN_GRAIN == 0 for length in call.lengths)
 
 
 @cache
@@ -166,10 +189,11 @@ def _flex() -> Backend:
 
 @dataclass(frozen=True)
 class Entry:
-    """A backend: why it does not support a call (None: it does), and how to load it."""
+    """A backend: why it does not support a call (None: it does), how to load it, and which calls it goes ahead for."""
 
     refusal: Callable[[Call], str | None]
     load: Callable[[], Backend]
+    is_ahead: Callable[[Call], bool] = lambda call: False
 
 
 BACKENDS = {
@@ -177,7 +201,7 @@ BACKENDS = {
     "cuda-flash": Entry(_cuda_flash_refusal, CudaFlash),
     "flash-attn": Entry(_flash_attn_refusal, FlashAttn),
     "triton": Entry(_triton_refusal, _triton),
-    "cuda-cudnn": Entry(_cudnn_refusal, CudaCudnn),
+    "cuda-cudnn": Entry(_cudnn_refusal, CudaCudnn, _cudnn_is_faster),
     "flex": Entry(_flex_refusal, _flex),
     "tiled": Entry(_any_refusal, Tiled),
 }
@@ -185,27 +209,38 @@ BACKENDS = {
 documents have new shapes in every batch, so they come after those that do not."""
 
 
-def explain_backends(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> dict[str, str | None]:
+def by_preference(call: Call) -> list[str]:
+    """Return the names of the backends, those that are ahead for this call first."""
+    return sorted(BACKENDS, key=lambda name: not BACKENDS[name].is_ahead(call))
+
+
+def explain_backends(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, backward: bool = False
+) -> dict[str, str | None]:
     """Return for each backend why it does not support this call, None where it does; in order of preference."""
-    call = describe(q, k, v, mask)
-    return {name: entry.refusal(call) for name, entry in BACKENDS.items()}
+    call = describe(q, k, v, mask, backward=backward)
+    return {name: BACKENDS[name].refusal(call) for name in by_preference(call)}
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str | None = None) -> Backend:
-    """Return the first backend that supports the call, or the named one.
+def choose_backend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, backend: str | None = None, *, backward: bool = False
+) -> Backend:
+    """Return the first backend that supports the call, forward or backward, or the named one.
 
-    Raises ValueError where the named one does not exist or does not support the call, with a list of those that do.
+    Both passes may be of different backends: each returns the block's own lse and takes the global one. Raises
+    ValueError where the named one does not exist or does not support the call, with a list of those that do.
     """
     if backend is None:
-        call = describe(q, k, v, mask)
-        return next(entry for entry in BACKENDS.values() if entry.refusal(call) is None).load()
+        call = describe(q, k, v, mask, backward=backward)
+        able = (BACKENDS[name] for name in by_preference(call) if BACKENDS[name].refusal(call) is None)
+        return next(able).load()
     if backend not in BACKENDS:
         raise ValueError(f"attention: no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    reasons = explain_backends(q, k, v, mask)
+    reasons = explain_backends(q, k, v, mask, backward=backward)
     if reasons[backend] is not None:
-        able = ", ".join(name for name, reason in reasons.items() if reason is None)
+        others = ", ".join(name for name, reason in reasons.items() if reason is None)
         raise ValueError(
-            f"attention: backend {backend!r} does not support this call: {reasons[backend]}. Supported by: {able}"
+            f"attention: backend {backend!r} does not support this call: {reasons[backend]}. Supported by: {others}"
         )
     return BACKENDS[backend].load()
 

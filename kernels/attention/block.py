@@ -17,8 +17,10 @@ skipping those that no query sees, and no tensor of Tq x Tk exists.
 
 Backends (longctx.kernels.attention.backends): the first that supports a call computes it, unless one is named. On CPUs
 torch's flash operator, tile by tile of the mask; on CUDA torch's FlashAttention or flash_attn for bf16 and fp16 without
-positions, our Triton kernel for the rest, then cuDNN, FlexAttention, and torch operators, which support everything.
-All return the block's own lse and take the global one; `explain_backends` lists why each does not support a call.
+positions, our Triton kernel for the rest, then cuDNN, FlexAttention, and torch operators, which support everything. On
+Hopper and later cuDNN comes first where lengths are multiples of 1024 and there are no positions, backward only without
+`torch.use_deterministic_algorithms`. All return the block's own lse and take the global one, so that the passes of a
+call may be of two backends; `explain_backends` lists why each does not support a call.
 """
 
 import torch
@@ -124,7 +126,7 @@ def backward(
     Raises ValueError as `forward` does.
     """
     _check(q, k, v, mask)
-    implementation = choose_backend(q, k, v, mask, backend)
+    implementation = choose_backend(q, k, v, mask, backend, backward=True)
     if q.shape[1] == 0 or k.shape[1] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     do, out = do.to(q.dtype), out.to(q.dtype)

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from longctx.kernels.attention import backends as attention_backends
 from longctx.kernels.attention import block as attention
-from longctx.kernels.attention.backends import BACKENDS, Call
+from longctx.kernels.attention.backends import BACKENDS, Call, by_preference
 from longctx.kernels.attention.block import CAUSAL, FULL, IntervalMask, explain_backends, sliding_window
 from longctx.kernels.attention.flex import Flex
 from longctx.kernels.attention.vendor import FlashAttn
@@ -20,7 +21,7 @@ WINDOW = IntervalMask(window=2)
 
 
 def first_able(call):
-    return next(name for name, entry in BACKENDS.items() if entry.refusal(call) is None)
+    return next(name for name in by_preference(call) if BACKENDS[name].refusal(call) is None)
 
 
 @pytest.fixture
@@ -60,6 +61,49 @@ def test_the_first_backend_that_lacks_nothing_is_taken(monkeypatch):
     monkeypatch.setattr(attention_backends, "_has_triton", lambda: False)
     assert first_able(Call(cuda, BF16, CAUSAL, 128, 1)) == "cuda-cudnn"
     assert first_able(Call(cuda, BF16, window, 128, 1)) == "tiled"
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_from_hopper_on_cudnn_goes_ahead_where_shapes_repeat(monkeypatch, capability, reproducible):
+    """Of lengths that are multiples of 1024, and forward alone where the backward pass has to repeat bitwise."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    window = sliding_window(4, 4, WINDOW)
+    plain = Call(torch.device("cuda"), BF16, CAUSAL, 128, 1, (4096, 4096), reproducible)
+    ahead = "cuda-flash" if reproducible or capability < (9, 0) else "cuda-cudnn"
+    assert first_able(plain) == ahead
+    assert first_able(replace(plain, lengths=(2048, 65536), mask=FULL)) == ahead
+    for other in ({"lengths": (4096, 5000)}, {"lengths": (1000, 4096)}, {"lengths": (0, 1024)}, {"head_dim": 192}):
+        assert first_able(replace(plain, **other)) == "cuda-flash", other
+    assert first_able(replace(plain, mask=window)) == "triton"
+    assert first_able(replace(plain, dtype=F32)) == "triton"
+
+
+@contextmanager
+def deterministic(wanted):
+    """Torch's deterministic algorithms switched on or off, as they were at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_a_backward_pass_has_to_repeat_where_torch_says_so():
+    q, k, v, _ = draw(6, 6)
+    for wanted in (True, False):
+        with deterministic(wanted):
+            assert attention_backends.describe(q, k, v, CAUSAL, backward=True).reproducible == wanted
+            assert not attention_backends.describe(q, k, v, CAUSAL).reproducible
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_cudnn_refuses_a_backward_pass_that_has_to_repeat_and_says_why():
+    call = Call(torch.device("cuda"), BF16, CAUSAL, 128, 1, (1024, 1024))
+    assert BACKENDS["cuda-cudnn"].refusal(call) is None
+    assert "deterministic" in BACKENDS["cuda-cudnn"].refusal(replace(call, reproducible=True))
 
 
 @pytest.mark.usefixtures("_gpu")
@@ -226,12 +270,27 @@ def test_every_backend_of_a_gpu_equals_the_dense_reference_and_takes_the_global_
     want = by_reference(*(x.double() for x in inputs), visible, 0.3)
     out, lse = attention.forward(q, k, v, mask, 0.3, backend)
     assert torch.equal(lse.isneginf().cpu(), want[1].isneginf())
-    for got, ref in zip((out, lse, *attention.backward(do, q, k, v, out, lse, mask, 0.3, backend)), want, strict=True):
+    with deterministic(False):
+        grads = attention.backward(do, q, k, v, out, lse, mask, 0.3, backend)
+    for got, ref in zip((out, lse, *grads), want, strict=True):
         got, ref = (x.double().cpu().nan_to_num(neginf=0.0) for x in (got, ref))
         assert (got - ref).norm() <= bound * ref.norm()
     if mask is FULL:
         # The second half of the keys with the out and lse of all.
         at = slice(tk // 2, tk)
-        grads = attention.backward(do, q, k[:, at], v[:, at], out, lse, FULL, 0.3, backend)
+        with deterministic(False):
+            grads = attention.backward(do, q, k[:, at], v[:, at], out, lse, FULL, 0.3, backend)
         for got, ref in zip(grads[1:], want[3:], strict=True):
             assert (got.double().cpu() - ref[:, at]).norm() <= bound * ref.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [1024, 8192])
+def test_on_a_gpu_the_default_backends_repeat_bitwise_where_torch_says_so(length):
+    q, k, v, do = (x.cuda() for x in draw(length, length, 8, 2, 128, 128, dtype=torch.bfloat16))
+    with deterministic(True):
+        out, lse = attention.forward(q, k, v, CAUSAL, 0.1)
+        first = (out, lse, *attention.backward(do, q, k, v, out, lse, CAUSAL, 0.1))
+        for _ in range(5):
+            again = (*attention.forward(q, k, v, CAUSAL, 0.1), *attention.backward(do, q, k, v, out, lse, CAUSAL, 0.1))
+            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
