@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpret
 def small_blocks(monkeypatch):
     monkeypatch.setattr(triton_convolution, "BLOCK_T", 16)
     monkeypatch.setattr(triton_convolution, "BLOCK_D", 16)
+    monkeypatch.setattr(triton_convolution, "BACKWARD_T", 16)
+    monkeypatch.setattr(triton_convolution, "BACKWARD_D", 16)
 
 
 def encoded(segments):
