@@ -19,10 +19,13 @@ from longctx.kernels.routed.grouped_gemm import grouped_matmul, grouped_outer_pr
 class _GroupedSwiglu(torch.autograd.Function):
     @staticmethod
     @exact_forward
-    def forward(ctx: Any, x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, tile: int | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, tile: int | None, computed: bool
+    ) -> Tensor:
         out = x.new_empty(x.shape[0], down.shape[1])
         saved_hidden = None
-        for begin in range(0, len(x), tile or max(1, len(x))):
+        # What the backward pass needs with tiles are the inputs.
+        for begin in range(0, len(x) if computed or tile is None else 0, tile or max(1, len(x))):
             rows = slice(begin, begin + (tile or len(x)))
             tile_ends = _tile_ends(ends, begin, len(x[rows]))
             hidden = grouped_matmul(x[rows], gate_up.transpose(1, 2), tile_ends)
@@ -54,7 +57,7 @@ class _GroupedSwiglu(torch.autograd.Function):
             (dhidden,) = torch.autograd.grad(activated, hidden, grouped_matmul(grad, down, tile_ends))
             dgate_up += grouped_outer_product(dhidden, x_tile, tile_ends)
             dx[rows] = grouped_matmul(dhidden, gate_up, tile_ends)
-        return dx, None, dgate_up.to(gate_up.dtype), ddown.to(down.dtype), None
+        return dx, None, dgate_up.to(gate_up.dtype), ddown.to(down.dtype), None, None
 
 
 def _tile_ends(ends: Tensor, begin: int, size: int) -> Tensor:
@@ -69,11 +72,18 @@ def grouped_swiglu(x: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor, tile:
     with the gates first, down `[E, D, F]`. Hidden activations exist for `tile` rows at a time, for all rows if None.
     Differentiable in x and the weights; an expert without rows has gradients of zero.
     """
-    return _GroupedSwiglu.apply(x, ends, gate_up, down, tile)  # type: ignore[no-untyped-call]
+    return _GroupedSwiglu.apply(x, ends, gate_up, down, tile, True)  # type: ignore[no-untyped-call]
 
 
-def tiled_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, tile: int) -> Tensor:
-    """Compute a dense SwiGLU in tiles, `[..., D]`: x `[..., D]`, gate_up `[2 F, D]`, down `[D, F]`."""
+def tiled_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, tile: int, *, computed: bool = True) -> Tensor:
+    """Compute a dense SwiGLU in tiles, `[..., D]`: x `[..., D]`, gate_up `[2 F, D]`, down `[D, F]`.
+
+    Without `computed` the result is memory without contents: for a recomputation whose result nobody reads, and which
+    only has to save what the backward pass needs.
+    """
     rows = x.reshape(-1, x.shape[-1])
     ends = torch.tensor([len(rows)], dtype=torch.int32, device=x.device)
-    return grouped_swiglu(rows, ends, gate_up[None], down[None], tile).view(*x.shape[:-1], down.shape[0])
+    out: Tensor = _GroupedSwiglu.apply(  # type: ignore[no-untyped-call]
+        rows, ends, gate_up[None], down[None], tile, computed
+    )
+    return out.view(*x.shape[:-1], down.shape[0])

@@ -10,7 +10,8 @@ Logits of all tokens are never materialised: `forward` with labels returns losse
 uses `next_logits`, the logits of the last token only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -75,8 +76,26 @@ class Block(nn.Module):
         `longctx.mixers.Mixer.forward`.
         """
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                self._compute, x, layout, cache, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), self._recomputing()),
+            )  # fmt: skip
         return self._compute(x, layout, cache)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Recompute what the backward pass needs: the feed-forward's output goes into the block's, which nobody reads.
+
+        The last product of a feed-forward without tiles is left out by torch, which stops once all is saved.
+        """
+        if self.ffn is None:
+            yield
+            return
+        self.ffn.output_read = False
+        try:
+            yield
+        finally:
+            self.ffn.output_read = True
 
     def _compute(self, x: Tensor, layout: Layout, cache: Cache | None) -> tuple[Tensor, dict[str, RouterReport]]:
         normed = self.mixer_norm(x)

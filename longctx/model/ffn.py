@@ -26,6 +26,10 @@ class FeedForward(nn.Module, ABC):
     tile: int | None = None
     """Tokens per tile of hidden activations, which the backward pass recomputes; None keeps those of all tokens."""
 
+    output_read = True
+    """Whether somebody reads the layer's output: not while the block that ends with it is recomputed for its backward
+    pass."""
+
     @abstractmethod
     def forward(
         self, x: Tensor, layout: Layout, attend: Attend | None = None, cache: Cache | None = None
@@ -124,7 +128,8 @@ class Swiglu(FeedForward):
         """Compute the layer for x `[B, T_local, D]`, token by token; the shape stays."""
         del layout, attend, cache
         if self.tile is not None:
-            return tiled_swiglu(x, self.gate_up.weight, self.down.weight, self.tile)
+            gate_up, down = self.gate_up.weight, self.down.weight
+            return tiled_swiglu(x, gate_up, down, self.tile, computed=self.output_read)
         return self.down(swiglu(self.gate_up(x)))
 
     @property

@@ -125,6 +125,23 @@ def test_recomputing_and_tiles_keep_less_for_the_backward_pass():
     assert kept_bytes(model, x, labels) <= 8 * (weights + 200 * 12 * (3 + 3))
 
 
+@pytest.mark.parametrize("block", ["sequential", "parallel", "postnorm"])
+def test_a_recomputed_block_computes_a_tiled_feed_forward_twice_in_all(block):
+    """Forward, and tile by tile in the backward pass: not once more where the block is recomputed."""
+    x, labels, flops = tokens(30), tokens(30, seed=1), {}
+    for recompute in (False, True):
+        model = decoder(hybrid(block=block))
+        for part in model.blocks:
+            part.recompute, part.ffn.tile = recompute, 7
+        with FlopCounterMode(display=False) as counter:
+            model(x, Layout(BOUNDS), labels).total.backward()
+        flops[recompute] = counter.get_total_flops()
+    again = 30 * sum(part.ffn.flops_per_token for part in model.blocks)
+    mixers = sum(part.mixer.flops(Layout(BOUNDS)) for part in model.blocks)
+    assert 0 < flops[True] - flops[False] < mixers + again
+    assert all(part.ffn.output_read for part in model.blocks)
+
+
 def test_without_gradients_nothing_is_recomputed():
     model, x = decoder(hybrid()), tokens(30)
     for block in model.blocks:

@@ -383,9 +383,9 @@ def work_counted() -> Iterator[Counter[str]]:
         counts[str(x.dtype)] += 1
         return compute(self, x, *others)
 
-    def counted_tiles(x, gate_up, down, tile):
+    def counted_tiles(x, gate_up, down, tile, **options):
         counts[f"tiles of {tile}"] += 1
-        return tiled(x, gate_up, down, tile)
+        return tiled(x, gate_up, down, tile, **options)
 
     with patch.object(Block, "_compute", counted), patch.object(ffn, "tiled_swiglu", counted_tiles):
         yield counts
