@@ -1,6 +1,6 @@
 """Kernels compiled without a GPU: `benchmarks/gpu-offline.md`, what every kernel takes, ours and fla's.
 
-    python -m benchmarks.gpu_offline [--peers DIR] [--only PATTERN] [--workers N]
+    python -m benchmarks.gpu_offline [--peers DIR] [--only PATTERN] [--workers N] [--results DIR]
 
 The launches are those of real calls, recorded and compiled by `tests/offline_gpu.py` with the assembler that Triton
 runs; nothing is run. fla, in the folder DIR, is compiled the same way, each kernel in the configuration that is nearest
@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.gpu_plan import KINDS, PEERS
 from benchmarks.gpu_runner import Phase, Results, Step, run
+from benchmarks.gpu_table import read
 
 PAGE = Path(__file__).with_name("gpu-offline.md")
 OTHERS = (
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", metavar="DIR", help="folder with fla and einops; without it, only ours")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="only these, e.g. 'delta/*/sm_90'")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--results", metavar="DIR", help="keep each result there, and go on from those of a run before")
     parser.add_argument("--page", type=Path, default=PAGE, help="where to write")
     chosen = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "0"
@@ -245,16 +247,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
     import triton
 
-    def wanted(phase: Phase) -> Phase:
-        patterns = chosen.only or ["*"]
-        return replace(phase, steps=tuple(s for s in phase.steps if any(fnmatch.fnmatch(s.name, p) for p in patterns)))
-
-    with tempfile.TemporaryDirectory() as folder:
+    patterns, plan = chosen.only or ["*"], phases(chosen.peers, chosen.workers)
+    if chosen.results:
+        Path(chosen.results).mkdir(parents=True, exist_ok=True)
+    with nullcontext(chosen.results) if chosen.results else tempfile.TemporaryDirectory() as folder:
         results = Results(Path(folder), "offline")
-        failed = run([wanted(phase) for phase in phases(chosen.peers, chosen.workers)], results)
+        kept = {row["step"]: row for row in read(results.file) if row["status"] == "ok"} if chosen.results else {}
+
+        def wanted(step: Step) -> bool:
+            return step.name not in kept and any(fnmatch.fnmatch(step.name, pattern) for pattern in patterns)
+
+        failed = run([replace(phase, steps=tuple(filter(wanted, phase.steps))) for phase in plan], results)
         # In the order of the plan: with several processes, results come in another.
-        order = [step.name for phase in phases(chosen.peers, chosen.workers) for step in phase.steps]
-        rows = sorted(results.rows, key=lambda row: order.index(row["step"]))
+        order = [step.name for phase in plan for step in phase.steps]
+        rows = [row for row in (*kept.values(), *results.rows) if row["step"] in order]
+        rows.sort(key=lambda row: order.index(row["step"]))
     chosen.page.write_text(render(rows, f"torch {torch.__version__}, triton {triton.__version__}"), encoding="utf-8")
     return 1 if failed else 0
 

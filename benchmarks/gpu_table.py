@@ -18,7 +18,9 @@ Rows = list[dict[str, Any]]
 
 
 def read(file: Path) -> Rows:
-    """Read a results file; a last line that was cut off is dropped."""
+    """Read a results file, if it is there; a last line that was cut off is dropped."""
+    if not file.exists():
+        return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -11,6 +11,7 @@ A new document resets the recurrent state before its first token. A segment in w
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -44,18 +45,24 @@ class Segment:
 
     def cut(self, size: int) -> "list[Segment]":
         """Cut into segments of at most `size` tokens, in order; an empty segment stays one segment."""
-        if self.size == 0:
-            return [self]
-        parts, first = [], 0
-        for begin in range(0, self.size, size):
-            end = min(begin + size, self.size)
-            last = first
-            while last < len(self.starts) and self.starts[last] < end:
-                last += 1
-            inside = tuple(start - begin for start in self.starts[first:last])
-            parts.append(Segment(self.begin + begin, self.begin + end, inside))
-            first = last
-        return parts
+        return list(_cut(self, size))
+
+
+@lru_cache(maxsize=64)
+def _cut(whole: Segment, size: int) -> tuple[Segment, ...]:
+    """Cut a segment once for all layers and passes of a step: into hundreds, with thousands of documents."""
+    if whole.size == 0:
+        return (whole,)
+    parts, first = [], 0
+    for begin in range(0, whole.size, size):
+        end = min(begin + size, whole.size)
+        last = first
+        while last < len(whole.starts) and whole.starts[last] < end:
+            last += 1
+        inside = tuple(start - begin for start in whole.starts[first:last])
+        parts.append(Segment(whole.begin + begin, whole.begin + end, inside))
+        first = last
+    return tuple(parts)
 
 
 def state_heads(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> int:

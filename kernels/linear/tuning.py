@@ -80,6 +80,7 @@ def choose_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, 
     return measured or default_tiles(kernel, key_dim, value_dim, dtype, _compute_capability(device))
 
 
+@cache
 def default_tiles(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, capability: int) -> TileSizes:
     """Return the default tile sizes for a compute capability (90 for sm_90). Raises ValueError for unknown kernels."""
     name, decay = kernel.split("/")
@@ -347,6 +348,7 @@ def _compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
 def _key(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name} | {kernel} | {padded_dim(key_dim)}x{padded_dim(value_dim)} | {str(dtype).removeprefix('torch.')}"

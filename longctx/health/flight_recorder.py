@@ -12,7 +12,7 @@ FOLDER = "nccl-trace"
 SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 DUMP = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
-"""Environment variables of torch, by their names today and earlier."""
+"""Environment variables of torch, by their names since torch 2.11, which are set, and earlier: both are respected."""
 
 
 def record_collectives(logs: Path) -> None:
@@ -22,4 +22,4 @@ def record_collectives(logs: Path) -> None:
     """
     for names, value in ((SIZE, "2000"), (DUMP, "1"), (FILE, str(logs.absolute() / FOLDER / "rank-"))):
         if not any(name in os.environ for name in names):
-            os.environ[names[-1]] = value
+            os.environ[names[0]] = value

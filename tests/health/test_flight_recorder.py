@@ -21,9 +21,9 @@ def variables(folder: Path, **before: str) -> dict[str, str]:
 
 def test_traces_are_written_among_the_logs(tmp_path):
     assert variables(tmp_path) == {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{tmp_path}/nccl-trace/rank-",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl-trace/rank-",
     }
 
 
@@ -32,7 +32,7 @@ def test_a_users_own_settings_stay(tmp_path):
     assert variables(tmp_path, **own) == own
 
 
-@pytest.mark.parametrize("name", [SIZE[-1], FILE[-1]])
+@pytest.mark.parametrize("name", [SIZE[0], FILE[0]])
 def test_torch_reads_these_names(name):
     """Those of NCCL's process group alone are in builds with CUDA."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
