@@ -211,8 +211,9 @@ def render(rows: Sequence[dict[str, Any]], versions: str) -> str:
     """Return the page: a table for each architecture, dtype and head dim."""
     text = f"""# Kernels, compiled without a GPU
 
-Written by `python -m benchmarks.gpu_offline`, with {versions}. **Nothing here has run on a
-GPU.** One sequence of {TOKENS:,} tokens, {HEADS} heads. Tiles: tokens of a chunk, channels of K and of V, of a program.
+Written by `python -m benchmarks.gpu_offline`, with {versions}. Nothing was run for this page;
+times on a GPU are in [gpu/README.md](gpu/README.md). One sequence of {TOKENS:,} tokens, {HEADS} heads.
+Tiles: tokens of a chunk, channels of K and of V, of a program.
 Registers are of a thread (32 with a stack: the assembler gave up, and all is in local memory); stack is local memory in
 bytes of a thread; shared is memory in bytes of a program; warps/SM are those that a multiprocessor holds at a time.
 wgmma: matmul instructions of warpgroups, on sm_100 those of the fifth generation; mma: of warps. The loop is the

@@ -1,6 +1,6 @@
 """Tables of the GPU benchmark's results: `benchmarks/gpu/README.md`, from the files beside it.
 
-python -m benchmarks.gpu_table add DIR     # copy DIR/results.jsonl to benchmarks/gpu/<date>-<chip>.jsonl, and write
+python -m benchmarks.gpu_table add FILE    # copy results to benchmarks/gpu/<date>-<chip>.jsonl, and write the tables
 python -m benchmarks.gpu_table             # write the tables
 """
 
@@ -8,11 +8,18 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).with_name("gpu")
-TITLE = "# Results on GPUs\n\nWritten by `python -m benchmarks.gpu_table`; docs/gpu.md says how results come here.\n"
+TITLE = """# Results on GPUs
+
+Written by `python -m benchmarks.gpu_table`; docs/gpu.md says how results come here. "forward ms" and "both ms" (forward
+and backward) are times on the device with the call queued behind others, and fla's are beside them; "of copying" is the
+share of it that the least traffic takes at the copy rate; "alone" is the time of a call with nothing in the queue, and
+"host" until the call returns. In files without queued times both are those of a call alone.
+"""
 EMPTY = "\nNot measured on a GPU.\n"
 Rows = list[dict[str, Any]]
 
@@ -25,11 +32,21 @@ def read(file: Path) -> Rows:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def place(header: dict[str, Any]) -> str:
-    """Return the name of the file of a run, `<date>-<chip>.jsonl`, with the part unless it is the first one."""
+def place(header: dict[str, Any], folder: Path) -> Path:
+    """Return the file of a run, `<date>-<chip>.jsonl`, with the part unless it is the first one.
+
+    Further runs of a part on a day are numbered from 2 on.
+    """
     chip = re.sub(r"[^a-z0-9]+", "-", str(header["chip"]).lower()).strip("-")
     part = "" if header["header"] == "first" else f"-{header['header']}"
-    return f"{header['date'][:10]}-{chip}{part}.jsonl"
+    stem = f"{header['date'][:10]}-{chip}{part}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    return next(file for file in (folder / f"{name}.jsonl" for name in names) if _date(file) in (None, header["date"]))
+
+
+def _date(file: Path) -> str | None:
+    """Return the time of a kept run, None where there is none."""
+    return next((str(row["date"]) for row in read(file) if "date" in row), None)
 
 
 def add(source: Path, folder: Path = FOLDER) -> Path:
@@ -41,14 +58,14 @@ def add(source: Path, folder: Path = FOLDER) -> Path:
         raise ValueError(f"{source} holds a rehearsal, or no GPU answered: there is nothing to keep")
     rows[0] = header | {"chip": chip}
     folder.mkdir(exist_ok=True)
-    file = folder / place(rows[0])
+    file = place(rows[0], folder)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
 
 def render(files: Iterable[Path]) -> str:
     """Return the page of all runs, the latest first."""
-    runs = [_run(file.name, read(file)) for file in sorted(files, reverse=True)]
+    runs = [_run(file.name, read(file)) for file in sorted(files, key=lambda file: str(_date(file)), reverse=True)]
     return TITLE + ("".join(runs) or EMPTY)
 
 
@@ -61,7 +78,7 @@ def _run(name: str, rows: Rows) -> str:
     header, steps = rows[0], [row for row in rows if "step" in row]
     system: dict[str, Any] = next((row for row in steps if row["step"] == "system"), {})
     versions = ", ".join(f"{package} {version}" for package, version in header["versions"].items() if version)
-    text = f"\n## {header['chip']}, {header['date'][:10]}\n\n"
+    text = f"\n## {header['chip']}, {header['date'][:16].replace('T', ' ')} UTC\n\n"
     text += f"[{name}]({name}): part `{header['header']}`, commit {header['commit'] or 'unknown'} "
     text += f"(sources {header['sources']}); driver {header['driver']}, {versions}.\n"
     rates = ((1e12, "TB/s copied", "copy_bytes_per_second"), (1e12, "TFLOP/s bf16", "bf16_flops_per_second"))
@@ -83,23 +100,31 @@ def _times(steps: Rows, system: dict[str, Any]) -> str:
         cells = [f"{case}{' (tuned)' if part == 'tuned' else ''}"]
         for which in ("forward", "both"):
             ours, theirs = row.get(which), peers.get(case, {}).get(which)
-            least = row.get(f"{which}_bytes")
-            share = 1e3 * least / rate / ours["ms"] if rate and least and ours else None
-            cells.append("" if ours is None else f"{ours['ms']:.3g}")
-            cells.append("" if share is None else f"{share:.0%}")
-            cells.append("" if ours is None else f"{ours['host_ms']:.3g}")
-            cells.append("" if theirs is None else f"{theirs['ms']:.3g}")
+            least, took = row.get(f"{which}_bytes"), _device_ms(ours)
+            share = 1e3 * least / rate / took if rate and least and took else None
+            cells += [_shown(took), "" if share is None else f"{share:.0%}", _shown(ours and ours["ms"])]
+            cells += [_shown(ours and ours["host_ms"]), _shown(_device_ms(theirs))]
         lines.append([*cells, f"{row.get('peak_mib', 0) / 1024:.3g}"])
     for row in steps:
         backends = row.get("backends", {}) if row["step"].startswith("time/") else {}
         for backend, times in backends.items():
             cells = [f"{row['step'].removeprefix('time/')}, {backend}"]
             for which in ("forward", "both"):
-                cells += [f"{times[which]['ms']:.3g}", "", f"{times[which]['host_ms']:.3g}", ""]
+                took = times[which]
+                cells += [_shown(_device_ms(took)), "", _shown(took["ms"]), _shown(took["host_ms"]), ""]
             lines.append([*cells, ""])
-    head = ["kernel, T-H-d", "forward ms", "of copying", "host ms", "fla ms"]
-    head += ["both ms", "of copying", "host ms", "fla ms", "peak GiB"]
+    head = ["kernel, T-H-d", "forward ms", "of copying", "alone", "host", "fla"]
+    head += ["both ms", "of copying", "alone", "host", "fla", "peak GiB"]
     return _table(head, lines) if lines else ""
+
+
+def _device_ms(times: dict[str, float] | None) -> float | None:
+    """Return the time on the device with a full queue, that of a call alone for runs from before it was taken."""
+    return None if times is None else times.get("device_ms", times["ms"])
+
+
+def _shown(number: float | None) -> str:
+    return "" if number is None else f"{number:.3g}"
 
 
 def _training(steps: Rows) -> str:

@@ -55,7 +55,7 @@ BACKWARD = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 8, 2), 256: Ti
 SMALL = {64: TileConfig(32, 32, 4, 1), 128: TileConfig(32, 32, 8, 1), 256: TileConfig(16, 16, 8, 1)}
 """Tiles by the larger padded head dim. FORWARD and BACKWARD: 16-bit inputs on GPUs with at least 160 KiB of shared
 memory per block (A100, H100, H200, B200). SMALL, for both passes: float32, and GPUs with about 100 KiB (compute
-capability 8.6, 8.9, 12.x). Chosen by the compiler's report of shared memory and registers; not measured on a GPU."""
+capability 8.6, 8.9, 12.x). Chosen by the compiler's report of shared memory and registers, not tuned on a GPU."""
 
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
 """The compute capabilities with 160 KiB of shared memory or more."""

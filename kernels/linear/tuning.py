@@ -3,8 +3,8 @@
 `choose_tiles` takes, in this order: `override_tiles`, the file that LONGCTX_TUNING names (read at first use), the sizes
 that `tune` found in this process, the defaults.
 
-The defaults are not measured on a GPU. They rest on registers, spills and shared memory, compiled for sm_80, sm_90 and
-sm_100 with triton 3.7.1 (tests/kernels/test_triton_compile.py):
+The defaults are not tuned on a GPU. They rest on registers, spills and shared memory, compiled for sm_80, sm_90 and
+sm_100 with triton 3.7.1 (tests/kernels/test_triton_compile.py); docs/gpu.md has their times on an H100.
 
 - Constant and scalar decays: 4 warps and 128 x 64 of a state (float32: 64 registers per thread), so that a
   multiprocessor holds two programs, of which one computes while the other waits. dk and dv together hold more than

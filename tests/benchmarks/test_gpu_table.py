@@ -25,8 +25,8 @@ ROWS = [
     {"step": "check/delta/scalar/bfloat16/64K-16-128", "status": "failed", "error": "dq 1.0"},
     {"step": "time/additive/scalar/bfloat16/64K-16-128", "status": "ok", "forward": timing(2.0), "both": timing(6.0),
      "forward_bytes": 3e9, "both_bytes": 9e9, "peak_mib": 2048.0},
-    {"step": "time/delta/scalar/bfloat16/64K-16-128", "status": "timeout", "forward": timing(5.0), "error": "too long",
-     "forward_bytes": 3e9, "both_bytes": 9e9},
+    {"step": "time/delta/scalar/bfloat16/64K-16-128", "status": "timeout",
+     "forward": timing(5.0) | {"device_ms": 4.0}, "error": "too long", "forward_bytes": 3e9, "both_bytes": 9e9},
     {"step": "time/attention/bfloat16/64K-16-128", "status": "ok",
      "backends": {"triton": {"forward": timing(30.0), "both": timing(99.0)}}},
     {"step": "train/65536", "status": "ok", "step_seconds": 2.0, "tokens_per_second": 32768.0, "utilisation": 0.3,
@@ -57,8 +57,8 @@ def test_a_run_becomes_a_file_and_a_table(tmp_path: Path) -> None:
     assert file.name == "2026-12-01-nvidia-h100-80gb-hbm3.jsonl"
     page = gpu_table.render([file])
     assert "Not measured" not in page
-    assert "| additive/scalar/bfloat16/64K-16-128 | 2 | 50% | 0.1 | 3 | 6 | 50% | 0.1 | 8 | 2 |" in page
-    assert "| delta/scalar/bfloat16/64K-16-128 | 5 | 20% | 0.1 |  |  |  |  |  | 0 |" in page
+    assert "| additive/scalar/bfloat16/64K-16-128 | 2 | 50% | 2 | 0.1 | 3 | 6 | 50% | 6 | 0.1 | 8 | 2 |" in page
+    assert "| delta/scalar/bfloat16/64K-16-128 | 4 | 25% | 5 | 0.1 |  |  |  |  |  |  | 0 |" in page
     assert "attention/bfloat16/64K-16-128, triton | 30 |" in page
     assert "| train/65536 |  | 2 | 32,768 | 30% | 40 |" in page
     assert "1 of 2 checks" in page
@@ -72,6 +72,12 @@ def test_a_run_that_was_cut_off_is_still_read(tmp_path: Path) -> None:
         end.write('{"step": "time/addi')
     assert len(gpu_table.read(file)) == 3
     assert "1 of 1 checks" in gpu_table.render([file])
+
+
+def test_further_runs_of_a_day_are_numbered_and_a_run_is_kept_once(tmp_path: Path) -> None:
+    later = [HEADER | {"date": "2026-12-01T11:00:00+00:00"}, *ROWS[1:]]
+    names = [gpu_table.add(written(tmp_path, rows), tmp_path / "gpu").name for rows in (ROWS, later, ROWS, later)]
+    assert names == ["2026-12-01-nvidia-h100-80gb-hbm3.jsonl", "2026-12-01-nvidia-h100-80gb-hbm3-2.jsonl"] * 2
 
 
 @pytest.mark.parametrize("change", [{"rehearsal": True}, {"chip": None}])
