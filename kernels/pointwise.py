@@ -1,8 +1,9 @@
 """RMSNorm, with an output gate or without, and SwiGLU: per-token operators that read and write memory once.
 
-On a CPU every elementwise operator on a long sequence reads and writes main memory, and every temporary needs fresh
-pages from the system; tiles that stay in cache avoid both (2.5 to 6 times faster than torch's operators:
-benchmarks/README.md). On CUDA one tile covers the whole tensor, and `longctx.kernels.fusion` makes a kernel of it.
+On a CPU float32 and bf16 run in C++ (`longctx.kernels.native_pointwise`). Without that, every elementwise operator on a
+long sequence reads and writes main memory, and every temporary needs fresh pages from the system; tiles that stay in
+cache avoid both (2.5 to 6 times faster than torch's operators: benchmarks/README.md). On CUDA one tile covers the whole
+tensor, and `longctx.kernels.fusion` makes a kernel of it.
 Computed in the accumulation dtype and cast once; only the inputs are saved for the backward pass.
 """
 
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from longctx.kernels import native_pointwise as native
 from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.fusion import fused
@@ -148,6 +150,8 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.eps = eps
+        if native.is_supported(x, *([scale] if scale.dim() > 1 else [])):
+            return native.norm(_rows(x), scale if scale.dim() == 1 else _rows(scale), eps).view(x.shape)
         if scale.dim() == 1:
             (out,) = _by_tiles(_norm_rows, (_rows(x),), scale, eps)
         else:
@@ -159,7 +163,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         rows = _rows(x), _rows(grads[0])
-        if scale.dim() == 1:
+        if native.is_supported(*rows, *([scale] if scale.dim() > 1 else [])):
+            dx, dscale, _ = native.norm_grad(*rows, scale if scale.dim() == 1 else _rows(scale), ctx.eps)
+        elif scale.dim() == 1:
             dx, dscale = _by_tiles(_norm_rows_grad, rows, scale, ctx.eps)
         else:
             dx, dscale = _by_tiles(_norm_rows_grad, (*rows, _rows(scale)), ctx.eps)
@@ -172,6 +178,8 @@ class _GatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, gate: Tensor, eps: float, activation: Activation) -> Tensor:
         ctx.save_for_backward(x, scale, gate)
         ctx.settings = eps, activation
+        if native.is_supported(x, gate):
+            return native.norm(_rows(x), scale, eps, _rows(gate), activation).view(x.shape)
         (out,) = _by_tiles(_gated_norm_rows, (_rows(x), _rows(gate)), scale, eps, activation)
         return out.view(x.shape)
 
@@ -180,7 +188,11 @@ class _GatedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, gate = ctx.saved_tensors
         rows = _rows(x), _rows(gate), _rows(grads[0])
-        dx, dgate, dscale = _by_tiles(_gated_norm_rows_grad, rows, scale, *ctx.settings)
+        if native.is_supported(*rows):
+            dx, dscale, dgate = native.norm_grad(rows[0], rows[2], scale, ctx.settings[0], rows[1], ctx.settings[1])
+        else:
+            dx, dgate, dscale = _by_tiles(_gated_norm_rows_grad, rows, scale, *ctx.settings)
+        assert dgate is not None
         return dx.view(x.shape), dscale.to(scale.dtype), dgate.view(gate.shape), None, None
 
 
@@ -215,6 +227,8 @@ class _Swiglu(torch.autograd.Function):
     @exact_forward
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if native.is_supported(gate_up):
+            return native.swiglu(_rows(gate_up)).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
         (out,) = _by_tiles(_swiglu_rows, (_rows(gate_up),))
         return out.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
@@ -222,6 +236,8 @@ class _Swiglu(torch.autograd.Function):
     @exact_backward
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if native.is_supported(gate_up, grads[0]):
+            return native.swiglu_grad(_rows(gate_up), _rows(grads[0])).view(gate_up.shape)
         (dgate_up,) = _by_tiles(_swiglu_rows_grad, (_rows(gate_up), _rows(grads[0])))
         return dgate_up.view(gate_up.shape)
 

@@ -3,10 +3,7 @@
 // head; sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
 //
 // Called by longctx/kernels/linear/additive/native.py, which mirrors `Tensor` and `Call`.
-#include <atomic>
-#include <system_error>
-#include <thread>
-
+#include "threads.h"
 #include "tiles.h"
 
 constexpr long CHUNK = 64, CHUNKS_PER_BASE = 16, CHUNKS_PER_CHECKPOINT = 16;
@@ -199,14 +196,14 @@ class Worker {
     template <typename Element>
     static void copy_in(const Element *from, long stride, long tokens, long dim, long width, float *to) {
         for (long i = 0; i < tokens; i++)
-            for (long d = 0; d < dim; d++) to[i * width + d] = get(from + i * stride + d);
+            for (long d = 0; d < dim; d += LANES) store(to + i * width + d, load_first(from + i * stride + d, dim - d));
         std::memset(to + tokens * width, 0, (CHUNK - tokens) * width * sizeof(float));
     }
 
     template <typename Element>
     static void copy_out(const float *from, long width, long tokens, long dim, Element *to, long stride) {
         for (long i = 0; i < tokens; i++)
-            for (long d = 0; d < dim; d++) put(to + i * stride + d, from[i * width + d]);
+            for (long d = 0; d < dim; d += LANES) store_first(to + i * stride + d, load(from + i * width + d), dim - d);
     }
 
     void load_tile(const Tensor &x, long of_head, const Range &chunk, long dim, float *to) const {
@@ -478,31 +475,15 @@ private:
 // Returns 0, or 1 if there was not enough memory.
 static int run(const Call &call, void (Worker::*pass)()) {
     std::atomic<long> next{0};
-    std::atomic<int> failed{0};
     const long tasks = call.segment_count * call.rows * call.heads;
-    const auto work = [&] {
-        try {
-            Worker worker(call);
-            for (long task; (task = next.fetch_add(1)) < tasks;) {
-                worker.begin(task);
-                (worker.*pass)();
-            }
-        } catch (const std::bad_alloc &) {
-            failed = 1;
-        }
-    };
     const double writes = double(call.rows) * call.heads * call.length * call.key_dim * call.value_dim;
-    const long threads = std::min({call.threads, tasks, 1 + long(writes / WRITES_PER_THREAD)});
-    // Threads of each call: a pool would not survive a fork, and these take microseconds to start.
-    std::vector<std::thread> others;
-    try {
-        for (long i = 1; i < threads; i++) others.emplace_back(work);
-    } catch (const std::system_error &) {
-        // The limit of the user's processes: those that there are do the work.
-    }
-    work();
-    for (std::thread &other : others) other.join();
-    return failed;
+    return on_threads(std::min({call.threads, tasks, 1 + long(writes / WRITES_PER_THREAD)}), [&] {
+        Worker worker(call);
+        for (long task; (task = next.fetch_add(1)) < tasks;) {
+            worker.begin(task);
+            (worker.*pass)();
+        }
+    });
 }
 
 extern "C" {

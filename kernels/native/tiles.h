@@ -1,72 +1,10 @@
-// Tiles of float32 for one thread: vectors, products of small matrices, transposes, exp, rows of tensors.
+// Tiles of float32 for one thread: products of small matrices, transposes, scratch memory.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <vector>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
-typedef double WideVec __attribute__((vector_size(LANES * 8)));
-typedef float LooseVec __attribute__((vector_size(LANES * 4), aligned(4)));
-typedef double LooseWideVec __attribute__((vector_size(LANES * 8), aligned(8)));
-
-static inline Vec load(const float *p) { return *reinterpret_cast<const LooseVec *>(p); }
-static inline void store(float *p, Vec x) { *reinterpret_cast<LooseVec *>(p) = x; }
-static inline float sum(Vec x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
-}
-static inline long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
-
-// bfloat16 as its bits, rounded to the nearest, ties to even.
-typedef uint16_t Brain;
-static inline float widen(Brain x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-static inline Brain narrow(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return Brain(bits >> 16) | 0x40;  // NaN
-    return Brain((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-static inline float get(const float *p) { return *p; }
-static inline float get(const Brain *p) { return widen(*p); }
-static inline void put(float *p, float x) { *p = x; }
-static inline void put(Brain *p, float x) { *p = narrow(x); }
-
-// exp(x) for x <= 0, 0 below the smallest normal number; relative error at most 2e-7.
-static inline Vec exp_of_negative(Vec x) {
-    const Vec lowest = Vec{} - 87.33654f;
-    const IntVec vanishes = x < lowest;
-    const Vec y = vanishes ? lowest : x;
-    const IntVec n = __builtin_convertvector(y * 1.44269504f - 0.5f, IntVec);  // towards 0, from below: to the nearest
-    const Vec whole = __builtin_convertvector(n, Vec);
-    const Vec r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-    Vec p = Vec{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
-    const IntVec exponent = (n + 127) << 23;
-    Vec scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    return vanishes ? Vec{} : p * scale;
-}
+#include "vectors.h"
 
 // ROWS x COLS vectors of C = A B, or C += A B: A's element (m, k) is a[m * row + k * step], B's rows are contiguous.
 template <int ROWS, int COLS>
