@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import get_pg_count
-from torch.distributed.tensor import debug
 
 from longctx.parallel.one_machine import LOOPBACK, job_folder
 
@@ -38,6 +37,9 @@ def _clear_dtensor_caches() -> None:
     Two meshes of equal shape and dim names compare equal, so an operation on a new mesh could return a cached result
     on an old one, whose groups no longer exist or whose group names now belong to other groups.
     """
+    # Here, since it imports torch's compilers, which takes every process a second.
+    from torch.distributed.tensor import debug
+
     debug._clear_sharding_prop_cache()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.combinations import mostly_slow
 from tests.e2e.jobs import ROOT, Job
 from tests.train.runs import write_workplace
 
@@ -26,7 +25,8 @@ def workplace(tmp_path: Path) -> Path:
     return write_workplace(tmp_path)
 
 
-@pytest.mark.parametrize("stopped", mostly_slow([1, 0], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, 0])
 def test_a_stopped_rank_is_named(workplace: Path, stopped: int) -> None:
     job = Job(workplace, *OVERRIDES)
     job.wait_for_step(3)

@@ -54,6 +54,7 @@ def test_a_run_that_was_stopped_and_killed_computes_what_an_uninterrupted_one_do
     assert losses(out) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_second_start_beside_a_run_is_refused_and_the_run_continues(tmp_path, monkeypatch):
     write_workplace(tmp_path)
     monkeypatch.setenv("SIGNALLED_STEP", "5")

@@ -251,7 +251,7 @@ def step_with_and_without_one_that_is_skipped(run):
 
 
 @pytest.mark.parametrize(
-    "run", [Run(dp_shard=2, cp=2, ep=2, experts="token"), pytest.param(Run(), marks=pytest.mark.slow)], ids=str
+    "run", [Run(), pytest.param(Run(dp_shard=2, cp=2, ep=2, experts="token"), marks=pytest.mark.slow)], ids=str
 )
 def test_a_skipped_step_leaves_no_trace(ranks, run):
     """Neither in parameters, moments, the count of steps by which Adam corrects them, nor in routing biases."""

@@ -42,6 +42,7 @@ def test_every_method_is_measured_and_receives_what_its_formula_says(tmp_path):
         assert METHODS[result["task"]["method"]].title in out
 
 
+@pytest.mark.slow
 @can_link
 def test_ranks_on_hosts_of_their_own_measure_the_same_bytes_and_leave_nothing(tmp_path):
     file = tmp_path / "out.json"

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.combinations import mostly_slow
-
 ROOT = Path(__file__).resolve().parents[2]
 INTERNAL = {"tree"}
 
@@ -128,7 +126,8 @@ def test_a_file_whose_hash_is_not_listed_is_not_installed(clone: Path, index: In
     assert installed(clone) == {"transformers"}
 
 
-@pytest.mark.parametrize("requires", mostly_slow(["nvidia-nccl", "filelock"], "nvidia-nccl"))
+@pytest.mark.slow
+@pytest.mark.parametrize("requires", ["nvidia-nccl", "filelock"])
 def test_cuda_libraries_are_installed_for_the_build_of_torch_that_needs_them(
     clone: Path, index: Index, requires: str
 ) -> None:

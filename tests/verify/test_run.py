@@ -41,7 +41,8 @@ def fp64_failures(ranks, function):
     return {str(row.case): row.failures for row in islice(verify(SUBJECT, ranks, measure=function), chosen)}
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, monkeypatch):
     chosen = [Case(4, "contiguous", False), Case(2, "contiguous", True, dp_replicate=2)]
     chosen.append(Case(4, "zigzag", True, ulysses=2, attention="ulysses-ring", states="tree"))
@@ -61,11 +62,12 @@ def test_a_hybrid_passes_in_float64_and_in_its_own_precision(ranks, precision, m
     assert all(max(row.differences.values()) < 1e-12 for row in rows if row.precision == "fp64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [
         [Case(2, "zigzag", True, ep=2), Case(2, "zigzag", True, dp_shard=2, ep=4)],
-        pytest.param([Case(2, "zigzag", True, dp_shard=2, ep=2)], marks=pytest.mark.slow),
+        [Case(2, "zigzag", True, dp_shard=2, ep=2)],
     ],
     ids=["over all ranks", "over some ranks"],
 )
