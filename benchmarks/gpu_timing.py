@@ -2,8 +2,11 @@
 
 import statistics
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ FLUSHED = 2**28
 """Bytes written before each timed call: more than any L2 cache holds."""
 CYCLES_PER_MS = 2_000_000
 """At least: the clock of a GPU is below 2 GHz."""
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 2.0
 """For the repeats of one timing."""
 Call = Callable[[], object]
@@ -90,6 +94,22 @@ def kernels_of(call: Call, device: torch.device, count: int | None = None) -> li
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         rows.append({"kernel": event.key[:100], "calls": event.count, "ms": round(microseconds / 1e3, 4)})
     return sorted(rows, key=lambda row: -row["ms"])[:count]
+
+
+def host_waits(call: Call, device: torch.device) -> dict[str, int]:
+    """Call, and count where the host waits for a GPU, by the line of Python that makes it; empty on a CPU."""
+    if device.type != "cuda":
+        call()
+        return {}
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    lines = (f"{warning.filename.removeprefix(str(ROOT))}:{warning.lineno}" for warning in found)
+    return dict(Counter(lines).most_common())
 
 
 def peak_mib(call: Call, device: torch.device) -> float:

@@ -142,8 +142,8 @@ def _engine(overrides: Sequence[str], device: str) -> Iterator[_Engine]:
 
 
 def profile(overrides: Sequence[str], tokens: int, device: str) -> dict[str, Any]:
-    """Profile one step at a length, after a timed step: the time of all kernels, and the 20 longest."""
-    from benchmarks.gpu_timing import kernels_of
+    """Profile one step at a length, after a timed step: the time of all kernels, and the 20 longest; host waits."""
+    from benchmarks.gpu_timing import host_waits, kernels_of
 
     with _engine(overrides, device) as engine:
         batch = engine.batch(tokens)
@@ -151,6 +151,7 @@ def profile(overrides: Sequence[str], tokens: int, device: str) -> dict[str, Any
         report(engine.measure(batch))
         kernels = kernels_of(lambda: engine.step(batch), engine.device)
         report({"kernels_ms": sum(row["ms"] for row in kernels), "kernels": kernels[:20]})
+        report({"host_waits": host_waits(lambda: engine.step(batch), engine.device)})
     return {}
 
 

@@ -119,6 +119,8 @@ def linear_cross_entropy(
     """
     if labels.shape != x.shape[:1]:
         raise ValueError(f"linear_cross_entropy: labels have shape {list(labels.shape)}: expected [{x.shape[0]}]")
-    scale = torch.as_tensor(scale, dtype=accumulation_dtype(x.dtype), device=x.device)
+    dtype = accumulation_dtype(x.dtype)
+    # Filled on the device: a copy of the number would make the host wait.
+    scale = scale.to(x.device, dtype) if isinstance(scale, Tensor) else x.new_full((), scale, dtype=dtype)
     total, nll = _LinearCrossEntropy.apply(x, weight, labels, tile, scale, first, merge)  # type: ignore[no-untyped-call]
     return total, nll

@@ -88,7 +88,9 @@ def choose_experts(
     mask = token_mask(layout, p.device)
     count = p.shape[-1]
     choices = torch.where(mask[:, None], experts, count)
-    counts = torch.bincount(choices.flatten(), minlength=count + 1)[:count]
+    # Not bincount, for whose number of bins the host waits.
+    flat = choices.flatten()
+    counts = flat.new_zeros(count + 1).index_add_(0, flat, torch.ones_like(flat))[:count]
     kept = choices
     if rule.capacity is not None:
         capacity = math.ceil(rule.capacity * layout.length * rule.active / count)
@@ -131,16 +133,14 @@ def _queue_positions(choices: Tensor, count: int, layout: Layout) -> Tensor:
     position_in_piece = torch.empty_like(order)
     position_in_piece[order] = torch.arange(len(order), device=choices.device) - begins[ordered]
     local_counts = begins.diff().view(batch, pieces, count + 1)
-    piece_counts = local_counts
-    numbers = torch.arange(pieces, device=choices.device)
+    piece_counts, own = local_counts, tuple(range(pieces))
     if layout.comm_group is not None:
-        gathered = all_gather(local_counts, layout.comm_group).wait()
-        pieces_by_rank = [layout.pieces_of(rank) for rank in range(layout.size)]
-        piece_counts = local_counts.new_empty(batch, layout.size * pieces, count + 1)
-        for rank, rank_pieces in enumerate(pieces_by_rank):
-            piece_counts[:, list(rank_pieces)] = gathered[rank]
-        numbers = torch.tensor(pieces_by_rank[layout.rank], device=choices.device)
-    before = (piece_counts.cumsum(dim=1) - piece_counts)[:, numbers]
+        gathered, own = all_gather(local_counts, layout.comm_group).wait(), layout.pieces_of(layout.rank)
+        # By slices: a list of numbers as an index is copied to the device, for which the host waits.
+        locations = layout.piece_locations
+        piece_counts = torch.stack([gathered[rank][:, index] for rank, index in locations], dim=1)
+    earlier = piece_counts.cumsum(dim=1) - piece_counts
+    before = torch.stack([earlier[:, number] for number in own], dim=1)
     return position_in_piece.view_as(choices) + before[row, piece[:, None], choices]
 
 

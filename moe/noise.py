@@ -28,10 +28,10 @@ def jitter_factors(layout: Layout, width: float, shape: torch.Size, layer: int, 
     Keyed by the number of the sequence, the layer, the row, the token's position in the sequence and the channel.
     """
     batch, length, channels = shape
-    key = torch.tensor([layout.sequence, layer], dtype=torch.int64, device=device)
-    key = _mix(_mix(key[0] * _STEP) + key[1] * _STEP)
+    sequence, number = (torch.full((), key, dtype=torch.int64, device=device) for key in (layout.sequence, layer))
+    key = _mix(_mix(sequence * _STEP) + number * _STEP)
     row = torch.arange(batch, device=device)[:, None]
-    position = _mix(_mix(key + row * _STEP) + layout.tokens.to(device) * _STEP)
+    position = _mix(_mix(key + row * _STEP) + layout.on_device("tokens", device) * _STEP)
     channel = torch.arange(channels, device=device)
     out = torch.empty(batch, length, channels, device=device)
     step = max(1, _BLOCK // max(1, batch * channels))

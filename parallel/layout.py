@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longctx.kernels.device import DeviceCopy
 from longctx.kernels.linear.checks import checked_cu_seqlens
 from longctx.kernels.linear.recurrence import Segment
 from longctx.parallel.balance import balanced_owners
@@ -249,6 +250,11 @@ class Layout:
         begins = bounds[torch.searchsorted(bounds, self.tokens.clamp(min=0), right=True) - 1]
         positions = torch.where(begins == 0, self.tokens + self.past_tokens, self.tokens - begins)
         return torch.where(self.tokens < 0, 0, positions)
+
+    def on_device(self, name: Literal["tokens", "positions"], device: torch.device) -> Tensor:
+        """Return `tokens` or `positions` on a device: copied once for all layers, without making the host wait."""
+        copy: DeviceCopy = self.cached((name, device), lambda: DeviceCopy(getattr(self, name), device))
+        return copy.tensor()
 
     def shard(self, x: Tensor, dim: int = 1, fill: float = 0) -> Tensor:
         """Return this rank's rows of a whole tensor along `dim`; padding rows are `fill`."""

@@ -45,12 +45,11 @@ class Segment:
 
     def cut(self, size: int) -> "list[Segment]":
         """Cut into segments of at most `size` tokens, in order; an empty segment stays one segment."""
-        return list(_cut(self, size))
+        # torch.compile traces through caches, with a warning.
+        return list(_cut(self, size) if torch.compiler.is_compiling() else _cut_once(self, size))
 
 
-@lru_cache(maxsize=64)
 def _cut(whole: Segment, size: int) -> tuple[Segment, ...]:
-    """Cut a segment once for all layers and passes of a step: into hundreds, with thousands of documents."""
     if whole.size == 0:
         return (whole,)
     parts, first = [], 0
@@ -63,6 +62,12 @@ def _cut(whole: Segment, size: int) -> tuple[Segment, ...]:
         parts.append(Segment(whole.begin + begin, whole.begin + end, inside))
         first = last
     return tuple(parts)
+
+
+@lru_cache(maxsize=64)
+def _cut_once(whole: Segment, size: int) -> tuple[Segment, ...]:
+    """Cut a segment once for all layers and passes of a step: into hundreds, with thousands of documents."""
+    return _cut(whole, size)
 
 
 def state_heads(k: Tensor, v: Tensor, gates: Sequence[Tensor]) -> int:

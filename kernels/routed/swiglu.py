@@ -82,7 +82,7 @@ def tiled_swiglu(x: Tensor, gate_up: Tensor, down: Tensor, tile: int, *, compute
     only has to save what the backward pass needs.
     """
     rows = x.reshape(-1, x.shape[-1])
-    ends = torch.tensor([len(rows)], dtype=torch.int32, device=x.device)
+    ends = torch.full((1,), len(rows), dtype=torch.int32, device=x.device)  # a copy would make the host wait
     out: Tensor = _GroupedSwiglu.apply(  # type: ignore[no-untyped-call]
         rows, ends, gate_up[None], down[None], tile, computed
     )

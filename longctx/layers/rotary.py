@@ -9,7 +9,9 @@ from torch import Tensor
 
 from longctx.config import Config, Integer
 from longctx.kernels.autograd import exact_backward, exact_forward
+from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.fusion import fused
+from longctx.parallel.layout import Layout
 
 
 class RopeScaling(Config):
@@ -38,9 +40,23 @@ class RopeScaling(Config):
         return frequencies * ((1 - kept) / self.factor + kept)
 
 
-def rotary_table(
-    positions: Tensor, dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines, `[T, dim / 2]` each."""
+
+
+def layout_table(layout: Layout, x: Tensor, dim: int, theta: float, scaling: RopeScaling | None = None) -> Table:
+    """Return the table of a layout's positions for x, in its accumulation dtype: one for all layers of a batch."""
+    wide = accumulation_dtype(x.dtype)
+
+    def compute() -> Table:
+        cos, sin = rotary_table(layout.on_device("positions", x.device), dim, theta, scaling)
+        return cos.to(wide), sin.to(wide)
+
+    table: Table = layout.cached(("rotary", dim, theta, scaling, wide, x.device), compute)
+    return table
+
+
+def rotary_table(positions: Tensor, dim: int, theta: float, scaling: RopeScaling | None = None) -> Table:
     """Compute the cosines and sines for positions `[T]`: `[T, dim / 2]` each, float64.
 
     Angles are in float64: at position 2^20 a float32 angle would be off by 0.06 rad.
@@ -53,7 +69,7 @@ def rotary_table(
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Table) -> Tensor:
     """Rotate the channel pairs (i, i + D/2) of `x [B, T, H, D]` by the table's angles, in float32 (float64 if x is).
 
     With a table for fewer channels (partial rotary), D is their number: the first ones are rotated, the others kept.
@@ -65,7 +81,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
 
 
-def rotate_rows(x: Tensor, rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_rows(x: Tensor, rows: Tensor, table: Table) -> Tensor:
     """Rotate vectors `x [..., D]`, each at the position of the table's row `rows [...]`; -1 uses row 0."""
     flat = rows.clamp_min(0).flatten()
     cos, sin = (part.index_select(0, flat).view(*rows.shape, part.shape[1]) for part in table)

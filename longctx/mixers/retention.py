@@ -18,7 +18,7 @@ from longctx.layers.basic import Linear
 from longctx.layers.cache import Cache, begin_cached_scan
 from longctx.layers.linear_attention import HeadNorm
 from longctx.layers.output import Output
-from longctx.layers.rotary import rotary_table, rotate
+from longctx.layers.rotary import layout_table, rotate
 from longctx.mixers.head_mixture import project_output
 from longctx.mixers.linear_mixer import HeadsConfig, LinearMixer
 from longctx.mixers.shares import Share, row_shares
@@ -83,7 +83,7 @@ class Retention(LinearMixer):
         """Compute the layer for x `[B, T_local, D]`, as in the module's docstring; the shape stays."""
         routing = self.route(x, layout)
         q, k, v = self.project(x, layout, cache, routing)
-        table = rotary_table(layout.positions.to(x.device), self.head_dim, self.rope_theta)
+        table = layout_table(layout, x, self.head_dim, self.rope_theta)
         k = rotate(k, table) * self.head_dim**-0.5
         scan = begin_cached_scan(ADDITIVE, k, v, (self.log_decay,), layout, cache)
         q, gate = rotate(q, table), self.project_gate(self.gate, x, routing)  # overlaps with the state exchange

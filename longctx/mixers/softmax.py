@@ -19,7 +19,7 @@ from longctx.kernels.routed.head_projection import project_to_pairs
 from longctx.layers.basic import Linear, Norm, norm_layer
 from longctx.layers.cache import Cache, cached_attention, cached_score_attention
 from longctx.layers.output import Attend, Output
-from longctx.layers.rotary import RopeScaling, rotary_table, rotate, rotate_rows
+from longctx.layers.rotary import RopeScaling, Table, layout_table, rotate, rotate_rows
 from longctx.mixers.base import Mixer, MixerConfig, head_dim_problems
 from longctx.mixers.head_mixture import HeadRouter, project_output, project_output_pairs, split_routed
 from longctx.mixers.shares import Share, row_shares
@@ -148,8 +148,8 @@ class Softmax(Mixer):
             out, k = cached_attention(q, k, v, layout, scale, self.mask, cache.kv)
         return out, partial(cached_score_attention, q, k, layout, scale, self.mask)
 
-    def _rotary_table(self, layout: Layout, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary_table(layout.positions.to(x.device), self.rotary_dim, self.rope_theta, self.rope_scaling)
+    def _rotary_table(self, layout: Layout, x: Tensor) -> Table:
+        return layout_table(layout, x, self.rotary_dim, self.rope_theta, self.rope_scaling)
 
     def _norm_and_rotate(self, q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Apply QK-norm, if there is one, and rotary embedding to q and k `[B, T_local, ., K]`."""

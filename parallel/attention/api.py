@@ -218,7 +218,7 @@ def routed_attention(
     if ulysses is None:
         return _attend(q, k, v, plan.schedule.routed(places), scale)
     # Every rank of the group sends equally many: padded in front with rows that are no queries.
-    counts = all_gather(torch.tensor([q.shape[1]], device=q.device), ulysses).wait()
+    counts = all_gather(torch.full((1,), q.shape[1], device=q.device), ulysses).wait()
     more = int(counts.max()) - q.shape[1]
     q = torch.nn.functional.pad(q, (0, 0, 0, 0, more, 0))
     places = torch.nn.functional.pad(places, (more, 0), value=-1)

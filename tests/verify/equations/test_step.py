@@ -7,8 +7,8 @@ from itertools import islice
 import pytest
 
 from longctx.engines import step
-from longctx.layers import basic
-from longctx.mixers import lightning, softmax
+from longctx.layers import basic, rotary
+from longctx.mixers import lightning
 from longctx.model import decoder
 from longctx.moe import expert_router
 from longctx.parallel.layout import Layout
@@ -26,8 +26,8 @@ L, S = "blocks.0.mixer.qkvu.weight", "blocks.1.mixer.qkv.weight"
 
 
 def doubled_positions(patch):
-    right = softmax.rotary_table
-    patch.setattr(softmax, "rotary_table", lambda positions, *rest: right(2 * positions, *rest))
+    right = rotary.rotary_table
+    patch.setattr(rotary, "rotary_table", lambda positions, *rest: right(2 * positions, *rest))
 
 
 def another_decay(patch):
