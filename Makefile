@@ -45,7 +45,7 @@ LOCKED = $(PY) -m pip install --quiet --require-hashes --no-deps --only-binary :
 	@$(LOCKED) -r .ci/requirements/dev.txt
 	@if $(PY) -m pip show torch | grep '^Requires:.*nvidia' >/dev/null; then $(LOCKED) -r .ci/requirements/cuda.txt; fi
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
-	@$(PY) -c 'from longctx.kernels.native import library; library.load("additive"); library.load("pointwise")'
+	@$(PY) -c 'from longctx.kernels.native import library; [library.load(name) for name in library.FAMILIES]'
 	@touch $@
 
 quickstart: .venv/installed ## Train a small hybrid model on Python's source on 2 ranks and plot its curves (minutes)

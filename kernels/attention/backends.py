@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from longctx.kernels.attention import native
 from longctx.kernels.attention.masks import BlockMask, Positions
 from longctx.kernels.attention.tiled import Gradients, Tiled
 from longctx.kernels.attention.vendor import CpuFlash, CudaCudnn, CudaFlash, FlashAttn
@@ -74,6 +75,18 @@ def _library_refusal(call: Call) -> str | None:
     if torch.cuda.get_device_capability(call.device) < (8, 0):
         return "it needs compute capability 8.0"
     return None
+
+
+def _cpu_native_refusal(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"it runs on CPUs, and the tensors are on {call.device.type}"
+    if isinstance(call.mask, Tensor):
+        return "it supports no mask tensor"
+    if call.dtype not in native.DTYPES:
+        return f"it supports float32 and bf16, not {_name(call.dtype)}"
+    if 0 < call.lengths[0] < native.FEWEST_QUERIES:
+        return f"it takes at least {native.FEWEST_QUERIES} queries, not {call.lengths[0]}"
+    return None if native.is_built() else "native kernels are turned off, or cannot be built here (docs/cpu.md)"
 
 
 def _cpu_flash_refusal(call: Call) -> str | None:
@@ -197,6 +210,7 @@ class Entry:
 
 
 BACKENDS = {
+    "cpu-native": Entry(_cpu_native_refusal, native.Native),
     "cpu-flash": Entry(_cpu_flash_refusal, CpuFlash),
     "cuda-flash": Entry(_cuda_flash_refusal, CudaFlash),
     "flash-attn": Entry(_flash_attn_refusal, FlashAttn),

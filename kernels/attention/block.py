@@ -16,11 +16,12 @@ sliding windows, packed documents, zigzag halves and queries gathered by head. `
 skipping those that no query sees, and no tensor of Tq x Tk exists.
 
 Backends (longctx.kernels.attention.backends): the first that supports a call computes it, unless one is named. On CPUs
-torch's flash operator, tile by tile of the mask; on CUDA torch's FlashAttention or flash_attn for bf16 and fp16 without
-positions, our Triton kernel for the rest, then cuDNN, FlexAttention, and torch operators, which support everything. On
-Hopper and later cuDNN comes first where lengths are multiples of 1024 and there are no positions, backward only without
-`torch.use_deterministic_algorithms`. All return the block's own lse and take the global one, so that the passes of a
-call may be of two backends; `explain_backends` lists why each does not support a call.
+our C++ kernel for float32 and bf16, else torch's flash operator, tile by tile of the mask; on CUDA torch's
+FlashAttention or flash_attn for bf16 and fp16 without positions, our Triton kernel for the rest, then cuDNN,
+FlexAttention, and torch operators, which support everything. On Hopper and later cuDNN comes first where lengths are
+multiples of 1024 and there are no positions, backward only without `torch.use_deterministic_algorithms`. All return the
+block's own lse and take the global one, so that the passes of a call may be of two backends; `explain_backends` lists
+why each does not support a call.
 """
 
 import torch

@@ -10,6 +10,7 @@ import torch
 
 from longctx.kernels.attention import backends as attention_backends
 from longctx.kernels.attention import block as attention
+from longctx.kernels.attention import native
 from longctx.kernels.attention.backends import BACKENDS, Call, by_preference
 from longctx.kernels.attention.block import CAUSAL, FULL, IntervalMask, explain_backends, sliding_window
 from longctx.kernels.attention.flex import Flex
@@ -32,6 +33,7 @@ def _gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(attention_backends, "_flash_attn_version", lambda: None)
     monkeypatch.setattr(attention_backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(native, "is_built", lambda: True)
     kernels = types.SimpleNamespace(MAX_HEAD_DIM=256, INTERPRETED=False)
     monkeypatch.setitem(sys.modules, "longctx.kernels.attention.triton", kernels)
     monkeypatch.setattr(sys.modules["longctx.kernels.attention"], "triton", kernels, raising=False)
@@ -42,8 +44,10 @@ def test_the_first_backend_that_lacks_nothing_is_taken(monkeypatch):
     window, ragged = sliding_window(4, 4, WINDOW), torch.ones(4, 4, dtype=torch.bool)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     expected = {
-        (cpu, F32, FULL, 64): "cpu-flash",
-        (cpu, BF16, window, 64): "cpu-flash",
+        (cpu, F32, FULL, 64): "cpu-native",
+        (cpu, BF16, window, 64): "cpu-native",
+        (cpu, F64, window, 64): "cpu-flash",
+        (cpu, F32, ragged, 64): "cpu-flash",
         (cuda, BF16, CAUSAL, 128): "cuda-flash",
         (cuda, BF16, window, 128): "triton",
         (cuda, F32, CAUSAL, 128): "triton",
@@ -129,8 +133,17 @@ def test_a_named_backend_that_cannot_says_what_it_lacks_and_which_ones_can():
             match=r"'cuda-flash' does not support this call: it runs on CUDA.* cpu. Supported by: cpu-flash, tiled",
         ):
             call()
-    with pytest.raises(ValueError, match="no backend 'flash'; choose one of cpu-flash"):
+    with pytest.raises(ValueError, match="no backend 'flash'; choose one of cpu-native, cpu-flash"):
         attention.forward(q, k, v, CAUSAL, 1.0, "flash")
+
+
+def test_decoding_and_what_turns_native_kernels_off_run_torchs_operator(monkeypatch):
+    monkeypatch.setattr(native, "is_built", lambda: True)
+    call = Call(torch.device("cpu"), BF16, CAUSAL, 64, 1, (native.FEWEST_QUERIES, 100))
+    assert first_able(call) == "cpu-native"
+    assert first_able(replace(call, lengths=(1, 100))) == "cpu-flash"
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    assert first_able(call) == "cpu-flash"
 
 
 def test_explain_says_of_every_backend_what_it_lacks():
@@ -253,7 +266,7 @@ def on_gpu(mask):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["full", "plain causal", "documents and window", "gathered, window", "zigzag halves"])
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu-flash"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not name.startswith("cpu-")])
 def test_every_backend_of_a_gpu_equals_the_dense_reference_and_takes_the_global_lse(backend, name, dtype):
     tq = tk = 130
     mask, visible = {"full": FULL, "plain causal": CAUSAL}.get(name), torch.ones(tq, tk, dtype=torch.bool)

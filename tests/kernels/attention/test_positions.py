@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longctx.kernels.attention import block as attention
+from longctx.kernels.attention import native
 from longctx.kernels.attention import tiled as attention_tiled
 from longctx.kernels.attention.block import FULL, IntervalMask, Positions, packed_documents
 from tests.combinations import mostly_slow
@@ -16,14 +17,17 @@ in_interpreter = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs triton (pip install 'longctx[triton]') in its interpreter: TRITON_INTERPRET=1",
 )
-BACKENDS = {"cpu-flash": torch.float64, "tiled": torch.float64, "triton": torch.float32}
-BY_BACKEND = [pytest.param(name, marks=in_interpreter if name == "triton" else ()) for name in BACKENDS]
+built = pytest.mark.skipif(not native.is_built(), reason="needs a C++ compiler")
+BACKENDS = {"cpu-flash": torch.float64, "tiled": torch.float64, "triton": torch.float32, "cpu-native": torch.float32}
+NEEDS = {"triton": in_interpreter, "cpu-native": built}
+BY_BACKEND = [pytest.param(name, marks=NEEDS.get(name, ())) for name in BACKENDS]
 
 
 @pytest.fixture(params=BY_BACKEND)
 def backend(request, monkeypatch):
     monkeypatch.setattr(attention_tiled, "TILE", 16)
     monkeypatch.setattr(attention_tiled, "QUERY_TILES", (8, 8))
+    monkeypatch.setattr(native, "FEWEST_QUERIES", 1)
     return request.param
 
 

@@ -1,0 +1,105 @@
+"""Block attention on CPUs, in C++ (`longctx/kernels/native/attention.cpp`): float32 and bf16, every mask but a tensor.
+
+Computed in float32. What a query sees is two integers, so packed documents, windows and the halves of a zigzag rank are
+one pass, without a mask or a call per tile, and grouped heads read their key head in place.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from longctx.kernels.attention.masks import PlainMask, Positions, key_bounds
+from longctx.kernels.attention.tiled import Gradients, dense_rows
+from longctx.kernels.native import library
+
+FAMILY = "attention"
+DTYPES = (torch.float32, torch.bfloat16)
+FEWEST_QUERIES = 16
+"""Fewer, as in decoding, do not pay for the transposes of keys."""
+
+
+class _Tensor(ctypes.Structure):
+    """`Tensor` of attention.cpp."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((n, ctypes.c_long) for n in ("brain", "batch", "token", "head")))
+
+
+class _Call(ctypes.Structure):
+    """`Call` of attention.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_long)
+            for name in ("batch", "queries", "keys", "heads", "key_heads", "key_dim", "value_dim", "threads")
+        ),
+        ("scale", ctypes.c_float),
+        *((name, _Tensor) for name in ("q", "k", "v", "out", "dout")),
+        *((name, ctypes.c_void_p) for name in ("lse", "dq", "dk", "dv", "begin", "end")),
+        *((name, ctypes.c_long) for name in ("bounds_batch", "bounds_head")),
+    )
+
+
+def is_built() -> bool:
+    """Return whether native kernels are used and can be built here."""
+    return library.is_enabled() and library.load(FAMILY) is not None
+
+
+def _run(
+    function: str,
+    rows: dict[str, Tensor],
+    mask: PlainMask | Positions,
+    scale: float,
+    lse: Tensor,
+    grads: tuple[Tensor, ...] = (),
+) -> None:
+    """Call a pass on tensors `[B, T, H, D]` with dense channels; `grads` are dq, dk, dv."""
+    q, k, v = rows["q"], rows["k"], rows["v"]
+    batch, queries, heads, key_dim = q.shape
+    call = _Call(
+        batch, queries, k.shape[1], heads, k.shape[2], key_dim, v.shape[3], torch.get_num_threads(), scale,
+    )  # fmt: skip
+    for name, x in rows.items():
+        setattr(call, name, _Tensor(x.data_ptr(), int(x.dtype == torch.bfloat16), *x.stride()[:3]))
+    begin, end = (x.contiguous() for x in key_bounds(mask, queries, k.shape[1], q.device))
+    if begin.dim() == 3:
+        call.bounds_batch, call.bounds_head = begin.stride()[:2]
+    pointers = {"lse": lse, "begin": begin, "end": end} | dict(zip(("dq", "dk", "dv"), grads, strict=False))
+    for name, x in pointers.items():
+        setattr(call, name, x.data_ptr())
+    found = library.load(FAMILY)
+    assert found is not None
+    if getattr(found, f"attention_{function}")(ctypes.byref(call)):
+        raise MemoryError(f"attention_{function} found no memory for its scratch buffers")
+
+
+class Native:
+    """The backend "cpu-native"."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: PlainMask | Positions, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return out in v's dtype and lse in float32, shapes as in longctx.kernels.attention."""
+        q, k, v = map(dense_rows, (q, k, v))
+        out = v.new_empty(*q.shape[:3], v.shape[3])
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+        _run("forward", {"q": q, "k": k, "v": v, "out": out}, mask, scale, lse)
+        return out, lse
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: PlainMask | Positions,
+        scale: float,
+    ) -> Gradients:
+        """Return dq, dk, dv in float32."""
+        do, q, k, v, out = map(dense_rows, (do, q, k, v, out))
+        dq, dk, dv = torch.zeros(q.shape), torch.empty(k.shape), torch.empty(v.shape)
+        rows = {"q": q, "k": k, "v": v, "out": out, "dout": do}
+        _run("backward", rows, mask, scale, lse.float().contiguous(), (dq, dk, dv))
+        return dq, dk, dv
