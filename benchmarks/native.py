@@ -1,69 +1,146 @@
 """Native CPU kernels against the torch operators that they replace, in one process, on the same inputs.
 
-    MALLOC_MMAP_MAX_=0 python -m benchmarks.native [--tokens 32768] [--threads 2] [--repeats 5]
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
+    python -m benchmarks.native [additive attention pointwise] [--threads 2] [--repeats 5]
 
-Eight heads of 128 channels; forward, and forward and backward (with the gradient of a scalar decay), alternating,
-medians. `MALLOC_MMAP_MAX_=0` keeps freed memory, as the launcher of training does.
+Forward, and forward and backward, alternating, medians. The variables keep freed memory, as the launcher of training
+does.
 """
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
+from longctx.kernels import pointwise
+from longctx.kernels.attention import block as attention
+from longctx.kernels.attention.block import CAUSAL, packed_documents
 from longctx.kernels.linear.additive import chunked, native
 from longctx.kernels.linear.recurrence import Inputs, Segment
+from longctx.kernels.native.library import SWITCH
 
-HEADS, DIM = 8, 128
-
-
-def draw(tokens: int, kind: str, dtype: torch.dtype) -> tuple[Inputs, torch.Tensor]:
-    """Return inputs with a constant or scalar decay, and the gradient of the outputs."""
-    q, k, v, do = (torch.randn(1, tokens, HEADS, DIM, dtype=dtype) for _ in range(4))
-    gate = -0.1 * (torch.rand(HEADS) if kind == "constant" else torch.rand(1, tokens, HEADS))
-    return Inputs(q / DIM**0.5, k / DIM**0.5, v, (gate,)), do
+DTYPES = (torch.float32, torch.bfloat16)
+Pass = Callable[[], tuple[float, float]]
+"""A measurement: the seconds of forward, and of forward and backward."""
 
 
-def measure(module: ModuleType, inputs: Inputs, do: torch.Tensor) -> tuple[float, float]:
-    """Return the seconds of forward, and of forward and backward."""
-    segments, zero = [Segment(0, inputs.k.shape[1])], inputs.empty_state()[None]
+@dataclass(frozen=True)
+class Case:
+    """One call, by the native kernels and by torch."""
+
+    name: str
+    native: Pass
+    torch: Pass
+
+
+def timed(forward: Callable[[], object], backward: Callable[[], object]) -> tuple[float, float]:
+    """Time a forward pass, and it with the backward pass."""
     began = time.perf_counter()
-    module.apply(inputs, segments, zero)
-    forward = time.perf_counter() - began
-    module.apply_grad(inputs, segments, do, zero, zero, inputs.gates[0].dim() > 1)
-    return forward, time.perf_counter() - began
+    forward()
+    middle = time.perf_counter() - began
+    backward()
+    return middle, time.perf_counter() - began
 
 
-def compare(tokens: int, kind: str, dtype: torch.dtype, repeats: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Return the medians of both times, native and torch."""
-    inputs, do = draw(tokens, kind, dtype)
-    times: dict[ModuleType, list[tuple[float, float]]] = {native: [], chunked: []}
-    for _ in range(repeats):
-        for module, found in times.items():
-            found.append(measure(module, inputs, do))
-    of_native, of_torch = ([median(each) for each in zip(*found, strict=True)] for found in times.values())
-    return of_native, of_torch
+def additive(tokens: int = 32768, heads: int = 8, dim: int = 128) -> Iterator[Case]:
+    """Yield the recurrence with a constant and with a scalar decay, whose gradient is computed too."""
+    for kind in ("constant", "scalar"):
+        for dtype in DTYPES:
+            q, k, v, do = (torch.randn(1, tokens, heads, dim, dtype=dtype) for _ in range(4))
+            gate = -0.1 * (torch.rand(heads) if kind == "constant" else torch.rand(1, tokens, heads))
+            inputs = Inputs(q / dim**0.5, k / dim**0.5, v, (gate,))
+            segments, zero = [Segment(0, tokens)], inputs.empty_state()[None]
+
+            def run(
+                module: ModuleType, inputs: Inputs = inputs, zero: Tensor = zero, do: Tensor = do,
+                segments: list[Segment] = segments,
+            ) -> tuple[float, float]:  # fmt: skip
+                gates = inputs.gates[0].dim() > 1
+                return timed(
+                    lambda: module.apply(inputs, segments, zero),
+                    lambda: module.apply_grad(inputs, segments, do, zero, zero, gates),
+                )
+
+            name = f"recurrence, {kind} decay, {_name(dtype)}, {tokens:,} tokens, {heads} x {dim}"
+            yield Case(name, lambda run=run: run(native), lambda run=run: run(chunked))  # type: ignore[misc]
+
+
+def attend(tokens: int = 4096) -> Iterator[Case]:
+    """Yield causal attention, in two documents of the quickstart's widths, and in one with wider heads."""
+    two = packed_documents((0, tokens // 3, tokens))
+    for dtype in DTYPES:
+        for heads, key_heads, dim, mask, text in (
+            (4, 2, 32, two, "two documents"), (4, 4, 64, CAUSAL, "causal"), (4, 4, 128, CAUSAL, "causal"),
+        ):  # fmt: skip
+            q, k, v, do = (torch.randn(1, tokens, n, dim).to(dtype) for n in (heads, key_heads, key_heads, heads))
+
+            def run(
+                backend: str, inputs: tuple[Tensor, ...] = (do, q, k, v), mask: object = mask
+            ) -> tuple[float, float]:
+                do, q, k, v = inputs
+                scale, found = q.shape[3] ** -0.5, []
+                return timed(
+                    lambda: found.append(attention.forward(q, k, v, mask, scale, backend)),  # type: ignore[arg-type]
+                    lambda: attention.backward(do, q, k, v, *found[0], mask, scale, backend),  # type: ignore[arg-type]
+                )
+
+            name = f"attention, {text}, {_name(dtype)}, {tokens:,} tokens, {heads} on {key_heads} x {dim}"
+            yield Case(name, lambda run=run: run("cpu-native"), lambda run=run: run("cpu-flash"))  # type: ignore[misc]
+
+
+def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
+    """Yield RMSNorm, with a gate and without, and SwiGLU."""
+    for dtype in DTYPES:
+        x, gate = (torch.randn(tokens, dim).to(dtype).requires_grad_() for _ in range(2))
+        weight, pair = torch.ones(dim, requires_grad=True), torch.randn(tokens // 2, 5 * dim).to(dtype).requires_grad_()
+        functions: dict[str, Callable[[], Tensor]] = {
+            "RMSNorm": lambda x=x, weight=weight: pointwise.rms_norm(x, weight, 1e-5),  # type: ignore[misc]
+            "gated RMSNorm": lambda x=x, w=weight, g=gate: pointwise.gated_rms_norm(x, w, g, 1e-5, "silu"),  # type: ignore[misc]
+            "SwiGLU": lambda pair=pair: pointwise.swiglu(pair),  # type: ignore[misc]
+        }
+        for name, function in functions.items():
+
+            def run(switch: str, function: Callable[[], Tensor] = function) -> tuple[float, float]:
+                found: list[Tensor] = []
+                with patch.dict(os.environ, {SWITCH: switch}):
+                    do = torch.ones_like(function())
+                    return timed(lambda: found.append(function()), lambda: found[0].backward(do))
+
+            text = f"{name}, {_name(dtype)}, {tokens:,} x {dim}"
+            yield Case(text, lambda run=run: run("1"), lambda run=run: run("0"))  # type: ignore[misc]
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {"additive": additive, "attention": attend, "pointwise": rows}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("family", nargs="*", choices=[*FAMILIES, []], help="all without one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    sys.stdout.write("| decay | dtype | pass | native, ms | torch, ms | ratio |\n|---|---|---|---|---|---|\n")
-    for kind in ("constant", "scalar"):
-        for dtype in (torch.float32, torch.bfloat16):
-            of_native, of_torch = compare(arguments.tokens, kind, dtype, arguments.repeats)
-            for name, fast, slow in zip(("forward", "forward + backward"), of_native, of_torch, strict=True):
-                row = (kind, str(dtype).removeprefix("torch."), name, f"{fast * 1e3:.0f}", f"{slow * 1e3:.0f}")
-                sys.stdout.write(f"| {' | '.join(row)} | {slow / fast:.2f} |\n")
+    sys.stdout.write("| kernel | pass | native, ms | torch, ms | ratio |\n|---|---|---|---|---|\n")
+    for family in arguments.family or FAMILIES:
+        for case in FAMILIES[family]():
+            pairs = [(case.native(), case.torch()) for _ in range(arguments.repeats)]
+            for number, text in enumerate(("forward", "forward + backward")):
+                fast, slow = (1e3 * median(pair[which][number] for pair in pairs) for which in (0, 1))
+                sys.stdout.write(f"| {case.name} | {text} | {fast:.0f} | {slow:.0f} | {slow / fast:.2f} |\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

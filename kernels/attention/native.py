@@ -1,6 +1,7 @@
 """Block attention on CPUs, in C++ (`longctx/kernels/native/attention.cpp`): float32 and bf16, every mask but a tensor.
 
-Computed in float32. What a query sees is two integers, so packed documents, windows and the halves of a zigzag rank are
+Sums are in float32, and products of float32 inputs, too; those of bf16 inputs where the CPU has none of bf16 numbers.
+What a query sees is two integers, so packed documents, windows and the halves of a zigzag rank are
 one pass, without a mask or a call per tile, and grouped heads read their key head in place.
 """
 

@@ -1,6 +1,8 @@
 // Block attention on CPUs: softmax(scale Q K^T) V over the keys [begin, end) that each query sees, with the log-sum-exp of
-// each query, and its gradients from the global out and lse (longctx/kernels/attention/block.py). Float32 and bfloat16,
-// computed in float32; grouped heads; any widths.
+// each query, and its gradients from the global out and lse (longctx/kernels/attention/block.py). Grouped heads; any widths.
+//
+// q, k, v and do are all float32 or all bfloat16. Products of bfloat16 factors multiply bfloat16 where the CPU can
+// (avx512_bf16), float32 elsewhere: weights and their gradients are rounded to bfloat16 for that. Sums are float32.
 //
 // Forward, a task is a block of queries of a head, and goes through the keys that these see with an online softmax.
 // Backward, a task is a key head, and goes through its keys block by block, and for each through the queries that see
@@ -29,19 +31,70 @@ struct Call {
     long bounds_batch, bounds_head;
 };
 
-// Rows [first, first + count) of a head, in float32, times a factor; zeros up to BLOCK rows.
-static void load_rows(const Tensor &x, long row, long head, long first, long count, long dim, float factor, float *to) {
-    const long width = padded(dim), at = row * x.batch + head * x.head;
-    for (long i = 0; i < count; i++) {
-        const long from = at + (first + i) * x.token;
-        for (long d = 0; d < dim; d += LANES) {
-            const Vec value = x.brain ? load_first(static_cast<const Brain *>(x.data) + from + d, dim - d)
-                                      : load_first(static_cast<const float *>(x.data) + from + d, dim - d);
-            store(to + i * width + d, value * factor);
-        }
+// A block of rows as a factor of products: the words of its rows, of pairs of rows, and of its columns.
+template <typename F> struct Factor;
+
+template <> struct Factor<Single> {
+    long width;
+    float *rows, *stacked, *turned;
+
+    Factor(Scratch &scratch, long dim, bool turns) : width(padded(dim)), turned(nullptr) {
+        rows = stacked = scratch.take(BLOCK * width);
+        if (turns) turned = scratch.take(BLOCK * width);
     }
-    std::memset(to + count * width, 0, (BLOCK - count) * width * sizeof(float));
-}
+
+    // Rows [first, first + count) of a head; zeros up to BLOCK rows.
+    void load_rows(const Tensor &x, long row, long head, long first, long count, long dim) {
+        const long at = row * x.batch + head * x.head;
+        for (long i = 0; i < count; i++) {
+            const long from = at + (first + i) * x.token;
+            for (long d = 0; d < dim; d += LANES) {
+                const Vec value = x.brain ? load_first(static_cast<const Brain *>(x.data) + from + d, dim - d)
+                                          : load_first(static_cast<const float *>(x.data) + from + d, dim - d);
+                store(rows + i * width + d, value);
+            }
+        }
+        std::memset(rows + count * width, 0, (BLOCK - count) * width * sizeof(float));
+    }
+    void set(const float *) {}  // computed in place
+    void stack() {}
+    void turn() { transpose(rows, BLOCK, width, turned); }
+};
+
+#if defined(HAS_PAIRS)
+template <> struct Factor<Pair> {
+    long width;
+    uint32_t *rows, *stacked, *turned;
+
+    Factor(Scratch &scratch, long dim, bool turns)
+        : width((dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES)), turned(nullptr) {
+        rows = scratch.take<uint32_t>(BLOCK * width / 2), stacked = scratch.take<uint32_t>(BLOCK / 2 * width);
+        if (turns) turned = scratch.take<uint32_t>(BLOCK * width / 2);
+    }
+
+    Brain *row(long i) { return reinterpret_cast<Brain *>(rows + i * width / 2); }
+    void load_rows(const Tensor &x, long batch, long head, long first, long count, long dim) {
+        const Brain *from = static_cast<const Brain *>(x.data) + batch * x.batch + head * x.head;
+        for (long i = 0; i < count; i++) std::memcpy(row(i), from + (first + i) * x.token, dim * sizeof(Brain));
+        std::memset(row(count), 0, (BLOCK - count) * width * sizeof(Brain));
+    }
+    // Round the numbers [BLOCK, width] of products.
+    void set(const float *numbers) {
+        for (long i = 0; i < BLOCK; i++)
+            for (long d = 0; d < width; d += LANES) store(row(i) + d, load(numbers + i * width + d));
+    }
+    void stack() {
+        for (long i = 0; i < BLOCK; i += 2)
+            for (long d = 0; d < width; d += LANES) {
+                const BitVec low = bits_of(row(i) + d), high = bits_of(row(i + 1) + d);
+                store_bits(stacked + i / 2 * width + d, low | high << 16);
+            }
+    }
+    void turn() {
+        transpose(reinterpret_cast<const float *>(rows), BLOCK, width / 2, reinterpret_cast<float *>(turned));
+    }
+};
+#endif
 
 static inline Vec largest(Vec x, Vec y) { return x > y ? x : y; }
 static inline float largest(Vec x) {
@@ -80,32 +133,53 @@ struct Bounds {
     }
 };
 
-class Worker {
+template <typename F> class Worker {
 protected:
     const Call &call;
-    const long key_width, value_width;
     Scratch scratch;
-    float *queries, *keys, *keys_turned, *values, *scores;
+    Factor<F> queries, keys, values, weights;
+    float *scores;
+    const float factor;  // positive, so that -inf, for what is not seen, stays
 
-    explicit Worker(const Call &call)
-        : call(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)) {
-        for (float **x : {&queries, &keys, &keys_turned}) *x = scratch.take(BLOCK * key_width);
-        values = scratch.take(BLOCK * value_width);
-        scores = scratch.take(BLOCK * BLOCK);
+    explicit Worker(const Call &call, bool turns_values)
+        : call(call), queries(scratch, call.key_dim, false), keys(scratch, call.key_dim, true),
+          values(scratch, call.value_dim, turns_values), weights(scratch, BLOCK, false),
+          factor(call.scale > 0 ? call.scale : 1.0f) {
+        scores = numbers_of(weights);
     }
+
+    // Memory for the numbers of a factor that is computed here: for single numbers, its rows.
+    float *numbers_of(Factor<Single> &x) { return x.rows; }
+#if defined(HAS_PAIRS)
+    float *numbers_of(Factor<Pair> &) { return scratch.take(BLOCK * BLOCK); }
+#endif
 
     void load_keys(long row, long head, long first, long count) {
-        load_rows(call.k, row, head, first, count, call.key_dim, 1.0f, keys);
-        load_rows(call.v, row, head, first, count, call.value_dim, 1.0f, values);
-        transpose(keys, BLOCK, key_width, keys_turned);
+        keys.load_rows(call.k, row, head, first, count, call.key_dim);
+        values.load_rows(call.v, row, head, first, count, call.value_dim);
+        keys.turn();
     }
 
+    static OperandOf<F> rows_of(const Factor<F> &x) { return {x.rows, x.width / F::PER_WORD, 1}; }
+    static OperandOf<F> columns_of(const Factor<F> &x) { return {x.stacked, 1, x.width}; }
+
+    // Rows of x times columns of y, both of `width` numbers, in `to` [count, BLOCK].
+    static void multiply_turned(long count, const Factor<F> &x, const Factor<F> &y, float *to) {
+        product<F>(count, BLOCK, x.width / F::PER_WORD, rows_of(x), y.turned, BLOCK, to, BLOCK, false);
+    }
+
+    // The products of queries and keys; scores are these times `factor`.
     void find_scores(long count) {
-        product(count, BLOCK, key_width, rows_of(queries, key_width), keys_turned, BLOCK, scores, BLOCK, false);
+        multiply_turned(count, queries, keys, scores);
+        if (factor == call.scale) return;
+        for (long i = 0; i < count * BLOCK; i += LANES) store(scores + i, load(scores + i) * call.scale);
     }
 };
 
-class Forward : Worker {
+template <typename F> class Forward : Worker<F> {
+    using Base = Worker<F>;
+    using Base::call, Base::scratch, Base::queries, Base::values, Base::weights, Base::scores, Base::factor;
+    const long value_width;
     float *sums, most[BLOCK], weight[BLOCK];
 
     // Turn a row of scores into weights, relative to the largest score so far.
@@ -118,7 +192,7 @@ class Forward : Worker {
             unordered |= x != x;
         }
         const float before = most[i];
-        const float now = any(unordered) ? std::numeric_limits<float>::quiet_NaN() : std::max(before, largest(of_row));
+        const float now = any(unordered) ? std::numeric_limits<float>::quiet_NaN() : std::max(before, largest(of_row) * factor);
         most[i] = now;
         if (now == NOTHING) {
             std::memset(row, 0, BLOCK * sizeof(float));
@@ -132,7 +206,7 @@ class Forward : Worker {
         }
         Vec total{};
         for (long j = 0; j < BLOCK; j += LANES) {
-            const Vec x = exp_of_negative(load(row + j) - now);
+            const Vec x = exp_of_negative(load(row + j) * factor - now);
             store(row + j, x);
             total += x;
         }
@@ -146,7 +220,9 @@ class Forward : Worker {
     }
 
 public:
-    explicit Forward(const Call &call) : Worker(call) { sums = scratch.take(BLOCK * value_width); }
+    explicit Forward(const Call &call) : Base(call, false), value_width(values.width) {
+        sums = scratch.take(BLOCK * value_width);
+    }
 
     static long tasks(const Call &call) { return call.batch * call.heads * ((call.queries + BLOCK - 1) / BLOCK); }
 
@@ -155,14 +231,15 @@ public:
         const long row = task / blocks / call.heads, first = task % blocks * BLOCK;
         const long count = std::min(BLOCK, call.queries - first), key_head = head / (call.heads / call.key_heads);
         const Bounds bounds(call, row, head);
-        load_rows(call.q, row, head, first, count, call.key_dim, call.scale, queries);
+        queries.load_rows(call.q, row, head, first, count, call.key_dim);
         std::memset(sums, 0, BLOCK * value_width * sizeof(float));
         for (long i = 0; i < count; i++) most[i] = NOTHING, weight[i] = 0;
         long low, high;
         bounds.of_block(first, count, low, high);
         for (long at = low; at < high; at += BLOCK) {
-            load_keys(row, key_head, at, std::min(BLOCK, high - at));
-            find_scores(count);
+            this->load_keys(row, key_head, at, std::min(BLOCK, high - at));
+            values.stack();
+            this->find_scores(count);
             for (long i = 0; i < count; i++) {
                 float *of_query = scores + i * BLOCK;
                 if (bounds.mask(first + i, at, of_query))
@@ -170,7 +247,9 @@ public:
                 else
                     std::memset(of_query, 0, BLOCK * sizeof(float));
             }
-            product(count, value_width, BLOCK, rows_of(scores, BLOCK), values, value_width, sums, value_width, true);
+            weights.set(scores);
+            product<F>(count, value_width, BLOCK / F::PER_WORD, Base::rows_of(weights), values.stacked, value_width, sums,
+                       value_width, true);
         }
         for (long i = 0; i < count; i++) {
             const long to = row * call.out.batch + (first + i) * call.out.token + head * call.out.head;
@@ -184,19 +263,26 @@ public:
     }
 };
 
-class Backward : Worker {
-    float *grads, *values_turned, *dscores, *dqueries, *dkeys, *dvalues;
+template <typename F> class Backward : Worker<F> {
+    using Base = Worker<F>;
+    using Base::call, Base::scratch, Base::queries, Base::keys, Base::values, Base::weights, Base::scores, Base::factor;
+    const long key_width, value_width;
+    Factor<F> grads, dweights;
+    float *dscores, *dqueries, *dkeys, *dvalues;
     std::vector<float> means;  // of each reader and query, the sum of do times out
 
     void find_means(long row, long first_head, long readers) {
+        Scratch own;
+        Factor<Single> of_grads(own, call.value_dim, false), of_out(own, call.value_dim, false);
+        const long width = of_out.width;
         means.resize(readers * call.queries);
         for (long reader = 0; reader < readers; reader++)
             for (long first = 0; first < call.queries; first += BLOCK) {
                 const long count = std::min(BLOCK, call.queries - first);
-                load_rows(call.dout, row, first_head + reader, first, count, call.value_dim, 1.0f, grads);
-                load_rows(call.out, row, first_head + reader, first, count, call.value_dim, 1.0f, values);
+                of_grads.load_rows(call.dout, row, first_head + reader, first, count, call.value_dim);
+                of_out.load_rows(call.out, row, first_head + reader, first, count, call.value_dim);
                 for (long i = 0; i < count; i++)
-                    means[reader * call.queries + first + i] = dot(grads + i * value_width, values + i * value_width, value_width);
+                    means[reader * call.queries + first + i] = dot(of_grads.rows + i * width, of_out.rows + i * width, width);
             }
     }
 
@@ -210,7 +296,7 @@ class Backward : Worker {
                 continue;
             }
             for (long j = 0; j < BLOCK; j += LANES) {
-                const Vec score = load(p + j), below = score - lse[i];
+                const Vec score = load(p + j) * factor, below = score - lse[i];
                 // A weight is at most 1, up to rounding; those of what a query does not see are 0, whatever the gradient.
                 const Vec x = exp_of_negative(below > 0 ? Vec{} : below);
                 store(p + j, x);
@@ -229,18 +315,21 @@ class Backward : Worker {
         }
     }
 
-    void write(const float *from, long width, long dim, float *to, long row, long head, long first, long count) const {
+    void write(const float *from, long width, long dim, float factor, float *to, long row, long head, long first,
+               long count) const {
         for (long j = 0; j < count; j++) {
             float *of_key = to + ((row * call.keys + first + j) * call.key_heads + head) * dim;
-            for (long d = 0; d < dim; d += LANES) store_first(of_key + d, load(from + j * width + d), dim - d);
+            for (long d = 0; d < dim; d += LANES) store_first(of_key + d, load(from + j * width + d) * factor, dim - d);
         }
     }
 
 public:
-    explicit Backward(const Call &call) : Worker(call) {
-        for (float **x : {&grads, &values_turned, &dvalues}) *x = scratch.take(BLOCK * value_width);
+    explicit Backward(const Call &call)
+        : Base(call, true), key_width(keys.width), value_width(values.width), grads(scratch, call.value_dim, false),
+          dweights(scratch, BLOCK, false) {
+        dvalues = scratch.take(BLOCK * value_width);
         for (float **x : {&dqueries, &dkeys}) *x = scratch.take(BLOCK * key_width);
-        dscores = scratch.take(BLOCK * BLOCK);
+        dscores = this->numbers_of(dweights);
     }
 
     static long tasks(const Call &call) { return call.batch * call.key_heads; }
@@ -251,13 +340,14 @@ public:
         find_means(row, first_head, readers);
         for (long at = 0; at < call.keys; at += BLOCK) {
             const long seen = std::min(BLOCK, call.keys - at);
-            load_keys(row, key_head, at, seen);
-            transpose(values, BLOCK, value_width, values_turned);
+            this->load_keys(row, key_head, at, seen);
+            values.turn();
+            keys.stack();
             std::memset(dkeys, 0, BLOCK * key_width * sizeof(float));
             std::memset(dvalues, 0, BLOCK * value_width * sizeof(float));
             for (long reader = 0; reader < readers; reader++) add_reader(row, first_head, reader, at, seen);
-            write(dkeys, key_width, call.key_dim, call.dk, row, key_head, at, seen);
-            write(dvalues, value_width, call.value_dim, call.dv, row, key_head, at, seen);
+            write(dkeys, key_width, call.key_dim, call.scale, call.dk, row, key_head, at, seen);
+            write(dvalues, value_width, call.value_dim, 1.0f, call.dv, row, key_head, at, seen);
         }
     }
 
@@ -271,14 +361,20 @@ private:
             long low, high;
             bounds.of_block(first, count, low, high);
             if (low >= at + seen || high <= at) continue;
-            load_rows(call.q, row, head, first, count, call.key_dim, call.scale, queries);
-            load_rows(call.dout, row, head, first, count, call.value_dim, 1.0f, grads);
-            find_scores(count);
-            product(count, BLOCK, value_width, rows_of(grads, value_width), values_turned, BLOCK, dscores, BLOCK, false);
+            queries.load_rows(call.q, row, head, first, count, call.key_dim);
+            grads.load_rows(call.dout, row, head, first, count, call.value_dim);
+            queries.stack();
+            grads.stack();
+            this->find_scores(count);
+            Base::multiply_turned(count, grads, values, dscores);
             differentiate(bounds, first, count, at, lse + first, mean + first);
-            product(seen, value_width, count, columns_of(scores, BLOCK), grads, value_width, dvalues, value_width, true);
-            product(seen, key_width, count, columns_of(dscores, BLOCK), queries, key_width, dkeys, key_width, true);
-            product(count, key_width, seen, rows_of(dscores, BLOCK), keys, key_width, dqueries, key_width, false);
+            for (float *x : {scores, dscores}) std::memset(x + count * BLOCK, 0, (BLOCK - count) * BLOCK * sizeof(float));
+            weights.set(scores), weights.stack();
+            dweights.set(dscores), dweights.stack();
+            constexpr long words = BLOCK / F::PER_WORD;
+            product<F>(seen, value_width, words, Base::columns_of(weights), grads.stacked, value_width, dvalues, value_width, true);
+            product<F>(seen, key_width, words, Base::columns_of(dweights), queries.stacked, key_width, dkeys, key_width, true);
+            product<F>(count, key_width, words, Base::rows_of(dweights), keys.stacked, key_width, dqueries, key_width, false);
             add_query_grads(row, head, first, count);
         }
     }
@@ -294,7 +390,14 @@ template <typename Pass> static int run(const Call &call) {
     });
 }
 
+template <template <typename> class Pass> static int run_in(const Call &call) {
+#if defined(HAS_PAIRS)
+    if (call.q.brain) return run<Pass<Pair>>(call);
+#endif
+    return run<Pass<Single>>(call);
+}
+
 extern "C" {
-int attention_forward(const Call *call) { return run<Forward>(*call); }
-int attention_backward(const Call *call) { return run<Backward>(*call); }
+int attention_forward(const Call *call) { return run_in<Forward>(*call); }
+int attention_backward(const Call *call) { return run_in<Backward>(*call); }
 }

@@ -6,24 +6,49 @@
 
 #include "vectors.h"
 
-// ROWS x COLS vectors of C = A B, or C += A B: A's element (m, k) is a[m * row + k * step], B's rows are contiguous.
-template <int ROWS, int COLS>
-static inline __attribute__((always_inline)) void block_product(const float *a, long row, long step, const float *b,
-                                                                long ldb, float *c, long ldc, long count, bool add) {
+// What a product multiplies: float32 numbers, or pairs of bfloat16 numbers that are neighbours along the sum, as one word,
+// the first in its lower half. Sums are float32.
+struct Single {
+    typedef float Word;
+    typedef Vec Words;
+    static constexpr long PER_WORD = 1;
+    static inline Words spread(Word x) { return Vec{} + x; }
+    static inline Words load_words(const Word *p) { return load(p); }
+    static inline Vec multiply_add(Vec sum, Words a, Words b) { return sum + a * b; }
+};
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS
+struct Pair {
+    typedef uint32_t Word;
+    typedef __m512i Words;
+    static constexpr long PER_WORD = 2;
+    static inline Words spread(Word x) { return _mm512_set1_epi32(int(x)); }
+    static inline Words load_words(const Word *p) { return _mm512_loadu_si512(p); }
+    static inline Vec multiply_add(Vec sum, Words a, Words b) {
+        return Vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+    }
+};
+#endif
+
+// ROWS x COLS vectors of C = A B, or C += A B: A's word (m, k) is a[m * row + k * step], B's rows are contiguous.
+template <typename F, int ROWS, int COLS>
+static inline __attribute__((always_inline)) void block_product(const typename F::Word *a, long row, long step,
+                                                                const typename F::Word *b, long ldb, float *c, long ldc,
+                                                                long count, bool add) {
     Vec acc[ROWS][COLS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 8
         for (int n = 0; n < COLS; n++) acc[m][n] = add ? load(c + m * ldc + n * LANES) : Vec{};
     for (long k = 0; k < count; k++) {
-        Vec of_b[COLS];
+        typename F::Words of_b[COLS];
 #pragma GCC unroll 8
-        for (int n = 0; n < COLS; n++) of_b[n] = load(b + k * ldb + n * LANES);
+        for (int n = 0; n < COLS; n++) of_b[n] = F::load_words(b + k * ldb + n * LANES);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; m++) {
-            const float x = a[m * row + k * step];
+            const typename F::Words x = F::spread(a[m * row + k * step]);
 #pragma GCC unroll 8
-            for (int n = 0; n < COLS; n++) acc[m][n] += x * of_b[n];
+            for (int n = 0; n < COLS; n++) acc[m][n] = F::multiply_add(acc[m][n], x, of_b[n]);
         }
     }
 #pragma GCC unroll 8
@@ -38,44 +63,48 @@ constexpr int BLOCK_ROWS = 6, BLOCK_COLS = 4;  // of 32 registers: 24 sums, 4 of
 constexpr int BLOCK_ROWS = 4, BLOCK_COLS = 2;  // of 16
 #endif
 
-template <int COLS>
-static void block_rows(int rows, const float *a, long row, long step, const float *b, long ldb, float *c, long ldc,
-                       long count, bool add) {
+template <typename F, int COLS>
+static void block_rows(int rows, const typename F::Word *a, long row, long step, const typename F::Word *b, long ldb,
+                       float *c, long ldc, long count, bool add) {
     switch (rows) {
-        case 6: return block_product<6, COLS>(a, row, step, b, ldb, c, ldc, count, add);
-        case 5: return block_product<5, COLS>(a, row, step, b, ldb, c, ldc, count, add);
-        case 4: return block_product<4, COLS>(a, row, step, b, ldb, c, ldc, count, add);
-        case 3: return block_product<3, COLS>(a, row, step, b, ldb, c, ldc, count, add);
-        case 2: return block_product<2, COLS>(a, row, step, b, ldb, c, ldc, count, add);
-        default: return block_product<1, COLS>(a, row, step, b, ldb, c, ldc, count, add);
+        case 6: return block_product<F, 6, COLS>(a, row, step, b, ldb, c, ldc, count, add);
+        case 5: return block_product<F, 5, COLS>(a, row, step, b, ldb, c, ldc, count, add);
+        case 4: return block_product<F, 4, COLS>(a, row, step, b, ldb, c, ldc, count, add);
+        case 3: return block_product<F, 3, COLS>(a, row, step, b, ldb, c, ldc, count, add);
+        case 2: return block_product<F, 2, COLS>(a, row, step, b, ldb, c, ldc, count, add);
+        default: return block_product<F, 1, COLS>(a, row, step, b, ldb, c, ldc, count, add);
     }
 }
 
-static void block(long rows, long vectors, const float *a, long row, long step, const float *b, long ldb, float *c,
-                  long ldc, long count, bool add) {
+template <typename F = Single>
+static void block(long rows, long vectors, const typename F::Word *a, long row, long step, const typename F::Word *b,
+                  long ldb, float *c, long ldc, long count, bool add) {
     switch (vectors) {
-        case 4: return block_rows<4>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
-        case 3: return block_rows<3>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
-        case 2: return block_rows<2>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
-        default: return block_rows<1>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
+        case 4: return block_rows<F, 4>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
+        case 3: return block_rows<F, 3>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
+        case 2: return block_rows<F, 2>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
+        default: return block_rows<F, 1>(int(rows), a, row, step, b, ldb, c, ldc, count, add);
     }
 }
 
-// An operand A of a product: its element (m, k) is at[m * row + k * step].
-struct Operand {
-    const float *at;
+// An operand A of a product: its word (m, k) is at[m * row + k * step].
+template <typename F> struct OperandOf {
+    const typename F::Word *at;
     long row, step;
 };
+typedef OperandOf<Single> Operand;
 static inline Operand rows_of(const float *x, long width) { return {x, width, 1}; }
 static inline Operand columns_of(const float *x, long width) { return {x, 1, width}; }
 
-// C [m, n] = A B or C += A B, n a multiple of LANES, B and C with rows of ldb and ldc.
-static void product(long m, long n, long count, Operand a, const float *b, long ldb, float *c, long ldc, bool add) {
+// C [m, n] = A B or C += A B over `count` words, n a multiple of LANES, B and C with rows of ldb and ldc.
+template <typename F = Single>
+static void product(long m, long n, long count, OperandOf<F> a, const typename F::Word *b, long ldb, float *c, long ldc,
+                    bool add) {
     for (long j = 0; j < n; j += BLOCK_COLS * LANES) {
         const long vectors = std::min<long>(BLOCK_COLS, (n - j) / LANES);
         for (long i = 0; i < m; i += BLOCK_ROWS) {
             const long rows = std::min<long>(BLOCK_ROWS, m - i);
-            block(rows, vectors, a.at + i * a.row, a.row, a.step, b + j, ldb, c + i * ldc + j, ldc, count, add);
+            block<F>(rows, vectors, a.at + i * a.row, a.row, a.step, b + j, ldb, c + i * ldc + j, ldc, count, add);
         }
     }
 }

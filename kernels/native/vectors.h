@@ -6,6 +6,7 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
@@ -48,9 +49,13 @@ typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t BrainVec __attribute__((vector_size(LANES * 2)));
 typedef uint16_t LooseBrainVec __attribute__((vector_size(LANES * 2), aligned(2)));
 
-static inline Vec load(const Brain *p) {
+static inline BitVec bits_of(const Brain *p) {
     const BrainVec bits = *reinterpret_cast<const LooseBrainVec *>(p);
-    const BitVec wide = __builtin_convertvector(bits, BitVec) << 16;
+    return __builtin_convertvector(bits, BitVec);
+}
+static inline void store_bits(uint32_t *p, BitVec x) { std::memcpy(p, &x, sizeof x); }
+static inline Vec load(const Brain *p) {
+    const BitVec wide = bits_of(p) << 16;
     Vec x;
     std::memcpy(&x, &wide, sizeof x);
     return x;
@@ -75,7 +80,26 @@ template <typename T> static inline void store_first(T *p, Vec x, long n) {
     for (long lane = 0; lane < n; lane++) put(p + lane, x[lane]);
 }
 
+// exp(r) for |r| <= ln 2 / 2.
+static inline Vec exp_near_zero(Vec r) {
+    Vec p = Vec{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r) * r + r + 1.0f;
+}
+
 // exp(x) for x <= 0, 0 below the smallest normal number; relative error at most 2e-7.
+#if defined(__AVX512F__)
+static inline Vec exp_of_negative(Vec x) {
+    const __mmask16 stays = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);  // NaN does
+    const Vec n = Vec(_mm512_roundscale_ps(__m512(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    return Vec(_mm512_maskz_scalef_ps(stays, __m512(exp_near_zero(r)), __m512(n)));
+}
+#else
 static inline Vec exp_of_negative(Vec x) {
     const Vec lowest = Vec{} - 87.33654f;
     const IntVec vanishes = x < lowest;
@@ -83,15 +107,10 @@ static inline Vec exp_of_negative(Vec x) {
     const IntVec n = __builtin_convertvector(y * 1.44269504f - 0.5f, IntVec);  // towards 0, from below: to the nearest
     const Vec whole = __builtin_convertvector(n, Vec);
     const Vec r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-    Vec p = Vec{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
+    const Vec p = exp_near_zero(r);
     const IntVec exponent = (n + 127) << 23;
     Vec scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return vanishes ? Vec{} : p * scale;
 }
+#endif
