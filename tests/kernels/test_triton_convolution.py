@@ -118,3 +118,19 @@ def test_without_tokens_the_tokens_before_have_a_gradient_of_zero():
         case.dy, case.x, case.weight, case.bias, case.before[None], *encoded([Segment(0, 0)]), "silu"
     )
     assert [g.abs().sum().item() for g in grads] == [0.0] * 4
+
+
+@pytest.mark.slow
+def test_tokens_that_lie_more_than_2_31_elements_apart():
+    """A million tokens of 2,048 channels; here three, far apart in memory that nothing else touches."""
+    case = draw(3, 4, channels=8).to(torch.float32)
+    stride = 2**30 + 16
+    x, dy = (torch.empty(2 * stride + 8, dtype=torch.bfloat16).as_strided((1, 3, 8), (0, stride, 1)) for _ in range(2))
+    x.copy_(case.x[:1])
+    dy.copy_(case.dy[:1])
+    arguments = case.weight, case.bias, case.before[None, :1], *encoded([Segment(0, 3)]), "silu"
+    want = triton_convolution.forward(x.contiguous(), *arguments)
+    assert torch.equal(triton_convolution.forward(x, *arguments), want)
+    near = triton_convolution.backward(dy.contiguous(), x.contiguous(), *arguments)
+    far = triton_convolution.backward(dy, x, *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
