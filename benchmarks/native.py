@@ -118,7 +118,7 @@ def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
             yield Case(text, lambda run=run: run("1"), lambda run=run: run("0"))  # type: ignore[misc]
 
 
-FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {"additive": additive, "attention": attend, "pointwise": rows}
+FAMILIES: dict[str, Callable[..., Iterator[Case]]] = {"additive": additive, "attention": attend, "pointwise": rows}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -128,14 +128,18 @@ def _name(dtype: torch.dtype) -> str:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.native", description=__doc__)
-    parser.add_argument("family", nargs="*", choices=[*FAMILIES, []], help="all without one")
+    parser.add_argument("family", nargs="*", help=f"{', '.join(FAMILIES)}; all without one")
+    parser.add_argument("--tokens", type=int, help="instead of those of the published tables")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    if unknown := set(arguments.family) - set(FAMILIES):
+        parser.error(f"no family {', '.join(sorted(unknown))}: choose of {', '.join(FAMILIES)}")
+    sizes = {} if arguments.tokens is None else {"tokens": arguments.tokens}
     torch.set_num_threads(arguments.threads)
     sys.stdout.write("| kernel | pass | native, ms | torch, ms | ratio |\n|---|---|---|---|---|\n")
     for family in arguments.family or FAMILIES:
-        for case in FAMILIES[family]():
+        for case in FAMILIES[family](**sizes):
             pairs = [(case.native(), case.torch()) for _ in range(arguments.repeats)]
             for number, text in enumerate(("forward", "forward + backward")):
                 fast, slow = (1e3 * median(pair[which][number] for pair in pairs) for which in (0, 1))

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
 from longctx.kernels.linear.checks import DTYPES
 from longctx.kernels.linear.recurrence import Segment
+from longctx.kernels.operator import register
 from longctx.kernels.pointwise import TILE_ELEMENTS
 
 ACTIVATIONS = (None, "silu")
@@ -201,19 +201,9 @@ def _grad_flops(dy: Any, x: Any, weight: Any, *arguments: Any, **kwargs: Any) ->
     return 2 * _flops(x, weight)
 
 
-def _register(name: str, signature: str, function: Any, fake: Any, flops: Any) -> Any:
-    """Register the operator `longctx::name`, opaque to torch.compile and counted by FlopCounterMode."""
-    torch.library.define(f"longctx::{name}", signature)
-    torch.library.impl(f"longctx::{name}", "CompositeExplicitAutograd")(function)
-    torch.library.register_fake(f"longctx::{name}")(fake)
-    packet = getattr(torch.ops.longctx, name)
-    register_flop_formula(packet)(flops)
-    return packet.default
-
-
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor before, int[] bounds, int[] starts, str? activation"
-_convolution = _register("causal_convolution", f"({_ARGUMENTS}) -> Tensor", _forward, _fake_forward, _flops)
-_convolution_grad = _register(
+_convolution = register("causal_convolution", f"({_ARGUMENTS}) -> Tensor", _forward, _fake_forward, _flops)
+_convolution_grad = register(
     "causal_convolution_grad",
     f"(Tensor dy, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,

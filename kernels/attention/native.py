@@ -6,13 +6,16 @@ one pass, without a mask or a call per tile, and grouped heads read their key he
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from longctx.kernels.attention.masks import PlainMask, Positions, key_bounds
 from longctx.kernels.attention.tiled import Gradients, dense_rows
 from longctx.kernels.native import library
+from longctx.kernels.operator import register
 
 FAMILY = "attention"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,6 +44,7 @@ class _Call(ctypes.Structure):
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_built() -> bool:
     """Return whether native kernels are used and can be built here."""
     return library.is_enabled() and library.load(FAMILY) is not None
@@ -49,7 +53,7 @@ def is_built() -> bool:
 def _run(
     function: str,
     rows: dict[str, Tensor],
-    mask: PlainMask | Positions,
+    bounds: tuple[Tensor, Tensor],
     scale: float,
     lse: Tensor,
     grads: tuple[Tensor, ...] = (),
@@ -62,7 +66,7 @@ def _run(
     )  # fmt: skip
     for name, x in rows.items():
         setattr(call, name, _Tensor(x.data_ptr(), int(x.dtype == torch.bfloat16), *x.stride()[:3]))
-    begin, end = (x.contiguous() for x in key_bounds(mask, queries, k.shape[1], q.device))
+    begin, end = (x.contiguous() for x in bounds)
     if begin.dim() == 3:
         call.bounds_batch, call.bounds_head = begin.stride()[:2]
     pointers = {"lse": lse, "begin": begin, "end": end} | dict(zip(("dq", "dk", "dv"), grads, strict=False))
@@ -74,6 +78,69 @@ def _run(
         raise MemoryError(f"attention_{function} found no memory for its scratch buffers")
 
 
+def _forward(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = map(dense_rows, (q, k, v))
+    out, lse = _empty(q, k, v, begin, end, scale)
+    _run("forward", {"q": q, "k": k, "v": v, "out": out}, (begin, end), scale, lse)
+    return out, lse
+
+
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begin: Tensor, end: Tensor, scale: float
+) -> Gradients:
+    do, q, k, v, out = map(dense_rows, (do, q, k, v, out))
+    _, dk, dv = _empty_grads(do, q, k, v)
+    dq = q.new_zeros(q.shape, dtype=torch.float32)
+    rows = {"q": q, "k": k, "v": v, "out": out, "dout": do}
+    _run("backward", rows, (begin, end), scale, lse.float().contiguous(), (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _empty(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    del k, rest
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    return v.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+def _empty_grads(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Gradients:
+    del do, rest
+    dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _pairs(q: Tensor, k: Tensor, begin: Tensor, end: Tensor) -> int:
+    """Count the pairs of queries and keys that are seen; all of them where the bounds have no values."""
+    batch, queries, heads, _ = q.shape
+    if isinstance(begin, FakeTensor):
+        return batch * heads * queries * k.shape[1]
+    seen = int((end.long() - begin.long()).clamp_min(0).sum())
+    return seen if begin.dim() == 3 else batch * heads * seen
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, *rest: Any, **results: Any) -> int:
+    del rest, results
+    return 2 * _pairs(q, k, begin, end) * (q.shape[3] + v.shape[3])
+
+
+def _grad_flops(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, begin: Tensor, end: Tensor, *rest: Any,
+    **results: Any,
+) -> int:  # fmt: skip
+    del do, out, lse, rest, results
+    return 2 * _pairs(q, k, begin, end) * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v"
+_BOUNDS = "Tensor begin, Tensor end, float scale"
+_attention = register(
+    "attention_native", f"({_INPUTS}, {_BOUNDS}) -> (Tensor, Tensor)", _forward, _empty, _flops, values=True
+)
+_attention_grad = register(
+    "attention_native_grad", f"(Tensor do, {_INPUTS}, Tensor out, Tensor lse, {_BOUNDS}) -> (Tensor, Tensor, Tensor)",
+    _backward, _empty_grads, _grad_flops, values=True,
+)  # fmt: skip
+
+
 class Native:
     """The backend "cpu-native"."""
 
@@ -81,10 +148,8 @@ class Native:
         self, q: Tensor, k: Tensor, v: Tensor, mask: PlainMask | Positions, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return out in v's dtype and lse in float32, shapes as in longctx.kernels.attention."""
-        q, k, v = map(dense_rows, (q, k, v))
-        out = v.new_empty(*q.shape[:3], v.shape[3])
-        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
-        _run("forward", {"q": q, "k": k, "v": v, "out": out}, mask, scale, lse)
+        begin, end = key_bounds(mask, q.shape[1], k.shape[1], q.device)
+        out, lse = _attention(q, k, v, begin, end, scale)
         return out, lse
 
     def backward(
@@ -99,8 +164,6 @@ class Native:
         scale: float,
     ) -> Gradients:
         """Return dq, dk, dv in float32."""
-        do, q, k, v, out = map(dense_rows, (do, q, k, v, out))
-        dq, dk, dv = torch.zeros(q.shape), torch.empty(k.shape), torch.empty(v.shape)
-        rows = {"q": q, "k": k, "v": v, "out": out, "dout": do}
-        _run("backward", rows, mask, scale, lse.float().contiguous(), (dq, dk, dv))
+        begin, end = key_bounds(mask, q.shape[1], k.shape[1], q.device)
+        dq, dk, dv = _attention_grad(do, q, k, v, out, lse, begin, end, scale)
         return dq, dk, dv

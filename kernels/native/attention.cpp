@@ -109,7 +109,7 @@ static inline bool any(IntVec x) {
     return found != 0;
 }
 
-// The keys that queries see, and those that a block of them sees between them.
+// The keys that queries see; begin and end grow from query to query.
 struct Bounds {
     const int32_t *begin, *end;
 
@@ -117,10 +117,18 @@ struct Bounds {
         : begin(call.begin + row * call.bounds_batch + head * call.bounds_head),
           end(call.end + row * call.bounds_batch + head * call.bounds_head) {}
 
+    // The keys that a block of queries sees between them.
     void of_block(long first, long count, long &low, long &high) const {
         low = std::numeric_limits<long>::max(), high = 0;
         for (long i = first; i < first + count; i++)
             if (begin[i] < end[i]) low = std::min<long>(low, begin[i]), high = std::max<long>(high, end[i]);
+    }
+
+    // The queries outside of which none sees one of these keys: found by halves, so that a window's work does not grow
+    // with the square of the length.
+    void readers(long queries, long key, long count, long &from, long &until) const {
+        from = std::upper_bound(end, end + queries, key) - end;
+        until = std::lower_bound(begin, begin + queries, key + count) - begin;
     }
 
     // Give scores of the keys from `first` on that a query does not see the value -inf; false if it sees none of them.
@@ -356,11 +364,10 @@ private:
         const long head = first_head + reader;
         const Bounds bounds(call, row, head);
         const float *lse = call.lse + (row * call.heads + head) * call.queries, *mean = means.data() + reader * call.queries;
-        for (long first = 0; first < call.queries; first += BLOCK) {
+        long from, until;
+        bounds.readers(call.queries, at, seen, from, until);
+        for (long first = from / BLOCK * BLOCK; first < until; first += BLOCK) {
             const long count = std::min(BLOCK, call.queries - first);
-            long low, high;
-            bounds.of_block(first, count, low, high);
-            if (low >= at + seen || high <= at) continue;
             queries.load_rows(call.q, row, head, first, count, call.key_dim);
             grads.load_rows(call.dout, row, head, first, count, call.value_dim);
             queries.stack();

@@ -3,16 +3,25 @@
 import sys
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from benchmarks import native
+from longctx.kernels.attention.native import is_built
 
 
+@pytest.mark.skipif(not is_built(), reason="needs a C++ compiler")
 def test_every_case_has_a_row(capsys):
     with patch.object(sys, "argv", ["native", "--tokens", "70", "--threads", "1", "--repeats", "1"]):
         threads = torch.get_num_threads()
         native.main()
         torch.set_num_threads(threads)
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 8
+    assert len(rows) == 8 + 12 + 12
     assert all(float(row.split("|")[-2]) > 0 for row in rows)
+
+
+def test_an_unknown_family_is_refused(capsys):
+    with patch.object(sys, "argv", ["native", "convolution"]), pytest.raises(SystemExit):
+        native.main()
+    assert "no family convolution: choose of additive, attention, pointwise" in capsys.readouterr().err

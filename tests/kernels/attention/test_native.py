@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.kernels.attention import block as attention
 from longctx.kernels.attention import native
@@ -9,6 +10,7 @@ from longctx.kernels.attention.block import CAUSAL, FULL, IntervalMask, packed_d
 from tests.kernels.attention.cases import by_reference, dense, draw, gathered
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="needs a C++ compiler")
+NAMES = ["documents", "causal", "gathered"]
 DOCUMENTS = packed_documents((0, 1, 63, 64, 129, 300))
 
 
@@ -83,3 +85,20 @@ def test_half_of_the_keys_with_the_out_and_lse_of_all():
     grads = attention.backward(do, q, k[:, 40:], v[:, 40:], out, lse, FULL, 0.2, "cpu-native")
     for got, ref in zip(grads[1:], want[3:], strict=True):
         assert (got.double() - ref[:, 40:]).norm() <= 2e-6 * ref.norm()
+
+
+@pytest.mark.parametrize("mask", [DOCUMENTS, CAUSAL, gathered(300, 300, IntervalMask(window=50))], ids=NAMES)
+def test_flops_are_those_of_the_pairs_that_are_seen(mask):
+    inputs = draw(300, 300, 4, 2, 24, 8, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        computed(*inputs, mask)
+    seen = torch.ones(300, 300, dtype=torch.bool).tril() if mask is CAUSAL else dense(mask)
+    pairs = int(seen.expand(2, 4, 300, 300).sum())
+    assert counter.get_total_flops() == 2 * pairs * ((24 + 8) + (3 * 24 + 2 * 8))
+
+
+def test_the_compiler_takes_it_whole():
+    q, k, v, _ = draw(40, 40, dtype=torch.float32)
+    compiled = torch.compile(lambda *x: attention.forward(*x, CAUSAL, 0.3), backend="aot_eager", fullgraph=True)
+    for got, want in zip(compiled(q, k, v), attention.forward(q, k, v, CAUSAL, 0.3, "cpu-native"), strict=True):
+        assert torch.equal(got, want)
