@@ -53,6 +53,11 @@ def load(family: str) -> ctypes.CDLL | None:
         return None
 
 
+def loaded() -> list[str]:
+    """Return the families whose kernels are used, built if need be."""
+    return [family for family in FAMILIES if is_enabled() and load(family) is not None]
+
+
 def build(family: str) -> Path:
     """Return the library of `<family>.cpp`, compiled unless it has been.
 

@@ -47,6 +47,8 @@ class RunInfo:
     """Attention schedules selected by the cost model, by layers, with the estimates for the alternatives."""
     unigram_loss: float | None = None
     """Held-out loss, in nats per token, of a unigram model of the corpus."""
+    native: list[str] = field(default_factory=list)
+    """Families of C++ kernels that compute on this CPU (`longctx.kernels.native`); none: torch operators, or a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

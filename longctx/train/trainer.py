@@ -40,6 +40,7 @@ from longctx.errors import UserError
 from longctx.files import writing
 from longctx.health.flight_recorder import FOLDER, record_collectives
 from longctx.health.monitor import Monitor, monitored
+from longctx.kernels.native import library
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
@@ -283,6 +284,7 @@ class _Trainer:
             step=self.done,
             attention=self._schedules(sample, dtype),
             unigram_loss=unigram,
+            native=library.loaded() if self.device.type == "cpu" else [],
         )
         self.reporter.start(info)
         kinds = {mixer.name: mixer for mixer in map(self.recipe.model.mixer, range(len(self.recipe.model.pattern)))}

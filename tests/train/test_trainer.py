@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from longctx.engines.torch_engine import TorchEngine
+from longctx.kernels.native import library
 from longctx.model import ffn
 from longctx.model.decoder import Block
 from longctx.recipe import load
@@ -58,6 +59,7 @@ def test_a_run_learns_and_leaves_what_it_promises(uninterrupted, workplace):
     assert [evaluation.step for evaluation in found.evaluations] == [4, 8]
     assert found.evaluations[1].loss < found.evaluations[0].loss
     assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2, "ep": 1, "tp": 1, "pp": 1}
+    assert found.runs[0].native == library.loaded()
     assert found.steps[-1].tokens == 8 * 2 * 64
     # Every schedule was reckoned with, and one was chosen.
     (layers, chosen) = next(iter(found.runs[0].attention.items()))

@@ -113,3 +113,14 @@ def test_the_switch(monkeypatch, value, enabled):
     if value is not None:
         monkeypatch.setenv(library.SWITCH, value)
     assert library.is_enabled() is enabled
+
+
+def test_the_families_in_use_are_named(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda family: None if family == "additive" else object())
+    assert library.loaded() == ["attention", "pointwise"]
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert library.loaded() == []
+
+
+def test_every_family_is_a_file():
+    assert sorted(path.stem for path in library.SOURCES.glob("*.cpp")) == sorted(library.FAMILIES)
