@@ -240,7 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", metavar="DIR", help="folder with fla and einops; without it, only ours")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="only these, e.g. 'delta/*/sm_90'")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    parser.add_argument("--results", metavar="DIR", help="keep each result there, and go on from those of a run before")
+    parser.add_argument(
+        "--results", metavar="DIR", help="keep each result there, and resume from those of an earlier run"
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="where to write")
     chosen = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "0"

@@ -18,7 +18,7 @@ TITLE = """# Results on GPUs
 Written by `python -m benchmarks.gpu_table`; docs/gpu.md says how results come here. "forward ms" and "both ms" (forward
 and backward) are times on the device with the call queued behind others, and fla's are beside them; "of copying" is the
 share of it that the least traffic takes at the copy rate; "alone" is the time of a call with nothing in the queue, and
-"host" until the call returns. In files without queued times both are those of a call alone.
+"host" until the call returns. Files without queued times show those of a call alone.
 """
 EMPTY = "\nNot measured on a GPU.\n"
 Rows = list[dict[str, Any]]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from types import ModuleType
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from longctx.kernels import pointwise
 from longctx.kernels.attention import block as attention
-from longctx.kernels.attention.block import CAUSAL, packed_documents
+from longctx.kernels.attention.block import CAUSAL, BlockMask, packed_documents
 from longctx.kernels.linear.additive import chunked, native
 from longctx.kernels.linear.recurrence import Inputs, Segment
 from longctx.kernels.native.library import SWITCH
@@ -70,7 +71,7 @@ def additive(tokens: int = 32768, heads: int = 8, dim: int = 128) -> Iterator[Ca
                 )
 
             name = f"recurrence, {kind} decay, {_name(dtype)}, {tokens:,} tokens, {heads} x {dim}"
-            yield Case(name, lambda run=run: run(native), lambda run=run: run(chunked))  # type: ignore[misc]
+            yield Case(name, partial(run, native), partial(run, chunked))
 
 
 def attend(tokens: int = 4096) -> Iterator[Case]:
@@ -83,17 +84,17 @@ def attend(tokens: int = 4096) -> Iterator[Case]:
             q, k, v, do = (torch.randn(1, tokens, n, dim).to(dtype) for n in (heads, key_heads, key_heads, heads))
 
             def run(
-                backend: str, inputs: tuple[Tensor, ...] = (do, q, k, v), mask: object = mask
+                backend: str, inputs: tuple[Tensor, ...] = (do, q, k, v), mask: BlockMask = mask
             ) -> tuple[float, float]:
                 do, q, k, v = inputs
                 scale, found = q.shape[3] ** -0.5, []
                 return timed(
-                    lambda: found.append(attention.forward(q, k, v, mask, scale, backend)),  # type: ignore[arg-type]
-                    lambda: attention.backward(do, q, k, v, *found[0], mask, scale, backend),  # type: ignore[arg-type]
+                    lambda: found.append(attention.forward(q, k, v, mask, scale, backend)),
+                    lambda: attention.backward(do, q, k, v, *found[0], mask, scale, backend),
                 )
 
             name = f"attention, {text}, {_name(dtype)}, {tokens:,} tokens, {heads} on {key_heads} x {dim}"
-            yield Case(name, lambda run=run: run("cpu-native"), lambda run=run: run("cpu-flash"))  # type: ignore[misc]
+            yield Case(name, partial(run, "cpu-native"), partial(run, "cpu-flash"))
 
 
 def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
@@ -102,9 +103,9 @@ def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
         x, gate = (torch.randn(tokens, dim).to(dtype).requires_grad_() for _ in range(2))
         weight, pair = torch.ones(dim, requires_grad=True), torch.randn(tokens // 2, 5 * dim).to(dtype).requires_grad_()
         functions: dict[str, Callable[[], Tensor]] = {
-            "RMSNorm": lambda x=x, weight=weight: pointwise.rms_norm(x, weight, 1e-5),  # type: ignore[misc]
-            "gated RMSNorm": lambda x=x, w=weight, g=gate: pointwise.gated_rms_norm(x, w, g, 1e-5, "silu"),  # type: ignore[misc]
-            "SwiGLU": lambda pair=pair: pointwise.swiglu(pair),  # type: ignore[misc]
+            "RMSNorm": partial(pointwise.rms_norm, x, weight, 1e-5),
+            "gated RMSNorm": partial(pointwise.gated_rms_norm, x, weight, gate, 1e-5, "silu"),
+            "SwiGLU": partial(pointwise.swiglu, pair),
         }
         for name, function in functions.items():
 
@@ -115,7 +116,7 @@ def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
                     return timed(lambda: found.append(function()), lambda: found[0].backward(do))
 
             text = f"{name}, {_name(dtype)}, {tokens:,} x {dim}"
-            yield Case(text, lambda run=run: run("1"), lambda run=run: run("0"))  # type: ignore[misc]
+            yield Case(text, partial(run, "1"), partial(run, "0"))
 
 
 FAMILIES: dict[str, Callable[..., Iterator[Case]]] = {"additive": additive, "attention": attend, "pointwise": rows}

@@ -40,8 +40,7 @@ def is_supported(*rows: Tensor) -> bool:
         all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == rows[0].dtype for x in rows)
         and rows[0].dtype in _DTYPES
         and not torch.compiler.is_compiling()
-        and library.is_enabled()
-        and library.load(FAMILY) is not None
+        and library.is_available(FAMILY)
     )
 
 
@@ -63,10 +62,7 @@ def _run(
     call.weight, call.dweight = (None if y is None else y.data_ptr() for y in (weight, dweight))
     for name, y in kept.items():
         setattr(call, name, _Rows(y.data_ptr(), y.stride(0)))
-    found = library.load(FAMILY)
-    assert found is not None
-    if getattr(found, f"pointwise_{function}")(ctypes.byref(call)):
-        raise MemoryError(f"pointwise_{function} found no memory for its scratch buffers")
+    library.call(FAMILY, function, call)
 
 
 def _split_scale(scale: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,8 +1,8 @@
 """Block attention on CPUs, in C++ (`longctx/kernels/native/attention.cpp`): float32 and bf16, every mask but a tensor.
 
-Sums are in float32, and products of float32 inputs, too; those of bf16 inputs where the CPU has none of bf16 numbers.
-What a query sees is two integers, so packed documents, windows and the halves of a zigzag rank are
-one pass, without a mask or a call per tile, and grouped heads read their key head in place.
+Sums are in float32. Products of bf16 inputs multiply bf16 numbers where the CPU can, and float32 elsewhere. What a
+query sees is two integers, so packed documents, windows and the halves of a zigzag rank are one pass, without a mask or
+a call per tile, and grouped heads read their key head in place.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_built() -> bool:
     """Return whether native kernels are used and can be built here."""
-    return library.is_enabled() and library.load(FAMILY) is not None
+    return library.is_available(FAMILY)
 
 
 def _run(
@@ -72,10 +72,7 @@ def _run(
     pointers = {"lse": lse, "begin": begin, "end": end} | dict(zip(("dq", "dk", "dv"), grads, strict=False))
     for name, x in pointers.items():
         setattr(call, name, x.data_ptr())
-    found = library.load(FAMILY)
-    assert found is not None
-    if getattr(found, f"attention_{function}")(ctypes.byref(call)):
-        raise MemoryError(f"attention_{function} found no memory for its scratch buffers")
+    library.call(FAMILY, function, call)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -53,9 +53,22 @@ def load(family: str) -> ctypes.CDLL | None:
         return None
 
 
+def is_available(family: str) -> bool:
+    """Return whether a family's kernels are used, built if need be."""
+    return is_enabled() and load(family) is not None
+
+
 def loaded() -> list[str]:
     """Return the families whose kernels are used, built if need be."""
-    return [family for family in FAMILIES if is_enabled() and load(family) is not None]
+    return [family for family in FAMILIES if is_available(family)]
+
+
+def call(family: str, function: str, arguments: ctypes.Structure) -> None:
+    """Call `<family>_<function>` with a pointer to its arguments. Raises MemoryError where it found no memory."""
+    found = load(family)
+    assert found is not None
+    if getattr(found, f"{family}_{function}")(ctypes.byref(arguments)):
+        raise MemoryError(f"{family}_{function} found no memory for its scratch buffers")
 
 
 def build(family: str) -> Path:

@@ -52,8 +52,7 @@ def is_supported(inputs: Inputs) -> bool:
         inputs.k.device.type == "cpu"
         and inputs.k.dtype in _DTYPES
         and not (gates and gates[0].dim() == 4)
-        and library.is_enabled()
-        and library.load(FAMILY) is not None
+        and library.is_available(FAMILY)
     )
 
 
@@ -103,10 +102,7 @@ class _Pass:
 
     def run(self, function: str) -> None:
         """Call the pass."""
-        found = library.load(FAMILY)
-        assert found is not None
-        if getattr(found, f"additive_{function}")(ctypes.byref(self._call)):
-            raise MemoryError(f"additive_{function} found no memory for its scratch buffers")
+        library.call(FAMILY, function, self._call)
 
     def empty_states(self, segments: Sequence[Segment]) -> Tensor:
         """Allocate a state per segment, `[N, B, H, K, V]` float32."""
