@@ -26,7 +26,7 @@ FEWEST_QUERIES = 16
 class _Tensor(ctypes.Structure):
     """`Tensor` of attention.cpp."""
 
-    _fields_ = (("data", ctypes.c_void_p), *((n, ctypes.c_long) for n in ("brain", "batch", "token", "head")))
+    _fields_ = (("data", ctypes.c_void_p), *((n, ctypes.c_long) for n in ("brain", "batch", "token", "head", "heads")))
 
 
 class _Call(ctypes.Structure):
@@ -65,7 +65,7 @@ def _run(
         batch, queries, k.shape[1], heads, k.shape[2], key_dim, v.shape[3], torch.get_num_threads(), scale,
     )  # fmt: skip
     for name, x in rows.items():
-        setattr(call, name, _Tensor(x.data_ptr(), int(x.dtype == torch.bfloat16), *x.stride()[:3]))
+        setattr(call, name, _Tensor(x.data_ptr(), int(x.dtype == torch.bfloat16), *x.stride()[:3], x.shape[2]))
     begin, end = (x.contiguous() for x in bounds)
     if begin.dim() == 3:
         call.bounds_batch, call.bounds_head = begin.stride()[:2]

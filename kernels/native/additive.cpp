@@ -2,225 +2,43 @@
 // longctx/kernels/linear/additive/chunked.py, whose docstring has the equations. One task per segment, batch row and
 // head; sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
 //
-// Called by longctx/kernels/linear/additive/native.py, which mirrors `Tensor` and `Call`.
+// Products of bfloat16 inputs multiply bfloat16 where the CPU can (avx512_bf16), float32 elsewhere. For that, decayed
+// scores and their gradients, keys and queries times their decays, and the state where tokens read it are rounded to
+// bfloat16; what is added to the state, and its decay, stay in float32.
+//
+// Called by longctx/kernels/linear/additive/native.py, which mirrors `Call`.
+#include "recurrence.h"
 #include "threads.h"
-#include "tiles.h"
 
-constexpr long CHUNK = 64, CHUNKS_PER_BASE = 16, CHUNKS_PER_CHECKPOINT = 16;
-constexpr double MIN_LOG_DECAY = -800, WRITES_PER_THREAD = 1 << 22;
-
-struct Tensor {  // [B, T, heads, D] with D contiguous; strides in elements
-    void *data;
-    long brain, batch, token, head, heads;
-};
+constexpr long CHUNKS_PER_CHECKPOINT = 16;
 
 struct Call {
     long rows, length, heads, key_dim, value_dim, threads;
     Tensor q, k, v, dout, out, dq, dk, dv;
-    const float *gate;  // log-decays [B, T, gate_heads], strides 0 where they are constant; null: none
-    long gate_batch, gate_token, gate_head, gate_heads;
-    float *dgate;              // [B, T, H]
-    double *dgate_sum;         // [N, B, H], of a constant gate
-    long segment_count;        // N
-    const long *segments;      // begin, end, number of documents that start, index of the first in `starts`
-    const long *starts;        // tokens
-    const float *states;       // [N, B, H, K, V], before the segments; null: zero
-    float *ends;               // after them
-    const float *dends;        // gradients of `ends`; null: zero
-    float *dstates;            // of `states`
-};
-
-struct Range {  // tokens of a chunk, and the documents that start in it
-    long begin, tokens;
-    const long *starts;
-    long count;
-};
-
-static std::vector<Range> chunks_of(const Call &call, long segment) {
-    const long *of = call.segments + 4 * segment;
-    const long *starts = call.starts + of[3], *last = starts + of[2];
-    std::vector<Range> chunks;
-    for (long begin = of[0]; begin < of[1]; begin += CHUNK) {
-        const long tokens = std::min(CHUNK, of[1] - begin);
-        const long *next = std::lower_bound(starts, last, begin + tokens);
-        chunks.push_back({begin, tokens, starts, next - starts});
-        starts = next;
-    }
-    return chunks;
-}
-
-// Decay factors of a chunk, as in longctx/kernels/linear/decay.py.
-struct Decay {
-    double sums[CHUNK];
-    alignas(64) float reads[CHUNK], writes[CHUNK];
-    float *pairs;  // [CHUNK, CHUNK], zero above the diagonal in the blocks that products read
-    double keeps;
-    bool restarts;
-    bool is_constant = false;  // whether it is the decay of a full chunk without a start, with a constant gate
-
-    void find(const Call &call, long row, long head, const Range &chunk) {
-        const bool constant = (call.gate == nullptr || call.gate_token == 0) && chunk.tokens == CHUNK && chunk.count == 0;
-        if (constant && is_constant) return;
-        is_constant = constant;
-        int documents[CHUNK];
-        number_documents(chunk, documents);
-        sum_gates(call, row, head, chunk);
-        const int last = documents[CHUNK - 1];
-        const double total = sums[CHUNK - 1];
-        restarts = chunk.count > 0;
-        keeps = restarts ? 0.0 : std::exp(total);
-        for (long i = 0; i < CHUNK; i++) {
-            const bool inside = i < chunk.tokens;
-            reads[i] = inside && documents[i] == 0 ? float(std::exp(sums[i])) : 0.0f;
-            writes[i] = inside && documents[i] == last ? float(std::exp(total - sums[i])) : 0.0f;
-        }
-        find_pairs(call.gate != nullptr, documents);
-    }
-
-private:
-    static void number_documents(const Range &chunk, int *documents) {
-        long next = 0;
-        for (long i = 0; i < CHUNK; i++) {
-            while (next < chunk.count && chunk.starts[next] <= chunk.begin + i) next++;
-            documents[i] = int(next);
-        }
-    }
-
-    void sum_gates(const Call &call, long row, long head, const Range &chunk) {
-        double total = 0;
-        for (long i = 0; i < CHUNK; i++) {
-            if (call.gate != nullptr && i < chunk.tokens) {
-                const long shared = head / (call.heads / call.gate_heads);
-                const float g = call.gate[row * call.gate_batch + (chunk.begin + i) * call.gate_token + shared * call.gate_head];
-                total += g < MIN_LOG_DECAY ? MIN_LOG_DECAY : g;
-            }
-            sums[i] = total;
-        }
-    }
-
-    void find_pairs(bool decays, const int *documents) {
-        for (long i = 0; i < CHUNK; i++) {
-            float *pairs_of_row = pairs + i * CHUNK;
-            std::memset(pairs_of_row, 0, CHUNK * sizeof(float));
-            for (long j = 0; j <= i; j += LANES) {
-                Vec x = Vec{} + 1.0f;
-                if (decays) {
-                    const WideVec distance = sums[i] - *reinterpret_cast<const LooseWideVec *>(sums + j);
-                    x = exp_of_negative(__builtin_convertvector(distance, Vec));
-                }
-                store(pairs_of_row + j, x);
-            }
-            for (long j = 0; j < CHUNK; j++)
-                if (j > i || documents[j] != documents[i]) pairs_of_row[j] = 0;
-        }
-    }
-};
-
-// A recurrent state [rows, width], kept * base + added, as in longctx/kernels/linear/running_state.py.
-class State {
-    long rows, width;
-    double *wide, kept;
-    float *base;
-    long chunks;
-
-    void renew() {
-        const long size = rows * width;
-        for (long i = 0; i < size; i++) base[i] = float(wide[i]);
-        std::memset(added, 0, size * sizeof(float));
-        kept = 1, chunks = 0;
-    }
-
-public:
-    float *added, *value;
-
-    State(Scratch &scratch, long rows, long width)
-        : rows(rows), width(width), wide(scratch.take<double>(rows * width)), base(scratch.take(rows * width)),
-          added(scratch.take(rows * width)), value(scratch.take(rows * width)) {}
-
-    void start(const float *from, long from_rows, long from_width) {
-        std::memset(wide, 0, rows * width * sizeof(double));
-        if (from != nullptr)
-            for (long i = 0; i < from_rows; i++)
-                for (long d = 0; d < from_width; d++) wide[i * width + d] = from[i * from_width + d];
-        renew();
-        read();
-    }
-
-    // Multiply by a chunk's decay; what the chunk writes is to be added to `added`.
-    void decay(const Decay &by) {
-        const long size = rows * width;
-        if (by.restarts) {
-            std::memset(wide, 0, size * sizeof(double));
-            renew();
-        } else if (chunks == CHUNKS_PER_BASE) {
-            for (long i = 0; i < size; i++) wide[i] = wide[i] * kept + added[i];
-            renew();
-        } else if (by.keeps != 1.0) {
-            const float keeps = float(by.keeps);
-            for (long i = 0; i < size; i += LANES) store(added + i, load(added + i) * keeps);
-        }
-        kept *= by.restarts ? 0.0 : by.keeps;
-        chunks++;
-    }
-
-    // Compute `value`.
-    void read() {
-        const float factor = float(kept);
-        for (long i = 0; i < rows * width; i += LANES) store(value + i, load(base + i) * factor + load(added + i));
-    }
-
-    void end(float *to, long to_rows, long to_width) const {
-        for (long i = 0; i < to_rows; i++)
-            for (long d = 0; d < to_width; d++) to[i * to_width + d] = value[i * width + d];
-    }
+    Gate gate;
+    float *dgate;           // [B, T, H]
+    double *dgate_sum;      // [N, B, H], of a constant gate
+    Segments segments;      // N
+    const float *states;    // [N, B, H, K, V], before the segments; null: zero
+    float *ends;            // after them
+    const float *dends;     // gradients of `ends`; null: zero
+    float *dstates;         // of `states`
 };
 
 // Buffers of a thread and the passes of its tasks.
-class Worker {
+template <typename F> class Worker {
     const Call &call;
-    const long key_width, value_width, readers;
+    const long readers;
     Scratch scratch;
-    State state, dstate;
-    float *keys, *values, *queries, *grads;         // [CHUNK, D], as they are
-    float *written, *read;                          // keys times writes, queries times reads
-    float *keys_turned, *values_turned;             // [D, CHUNK]
-    float *state_turned;                            // [V, K]
-    float *scores, *dscores, *weights, *weights_turned;  // [CHUNK, CHUNK]
+    Factor<F> keys, values, queries, grads, scaled, weights, dweights;  // weights: decayed scores
+    StateFactor<F> state, dstate;
+    const long key_width, value_width, state_size;
+    float *scores, *dscores, *pair_grads, *pair_grads_turned;  // [CHUNK, CHUNK]
     float *result, *dkeys, *dvalues;
-    float *starts_of_chunks = nullptr, *checkpoints = nullptr;
+    float *starts_of_chunks = nullptr;
     Decay decay;
+    Ahead ahead;
     long segment = 0, row = 0, head = 0;
-
-    long state_size() const { return key_width * value_width; }
-
-    template <typename Element>
-    static void copy_in(const Element *from, long stride, long tokens, long dim, long width, float *to) {
-        for (long i = 0; i < tokens; i++)
-            for (long d = 0; d < dim; d += LANES) store(to + i * width + d, load_first(from + i * stride + d, dim - d));
-        std::memset(to + tokens * width, 0, (CHUNK - tokens) * width * sizeof(float));
-    }
-
-    template <typename Element>
-    static void copy_out(const float *from, long width, long tokens, long dim, Element *to, long stride) {
-        for (long i = 0; i < tokens; i++)
-            for (long d = 0; d < dim; d += LANES) store_first(to + i * stride + d, load(from + i * width + d), dim - d);
-    }
-
-    void load_tile(const Tensor &x, long of_head, const Range &chunk, long dim, float *to) const {
-        const long at = row * x.batch + chunk.begin * x.token + of_head * x.head;
-        if (x.brain)
-            copy_in(static_cast<const Brain *>(x.data) + at, x.token, chunk.tokens, dim, padded(dim), to);
-        else
-            copy_in(static_cast<const float *>(x.data) + at, x.token, chunk.tokens, dim, padded(dim), to);
-    }
-
-    void store_tile(const Tensor &x, long of_head, const Range &chunk, long dim, const float *from) const {
-        const long at = row * x.batch + chunk.begin * x.token + of_head * x.head;
-        if (x.brain)
-            copy_out(from, padded(dim), chunk.tokens, dim, static_cast<Brain *>(x.data) + at, x.token);
-        else
-            copy_out(from, padded(dim), chunk.tokens, dim, static_cast<float *>(x.data) + at, x.token);
-    }
 
     // The head of x that this task's state reads, of those that several states share.
     long shared_head(const Tensor &x) const { return head / (call.heads / x.heads); }
@@ -228,59 +46,73 @@ class Worker {
         return x.heads < call.heads ? shared_head(x) : head * readers + reader;
     }
 
-    void load_keys_and_values(const Range &chunk) {
-        load_tile(call.k, shared_head(call.k), chunk, call.key_dim, keys);
-        load_tile(call.v, shared_head(call.v), chunk, call.value_dim, values);
-        decay.find(call, row, head, chunk);
+    void find_decay(const Range &chunk) {
+        decay.find(call.gate, row, call.gate.heads ? head / (call.heads / call.gate.heads) : 0, chunk);
+    }
+    void load_keys(const Range &chunk) {
+        keys.load_rows(call.k, row, shared_head(call.k), chunk.begin, chunk.tokens, call.key_dim);
+    }
+    void load_values(const Range &chunk) {
+        values.load_rows(call.v, row, shared_head(call.v), chunk.begin, chunk.tokens, call.value_dim);
+    }
+    void load_queries(const Range &chunk, long reader) {
+        queries.load_rows(call.q, row, reader_head(call.q, reader), chunk.begin, chunk.tokens, call.key_dim);
+    }
+    void load_grads(const Range &chunk, long reader) {
+        grads.load_rows(call.dout, row, head * readers + reader, chunk.begin, chunk.tokens, call.value_dim);
+        grads.stack();
+    }
+    void store_tile(const Tensor &x, long of_head, const Range &chunk, long dim, const float *from, long width) const {
+        store_rows(x, row, of_head, chunk.begin, chunk.tokens, dim, from, width);
     }
 
-    void scale_keys() {
-        std::memcpy(written, keys, CHUNK * key_width * sizeof(float));
-        scale_rows(CHUNK, key_width, written, decay.writes);
+    // Fetch what the next chunk of a pass reads and writes of the state's own heads.
+    void fetch(const Range *chunk, std::initializer_list<const Tensor *> tensors) {
+        ahead.drop();
+        if (chunk == nullptr) return;
+        for (const Tensor *x : tensors) {
+            const long dim = x == &call.v || x == &call.dv || x == &call.out || x == &call.dout ? call.value_dim : call.key_dim;
+            const bool of_state = x == &call.k || x == &call.v || x == &call.dk || x == &call.dv;
+            const long of_head = x == &call.dk || x == &call.dv ? head : of_state ? shared_head(*x) : reader_head(*x, 0);
+            x->fetch(ahead, row, of_head, chunk->begin, chunk->tokens, dim);
+        }
     }
 
     // Update the state from before a chunk, whose keys and values are loaded, to after it.
-    void write() {
-        scale_keys();
-        state.decay(decay);
-        product(key_width, value_width, CHUNK, columns_of(written, key_width), values, value_width, state.added, value_width, true);
-        state.read();
+    void write(const Range &chunk) {
+        scaled.stack_scaled(keys, decay.writes);
+        const Keep keep = state.decay(decay);
+        multiply_into(chunk, columns_of(scaled), values, state, keep);
     }
 
+    // Add A B to a state that a chunk has decayed, A [rows of the state, tokens], B the stacked rows of a tile.
+    void multiply_into(const Range &chunk, OperandOf<F> a, const Factor<F> &b, StateFactor<F> &to, Keep keep) {
+        const long words = (chunk.tokens + F::PER_WORD - 1) / F::PER_WORD;
+        product<F>(key_width, value_width, words, a, b.stacked, value_width, to.added, value_width, keep, &ahead);
+    }
+
+    // P, rounded for products, in `weights`.
     void find_scores(const Range &chunk) {
-        product_to_lower(chunk.tokens, key_width, rows_of(queries, key_width), keys_turned, CHUNK, scores, CHUNK);
-        mask(chunk, scores, scores);
+        product_to_lower<F>(chunk.tokens, key_width / F::PER_WORD, rows_of(queries), keys.turned, CHUNK, scores, CHUNK, &ahead);
+        weights.set_product(scores, decay.pairs, chunk.tokens);
     }
-
-    // dP, masked, in `dscores`; times P in `weights` if asked for.
-    void find_score_grads(const Range &chunk, bool with_weights) {
-        product_to_lower(chunk.tokens, value_width, rows_of(grads, value_width), values_turned, CHUNK, dscores, CHUNK);
-        if (with_weights)
-            for (long i = 0; i < chunk.tokens * CHUNK; i += LANES) store(weights + i, load(dscores + i) * load(scores + i));
-        mask(chunk, dscores, dscores);
-    }
-
-    void mask(const Range &chunk, const float *from, float *to) const {
-        for (long i = 0; i < chunk.tokens * CHUNK; i += LANES) store(to + i, load(from + i) * load(decay.pairs + i));
+    void find_score_grads(const Range &chunk) {
+        product_to_lower<F>(chunk.tokens, value_width / F::PER_WORD, rows_of(grads), values.turned, CHUNK, dscores, CHUNK, &ahead);
     }
 
     const float *first_state(const float *states) const { return states == nullptr ? nullptr : states + state_at(); }
     long state_at() const { return ((segment * call.rows + row) * call.heads + head) * call.key_dim * call.value_dim; }
 
-    void clear_scores() {
-        for (float *x : {scores, dscores, weights, weights_turned}) std::memset(x, 0, CHUNK * CHUNK * sizeof(float));
-    }
-
 public:
     explicit Worker(const Call &call)
-        : call(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
-          readers(std::max(1L, call.q.heads / call.heads)), state(scratch, key_width, value_width),
-          dstate(scratch, key_width, value_width) {
-        for (float **x : {&keys, &queries, &written, &read, &keys_turned, &dkeys}) *x = scratch.take(CHUNK * key_width);
-        for (float **x : {&values, &grads, &values_turned, &dvalues}) *x = scratch.take(CHUNK * value_width);
-        for (float **x : {&scores, &dscores, &weights, &weights_turned, &decay.pairs}) *x = scratch.take(CHUNK * CHUNK);
-        result = scratch.take(CHUNK * std::max(key_width, value_width));
-        state_turned = scratch.take(state_size());
+        : call(call), readers(std::max(1L, call.q.heads / call.heads)), keys(scratch, CHUNK, call.key_dim, true),
+          values(scratch, CHUNK, call.value_dim, true), queries(scratch, CHUNK, call.key_dim, false),
+          grads(scratch, CHUNK, call.value_dim, false), scaled(scratch, CHUNK, call.key_dim, false),
+          weights(scratch, CHUNK, CHUNK, false), dweights(scratch, CHUNK, CHUNK, false),
+          state(scratch, call.key_dim, call.value_dim), dstate(scratch, call.key_dim, call.value_dim),
+          key_width(keys.width), value_width(values.width), state_size(key_width * value_width) {
+        for (float **x : {&scores, &dscores, &pair_grads, &pair_grads_turned, &decay.pairs}) *x = scratch.take(CHUNK * CHUNK);
+        for (float **x : {&result, &dkeys, &dvalues}) *x = scratch.take(CHUNK * std::max(key_width, value_width));
     }
 
     void begin(long task) {
@@ -290,18 +122,25 @@ public:
 
     void apply() {
         state.start(first_state(call.states), call.key_dim, call.value_dim);
-        for (const Range &chunk : chunks_of(call, segment)) {
-            load_keys_and_values(chunk);
-            transpose(keys, CHUNK, key_width, keys_turned);
+        const std::vector<Range> chunks = chunks_of(call.segments, segment);
+        for (size_t i = 0; i < chunks.size(); i++) {
+            const Range &chunk = chunks[i];
+            fetch(i + 1 < chunks.size() ? &chunks[i + 1] : nullptr, {&call.q, &call.k, &call.v, &call.out});
+            find_decay(chunk);
+            load_keys(chunk), load_values(chunk);
+            keys.turn();
+            values.stack();
+            state.read_stacked();
             for (long reader = 0; reader < readers; reader++) {
-                load_tile(call.q, reader_head(call.q, reader), chunk, call.key_dim, queries);
+                load_queries(chunk, reader);
                 find_scores(chunk);
-                product(chunk.tokens, value_width, key_width, rows_of(queries, key_width), state.value, value_width, result, value_width, false);
-                scale_rows(chunk.tokens, value_width, result, decay.reads);
-                product_of_lower(chunk.tokens, value_width, scores, CHUNK, values, value_width, result, value_width);
-                store_tile(call.out, head * readers + reader, chunk, call.value_dim, result);
+                product<F>(chunk.tokens, value_width, key_width / F::PER_WORD, rows_of(queries), state.factor.stacked,
+                           value_width, result, value_width, false, &ahead);
+                product_of_lower<F>(chunk.tokens, value_width, weights.rows, CHUNK / F::PER_WORD, values.stacked,
+                                    value_width, result, value_width, Keep(decay.reads), &ahead);
+                store_tile(call.out, head * readers + reader, chunk, call.value_dim, result, value_width);
             }
-            write();
+            write(chunk);
         }
         state.end(call.ends + state_at(), call.key_dim, call.value_dim);
     }
@@ -309,12 +148,13 @@ public:
     // The state that a segment adds, from its last document's start on.
     void summarize() {
         state.start(nullptr, 0, 0);
-        const long *of = call.segments + 4 * segment;
-        const long live = of[2] > 0 ? call.starts[of[3] + of[2] - 1] : of[0];
-        for (const Range &chunk : chunks_of(call, segment)) {
-            if (chunk.begin + chunk.tokens <= live) continue;
-            load_keys_and_values(chunk);
-            write();
+        const long *of = call.segments.bounds + 4 * segment;
+        const long live = of[2] > 0 ? call.segments.starts[of[3] + of[2] - 1] : of[0];
+        const std::vector<Range> chunks = chunks_of(call.segments, segment);
+        for (size_t i = 0; i < chunks.size(); i++) {
+            if (chunks[i].begin + chunks[i].tokens <= live) continue;
+            fetch(i + 1 < chunks.size() ? &chunks[i + 1] : nullptr, {&call.k, &call.v});
+            advance(chunks[i]);
         }
         state.end(call.ends + state_at(), call.key_dim, call.value_dim);
     }
@@ -322,113 +162,147 @@ public:
     // The gradient of a segment's start state, which tokens up to its first document's start read.
     void summarize_grad() {
         dstate.start(nullptr, 0, 0);
-        const std::vector<Range> chunks = chunks_of(call, segment);
-        const long *of = call.segments + 4 * segment;
-        const long live = of[2] > 0 ? call.starts[of[3]] : of[1];
-        for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); chunk++) {
-            if (chunk->begin >= live) continue;
-            decay.find(call, row, head, *chunk);
-            dstate.decay(decay);
-            for (long reader = 0; reader < readers; reader++) add_reads(*chunk, reader);
-            dstate.read();
+        const std::vector<Range> chunks = chunks_of(call.segments, segment);
+        const long *of = call.segments.bounds + 4 * segment;
+        const long live = of[2] > 0 ? call.segments.starts[of[3]] : of[1];
+        for (size_t i = chunks.size(); i-- > 0;) {
+            const Range &chunk = chunks[i];
+            if (chunk.begin >= live) continue;
+            fetch(i > 0 ? &chunks[i - 1] : nullptr, {&call.q, &call.dout});
+            find_decay(chunk);
+            Keep keep = dstate.decay(decay);
+            for (long reader = 0; reader < readers; reader++) {
+                load_queries(chunk, reader), load_grads(chunk, reader);
+                add_reads(chunk, keep);
+                keep = true;
+            }
         }
         dstate.end(call.dstates + state_at(), call.key_dim, call.value_dim);
     }
 
-    void query_grad() { query_grad_of(false); }
+    void query_grad() { query_grad_of(nullptr); }
 
     void key_value_grad() {
         dstate.start(first_state(call.dends), call.key_dim, call.value_dim);
-        const std::vector<Range> chunks = chunks_of(call, segment);
-        for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); chunk++) key_value_grad_of(*chunk, nullptr);
+        const std::vector<Range> chunks = chunks_of(call.segments, segment);
+        for (size_t i = chunks.size(); i-- > 0;) {
+            fetch(i > 0 ? &chunks[i - 1] : nullptr, {&call.k, &call.v, &call.q, &call.dout, &call.dk, &call.dv});
+            key_value_grad_of(chunks[i], nullptr);
+        }
         dstate.end(call.dstates + state_at(), call.key_dim, call.value_dim);
     }
 
     // All gradients, the gate's among them: a forward loop over states computes dq and keeps some states; the reverse
     // loop recomputes those of a block of chunks before it needs them.
     void apply_grad() {
-        const std::vector<Range> chunks = chunks_of(call, segment);
+        const std::vector<Range> chunks = chunks_of(call.segments, segment);
         const long count = long(chunks.size()), blocks = (count + CHUNKS_PER_CHECKPOINT - 1) / CHUNKS_PER_CHECKPOINT;
-        std::vector<float> kept(blocks * state_size());
-        checkpoints = kept.data();
-        if (starts_of_chunks == nullptr) starts_of_chunks = scratch.take(CHUNKS_PER_CHECKPOINT * state_size());
-        query_grad_of(true);
+        std::vector<float> checkpoints(blocks * state_size);
+        if (starts_of_chunks == nullptr) starts_of_chunks = scratch.take(CHUNKS_PER_CHECKPOINT * state_size);
+        query_grad_of(checkpoints.data());
         dstate.start(first_state(call.dends), call.key_dim, call.value_dim);
         for (long block = blocks - 1; block >= 0; block--) {
             const long first = block * CHUNKS_PER_CHECKPOINT, last = std::min(count, first + CHUNKS_PER_CHECKPOINT);
-            state.start(checkpoints + block * state_size(), key_width, value_width);
+            state.start(checkpoints.data() + block * state_size, key_width, value_width);
             for (long i = first; i < last; i++) {
-                std::memcpy(starts_of_chunks + (i - first) * state_size(), state.value, state_size() * sizeof(float));
-                if (i + 1 < last) {
-                    load_keys_and_values(chunks[i]);
-                    write();
-                }
+                state.read(starts_of_chunks + (i - first) * state_size);
+                if (i + 1 == last) break;
+                fetch(&chunks[i + 1], {&call.k, &call.v});
+                advance(chunks[i]);
             }
-            for (long i = last - 1; i >= first; i--) key_value_grad_of(chunks[i], starts_of_chunks + (i - first) * state_size());
+            for (long i = last - 1; i >= first; i--) {
+                fetch(i > 0 ? &chunks[i - 1] : nullptr, {&call.k, &call.v, &call.q, &call.dout, &call.dk, &call.dv});
+                key_value_grad_of(chunks[i], starts_of_chunks + (i - first) * state_size);
+            }
         }
         dstate.end(call.dstates + state_at(), call.key_dim, call.value_dim);
     }
 
 private:
-    void add_reads(const Range &chunk, long reader) {
-        load_tile(call.q, reader_head(call.q, reader), chunk, call.key_dim, read);
-        load_tile(call.dout, head * readers + reader, chunk, call.value_dim, grads);
-        scale_rows(CHUNK, key_width, read, decay.reads);
-        product(key_width, value_width, CHUNK, columns_of(read, key_width), grads, value_width, dstate.added, value_width, true);
+    // Update the state to after a chunk.
+    void advance(const Range &chunk) {
+        find_decay(chunk);
+        load_keys(chunk), load_values(chunk);
+        values.stack();
+        write(chunk);
     }
 
-    void query_grad_of(bool with_gate) {
+    // Add what a chunk's loaded queries read of a state to its gradient.
+    void add_reads(const Range &chunk, Keep keep) {
+        scaled.stack_scaled(queries, decay.reads);
+        multiply_into(chunk, columns_of(scaled), grads, dstate, keep);
+    }
+
+    // dq; with `checkpoints`, the gradient of the gate from what tokens read of the states before their chunks too.
+    void query_grad_of(float *checkpoints) {
+        const bool with_gate = checkpoints != nullptr;
         state.start(first_state(call.states), call.key_dim, call.value_dim);
-        long number = 0;
-        for (const Range &chunk : chunks_of(call, segment)) {
-            if (with_gate && number++ % CHUNKS_PER_CHECKPOINT == 0)
-                std::memcpy(checkpoints + (number - 1) / CHUNKS_PER_CHECKPOINT * state_size(), state.value, state_size() * sizeof(float));
-            load_keys_and_values(chunk);
-            transpose(values, CHUNK, value_width, values_turned);
-            transpose(state.value, key_width, value_width, state_turned);
+        const std::vector<Range> chunks = chunks_of(call.segments, segment);
+        for (size_t number = 0; number < chunks.size(); number++) {
+            const Range &chunk = chunks[number];
+            const Range *next = number + 1 < chunks.size() ? &chunks[number + 1] : nullptr;
+            if (with_gate)
+                fetch(next, {&call.k, &call.v, &call.dout, &call.dq, &call.q});
+            else
+                fetch(next, {&call.k, &call.v, &call.dout, &call.dq});
+            if (with_gate && number % CHUNKS_PER_CHECKPOINT == 0)
+                state.read(checkpoints + number / CHUNKS_PER_CHECKPOINT * state_size);
+            state.read_rows(), state.factor.turn();
+            find_decay(chunk);
+            load_keys(chunk), load_values(chunk);
+            keys.stack(), values.stack();
+            values.turn();
             float reads_grad[CHUNK] = {};
             for (long reader = 0; reader < readers; reader++) {
-                load_tile(call.dout, head * readers + reader, chunk, call.value_dim, grads);
-                find_score_grads(chunk, false);
-                product(chunk.tokens, key_width, value_width, rows_of(grads, value_width), state_turned, key_width, result, key_width, false);
-                scale_rows(chunk.tokens, key_width, result, decay.reads);
+                load_grads(chunk, reader);
+                find_score_grads(chunk);
+                dweights.set_product(dscores, decay.pairs, chunk.tokens);
+                product<F>(chunk.tokens, key_width, value_width / F::PER_WORD, rows_of(grads), state.factor.turned, key_width,
+                           result, key_width, false, &ahead);
                 if (with_gate) {
-                    load_tile(call.q, reader_head(call.q, reader), chunk, call.key_dim, queries);
-                    for (long i = 0; i < chunk.tokens; i++) reads_grad[i] += dot(queries + i * key_width, result + i * key_width, key_width);
+                    load_queries(chunk, reader);
+                    for (long i = 0; i < chunk.tokens; i++)
+                        reads_grad[i] += decay.reads[i] * dot(queries.row(i), result + i * key_width, key_width);
                 }
-                product_of_lower(chunk.tokens, key_width, dscores, CHUNK, keys, key_width, result, key_width);
-                store_tile(call.dq, head * readers + reader, chunk, call.key_dim, result);
+                product_of_lower<F>(chunk.tokens, key_width, dweights.rows, CHUNK / F::PER_WORD, keys.stacked, key_width,
+                                    result, key_width, Keep(decay.reads), &ahead);
+                store_tile(call.dq, head * readers + reader, chunk, call.key_dim, result, key_width);
             }
             if (with_gate) add_gate_grad(chunk, reads_grad, true);
-            write();
+            write(chunk);
         }
     }
 
     // dk and dv of a chunk, and the gradient of the state before it; that of the gate if the state before it is given.
     void key_value_grad_of(const Range &chunk, const float *before) {
-        load_keys_and_values(chunk);
-        scale_keys();
-        transpose(keys, CHUNK, key_width, keys_turned);
-        transpose(values, CHUNK, value_width, values_turned);
-        transpose(dstate.value, key_width, value_width, state_turned);
-        product(chunk.tokens, key_width, value_width, rows_of(values, value_width), state_turned, key_width, dkeys, key_width, false);
-        scale_rows(chunk.tokens, key_width, dkeys, decay.writes);
-        product(chunk.tokens, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, dvalues, value_width, false);
+        find_decay(chunk);
+        load_keys(chunk), load_values(chunk);
+        keys.turn(), values.turn();
+        dstate.read_rows(), dstate.factor.stack(), dstate.factor.turn();
+        product<F>(chunk.tokens, key_width, value_width / F::PER_WORD, rows_of(values), dstate.factor.turned, key_width,
+                   dkeys, key_width, false, &ahead);
+        product<F>(chunk.tokens, value_width, key_width / F::PER_WORD, rows_of(keys), dstate.factor.stacked, value_width,
+                   dvalues, value_width, false, &ahead);
         float gate_grad[CHUNK] = {};
         if (before != nullptr) find_write_grads(chunk, before, gate_grad);
-        dstate.decay(decay);
+        Keep keep = dstate.decay(decay), written(decay.writes);
         for (long reader = 0; reader < readers; reader++) {
-            add_reads(chunk, reader);
-            load_tile(call.q, reader_head(call.q, reader), chunk, call.key_dim, queries);
+            load_queries(chunk, reader), load_grads(chunk, reader);
+            queries.stack();
+            add_reads(chunk, keep);
             find_scores(chunk);
-            find_score_grads(chunk, before != nullptr);
-            product_of_lower_transposed(chunk.tokens, value_width, scores, CHUNK, grads, value_width, dvalues, value_width);
-            product_of_lower_transposed(chunk.tokens, key_width, dscores, CHUNK, queries, key_width, dkeys, key_width);
+            find_score_grads(chunk);
             if (before != nullptr) add_pair_grads(chunk, gate_grad);
+            dweights.set_product(dscores, decay.pairs, chunk.tokens);
+            weights.stack(), dweights.stack();
+            product_of_lower_transposed<F>(chunk.tokens, value_width, weights.stacked, CHUNK, grads.stacked, value_width,
+                                           dvalues, value_width, written, &ahead);
+            product_of_lower_transposed<F>(chunk.tokens, key_width, dweights.stacked, CHUNK, queries.stacked, key_width,
+                                           dkeys, key_width, written, &ahead);
+            keep = written = true;
         }
-        dstate.read();
-        store_tile(call.dk, head, chunk, call.key_dim, dkeys);
-        store_tile(call.dv, head, chunk, call.value_dim, dvalues);
+        store_tile(call.dk, head, chunk, call.key_dim, dkeys, key_width);
+        store_tile(call.dv, head, chunk, call.value_dim, dvalues, value_width);
         if (before != nullptr) add_gate_grad(chunk, gate_grad, false);
     }
 
@@ -437,21 +311,30 @@ private:
     void find_write_grads(const Range &chunk, const float *before, float *gate_grad) const {
         double kept = 0, sum_before = 0;
         if (!decay.restarts)
-            for (long i = 0; i < key_width; i++) kept += dot(before + i * value_width, dstate.value + i * value_width, value_width);
+            for (long i = 0; i < key_width; i++) kept += dstate.dot_row(i, before + i * value_width);
         kept *= decay.keeps;
         for (long t = 0; t < chunk.tokens; t++) {
             gate_grad[t] = float(kept + sum_before);
-            sum_before += dot(keys + t * key_width, dkeys + t * key_width, key_width);
+            sum_before += decay.writes[t] * dot(keys.row(t), dkeys + t * key_width, key_width);
         }
     }
 
     // ... and on the pairs (i, j) with j < t <= i.
     void add_pair_grads(const Range &chunk, float *gate_grad) {
-        transpose(weights, CHUNK, CHUNK, weights_turned);
-        alignas(64) float before[CHUNK] = {};  // per row i, the sum over j < t
+        for (long i = 0; i < chunk.tokens * CHUNK; i += LANES)
+            store(pair_grads + i, load(dscores + i) * load(weights.row(0) + i));
+        std::memset(pair_grads + chunk.tokens * CHUNK, 0, (CHUNK - chunk.tokens) * CHUNK * sizeof(float));
+        transpose(pair_grads, CHUNK, CHUNK, pair_grads_turned);
+        alignas(64) float before[CHUNK] = {};  // per row i from t on, the sum over j < t
         for (long t = 0; t < chunk.tokens; t++) {
-            for (long i = t; i < chunk.tokens; i++) gate_grad[t] += before[i];
-            for (long i = 0; i < CHUNK; i += LANES) store(before + i, load(before + i) + load(weights_turned + t * CHUNK + i));
+            if (t > 0) before[t - 1] = 0;
+            Vec total{};
+            for (long i = t / LANES * LANES; i < CHUNK; i += LANES) {
+                const Vec x = load(before + i);
+                total += x;
+                store(before + i, x + load(pair_grads_turned + t * CHUNK + i));
+            }
+            gate_grad[t] += sum(total);
         }
     }
 
@@ -473,12 +356,12 @@ private:
 };
 
 // Returns 0, or 1 if there was not enough memory.
-static int run(const Call &call, void (Worker::*pass)()) {
+template <typename F> static int run_in(const Call &call, void (Worker<F>::*pass)()) {
     std::atomic<long> next{0};
-    const long tasks = call.segment_count * call.rows * call.heads;
+    const long tasks = call.segments.count * call.rows * call.heads;
     const double writes = double(call.rows) * call.heads * call.length * call.key_dim * call.value_dim;
     return on_threads(std::min({call.threads, tasks, 1 + long(writes / WRITES_PER_THREAD)}), [&] {
-        Worker worker(call);
+        Worker<F> worker(call);
         for (long task; (task = next.fetch_add(1)) < tasks;) {
             worker.begin(task);
             (worker.*pass)();
@@ -486,11 +369,24 @@ static int run(const Call &call, void (Worker::*pass)()) {
     });
 }
 
+// Whether all tensors of a call are bfloat16; those that it does not have are null.
+static bool has_pairs(const Call &call) {
+    for (const Tensor *x : {&call.q, &call.k, &call.v, &call.dout})
+        if (x->data != nullptr && !x->brain) return false;
+    return true;
+}
+
+#if defined(HAS_PAIRS)
+#define RUN(pass) (has_pairs(*call) ? run_in(*call, &Worker<Pair>::pass) : run_in(*call, &Worker<Single>::pass))
+#else
+#define RUN(pass) run_in(*call, &Worker<Single>::pass)
+#endif
+
 extern "C" {
-int additive_summarize(const Call *call) { return run(*call, &Worker::summarize); }
-int additive_apply(const Call *call) { return run(*call, &Worker::apply); }
-int additive_summarize_grad(const Call *call) { return run(*call, &Worker::summarize_grad); }
-int additive_query_grad(const Call *call) { return run(*call, &Worker::query_grad); }
-int additive_key_value_grad(const Call *call) { return run(*call, &Worker::key_value_grad); }
-int additive_apply_grad(const Call *call) { return run(*call, &Worker::apply_grad); }
+int additive_summarize(const Call *call) { return RUN(summarize); }
+int additive_apply(const Call *call) { return RUN(apply); }
+int additive_summarize_grad(const Call *call) { return RUN(summarize_grad); }
+int additive_query_grad(const Call *call) { return RUN(query_grad); }
+int additive_key_value_grad(const Call *call) { return RUN(key_value_grad); }
+int additive_apply_grad(const Call *call) { return RUN(apply_grad); }
 }

@@ -11,16 +11,12 @@
 // Called by longctx/kernels/attention/native.py, which mirrors `Tensor` and `Call`.
 #include <limits>
 
+#include "factors.h"
 #include "threads.h"
-#include "tiles.h"
 
 constexpr long BLOCK = 64;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-struct Tensor {
-    void *data;
-    long brain, batch, token, head;
-};
 struct Call {
     long batch, queries, keys, heads, key_heads, key_dim, value_dim, threads;
     float scale;
@@ -30,71 +26,6 @@ struct Call {
     const int32_t *begin, *end;   // of the keys that each query sees
     long bounds_batch, bounds_head;
 };
-
-// A block of rows as a factor of products: the words of its rows, of pairs of rows, and of its columns.
-template <typename F> struct Factor;
-
-template <> struct Factor<Single> {
-    long width;
-    float *rows, *stacked, *turned;
-
-    Factor(Scratch &scratch, long dim, bool turns) : width(padded(dim)), turned(nullptr) {
-        rows = stacked = scratch.take(BLOCK * width);
-        if (turns) turned = scratch.take(BLOCK * width);
-    }
-
-    // Rows [first, first + count) of a head; zeros up to BLOCK rows.
-    void load_rows(const Tensor &x, long row, long head, long first, long count, long dim) {
-        const long at = row * x.batch + head * x.head;
-        for (long i = 0; i < count; i++) {
-            const long from = at + (first + i) * x.token;
-            for (long d = 0; d < dim; d += LANES) {
-                const Vec value = x.brain ? load_first(static_cast<const Brain *>(x.data) + from + d, dim - d)
-                                          : load_first(static_cast<const float *>(x.data) + from + d, dim - d);
-                store(rows + i * width + d, value);
-            }
-        }
-        std::memset(rows + count * width, 0, (BLOCK - count) * width * sizeof(float));
-    }
-    void set(const float *) {}  // computed in place
-    void stack() {}
-    void turn() { transpose(rows, BLOCK, width, turned); }
-};
-
-#if defined(HAS_PAIRS)
-template <> struct Factor<Pair> {
-    long width;
-    uint32_t *rows, *stacked, *turned;
-
-    Factor(Scratch &scratch, long dim, bool turns)
-        : width((dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES)), turned(nullptr) {
-        rows = scratch.take<uint32_t>(BLOCK * width / 2), stacked = scratch.take<uint32_t>(BLOCK / 2 * width);
-        if (turns) turned = scratch.take<uint32_t>(BLOCK * width / 2);
-    }
-
-    Brain *row(long i) { return reinterpret_cast<Brain *>(rows + i * width / 2); }
-    void load_rows(const Tensor &x, long batch, long head, long first, long count, long dim) {
-        const Brain *from = static_cast<const Brain *>(x.data) + batch * x.batch + head * x.head;
-        for (long i = 0; i < count; i++) std::memcpy(row(i), from + (first + i) * x.token, dim * sizeof(Brain));
-        std::memset(row(count), 0, (BLOCK - count) * width * sizeof(Brain));
-    }
-    // Round the numbers [BLOCK, width] of products.
-    void set(const float *numbers) {
-        for (long i = 0; i < BLOCK; i++)
-            for (long d = 0; d < width; d += LANES) store(row(i) + d, load(numbers + i * width + d));
-    }
-    void stack() {
-        for (long i = 0; i < BLOCK; i += 2)
-            for (long d = 0; d < width; d += LANES) {
-                const BitVec low = bits_of(row(i) + d), high = bits_of(row(i + 1) + d);
-                store_bits(stacked + i / 2 * width + d, low | high << 16);
-            }
-    }
-    void turn() {
-        transpose(reinterpret_cast<const float *>(rows), BLOCK, width / 2, reinterpret_cast<float *>(turned));
-    }
-};
-#endif
 
 static inline Vec largest(Vec x, Vec y) { return x > y ? x : y; }
 static inline float largest(Vec x) {
@@ -150,26 +81,17 @@ protected:
     const float factor;  // positive, so that -inf, for what is not seen, stays
 
     explicit Worker(const Call &call, bool turns_values)
-        : call(call), queries(scratch, call.key_dim, false), keys(scratch, call.key_dim, true),
-          values(scratch, call.value_dim, turns_values), weights(scratch, BLOCK, false),
+        : call(call), queries(scratch, BLOCK, call.key_dim, false), keys(scratch, BLOCK, call.key_dim, true),
+          values(scratch, BLOCK, call.value_dim, turns_values), weights(scratch, BLOCK, BLOCK, false),
           factor(call.scale > 0 ? call.scale : 1.0f) {
-        scores = numbers_of(weights);
+        scores = weights.numbers(scratch);
     }
-
-    // Memory for the numbers of a factor that is computed here: for single numbers, its rows.
-    float *numbers_of(Factor<Single> &x) { return x.rows; }
-#if defined(HAS_PAIRS)
-    float *numbers_of(Factor<Pair> &) { return scratch.take(BLOCK * BLOCK); }
-#endif
 
     void load_keys(long row, long head, long first, long count) {
         keys.load_rows(call.k, row, head, first, count, call.key_dim);
         values.load_rows(call.v, row, head, first, count, call.value_dim);
         keys.turn();
     }
-
-    static OperandOf<F> rows_of(const Factor<F> &x) { return {x.rows, x.width / F::PER_WORD, 1}; }
-    static OperandOf<F> columns_of(const Factor<F> &x) { return {x.stacked, 1, x.width}; }
 
     // Rows of x times columns of y, both of `width` numbers, in `to` [count, BLOCK].
     static void multiply_turned(long count, const Factor<F> &x, const Factor<F> &y, float *to) {
@@ -256,7 +178,7 @@ public:
                     std::memset(of_query, 0, BLOCK * sizeof(float));
             }
             weights.set(scores);
-            product<F>(count, value_width, BLOCK / F::PER_WORD, Base::rows_of(weights), values.stacked, value_width, sums,
+            product<F>(count, value_width, BLOCK / F::PER_WORD, rows_of(weights), values.stacked, value_width, sums,
                        value_width, true);
         }
         for (long i = 0; i < count; i++) {
@@ -281,7 +203,7 @@ template <typename F> class Backward : Worker<F> {
 
     void find_means(long row, long first_head, long readers) {
         Scratch own;
-        Factor<Single> of_grads(own, call.value_dim, false), of_out(own, call.value_dim, false);
+        Factor<Single> of_grads(own, BLOCK, call.value_dim, false), of_out(own, BLOCK, call.value_dim, false);
         const long width = of_out.width;
         means.resize(readers * call.queries);
         for (long reader = 0; reader < readers; reader++)
@@ -333,11 +255,11 @@ template <typename F> class Backward : Worker<F> {
 
 public:
     explicit Backward(const Call &call)
-        : Base(call, true), key_width(keys.width), value_width(values.width), grads(scratch, call.value_dim, false),
-          dweights(scratch, BLOCK, false) {
+        : Base(call, true), key_width(keys.width), value_width(values.width), grads(scratch, BLOCK, call.value_dim, false),
+          dweights(scratch, BLOCK, BLOCK, false) {
         dvalues = scratch.take(BLOCK * value_width);
         for (float **x : {&dqueries, &dkeys}) *x = scratch.take(BLOCK * key_width);
-        dscores = this->numbers_of(dweights);
+        dscores = dweights.numbers(scratch);
     }
 
     static long tasks(const Call &call) { return call.batch * call.key_heads; }
@@ -379,9 +301,9 @@ private:
             weights.set(scores), weights.stack();
             dweights.set(dscores), dweights.stack();
             constexpr long words = BLOCK / F::PER_WORD;
-            product<F>(seen, value_width, words, Base::columns_of(weights), grads.stacked, value_width, dvalues, value_width, true);
-            product<F>(seen, key_width, words, Base::columns_of(dweights), queries.stacked, key_width, dkeys, key_width, true);
-            product<F>(count, key_width, words, Base::rows_of(dweights), keys.stacked, key_width, dqueries, key_width, false);
+            product<F>(seen, value_width, words, columns_of(weights), grads.stacked, value_width, dvalues, value_width, true);
+            product<F>(seen, key_width, words, columns_of(dweights), queries.stacked, key_width, dkeys, key_width, true);
+            product<F>(count, key_width, words, rows_of(dweights), keys.stacked, key_width, dqueries, key_width, false);
             add_query_grads(row, head, first, count);
         }
     }

@@ -20,9 +20,13 @@ typedef double LooseWideVec __attribute__((vector_size(LANES * 8), aligned(8)));
 static inline Vec load(const float *p) { return *reinterpret_cast<const LooseVec *>(p); }
 static inline void store(float *p, Vec x) { *reinterpret_cast<LooseVec *>(p) = x; }
 static inline float sum(Vec x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
+#pragma GCC unroll 4
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+        IntVec other{};
+        for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ distance;
+        x += __builtin_shuffle(x, other);
+    }
+    return x[0];
 }
 static inline long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
 

@@ -1,7 +1,7 @@
 """Additive recurrence on CPUs, in C++ (`longctx/kernels/native/additive.cpp`): scalar decays, constant ones, or none.
 
 Implements the passes of `longctx.kernels.linear.additive.chunked`, which has the equations and runs what this cannot:
-vector decays, float64, and machines without a compiler. Products are in float32, also of bfloat16 inputs.
+vector decays, float64, and machines without a compiler. Products of bfloat16 inputs are in bfloat16 where the CPU can.
 """
 
 import ctypes

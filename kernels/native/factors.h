@@ -1,0 +1,155 @@
+// Tensors in memory, and tiles of them as factors of products, in float32 or in pairs of bfloat16 numbers.
+#pragma once
+#include "tiles.h"
+
+struct Tensor {  // [batch, tokens, heads, dim] with contiguous dim; strides in elements
+    void *data;
+    long brain, batch, token, head, heads;
+
+    long at(long row, long first, long of_head) const { return row * batch + first * token + of_head * head; }
+    // Fetch rows [first, first + count) of a head, of `dim` elements.
+    void fetch(Ahead &ahead, long row, long of_head, long first, long count, long dim) const {
+        const long size = brain ? sizeof(Brain) : sizeof(float);
+        ahead.add(static_cast<const char *>(data) + at(row, first, of_head) * size, token * size, dim * size, count);
+    }
+};
+
+template <typename T>
+static void copy_rows_in(const T *from, long stride, long count, long dim, float *to, long width) {
+    for (long i = 0; i < count; i++)
+        for (long d = 0; d < dim; d += LANES) store(to + i * width + d, load_first(from + i * stride + d, dim - d));
+}
+template <typename T>
+static void copy_rows_out(const float *from, long width, long count, long dim, T *to, long stride) {
+    for (long i = 0; i < count; i++)
+        for (long d = 0; d < dim; d += LANES) store_first(to + i * stride + d, load(from + i * width + d), dim - d);
+}
+
+// Write rows [first, first + count) of a head from `from`, which has rows of `width` numbers.
+static void store_rows(const Tensor &x, long row, long head, long first, long count, long dim, const float *from, long width) {
+    const long at = x.at(row, first, head);
+    if (x.brain)
+        copy_rows_out(from, width, count, dim, static_cast<Brain *>(x.data) + at, x.token);
+    else
+        copy_rows_out(from, width, count, dim, static_cast<float *>(x.data) + at, x.token);
+}
+
+// A tile of `height` rows of `width` numbers as a factor of products: the words of its rows (pairs along a row), of its
+// rows stacked (pairs of rows), and of its columns (the rows turned, pairs along a row).
+template <typename F> struct Factor;
+
+template <> struct Factor<Single> {
+    typedef float Number;
+    long height, width;
+    float *rows, *stacked, *turned = nullptr;
+
+    static long width_of(long dim) { return padded(dim); }
+    Factor(Scratch &scratch, long height, long dim, bool turns) : height(height), width(width_of(dim)) {
+        rows = stacked = scratch.take(height * width);
+        if (turns) turned = scratch.take(height * width);
+    }
+
+    float *row(long i) { return rows + i * width; }
+    const float *row(long i) const { return rows + i * width; }
+    // Memory for numbers that are computed, to be given to `set`.
+    float *numbers(Scratch &) { return rows; }
+    void set(const float *) {}  // computed in place
+    // Set number i to i + LANES of the rows, or d to d + LANES of row i (and the next one, in a tile of pairs) as stacked.
+    void set_vector(long i, Vec x) { store(rows + i, x); }
+    void set_stacked(long i, long d, Vec x, Vec) { store(stacked + i * width + d, x); }
+    // Numbers [count, width] times those of `by`, in place or from elsewhere; zeros up to `height`.
+    void set_product(const float *x, const float *by, long count) {
+        for (long i = 0; i < count * width; i += LANES) store(rows + i, load(x + i) * load(by + i));
+        std::memset(row(count), 0, (height - count) * width * sizeof(float));
+    }
+    // The rows of another times a factor each, stacked.
+    void stack_scaled(const Factor &x, const float *factors) {
+        for (long i = 0; i < height; i++)
+            for (long d = 0; d < width; d += LANES) store(row(i) + d, load(x.row(i) + d) * factors[i]);
+    }
+    // Rows [first, first + count) of a head; zeros up to `height`.
+    void load_rows(const Tensor &x, long of_row, long head, long first, long count, long dim) {
+        const long at = x.at(of_row, first, head);
+        if (x.brain)
+            copy_rows_in(static_cast<const Brain *>(x.data) + at, x.token, count, dim, rows, width);
+        else
+            copy_rows_in(static_cast<const float *>(x.data) + at, x.token, count, dim, rows, width);
+        std::memset(row(count), 0, (height - count) * width * sizeof(float));
+    }
+    void stack() {}
+    void turn() { transpose(rows, height, width, turned); }
+};
+
+#if defined(HAS_PAIRS)
+// Two vectors of numbers, rounded to bfloat16, as pairs.
+static inline __m512i round_pairs(Vec low, Vec high) {
+    const __m512i lows = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(__m512(low))));
+    const __m512i highs = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(__m512(high))));
+    return _mm512_or_si512(lows, _mm512_slli_epi32(highs, 16));
+}
+
+template <> struct Factor<Pair> {
+    typedef Brain Number;
+    long height, width;
+    uint32_t *rows, *stacked, *turned = nullptr;
+
+    static long width_of(long dim) { return (dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+    Factor(Scratch &scratch, long height, long dim, bool turns) : height(height), width(width_of(dim)) {
+        rows = scratch.take<uint32_t>(height * width / 2), stacked = scratch.take<uint32_t>(height * width / 2);
+        if (turns) turned = scratch.take<uint32_t>(height * width / 2);
+    }
+
+    Brain *row(long i) { return reinterpret_cast<Brain *>(rows + i * width / 2); }
+    const Brain *row(long i) const { return reinterpret_cast<const Brain *>(rows + i * width / 2); }
+    float *numbers(Scratch &scratch) { return scratch.take(height * width); }
+    static inline void put_row(Brain *to, Vec x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), __m256i(_mm512_cvtneps_pbh(__m512(x))));
+    }
+    void set_vector(long i, Vec x) { put_row(row(0) + i, x); }
+    void set_stacked(long i, long d, Vec low, Vec high) {
+        _mm512_storeu_si512(stacked + i / 2 * width + d, round_pairs(low, high));
+    }
+    void set(const float *x) {
+        Brain *to = row(0);
+        for (long i = 0, size = height * width; i < size; i += LANES) put_row(to + i, load(x + i));
+    }
+    void set_product(const float *x, const float *by, long count) {
+        Brain *to = row(0);
+        for (long i = 0, size = count * width; i < size; i += LANES) put_row(to + i, load(x + i) * load(by + i));
+        std::memset(row(count), 0, (height - count) * width * sizeof(Brain));
+    }
+    // The rows of another times a factor each, stacked; the rows themselves are not kept.
+    void stack_scaled(const Factor &x, const float *factors) {
+        const Brain *from = x.row(0);
+        uint32_t *to = stacked;
+        const long n = width;
+        for (long i = 0; i < height; i += 2) {
+            const Vec first = Vec{} + factors[i], second = Vec{} + factors[i + 1];
+            for (long d = 0; d < n; d += LANES)
+                _mm512_storeu_si512(to + i / 2 * n + d,
+                                    round_pairs(load(from + i * n + d) * first, load(from + (i + 1) * n + d) * second));
+        }
+    }
+    void load_rows(const Tensor &x, long of_row, long head, long first, long count, long dim) {
+        const Brain *from = static_cast<const Brain *>(x.data) + x.at(of_row, first, head);
+        for (long i = 0; i < count; i++) std::memcpy(row(i), from + i * x.token, dim * sizeof(Brain));
+        std::memset(row(count), 0, (height - count) * width * sizeof(Brain));
+    }
+    void stack() {
+        const Brain *from = row(0);
+        uint32_t *to = stacked;
+        const long n = width;
+        for (long i = 0; i < height; i += 2)
+            for (long d = 0; d < n; d += LANES) {
+                const BitVec low = bits_of(from + i * n + d), high = bits_of(from + (i + 1) * n + d);
+                store_bits(to + i / 2 * n + d, low | high << 16);
+            }
+    }
+    void turn() {
+        transpose(reinterpret_cast<const float *>(rows), height, width / 2, reinterpret_cast<float *>(turned));
+    }
+};
+#endif
+
+template <typename F> static OperandOf<F> rows_of(const Factor<F> &x) { return {x.rows, x.width / F::PER_WORD, 1}; }
+template <typename F> static OperandOf<F> columns_of(const Factor<F> &x) { return {x.stacked, 1, x.width}; }
