@@ -206,28 +206,32 @@ static void product_of_lower_transposed(long m, long n, const typename F::Word *
     }
 }
 
+// One step of a transpose: of rows r and r + DISTANCE, blocks of DISTANCE lanes beside the diagonal change places.
+template <int DISTANCE, int... LANE>
+static inline void swap_blocks(Vec (&x)[LANES], std::integer_sequence<int, LANE...>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++) {
+        if (r & DISTANCE) continue;
+        const Vec upper = x[r], lower = x[r + DISTANCE];
+        x[r] = shuffled(upper, lower, std::integer_sequence<int, (LANE & DISTANCE ? LANES + LANE - DISTANCE : LANE)...>());
+        x[r + DISTANCE] =
+            shuffled(upper, lower, std::integer_sequence<int, (LANE & DISTANCE ? LANES + LANE : LANE + DISTANCE)...>());
+    }
+}
+
 // The transpose of `from` [rows, width], both multiples of LANES, into `to` [width, rows].
 static void transpose(const float *from, long rows, long width, float *to) {
     for (long i = 0; i < rows; i += LANES)
         for (long j = 0; j < width; j += LANES) {
-            Vec x[LANES], y[LANES];
+            Vec x[LANES];
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) x[r] = load(from + (i + r) * width + j);
-#pragma GCC unroll 4
-            for (int distance = 1; distance < LANES; distance *= 2) {
-                IntVec low{}, high{};
-                for (int lane = 0; lane < LANES; lane++) {
-                    low[lane] = lane & distance ? LANES + lane - distance : lane;
-                    high[lane] = lane & distance ? LANES + lane : lane + distance;
-                }
-#pragma GCC unroll 16
-                for (int r = 0; r < LANES; r++) {
-                    const int other = r ^ distance;
-                    y[r] = r & distance ? __builtin_shuffle(x[other], x[r], high) : __builtin_shuffle(x[r], x[other], low);
-                }
-#pragma GCC unroll 16
-                for (int r = 0; r < LANES; r++) x[r] = y[r];
-            }
+            swap_blocks<1>(x, AllLanes());
+            swap_blocks<2>(x, AllLanes());
+            swap_blocks<4>(x, AllLanes());
+#if defined(__AVX512F__)
+            swap_blocks<8>(x, AllLanes());
+#endif
 #pragma GCC unroll 16
             for (int r = 0; r < LANES; r++) store(to + (j + r) * rows + i, x[r]);
         }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -19,13 +20,27 @@ typedef double LooseWideVec __attribute__((vector_size(LANES * 8), aligned(8)));
 
 static inline Vec load(const float *p) { return *reinterpret_cast<const LooseVec *>(p); }
 static inline void store(float *p, Vec x) { *reinterpret_cast<LooseVec *>(p) = x; }
+
+// Lanes of x, then of y, by their numbers.
+template <int... NUMBERS> static inline Vec shuffled(Vec x, Vec y, std::integer_sequence<int, NUMBERS...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(x, y, NUMBERS...);
+#else
+    const IntVec numbers = {NUMBERS...};
+    return __builtin_shuffle(x, y, numbers);
+#endif
+}
+template <int DISTANCE, int... LANE> static inline Vec swapped(Vec x, std::integer_sequence<int, LANE...>) {
+    return shuffled(x, x, std::integer_sequence<int, (LANE ^ DISTANCE)...>());
+}
+typedef std::make_integer_sequence<int, LANES> AllLanes;
 static inline float sum(Vec x) {
-#pragma GCC unroll 4
-    for (int distance = LANES / 2; distance > 0; distance /= 2) {
-        IntVec other{};
-        for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ distance;
-        x += __builtin_shuffle(x, other);
-    }
+#if defined(__AVX512F__)
+    x += swapped<8>(x, AllLanes());
+#endif
+    x += swapped<4>(x, AllLanes());
+    x += swapped<2>(x, AllLanes());
+    x += swapped<1>(x, AllLanes());
     return x[0];
 }
 static inline long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
