@@ -1,7 +1,7 @@
 """Native CPU kernels against the torch operators that they replace, in one process, on the same inputs.
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
-    python -m benchmarks.native [additive attention pointwise] [--threads 2] [--repeats 5]
+    python -m benchmarks.native [additive attention convolution pointwise] [--threads 2] [--repeats 5]
 
 Forward, and forward and backward, alternating, medians. The variables keep freed memory, as the launcher of training
 does.
@@ -21,11 +21,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from longctx.kernels import pointwise
+from longctx.kernels import convolution, pointwise
 from longctx.kernels.attention import block as attention
 from longctx.kernels.attention.block import CAUSAL, BlockMask, packed_documents
 from longctx.kernels.linear.additive import chunked, native
 from longctx.kernels.linear.recurrence import Inputs, Segment
+from longctx.kernels.native import library
 from longctx.kernels.native.library import SWITCH
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -97,6 +98,25 @@ def attend(tokens: int = 4096) -> Iterator[Case]:
             yield Case(name, partial(run, "cpu-native"), partial(run, "cpu-flash"))
 
 
+def convolve(tokens: int = 32768) -> Iterator[Case]:
+    """Yield short convolutions of 4 taps with SiLU, of the widths of a small and of a large layer, in two documents."""
+    for dtype in DTYPES:
+        for channels in (384, 2048):
+            x, dy = (torch.randn(1, tokens, channels).to(dtype) for _ in range(2))
+            weight, segments = torch.randn(channels, 4), [Segment(0, tokens, (tokens // 3,))]
+
+            def run(
+                switch: str, x: Tensor = x, dy: Tensor = dy, weight: Tensor = weight,
+                segments: list[Segment] = segments,
+            ) -> tuple[float, float]:  # fmt: skip
+                arguments = x, weight, None, x.new_zeros(1, 1, 3, x.shape[2]), segments, "silu"
+                with patch.dict(os.environ, {SWITCH: switch}):
+                    return timed(lambda: convolution.forward(*arguments), lambda: convolution.backward(dy, *arguments))
+
+            name = f"short convolution, {_name(dtype)}, {tokens:,} x {channels}"
+            yield Case(name, partial(run, "1"), partial(run, "0"))
+
+
 def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
     """Yield RMSNorm, with a gate and without, and SwiGLU."""
     for dtype in DTYPES:
@@ -119,7 +139,12 @@ def rows(tokens: int = 65536, dim: int = 256) -> Iterator[Case]:
             yield Case(text, partial(run, "1"), partial(run, "0"))
 
 
-FAMILIES: dict[str, Callable[..., Iterator[Case]]] = {"additive": additive, "attention": attend, "pointwise": rows}
+FAMILIES: dict[str, Callable[..., Iterator[Case]]] = {
+    "additive": additive,
+    "attention": attend,
+    "convolution": convolve,
+    "pointwise": rows,
+}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -138,6 +163,7 @@ def main() -> None:
         parser.error(f"no family {', '.join(sorted(unknown))}: choose of {', '.join(FAMILIES)}")
     sizes = {} if arguments.tokens is None else {"tokens": arguments.tokens}
     torch.set_num_threads(arguments.threads)
+    library.loaded()  # builds what has not been built: not to be timed
     sys.stdout.write("| kernel | pass | native, ms | torch, ms | ratio |\n|---|---|---|---|---|\n")
     for family in arguments.family or FAMILIES:
         for case in FAMILIES[family](**sizes):

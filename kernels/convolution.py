@@ -6,10 +6,10 @@ The last tap multiplies the token itself (the order of Dao's causal_conv1d). Tok
 as zeros. The local tokens may be several segments of a sequence; each comes with the J - 1 tokens before it (`before`),
 zeros where those belong to another document than the last of them.
 
-Computed as J shifted multiply-adds over a tile of tokens that stays in cache: on a CPU 3 to 19 times faster than
-torch's grouped conv1d on the same tile, which copies channels-last tokens. On CUDA `triton_convolution` computes it;
-where that does not (float64, more than 16 taps, no Triton), one tile covers the whole tensor. Computed in the
-accumulation dtype and cast once; the backward pass recomputes the activation's input.
+On a CPU float32 and bf16 run in C++ (`longctx.kernels.native_convolution`), on CUDA all but float64 in Triton, up to 16
+taps (`triton_convolution`). Elsewhere it is J shifted multiply-adds over a tile of tokens: on a CPU one that stays in
+cache, 3 to 19 times faster than torch's grouped conv1d on the same tile, which copies channels-last tokens; on CUDA the
+whole tensor. Computed in the accumulation dtype and cast once; the backward pass recomputes the activation's input.
 """
 
 from bisect import bisect_left
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longctx.kernels import native_convolution as native
 from longctx.kernels.autograd import exact_backward, exact_forward
 from longctx.kernels.device import import_triton
 from longctx.kernels.dtypes import accumulation_dtype
@@ -94,8 +95,10 @@ def _by_taps(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[T
     return weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
-def _triton(x: Tensor, weight: Tensor) -> ModuleType | None:
-    """Return the Triton kernels where they take the arguments: on CUDA, not in float64, up to 16 taps."""
+def _kernels(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """Return the module whose kernels take the arguments: C++ on CPUs, Triton on CUDA; None: torch operators."""
+    if native.is_supported(x):
+        return native
     if not x.is_cuda or x.dtype == torch.float64:
         return None
     kernels = import_triton("longctx.kernels.triton_convolution")
@@ -111,7 +114,7 @@ def _forward(
     starts: Sequence[int],
     activation: str | None,
 ) -> Tensor:
-    kernels = _triton(x, weight)
+    kernels = _kernels(x, weight)
     if kernels is not None:
         return kernels.forward(x, weight, bias, before, bounds, starts, activation)
     width = weight.shape[1]
@@ -147,7 +150,7 @@ def _backward(
     starts: Sequence[int],
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _triton(x, weight)
+    kernels = _kernels(x, weight)
     if kernels is not None:
         return kernels.backward(dy, x, weight, bias, before, bounds, starts, activation)
     dtype, width = accumulation_dtype(x.dtype), weight.shape[1]

@@ -4,12 +4,6 @@
 #include "threads.h"
 #include "vectors.h"
 
-static inline Vec sigmoid(Vec x) {
-    const Vec below = x > 0 ? -x : x;  // NaN stays
-    const Vec e = exp_of_negative(below);
-    return (x > 0 ? Vec{} + 1.0f : e) / (1.0f + e);
-}
-
 // Rows with contiguous columns; data is null where there are none.
 struct Rows {
     void *data;

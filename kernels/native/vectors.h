@@ -1,4 +1,4 @@
-// Vectors of float32: loads and stores, of bfloat16 too, and exp.
+// Vectors of float32: loads and stores, of bfloat16 too, exp and the logistic function.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -90,13 +90,15 @@ static inline void store(Brain *p, Vec x) {
 // The same for the first n numbers of a vector; the others are 0.
 template <typename T> static inline Vec load_first(const T *p, long n) {
     if (n >= LANES) return load(p);
-    Vec x{};
-    for (long lane = 0; lane < n; lane++) x[lane] = get(p + lane);
-    return x;
+    T first[LANES]{};
+    std::memcpy(first, p, n * sizeof(T));
+    return load(first);
 }
 template <typename T> static inline void store_first(T *p, Vec x, long n) {
     if (n >= LANES) return store(p, x);
-    for (long lane = 0; lane < n; lane++) put(p + lane, x[lane]);
+    T all[LANES];
+    store(all, x);
+    std::memcpy(p, all, n * sizeof(T));
 }
 
 // exp(r) for |r| <= ln 2 / 2.
@@ -133,3 +135,9 @@ static inline Vec exp_of_negative(Vec x) {
     return vanishes ? Vec{} : p * scale;
 }
 #endif
+
+static inline Vec sigmoid(Vec x) {
+    const Vec below = x > 0 ? -x : x;  // NaN stays
+    const Vec e = exp_of_negative(below);
+    return (x > 0 ? Vec{} + 1.0f : e) / (1.0f + e);
+}

@@ -17,11 +17,11 @@ def test_every_case_has_a_row(capsys):
         native.main()
         torch.set_num_threads(threads)
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 8 + 12 + 12
+    assert len(rows) == 8 + 12 + 8 + 12
     assert all(float(row.split("|")[-2]) > 0 for row in rows)
 
 
 def test_an_unknown_family_is_refused(capsys):
-    with patch.object(sys, "argv", ["native", "convolution"]), pytest.raises(SystemExit):
+    with patch.object(sys, "argv", ["native", "loss"]), pytest.raises(SystemExit):
         native.main()
-    assert "no family convolution: choose of additive, attention, pointwise" in capsys.readouterr().err
+    assert "no family loss: choose of additive, attention, convolution, pointwise" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longctx.kernels import convolution, reference
 from longctx.kernels.convolution import causal_convolution, final_window, step
 from longctx.kernels.linear.recurrence import Segment
+from longctx.kernels.native.library import SWITCH
 
 STARTS = {
     "none": lambda length: (),
@@ -22,6 +23,18 @@ STARTS = {
 }
 each_activation = pytest.mark.parametrize("activation", [None, "silu"])
 each_width = pytest.mark.parametrize("width", range(1, 9))
+
+
+@pytest.fixture(params=["1", "0"], ids=["native", "torch"])
+def each_implementation(request, monkeypatch):
+    """In C++ where that is built, and by torch operators."""
+    monkeypatch.setenv(SWITCH, request.param)
+
+
+@pytest.fixture
+def torch_operators(monkeypatch):
+    """The implementation of float64, whatever the dtype."""
+    monkeypatch.setenv(SWITCH, "0")
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,7 @@ def test_a_document_may_start_at_any_place(monkeypatch):
 
 
 @each_activation
+@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_low_precision_is_computed_in_float32_and_cast_once(dtype, activation, monkeypatch):
     monkeypatch.setattr(convolution, "TILE_ELEMENTS", 100)
@@ -118,6 +132,7 @@ def test_a_low_precision_is_computed_in_float32_and_cast_once(dtype, activation,
         assert ((got[name].double() - want).abs() <= bound + torch.finfo(dtype).smallest_normal * 1e-3).all(), name
 
 
+@pytest.mark.usefixtures("each_implementation")
 def test_parameters_in_float32_keep_their_dtype_with_bfloat16_tokens():
     case = draw(30, 4)
     low = replace(case.to(torch.bfloat16), weight=case.weight.float(), bias=case.bias.float())
@@ -192,6 +207,7 @@ def test_without_segments_and_window_it_is_one_document():
 
 
 @each_activation
+@pytest.mark.usefixtures("each_implementation")
 @pytest.mark.parametrize("t", [0, 19, 20, 40, 59])
 def test_changing_a_token_leaves_earlier_outputs_and_other_documents_bitwise_unchanged(t, activation, monkeypatch):
     monkeypatch.setattr(convolution, "TILE_ELEMENTS", 2 * 5 * 7)
@@ -254,6 +270,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("torch_operators")
 @pytest.mark.parametrize("length", [1000, 4000])
 def test_bfloat16_tokens_are_never_all_in_float32(length, monkeypatch):
     monkeypatch.setattr(convolution, "TILE_ELEMENTS", 320)
