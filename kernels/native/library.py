@@ -63,6 +63,37 @@ def loaded() -> list[str]:
     return [family for family in FAMILIES if is_available(family)]
 
 
+def describe() -> str:
+    """Return a line about the C++ kernels of this machine: those in use and their compiler, or why there are none."""
+    if not is_enabled():
+        return f"torch operators: {SWITCH}=0 turns the C++ kernels off"
+    families = loaded()
+    missing = [family for family in FAMILIES if family not in families]
+    if not missing:
+        return f"C++ kernels ({', '.join(families)}), {_compiler_name()}"
+    reason = _why_not(missing[0])
+    if not families:
+        return f"torch operators: {reason}"
+    return (
+        f"C++ kernels ({', '.join(families)}), {_compiler_name()}; torch operators for {', '.join(missing)}: {reason}"
+    )
+
+
+def _compiler_name() -> str:
+    """Return the first line of what the compiler says of its version."""
+    compiler = find_compiler()
+    return next(iter(_version(compiler).splitlines()), compiler)
+
+
+def _why_not(family: str) -> str:
+    """Return why a family cannot be loaded."""
+    try:
+        ctypes.CDLL(str(build(family)))
+    except (NativeUnavailableError, OSError) as error:
+        return str(error)
+    return "they could not be built when this process first asked for them"
+
+
 def call(family: str, function: str, arguments: ctypes.Structure) -> None:
     """Call `<family>_<function>` with a pointer to its arguments. Raises MemoryError where it found no memory."""
     found = load(family)

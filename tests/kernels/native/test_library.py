@@ -122,5 +122,28 @@ def test_the_families_in_use_are_named(monkeypatch):
     assert library.loaded() == []
 
 
+def test_a_line_describes_what_computes(monkeypatch):
+    found = dict.fromkeys(library.FAMILIES, object())
+    monkeypatch.setattr(library, "load", found.get)
+    monkeypatch.setattr(library, "find_compiler", lambda: "/usr/bin/c++")
+    monkeypatch.setattr(library, "_version", lambda compiler: "c++ 12.2.0\nCopyright\n")
+    families = ", ".join(library.FAMILIES)
+    assert library.describe() == f"C++ kernels ({families}), c++ 12.2.0"
+
+    def fail(family):
+        raise library.NativeUnavailableError(f"c++ failed: {family}.cpp")
+
+    monkeypatch.setattr(library, "build", fail)
+    del found["additive"]
+    assert library.describe() == (
+        f"C++ kernels ({', '.join(library.FAMILIES[1:])}), c++ 12.2.0; "
+        "torch operators for additive: c++ failed: additive.cpp"
+    )
+    found.clear()
+    assert library.describe() == "torch operators: c++ failed: additive.cpp"
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert library.describe() == "torch operators: LONGCTX_NATIVE=0 turns the C++ kernels off"
+
+
 def test_every_family_is_a_file():
     assert sorted(path.stem for path in library.SOURCES.glob("*.cpp")) == sorted(library.FAMILIES)
