@@ -18,7 +18,7 @@ from longctx.launch.terminal import echo
 WIDTH = 132
 """Columns of the tables, whatever the width of the terminal: a truncated table is unreadable."""
 KERNELS_CAPTION = (
-    "of batched: minimum FLOPs, as a fraction of the highest batched matmul rate; of copy: minimum bytes, as a\n"
+    "of limit: minimum FLOPs, as a fraction of the highest {products} rate; of copy: minimum bytes, as a\n"
     "fraction of the copy rate."
 )
 PEERS_CAPTION = (
@@ -36,7 +36,7 @@ def bench_kernels(options: KernelOptions, json_file: Path | None) -> int:
     report = Benchmark(options, echo).run()
     console = Console(highlight=False, markup=False, width=WIDTH)
     console.print(_header(report), soft_wrap=True)
-    _print(console, "Kernels", KERNELS_CAPTION, _kernels(report.rows))
+    _print(console, "Kernels", _kernels_caption(report), _kernels(report.rows))
     if report.peers:
         versions = ", ".join(sorted({f"{row.distribution} {row.version}" for row in report.peers}))
         _print(console, "Peers", f"{PEERS_CAPTION} {versions}.", _peers(report))
@@ -64,15 +64,23 @@ def select_kernels(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in KERNELS if not names or name in names)
 
 
+def _kernels_caption(report: Report) -> str:
+    # On a GPU a large matmul has no counterpart in a chunkwise kernel; on a CPU it is the cores' own rate.
+    return KERNELS_CAPTION.format(products="batched matmul" if report.machine.device == "cuda" else "product")
+
+
 def _header(report: Report) -> str:
     machine, options = report.machine, report.options
     batched = ", ".join(f"{shape} {rate / 1e9:.1f}" for shape, rate in machine.batched.items())
+    native = f"{machine.native}.\n" if machine.native else ""
+    in_cache = "" if machine.in_cache is None else f"in cache {machine.in_cache / 1e9:.1f} GFLOP/s; "
     return (
         f"{machine.name}, {_count(machine.cores, 'core')}, {_count(machine.threads, 'thread')}; "
         f"torch {machine.torch}, Python {machine.python}; "
         f"{machine.dtype}; {options.tokens:,} tokens, {options.heads} heads of {options.head_dim}.\n"
+        f"{native}"
         f"Limits: matmul {machine.matmul / 1e9:.1f} GFLOP/s; batched {batched} GFLOP/s;\n"
-        f"copy {machine.copy / 1e9:.1f} GB/s, reads plus writes.\n"
+        f"{in_cache}copy {machine.copy / 1e9:.1f} GB/s, reads plus writes.\n"
         f"Each measurement runs in a fresh process: the median of up to {options.repeats} runs after a warm-up run, "
         f"as many as fit\ninto {ROW_SECONDS:g} s, at least one. Memory is the peak of the first run beyond the "
         "inputs, including results."
@@ -109,7 +117,7 @@ def _memory(measured: Measurement) -> str:
 def _kernels(rows: Sequence[KernelRow]) -> Table:
     table = _table(
         ("kernel", "pass"),
-        ("runs", "seconds", "tokens/s", "GFLOP/s", "of batched", "of copy", "memory"),
+        ("runs", "seconds", "tokens/s", "GFLOP/s", "of limit", "of copy", "memory"),
     )
     for row in rows:
         table.add_row(
@@ -119,7 +127,7 @@ def _kernels(rows: Sequence[KernelRow]) -> Table:
             f"{row.measured.seconds:.4g}",
             f"{row.tokens_per_second:,.0f}",
             "-" if row.flops_per_second is None else f"{row.flops_per_second / 1e9:.1f}",
-            _share(row.of_batched),
+            _share(row.of_limit),
             _share(row.of_copy),
             _memory(row.measured),
         )

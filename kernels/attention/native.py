@@ -44,6 +44,12 @@ class _Call(ctypes.Structure):
     )
 
 
+class _Products(ctypes.Structure):
+    """`Products` of attention.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in ("rows", "width", "count", "repeats", "brain", "threads"))
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_built() -> bool:
     """Return whether native kernels are used and can be built here."""
@@ -164,3 +170,14 @@ class Native:
         begin, end = key_bounds(mask, q.shape[1], k.shape[1], q.device)
         dq, dk, dv = _attention_grad(do, q, k, v, out, lse, begin, end, scale)
         return dq, dk, dv
+
+
+def multiply_in_cache(dtype: torch.dtype, repeats: int) -> int:
+    """Multiply matrices in each thread's cache, as the passes do, `repeats` times; return the FLOPs of all threads.
+
+    The benchmark times it for the rate that the passes could reach.
+    """
+    rows, width, count, threads = 96, 64, 256, torch.get_num_threads()
+    brain = int(dtype == torch.bfloat16)
+    library.call(FAMILY, "products", _Products(rows, width, count, repeats, brain, threads))
+    return 2 * rows * width * count * repeats * threads

@@ -326,7 +326,30 @@ template <template <typename> class Pass> static int run_in(const Call &call) {
     return run<Pass<Single>>(call);
 }
 
+// The products that the passes above consist of, again and again: the rate that they could reach.
+struct Products {
+    long rows, width, count, repeats, brain, threads;
+};
+
+template <typename F> static int multiply(const Products &call) {
+    return on_threads(call.threads, [&] {
+        Scratch scratch;
+        const long words = call.count / F::PER_WORD;
+        const auto *const a = scratch.take<typename F::Word>(call.rows * words);
+        const auto *const b = scratch.take<typename F::Word>(words * call.width);
+        float *const c = scratch.take(call.rows * call.width);
+        for (long i = 0; i < call.repeats; i++)
+            product<F>(call.rows, call.width, words, {a, words, 1}, b, call.width, c, call.width, true);
+    });
+}
+
 extern "C" {
+int attention_products(const Products *call) {
+#if defined(HAS_PAIRS)
+    if (call->brain) return multiply<Pair>(*call);
+#endif
+    return multiply<Single>(*call);
+}
 int attention_forward(const Call *call) { return run_in<Forward>(*call); }
 int attention_backward(const Call *call) { return run_in<Backward>(*call); }
 }

@@ -65,8 +65,8 @@ class KernelRow:
     tokens_per_second: float
     flops: int | None
     flops_per_second: float | None
-    of_batched: float | None
-    """FLOP/s as a fraction of the highest batched matmul rate."""
+    of_limit: float | None
+    """FLOP/s as a fraction of the machine's: `MachineRates.limit`."""
     of_copy: float
     """Minimum bytes moved per second as a fraction of the copy rate."""
 
@@ -202,7 +202,7 @@ class Benchmark:
             tokens_per_second=shape.tokens / measured.seconds,
             flops=count,
             flops_per_second=rate,
-            of_batched=None if rate is None else rate / machine.best_batched,
+            of_limit=None if rate is None else rate / machine.limit,
             of_copy=measured.moved / measured.seconds / machine.copy,
         )
 

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from longctx.bench import peers, rates
 from longctx.bench import run as bench
 from longctx.bench.kernels import KERNELS
+from longctx.kernels.attention import native as attention
+from longctx.kernels.native import library
 from longctx.launch import main as commands
 
 SMALL = ("--tokens", "512", "--heads", "2", "--head-dim", "8", "--repeats", "1", "--scaling", "64,128")
@@ -34,6 +36,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "run_isolated", run_isolated)
     monkeypatch.setattr(rates, "SECONDS", 0.01)
     monkeypatch.setattr(rates, "COPIED", 2**20)
+    monkeypatch.setattr(rates, "LARGE", (64,))
+    monkeypatch.setattr(rates, "IN_CACHE", 2)
 
 
 @pytest.mark.usefixtures("here")
@@ -70,8 +74,20 @@ def test_every_kernel_is_printed_and_written(tmp_path: Path) -> None:
         assert passes == ["fwd", "fwd+bwd"] * tables, name
     assert f"torch {torch.__version__}" in lines[0]
     assert "512 tokens, 2 heads of 8." in lines[0]
-    assert "Limits: matmul " in lines[1]
+    assert lines[1] == f"{library.describe()}."
+    assert "Limits: matmul " in lines[2]
+    assert lines[3].startswith("in cache " if attention.is_built() else "copy ")
+    assert "of limit: minimum FLOPs, as a fraction of the highest product rate" in out
     assert "lightning, forward and backward\n" in told
+
+
+@pytest.mark.usefixtures("here")
+def test_without_native_kernels_their_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.SWITCH, "0")
+    status, out, _ = invoke(*SMALL, "--only", "swiglu", "--no-peers")
+    assert status == 0
+    assert "torch operators: LONGCTX_NATIVE=0 turns the C++ kernels off." in out.splitlines()
+    assert "in cache" not in out
 
 
 @pytest.mark.usefixtures("here")
