@@ -1,7 +1,7 @@
 """Native CPU kernels against the torch operators that they replace, in one process, on the same inputs.
 
     export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
-    python -m benchmarks.native [additive attention convolution pointwise] [--threads 2] [--repeats 5]
+    python -m benchmarks.native [additive attention convolution delta pointwise] [--threads 2] [--repeats 5]
 
 Forward, and forward and backward, alternating, medians. The variables keep freed memory, as the launcher of training
 does.
@@ -25,6 +25,8 @@ from longctx.kernels import convolution, pointwise
 from longctx.kernels.attention import block as attention
 from longctx.kernels.attention.block import CAUSAL, BlockMask, packed_documents
 from longctx.kernels.linear.additive import chunked, native
+from longctx.kernels.linear.delta import chunked as torch_delta
+from longctx.kernels.linear.delta import native as native_delta
 from longctx.kernels.linear.recurrence import Inputs, Segment
 from longctx.kernels.native import library
 from longctx.kernels.native.library import SWITCH
@@ -53,11 +55,11 @@ def timed(forward: Callable[[], object], backward: Callable[[], object]) -> tupl
 
 
 def additive(tokens: int = 32768, heads: int = 8, dim: int = 128) -> Iterator[Case]:
-    """Yield the recurrence with a constant and with a scalar decay, whose gradient is computed too."""
-    for kind in ("constant", "scalar"):
+    """Yield the recurrence with a constant, a scalar and a vector decay, with gradients of the last two."""
+    for kind, shape in (("constant", (heads,)), ("scalar", (1, tokens, heads)), ("vector", (1, tokens, heads, dim))):
         for dtype in DTYPES:
             q, k, v, do = (torch.randn(1, tokens, heads, dim, dtype=dtype) for _ in range(4))
-            gate = -0.1 * (torch.rand(heads) if kind == "constant" else torch.rand(1, tokens, heads))
+            gate = -0.1 * torch.rand(shape)
             inputs = Inputs(q / dim**0.5, k / dim**0.5, v, (gate,))
             segments, zero = [Segment(0, tokens)], inputs.empty_state()[None]
 
@@ -73,6 +75,30 @@ def additive(tokens: int = 32768, heads: int = 8, dim: int = 128) -> Iterator[Ca
 
             name = f"recurrence, {kind} decay, {_name(dtype)}, {tokens:,} tokens, {heads} x {dim}"
             yield Case(name, partial(run, native), partial(run, chunked))
+
+
+def delta(tokens: int = 32768, heads: int = 8, dim: int = 128) -> Iterator[Case]:
+    """Yield the delta rule without a decay, with a scalar one (Gated DeltaNet) and with a vector one (KDA)."""
+    for kind, shape in (("no", None), ("scalar", (1, tokens, heads)), ("vector", (1, tokens, heads, dim))):
+        for dtype in DTYPES:
+            q, k, v, do = (torch.randn(1, tokens, heads, dim).to(dtype) for _ in range(4))
+            k = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype)
+            beta = torch.rand(1, tokens, heads).to(dtype)
+            gates = (beta,) if shape is None else (beta, -0.1 * torch.rand(shape))
+            inputs, segments = Inputs(q / dim**0.5, k, v, gates), [Segment(0, tokens)]
+            zero = inputs.empty_state()[None]
+
+            def run(
+                module: ModuleType, inputs: Inputs = inputs, zero: Tensor = zero, do: Tensor = do,
+                segments: list[Segment] = segments,
+            ) -> tuple[float, float]:  # fmt: skip
+                return timed(
+                    lambda: module.apply(inputs, segments, zero),
+                    lambda: module.apply_grad(inputs, segments, do, zero, zero, True),
+                )
+
+            name = f"delta rule, {kind} decay, {_name(dtype)}, {tokens:,} tokens, {heads} x {dim}"
+            yield Case(name, partial(run, native_delta), partial(run, torch_delta))
 
 
 def attend(tokens: int = 4096) -> Iterator[Case]:
@@ -143,6 +169,7 @@ FAMILIES: dict[str, Callable[..., Iterator[Case]]] = {
     "additive": additive,
     "attention": attend,
     "convolution": convolve,
+    "delta": delta,
     "pointwise": rows,
 }
 

@@ -15,18 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from longctx.kernels.attention.masks import PlainMask, Positions, key_bounds
 from longctx.kernels.attention.tiled import Gradients, dense_rows
 from longctx.kernels.native import library
+from longctx.kernels.native.tensor import TensorArgument
 from longctx.kernels.operator import register
 
 FAMILY = "attention"
 DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_QUERIES = 16
 """Fewer, as in decoding, do not pay for the transposes of keys."""
-
-
-class _Tensor(ctypes.Structure):
-    """`Tensor` of attention.cpp."""
-
-    _fields_ = (("data", ctypes.c_void_p), *((n, ctypes.c_long) for n in ("brain", "batch", "token", "head", "heads")))
 
 
 class _Call(ctypes.Structure):
@@ -38,7 +33,7 @@ class _Call(ctypes.Structure):
             for name in ("batch", "queries", "keys", "heads", "key_heads", "key_dim", "value_dim", "threads")
         ),
         ("scale", ctypes.c_float),
-        *((name, _Tensor) for name in ("q", "k", "v", "out", "dout")),
+        *((name, TensorArgument) for name in ("q", "k", "v", "out", "dout")),
         *((name, ctypes.c_void_p) for name in ("lse", "dq", "dk", "dv", "begin", "end")),
         *((name, ctypes.c_long) for name in ("bounds_batch", "bounds_head")),
     )
@@ -71,7 +66,7 @@ def _run(
         batch, queries, k.shape[1], heads, k.shape[2], key_dim, v.shape[3], torch.get_num_threads(), scale,
     )  # fmt: skip
     for name, x in rows.items():
-        setattr(call, name, _Tensor(x.data_ptr(), int(x.dtype == torch.bfloat16), *x.stride()[:3], x.shape[2]))
+        setattr(call, name, TensorArgument.of(x))
     begin, end = (x.contiguous() for x in bounds)
     if begin.dim() == 3:
         call.bounds_batch, call.bounds_head = begin.stride()[:2]

@@ -7,22 +7,21 @@
 // bfloat16; what is added to the state, and its decay, stay in float32.
 //
 // Called by longctx/kernels/linear/additive/native.py, which mirrors `Call`.
-#include "recurrence.h"
-#include "threads.h"
+#include "scalar_decay.h"
 
 constexpr long CHUNKS_PER_CHECKPOINT = 16;
 
 struct Call {
     long rows, length, heads, key_dim, value_dim, threads;
     Tensor q, k, v, dout, out, dq, dk, dv;
-    Gate gate;
-    float *dgate;           // [B, T, H]
-    double *dgate_sum;      // [N, B, H], of a constant gate
+    Tensor gate;            // log-decays [B, T, heads], token stride 0 where they are constant; null: none
+    Tensor dgate;           // [B, T, H], float32
     Segments segments;      // N
     const float *states;    // [N, B, H, K, V], before the segments; null: zero
     float *ends;            // after them
     const float *dends;     // gradients of `ends`; null: zero
     float *dstates;         // of `states`
+    double *dgate_sum;      // [N, B, H], of a constant gate
 };
 
 // Buffers of a thread and the passes of its tasks.
@@ -33,10 +32,10 @@ template <typename F> class Worker {
     Factor<F> keys, values, queries, grads, scaled, weights, dweights;  // weights: decayed scores
     StateFactor<F> state, dstate;
     const long key_width, value_width, state_size;
-    float *scores, *dscores, *pair_grads, *pair_grads_turned;  // [CHUNK, CHUNK]
+    float *scores, *dscores, *pair_grads;  // [CHUNK, CHUNK]
     float *result, *dkeys, *dvalues;
     float *starts_of_chunks = nullptr;
-    Decay decay;
+    ScalarFactors decay;
     Ahead ahead;
     long segment = 0, row = 0, head = 0;
 
@@ -111,7 +110,7 @@ public:
           weights(scratch, CHUNK, CHUNK, false), dweights(scratch, CHUNK, CHUNK, false),
           state(scratch, call.key_dim, call.value_dim), dstate(scratch, call.key_dim, call.value_dim),
           key_width(keys.width), value_width(values.width), state_size(key_width * value_width) {
-        for (float **x : {&scores, &dscores, &pair_grads, &pair_grads_turned, &decay.pairs}) *x = scratch.take(CHUNK * CHUNK);
+        for (float **x : {&scores, &dscores, &pair_grads, &decay.pairs}) *x = scratch.take(CHUNK * CHUNK);
         for (float **x : {&result, &dkeys, &dvalues}) *x = scratch.take(CHUNK * std::max(key_width, value_width));
     }
 
@@ -148,8 +147,7 @@ public:
     // The state that a segment adds, from its last document's start on.
     void summarize() {
         state.start(nullptr, 0, 0);
-        const long *of = call.segments.bounds + 4 * segment;
-        const long live = of[2] > 0 ? call.segments.starts[of[3] + of[2] - 1] : of[0];
+        const long live = call.segments.last_start(segment);
         const std::vector<Range> chunks = chunks_of(call.segments, segment);
         for (size_t i = 0; i < chunks.size(); i++) {
             if (chunks[i].begin + chunks[i].tokens <= live) continue;
@@ -163,8 +161,7 @@ public:
     void summarize_grad() {
         dstate.start(nullptr, 0, 0);
         const std::vector<Range> chunks = chunks_of(call.segments, segment);
-        const long *of = call.segments.bounds + 4 * segment;
-        const long live = of[2] > 0 ? call.segments.starts[of[3]] : of[1];
+        const long live = call.segments.first_start(segment);
         for (size_t i = chunks.size(); i-- > 0;) {
             const Range &chunk = chunks[i];
             if (chunk.begin >= live) continue;
@@ -309,33 +306,25 @@ private:
     // The gate at t acts on what tokens before it write to the end state, and on the part of the start state that is
     // kept in it.
     void find_write_grads(const Range &chunk, const float *before, float *gate_grad) const {
+        const State::Value of = dstate.value();
         double kept = 0, sum_before = 0;
         if (!decay.restarts)
-            for (long i = 0; i < key_width; i++) kept += dstate.dot_row(i, before + i * value_width);
-        kept *= decay.keeps;
+            for (long i = 0; i < key_width; i++) {
+                Vec of_row{};
+                for (long d = i * value_width; d < (i + 1) * value_width; d += LANES) of_row += of.at(i, d) * load(before + d);
+                kept += sum(of_row);
+            }
+        kept *= decay.total_keeps;
         for (long t = 0; t < chunk.tokens; t++) {
             gate_grad[t] = float(kept + sum_before);
             sum_before += decay.writes[t] * dot(keys.row(t), dkeys + t * key_width, key_width);
         }
     }
 
-    // ... and on the pairs (i, j) with j < t <= i.
     void add_pair_grads(const Range &chunk, float *gate_grad) {
         for (long i = 0; i < chunk.tokens * CHUNK; i += LANES)
             store(pair_grads + i, load(dscores + i) * load(weights.row(0) + i));
-        std::memset(pair_grads + chunk.tokens * CHUNK, 0, (CHUNK - chunk.tokens) * CHUNK * sizeof(float));
-        transpose(pair_grads, CHUNK, CHUNK, pair_grads_turned);
-        alignas(64) float before[CHUNK] = {};  // per row i from t on, the sum over j < t
-        for (long t = 0; t < chunk.tokens; t++) {
-            if (t > 0) before[t - 1] = 0;
-            Vec total{};
-            for (long i = t / LANES * LANES; i < CHUNK; i += LANES) {
-                const Vec x = load(before + i);
-                total += x;
-                store(before + i, x + load(pair_grads_turned + t * CHUNK + i));
-            }
-            gate_grad[t] += sum(total);
-        }
+        add_pair_gate_grads(pair_grads, chunk.tokens, gate_grad);
     }
 
     // Add a chunk's gradient to the gate's; `reads`: it is of reads of the start state, which the gates up to each act on.
@@ -348,26 +337,12 @@ private:
             for (long t = 0; t < chunk.tokens; t++) *sum += total[t];
             return;
         }
-        for (long t = 0; t < chunk.tokens; t++) {
-            float *at = call.dgate + (row * call.length + chunk.begin + t) * call.heads + head;
-            *at = reads ? total[t] : *at + total[t];
-        }
+        float before[CHUNK] = {};
+        if (!reads) load_numbers(call.dgate, row, head, chunk, before);
+        for (long t = 0; t < chunk.tokens; t++) total[t] += before[t];
+        store_numbers(call.dgate, row, head, chunk, total);
     }
 };
-
-// Returns 0, or 1 if there was not enough memory.
-template <typename F> static int run_in(const Call &call, void (Worker<F>::*pass)()) {
-    std::atomic<long> next{0};
-    const long tasks = call.segments.count * call.rows * call.heads;
-    const double writes = double(call.rows) * call.heads * call.length * call.key_dim * call.value_dim;
-    return on_threads(std::min({call.threads, tasks, 1 + long(writes / WRITES_PER_THREAD)}), [&] {
-        Worker<F> worker(call);
-        for (long task; (task = next.fetch_add(1)) < tasks;) {
-            worker.begin(task);
-            (worker.*pass)();
-        }
-    });
-}
 
 // Whether all tensors of a call are bfloat16; those that it does not have are null.
 static bool has_pairs(const Call &call) {
@@ -377,9 +352,9 @@ static bool has_pairs(const Call &call) {
 }
 
 #if defined(HAS_PAIRS)
-#define RUN(pass) (has_pairs(*call) ? run_in(*call, &Worker<Pair>::pass) : run_in(*call, &Worker<Single>::pass))
+#define RUN(pass) (has_pairs(*call) ? on_tasks(*call, &Worker<Pair>::pass) : on_tasks(*call, &Worker<Single>::pass))
 #else
-#define RUN(pass) run_in(*call, &Worker<Single>::pass)
+#define RUN(pass) on_tasks(*call, &Worker<Single>::pass)
 #endif
 
 extern "C" {

@@ -2,7 +2,7 @@
 #pragma once
 #include "tiles.h"
 
-struct Tensor {  // [batch, tokens, heads, dim] with contiguous dim; strides in elements
+struct Tensor {  // [batch, tokens, heads, dim] with contiguous dim, or [batch, tokens, heads]; strides in elements
     void *data;
     long brain, batch, token, head, heads;
 
@@ -25,6 +25,17 @@ static void copy_rows_out(const float *from, long width, long count, long dim, T
         for (long d = 0; d < dim; d += LANES) store_first(to + i * stride + d, load(from + i * width + d), dim - d);
 }
 
+// Read rows [first, first + count) of a head into `to`, which has `height` rows of `width` numbers, with zeros after them.
+static void load_rows(const Tensor &x, long row, long head, long first, long count, long height, long dim, float *to,
+                      long width) {
+    const long at = x.at(row, first, head);
+    if (x.brain)
+        copy_rows_in(static_cast<const Brain *>(x.data) + at, x.token, count, dim, to, width);
+    else
+        copy_rows_in(static_cast<const float *>(x.data) + at, x.token, count, dim, to, width);
+    std::memset(to + count * width, 0, (height - count) * width * sizeof(float));
+}
+
 // Write rows [first, first + count) of a head from `from`, which has rows of `width` numbers.
 static void store_rows(const Tensor &x, long row, long head, long first, long count, long dim, const float *from, long width) {
     const long at = x.at(row, first, head);
@@ -32,6 +43,23 @@ static void store_rows(const Tensor &x, long row, long head, long first, long co
         copy_rows_out(from, width, count, dim, static_cast<Brain *>(x.data) + at, x.token);
     else
         copy_rows_out(from, width, count, dim, static_cast<float *>(x.data) + at, x.token);
+}
+
+// A number per token, [first, first + count) of a head; zeros up to `height`.
+static void load_numbers(const Tensor &x, long row, long head, long first, long count, long height, float *to) {
+    const long at = x.at(row, first, head);
+    for (long i = 0; i < height; i++) {
+        if (i >= count)
+            to[i] = 0;
+        else if (x.brain)
+            to[i] = get(static_cast<const Brain *>(x.data) + at + i * x.token);
+        else
+            to[i] = get(static_cast<const float *>(x.data) + at + i * x.token);
+    }
+}
+static void store_numbers(const Tensor &x, long row, long head, long first, long count, const float *from) {
+    float *to = static_cast<float *>(x.data) + x.at(row, first, head);
+    for (long i = 0; i < count; i++) to[i * x.token] = from[i];
 }
 
 // A tile of `height` rows of `width` numbers as a factor of products: the words of its rows (pairs along a row), of its
@@ -69,12 +97,7 @@ template <> struct Factor<Single> {
     }
     // Rows [first, first + count) of a head; zeros up to `height`.
     void load_rows(const Tensor &x, long of_row, long head, long first, long count, long dim) {
-        const long at = x.at(of_row, first, head);
-        if (x.brain)
-            copy_rows_in(static_cast<const Brain *>(x.data) + at, x.token, count, dim, rows, width);
-        else
-            copy_rows_in(static_cast<const float *>(x.data) + at, x.token, count, dim, rows, width);
-        std::memset(row(count), 0, (height - count) * width * sizeof(float));
+        ::load_rows(x, of_row, head, first, count, height, dim, rows, width);
     }
     void stack() {}
     void turn() { transpose(rows, height, width, turned); }

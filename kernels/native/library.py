@@ -22,7 +22,7 @@ SWITCH = "LONGCTX_NATIVE"
 """Environment variable: 0 turns native kernels off."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 SOURCES = Path(__file__).parent
-FAMILIES = ("additive", "attention", "convolution", "pointwise")
+FAMILIES = ("additive", "additive_vector", "attention", "convolution", "delta", "pointwise")
 """The C++ files."""
 _COMPILERS = ("c++", "g++", "clang++")
 _log = logging.getLogger("longctx")

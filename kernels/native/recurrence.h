@@ -1,30 +1,54 @@
-// What linear recurrences share: chunks of segments, decays per token and head, and recurrent states.
+// What linear recurrences share: chunks of segments, recurrent states, and tasks.
 #pragma once
 #include <vector>
 
 #include "factors.h"
+#include "threads.h"
 
 constexpr long CHUNK = 64, CHUNKS_PER_BASE = 16;
 constexpr double MIN_LOG_DECAY = -800, WRITES_PER_THREAD = 1 << 22;
 
+struct Bounds {  // of a segment: its tokens, the number of documents that start in it, the index of the first start
+    long begin, end, count, first;
+};
 struct Segments {
     long count;
-    const long *bounds;  // begin, end, number of documents that start, index of the first in `starts`
+    const Bounds *bounds;
     const long *starts;  // tokens
+
+    // Tokens before this one do not reach a segment's end state.
+    long last_start(long segment) const {
+        const Bounds &of = bounds[segment];
+        return of.count > 0 ? starts[of.first + of.count - 1] : of.begin;
+    }
+    // Tokens from this one on do not read a segment's start state.
+    long first_start(long segment) const {
+        const Bounds &of = bounds[segment];
+        return of.count > 0 ? starts[of.first] : of.end;
+    }
 };
 
 struct Range {  // tokens of a chunk, and the documents that start in it
     long begin, tokens;
     const long *starts;
     long count;
+
+    // Number the tokens by document, 0 before the first start.
+    void number_documents(int *documents) const {
+        long next = 0;
+        for (long i = 0; i < CHUNK; i++) {
+            while (next < count && starts[next] <= begin + i) next++;
+            documents[i] = int(next);
+        }
+    }
 };
 
 static std::vector<Range> chunks_of(const Segments &segments, long segment) {
-    const long *of = segments.bounds + 4 * segment;
-    const long *starts = segments.starts + of[3], *last = starts + of[2];
+    const Bounds &of = segments.bounds[segment];
+    const long *starts = segments.starts + of.first, *last = starts + of.count;
     std::vector<Range> chunks;
-    for (long begin = of[0]; begin < of[1]; begin += CHUNK) {
-        const long tokens = std::min(CHUNK, of[1] - begin);
+    for (long begin = of.begin; begin < of.end; begin += CHUNK) {
+        const long tokens = std::min(CHUNK, of.end - begin);
         const long *next = std::lower_bound(starts, last, begin + tokens);
         chunks.push_back({begin, tokens, starts, next - starts});
         starts = next;
@@ -32,154 +56,116 @@ static std::vector<Range> chunks_of(const Segments &segments, long segment) {
     return chunks;
 }
 
-// Log-decays [B, T, heads], strides in elements, token 0 where they are constant; data is null where nothing decays.
-struct Gate {
-    const float *data;
-    long batch, token, head, heads;
-};
+// A chunk's rows of one head, in a tile [CHUNK, padded(dim)] of float32, with zeros after them.
+static void load_tile(const Tensor &x, long row, long head, const Range &chunk, long dim, float *to) {
+    load_rows(x, row, head, chunk.begin, chunk.tokens, CHUNK, dim, to, padded(dim));
+}
+static void store_tile(const Tensor &x, long row, long head, const Range &chunk, long dim, const float *from) {
+    store_rows(x, row, head, chunk.begin, chunk.tokens, dim, from, padded(dim));
+}
+static void load_numbers(const Tensor &x, long row, long head, const Range &chunk, float *to) {
+    load_numbers(x, row, head, chunk.begin, chunk.tokens, CHUNK, to);
+}
+static void store_numbers(const Tensor &x, long row, long head, const Range &chunk, const float *from) {
+    store_numbers(x, row, head, chunk.begin, chunk.tokens, from);
+}
 
-// Decay factors of a chunk, as in longctx/kernels/linear/decay.py.
-struct Decay {
-    double sums[CHUNK];
-    alignas(64) float reads[CHUNK], writes[CHUNK];
-    float *pairs;  // [CHUNK, CHUNK], zero above the diagonal
-    double keeps;
-    bool restarts;
-    bool is_constant = false;  // whether it is the decay of a full chunk without a start, with a constant gate
-
-    void find(const Gate &gate, long row, long of_head, const Range &chunk) {
-        const bool constant = (gate.data == nullptr || gate.token == 0) && chunk.tokens == CHUNK && chunk.count == 0;
-        if (constant && is_constant) return;
-        is_constant = constant;
-        alignas(64) int documents[CHUNK];
-        number_documents(chunk, documents);
-        sum_gates(gate, row, of_head, chunk);
-        const int last = documents[CHUNK - 1];
-        const double total = sums[CHUNK - 1];
-        restarts = chunk.count > 0;
-        keeps = restarts ? 0.0 : std::exp(total);
-        for (long i = 0; i < CHUNK; i += LANES) {
-            const WideVec of_vec = *reinterpret_cast<const LooseWideVec *>(sums + i);
-            store(reads + i, exp_of_negative(__builtin_convertvector(of_vec, Vec)));
-            store(writes + i, exp_of_negative(__builtin_convertvector(total - of_vec, Vec)));
-        }
-        for (long i = 0; i < CHUNK; i++) {
-            if (i >= chunk.tokens || documents[i] != 0) reads[i] = 0;
-            if (i >= chunk.tokens || documents[i] != last) writes[i] = 0;
-        }
-        find_pairs(gate.data != nullptr, restarts ? documents : nullptr);
-    }
-
-private:
-    static void number_documents(const Range &chunk, int *documents) {
-        long next = 0;
-        for (long i = 0; i < CHUNK; i++) {
-            while (next < chunk.count && chunk.starts[next] <= chunk.begin + i) next++;
-            documents[i] = int(next);
-        }
-    }
-
-    void sum_gates(const Gate &gate, long row, long of_head, const Range &chunk) {
-        double total = 0;
-        for (long i = 0; i < CHUNK; i++) {
-            if (gate.data != nullptr && i < chunk.tokens) {
-                const float g = gate.data[row * gate.batch + (chunk.begin + i) * gate.token + of_head * gate.head];
-                total += g < MIN_LOG_DECAY ? MIN_LOG_DECAY : g;
-            }
-            sums[i] = total;
-        }
-    }
-
-    void find_pairs(bool decays, const int *documents) {
-        IntVec lanes{};
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
-        for (long i = 0; i < CHUNK; i++) {
-            float *pairs_of_row = pairs + i * CHUNK;
-            std::memset(pairs_of_row, 0, CHUNK * sizeof(float));
-            for (long j = 0; j <= i; j += LANES) {
-                Vec x = Vec{} + 1.0f;
-                if (decays) {
-                    const WideVec distance = sums[i] - *reinterpret_cast<const LooseWideVec *>(sums + j);
-                    x = exp_of_negative(__builtin_convertvector(distance, Vec));
-                }
-                IntVec sees = lanes + int(j) <= int(i);
-                if (documents != nullptr) sees &= *reinterpret_cast<const IntVec *>(documents + j) == documents[i];
-                store(pairs_of_row + j, sees ? x : Vec{});
-            }
-        }
-    }
-};
-
-// A recurrent state [rows, width], kept * base + added, as in longctx/kernels/linear/running_state.py.
+// A recurrent state [rows, width], kept * base + added, as in longctx/kernels/linear/running_state.py; a row has a decay.
 class State {
-    double *wide, kept;
-    float *base;
+    double *wide, *kept;
+    float *base, *kept_now, *keeps;
     long chunks;
 
     void renew() {
         const long size = rows * width;
         for (long i = 0; i < size; i++) base[i] = float(wide[i]);
         std::memset(added, 0, size * sizeof(float));
-        kept = 1, chunks = 0;
+        for (long i = 0; i < rows; i++) kept[i] = kept_now[i] = 1;
+        chunks = 0;
     }
 
 public:
-    const long rows, width;
+    const long rows;
+    long width;
     float *added;
 
-    State(Scratch &scratch, long rows, long width)
-        : wide(scratch.take<double>(rows * width)), base(scratch.take(rows * width)), rows(rows), width(width),
-          added(scratch.take(rows * width)) {}
+    // `widest`: the largest width.
+    State(Scratch &scratch, long rows, long widest)
+        : wide(scratch.take<double>(rows * widest)), kept(scratch.take<double>(rows)), base(scratch.take(rows * widest)),
+          kept_now(scratch.take(rows)), keeps(scratch.take(rows)), rows(rows), width(widest),
+          added(scratch.take(rows * widest)) {}
 
-    void start(const float *from, long from_rows, long from_width) {
+    // Start from a matrix [from_rows, from_width], or from zero; with `identity`, columns from `identity` on hold one.
+    void start(const float *from, long from_rows, long from_width, long identity = -1) {
         std::memset(wide, 0, rows * width * sizeof(double));
         if (from != nullptr)
             for (long i = 0; i < from_rows; i++)
                 for (long d = 0; d < from_width; d++) wide[i * width + d] = from[i * from_width + d];
+        if (identity >= 0)
+            for (long i = 0; i < rows; i++) wide[i * width + identity + i] = 1;
         renew();
     }
 
     // Multiply by a chunk's decay. What the chunk writes is to be added to `added`, in a product that keeps what this
-    // returns of it.
-    Keep decay(const Decay &by) {
-        const long size = rows * width;
-        Keep keep(float(by.keeps));
+    // returns of it; where there is none, `added` is as it was.
+    template <typename Decay> Keep decay(const Decay &by) {
+        Keep keep(keeps);
         if (by.restarts) {
-            std::memset(wide, 0, size * sizeof(double));
+            std::memset(wide, 0, rows * width * sizeof(double));
             renew();
             keep = true;
         } else if (chunks == CHUNKS_PER_BASE) {
-            for (long i = 0; i < size; i++) wide[i] = wide[i] * kept + added[i];
+            for (long i = 0; i < rows; i++)
+                for (long d = 0; d < width; d++) wide[i * width + d] = wide[i * width + d] * kept[i] + added[i * width + d];
             renew();
             keep = true;
         }
-        kept *= by.restarts ? 0.0 : by.keeps;
+        for (long i = 0; i < rows; i++) {
+            const double of_row = by.restarts ? 0.0 : by.keeps(i);
+            keeps[i] = float(of_row);
+            kept_now[i] = float(kept[i] *= of_row);
+        }
         chunks++;
         return keep;
     }
 
-    // The value's numbers, a vector at a time: a copy, which the compiler may keep in registers.
+    // Decay `added` where no product that covers it does.
+    void apply(Keep keep) {
+        if (keep.factors == nullptr) return;
+        for (long i = 0; i < rows; i++)
+            for (long d = i * width; d < (i + 1) * width; d += LANES) store(added + d, load(added + d) * keep.factors[i]);
+    }
+
+    // The value's numbers, a vector of a row at a time: a copy, which the compiler may keep in registers.
     struct Value {
-        const float *base, *added, kept;
-        Vec at(long i) const { return load(base + i) * kept + load(added + i); }
+        const float *base, *added, *kept;
+        Vec at(long row, long i) const { return load(base + i) * kept[row] + load(added + i); }
     };
-    Value value() const { return {base, added, float(kept)}; }
+    Value value() const { return {base, added, kept_now}; }
     void read(float *to) const {
         const Value of = value();
-        for (long i = 0, size = rows * width; i < size; i += LANES) store(to + i, of.at(i));
+        for (long i = 0, n = width; i < rows; i++)
+            for (long d = i * n; d < (i + 1) * n; d += LANES) store(to + d, of.at(i, d));
     }
-    float dot_row(long row, const float *x) const {
+    // Write columns [first, first + to_width).
+    void end(float *to, long to_rows, long to_width, long first = 0) const {
         const Value of = value();
-        Vec total{};
-        for (long d = 0; d < width; d += LANES) total += of.at(row * width + d) * load(x + d);
-        return sum(total);
-    }
-    void end(float *to, long to_rows, long to_width) const {
-        const Value of = value();
+        alignas(64) float numbers[LANES];
         for (long i = 0; i < to_rows; i++)
-            for (long d = 0; d < to_width; d += LANES)
-                store_first(to + i * to_width + d, of.at(i * width + d), to_width - d);
+            for (long d = first / LANES * LANES; d < first + to_width; d += LANES) {
+                store(numbers, of.at(i, i * width + d));
+                for (long j = std::max(first, d); j < std::min(first + to_width, d + LANES); j++)
+                    to[i * to_width + j - first] = numbers[j - d];
+            }
     }
+};
+
+// A state and its value, in float32.
+struct ReadState : State {
+    float *value;
+
+    ReadState(Scratch &scratch, long rows, long widest) : State(scratch, rows, widest), value(scratch.take(rows * widest)) {}
+    void read() { State::read(value); }
 };
 
 // A state, and its value as a factor of products.
@@ -193,16 +179,33 @@ template <typename F> struct StateFactor : State {
     void read_rows() {
         const Value of = value();
         Factor<F> to = factor;
-        for (long i = 0, size = rows * width; i < size; i += LANES) to.set_vector(i, of.at(i));
+        for (long i = 0, n = to.width; i < to.height; i++)
+            for (long d = i * n; d < (i + 1) * n; d += LANES) to.set_vector(d, of.at(i, d));
     }
     // As `read_rows` and `factor.stack`, but the rows are not kept.
     void read_stacked() {
         const Value of = value();
         Factor<F> to = factor;
-        for (long i = 0; i < to.height; i += F::PER_WORD)
-            for (long d = 0; d < to.width; d += LANES) {
-                const Vec first = of.at(i * to.width + d);
-                to.set_stacked(i, d, first, F::PER_WORD == 2 ? of.at((i + 1) * to.width + d) : first);
+        for (long i = 0, n = to.width; i < to.height; i += F::PER_WORD)
+            for (long d = 0; d < n; d += LANES) {
+                const Vec first = of.at(i, i * n + d);
+                to.set_stacked(i, d, first, F::PER_WORD == 2 ? of.at(i + 1, (i + 1) * n + d) : first);
             }
     }
 };
+
+// Tasks of a call, one per segment, batch row and head, on threads that each make a Worker.
+//
+// Returns 0, or 1 if there was not enough memory.
+template <typename Worker, typename Call> static int on_tasks(const Call &call, void (Worker::*pass)()) {
+    std::atomic<long> next{0};
+    const long tasks = call.segments.count * call.rows * call.heads;
+    const double writes = double(call.rows) * call.heads * call.length * call.key_dim * call.value_dim;
+    return on_threads(std::min({call.threads, tasks, 1 + long(writes / WRITES_PER_THREAD)}), [&] {
+        Worker worker(call);
+        for (long task; (task = next.fetch_add(1)) < tasks;) {
+            worker.begin(task);
+            (worker.*pass)();
+        }
+    });
+}

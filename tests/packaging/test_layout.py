@@ -8,6 +8,8 @@ WITHOUT = {
     "kernels/linear/additive/triton_*.py": "kernels of triton.py: tests/kernels/linear/additive/test_triton.py",
     "kernels/linear/delta/triton_*.py": "kernels of triton.py: tests/kernels/linear/delta/test_triton.py",
     "kernels/linear/triton_*.py": "parts of both: the same, test_segment_scan.py and ../test_triton_compile.py",
+    "kernels/linear/native_call.py": "calls of native kernels: tests/kernels/linear/{additive,delta}/test_native.py",
+    "kernels/native/tensor.py": "their tensors: the same, tests/kernels/attention/test_native.py",
     "launch/bench_rank.py": "the rank of bench_parallel.py: tests/launch/test_bench_parallel.py",
     "launch/rank.py": "the process that local.py starts: tests/launch/test_local.py",
     "longctx/__main__.py": "one call: tests/launch/test_main.py starts it",

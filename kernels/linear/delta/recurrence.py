@@ -1,4 +1,4 @@
-"""Delta rule: its gates, FLOPs and decoding step, over the chunkwise torch and Triton implementations."""
+"""Delta rule: its gates, FLOPs and decoding step, over the chunkwise implementations in C++, torch and Triton."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longctx.kernels.linear.additive.recurrence import decayed
 from longctx.kernels.linear.checks import check_beta, check_decay
-from longctx.kernels.linear.delta import chunked
+from longctx.kernels.linear.delta import native
 from longctx.kernels.linear.operators import RegisteredRecurrence, Shape
 from longctx.kernels.linear.recurrence import Inputs
 
@@ -52,5 +52,5 @@ def _with_transition(states: Shape) -> Shape:
     return (*states[:4], states[4] + states[3])
 
 
-DELTA = DeltaRule(chunked, "longctx.kernels.linear.delta.triton")
+DELTA = DeltaRule(native, "longctx.kernels.linear.delta.triton")
 """DeltaNet, Gated DeltaNet, KDA."""

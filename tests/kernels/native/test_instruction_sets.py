@@ -13,7 +13,9 @@ from longctx.kernels.native import library
 ROOT = Path(__file__).parents[3]
 TESTS = (
     "kernels/linear/additive/test_native.py",
+    "kernels/linear/delta/test_native.py",
     "kernels/attention/test_native.py",
+    "kernels/test_native_convolution.py",
     "kernels/test_native_pointwise.py",
 )
 PROGRAM = """

@@ -117,7 +117,7 @@ def test_the_switch(monkeypatch, value, enabled):
 
 def test_the_families_in_use_are_named(monkeypatch):
     monkeypatch.setattr(library, "load", lambda family: None if family == "additive" else object())
-    assert library.loaded() == ["attention", "convolution", "pointwise"]
+    assert library.loaded() == ["additive_vector", "attention", "convolution", "delta", "pointwise"]
     monkeypatch.setenv(library.SWITCH, "0")
     assert library.loaded() == []
 

@@ -14,7 +14,7 @@ from tests.kernels.linear.cases import GROUPS, by_recurrence, draw, relative
 pytestmark = pytest.mark.skipif(
     not library.is_enabled() or library.load(native.FAMILY) is None, reason="needs a C++ compiler"
 )
-KINDS = ("no decay", "constant", "scalar")
+KINDS = ("no decay", "constant", "scalar", "vector")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 SEGMENTS = [Segment(0, 70), Segment(70, 210, (9, 75, 76)), Segment(210, 210), Segment(210, 300)]
 BOUND = 2e-6
@@ -64,8 +64,9 @@ def test_blocks_of_chunks_whose_states_are_recomputed(kind):
     check(draw(kind, 64 * 35 + 9, 1, (2, 1, 1, 1)), [Segment(0, 64 * 35 + 9)])
 
 
-def test_strong_decays():
-    check(draw("scalar", 200, strong=True), [Segment(0, 200, (50,))])
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_strong_decays(kind):
+    check(draw(kind, 200, strong=True), [Segment(0, 200, (50,))])
 
 
 @each_kind
@@ -149,11 +150,11 @@ def test_tokens_in_no_segment_are_left_as_they_are(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "switch"), [("vector", "float32", "1"), ("scalar", "float64", "1"), ("scalar", "float32", "0")]
+    ("kind", "dtype", "switch"), [("vector", "float64", "1"), ("scalar", "float64", "1"), ("scalar", "float32", "0")]
 )
 def test_what_it_does_not_take_runs_in_torch(kind, dtype, switch):
     case = draw(kind, 70).to(getattr(torch, dtype))
-    with patch.dict(os.environ, {library.SWITCH: switch}), patch.object(native, "_Pass", side_effect=AssertionError):
+    with patch.dict(os.environ, {library.SWITCH: switch}), patch.object(native, "Pass", side_effect=AssertionError):
         got, _ = by_recurrence(case, [Segment(0, 70)], module=native)
     want, _ = by_recurrence(case, [Segment(0, 70)], module=chunked)
     assert all(torch.equal(got[name], x) for name, x in want.items())

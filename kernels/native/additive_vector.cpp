@@ -1,0 +1,229 @@
+// Additive recurrence on CPUs with a decay per channel, head and token (GLA, HGRN-2): the passes of
+// longctx/kernels/linear/additive/chunked.py, whose docstring has the equations. One task per segment, batch row and head;
+// products, sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
+//
+// Called by longctx/kernels/linear/additive/native.py, which mirrors `Call`.
+#include "vector_decay.h"
+
+// Chunks whose states are in memory at the same time in the backward pass.
+constexpr long CHUNKS_PER_BLOCK = 64;
+
+struct Call {
+    long rows, length, heads, key_dim, value_dim, threads;
+    Tensor q, k, v, dout, out, dq, dk, dv;
+    Tensor gate, dgate;        // log-decays [B, T, heads, K]; float32 [B, T, H, K], null: not wanted
+    Segments segments;         // N
+    const float *states;       // [N, B, H, K, V], before the segments
+    float *ends;               // after them
+    const float *dends;        // gradients of `ends`
+    float *dstates;            // of `states`
+};
+
+// Buffers of a thread and the passes of its tasks.
+class Worker {
+    const Call &call;
+    const long key_width, value_width, readers;
+    Scratch scratch;
+    VectorDecay decay;
+    ReadState state, dstate;
+    float *keys, *queries, *read, *written, *dkeys, *dread;           // [CHUNK, K]
+    float *values, *grads, *dvalues, *values_turned;                  // [CHUNK, V], turned [V, CHUNK]
+    float *scores, *dscores, *result, *state_turned;
+    float *kept = nullptr;                                            // states before a block's chunks
+    std::vector<Range> chunks;
+    Ahead ahead;
+    long segment = 0, row = 0, head = 0;
+
+    long state_size() const { return key_width * value_width; }
+
+    // The head of x that this task's state reads, of those that several states share.
+    long shared_head(const Tensor &x) const { return head / (call.heads / x.heads); }
+    long reader_head(const Tensor &x, long reader) const {
+        return x.heads < call.heads ? shared_head(x) : head * readers + reader;
+    }
+    void load_queries(const Range &chunk, long reader) {
+        load_tile(call.q, row, reader_head(call.q, reader), chunk, call.key_dim, queries);
+    }
+    void load_grads(const Range &chunk, long reader) {
+        load_tile(call.dout, row, head * readers + reader, chunk, call.value_dim, grads);
+    }
+    void load_values(const Range &chunk) { load_tile(call.v, row, shared_head(call.v), chunk, call.value_dim, values); }
+
+    // All that a chunk's keys and log-decays decide. Without keys, as a pass over reads alone, they count as 0.
+    void load_keys(const Range &chunk) {
+        if (call.k.data != nullptr) load_tile(call.k, row, shared_head(call.k), chunk, call.key_dim, keys);
+        decay.find(call.gate, row, shared_head(call.gate), chunk, call.key_dim, keys);
+    }
+
+    // Fetch what chunk `number` reads of the state's tensors.
+    void fetch(long number, bool with_queries) {
+        ahead.drop();
+        if (number < 0 || number >= long(chunks.size())) return;
+        const Range &chunk = chunks[number];
+        call.k.fetch(ahead, row, shared_head(call.k), chunk.begin, chunk.tokens, call.key_dim);
+        call.v.fetch(ahead, row, shared_head(call.v), chunk.begin, chunk.tokens, call.value_dim);
+        call.gate.fetch(ahead, row, shared_head(call.gate), chunk.begin, chunk.tokens, call.key_dim);
+        if (with_queries) call.q.fetch(ahead, row, reader_head(call.q, 0), chunk.begin, chunk.tokens, call.key_dim);
+    }
+
+    // Update the state from before a chunk, whose keys and values are loaded, to after it.
+    void write() {
+        decay.write(keys, written);
+        const Keep keep = state.decay(decay);
+        product(key_width, value_width, CHUNK, columns_of(written, key_width), values, value_width, state.added, value_width,
+                keep, &ahead);
+        state.read();
+    }
+    void advance(long number) {
+        fetch(number + 1, false);
+        load_keys(chunks[number]);
+        load_values(chunks[number]);
+        write();
+    }
+
+    // Add a chunk's reads to the gradient of the state before it.
+    void add_reads(Keep keep) {
+        decay.read(queries, read, 1);
+        product(key_width, value_width, CHUNK, columns_of(read, key_width), grads, value_width, dstate.added, value_width,
+                keep, &ahead);
+    }
+
+    static void start(ReadState &which, const float *from, long from_rows, long from_width) {
+        which.start(from, from_rows, from_width);
+        which.read();
+    }
+    long state_at() const { return ((segment * call.rows + row) * call.heads + head) * call.key_dim * call.value_dim; }
+
+public:
+    explicit Worker(const Call &call)
+        : call(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
+          readers(std::max(1L, call.q.heads / call.heads)), decay(scratch, key_width), state(scratch, key_width, value_width),
+          dstate(scratch, key_width, value_width) {
+        for (float **x : {&keys, &queries, &read, &written, &dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
+        for (float **x : {&values, &grads, &dvalues, &values_turned, &result}) *x = scratch.take(CHUNK * value_width);
+        for (float **x : {&scores, &dscores}) *x = scratch.take(CHUNK * CHUNK);
+        state_turned = scratch.take(state_size());
+    }
+
+    void begin(long task) {
+        segment = task / (call.rows * call.heads), row = task / call.heads % call.rows, head = task % call.heads;
+        chunks = chunks_of(call.segments, segment);
+        decay.begin();
+    }
+
+    void apply() {
+        start(state, call.states + state_at(), call.key_dim, call.value_dim);
+        for (long i = 0; i < long(chunks.size()); i++) {
+            const Range &chunk = chunks[i];
+            fetch(i + 1, true);
+            load_keys(chunk);
+            load_values(chunk);
+            for (long reader = 0; reader < readers; reader++) {
+                load_queries(chunk, reader);
+                decay.pairs(queries, scores, 1);
+                decay.read(queries, read, 1);
+                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width, result, value_width, false, &ahead);
+                product_of_lower(chunk.tokens, value_width, scores, CHUNK, values, value_width, result, value_width);
+                store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result);
+            }
+            write();
+        }
+        state.end(call.ends + state_at(), call.key_dim, call.value_dim);
+    }
+
+    // The state that a segment adds, from its last document's start on.
+    void summarize() {
+        const long live = call.segments.last_start(segment);
+        start(state, nullptr, 0, 0);
+        for (long i = 0; i < long(chunks.size()); i++)
+            if (chunks[i].begin + chunks[i].tokens > live) advance(i);
+        state.end(call.ends + state_at(), call.key_dim, call.value_dim);
+    }
+
+    // The gradient of a segment's start state, which tokens up to its first document's start read.
+    void summarize_grad() {
+        const long live = call.segments.first_start(segment);
+        start(dstate, nullptr, 0, 0);
+        for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); chunk++) {
+            if (chunk->begin >= live) continue;
+            load_keys(*chunk);
+            Keep keep = dstate.decay(decay);
+            for (long reader = 0; reader < readers; reader++) {
+                load_queries(*chunk, reader);
+                load_grads(*chunk, reader);
+                add_reads(keep);
+                keep = true;
+            }
+            dstate.read();
+        }
+        dstate.end(call.dstates + state_at(), call.key_dim, call.value_dim);
+    }
+
+    // All gradients. A first loop keeps the states before blocks of chunks; each block, from the last on, has all its states
+    // computed again, and then its gradients.
+    void apply_grad() {
+        const long count = long(chunks.size()), blocks = (count + CHUNKS_PER_BLOCK - 1) / CHUNKS_PER_BLOCK;
+        if (kept == nullptr) kept = scratch.take(CHUNKS_PER_BLOCK * state_size());
+        std::vector<float> checkpoints(blocks * state_size());
+        start(dstate, call.dends + state_at(), call.key_dim, call.value_dim);
+        start(state, call.states + state_at(), call.key_dim, call.value_dim);
+        for (long block = 0; block < blocks; block++) {
+            std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
+            for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++) advance(i);
+        }
+        for (long block = blocks - 1; block >= 0; block--) {
+            const long first = block * CHUNKS_PER_BLOCK, last = std::min(count, first + CHUNKS_PER_BLOCK);
+            start(state, checkpoints.data() + block * state_size(), key_width, value_width);
+            for (long i = first; i < last; i++) {
+                std::memcpy(kept + (i - first) * state_size(), state.value, state_size() * sizeof(float));
+                if (i + 1 < last) advance(i);
+            }
+            for (long i = last - 1; i >= first; i--) chunk_grad(i, kept + (i - first) * state_size());
+        }
+        dstate.end(call.dstates + state_at(), call.key_dim, call.value_dim);
+    }
+
+private:
+    // The gradients of a chunk, and of the state before it.
+    void chunk_grad(long number, const float *before) {
+        const Range &chunk = chunks[number];
+        fetch(number - 1, true);
+        load_keys(chunk);
+        load_values(chunk);
+        transpose(values, CHUNK, value_width, values_turned);
+        transpose(dstate.value, key_width, value_width, state_turned);
+        product(CHUNK, key_width, value_width, rows_of(values, value_width), state_turned, key_width, dkeys, key_width, false, &ahead);
+        decay.write(dkeys, dkeys);
+        decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate.value, value_width);
+        decay.write(keys, written);
+        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, dvalues, value_width, false, &ahead);
+        Keep keep = dstate.decay(decay);
+        transpose(before, key_width, value_width, state_turned);
+        for (long reader = 0; reader < readers; reader++) {
+            load_queries(chunk, reader);
+            load_grads(chunk, reader);
+            decay.pairs(queries, scores, 1);
+            product_of_lower_transposed(CHUNK, value_width, scores, CHUNK, grads, value_width, dvalues, value_width);
+            product(CHUNK, key_width, value_width, rows_of(grads, value_width), state_turned, key_width, dread, key_width, false, &ahead);
+            decay.read(dread, dread, 1);
+            decay.add_read_grads(queries, dread);
+            product_to_lower(CHUNK, value_width, rows_of(grads, value_width), values_turned, CHUNK, dscores, CHUNK);
+            decay.add_pair_grads(dscores, scores, 1, queries, dread, dkeys);
+            store_tile(call.dq, row, head * readers + reader, chunk, call.key_dim, dread);
+            add_reads(keep);
+            keep = true;
+        }
+        dstate.read();
+        decay.finish_keys(dkeys);
+        if (call.dgate.data != nullptr) decay.store_grads(call.dgate, row, head, chunk, call.key_dim);
+        store_tile(call.dk, row, head, chunk, call.key_dim, dkeys);
+        store_tile(call.dv, row, head, chunk, call.value_dim, dvalues);
+    }
+};
+
+extern "C" {
+int additive_vector_summarize(const Call *call) { return on_tasks(*call, &Worker::summarize); }
+int additive_vector_apply(const Call *call) { return on_tasks(*call, &Worker::apply); }
+int additive_vector_summarize_grad(const Call *call) { return on_tasks(*call, &Worker::summarize_grad); }
+int additive_vector_apply_grad(const Call *call) { return on_tasks(*call, &Worker::apply_grad); }
+}
