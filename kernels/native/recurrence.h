@@ -28,20 +28,33 @@ struct Segments {
     }
 };
 
+static inline IntVec lane_numbers() {
+    IntVec x{};
+    for (int lane = 0; lane < LANES; lane++) x[lane] = lane;
+    return x;
+}
+
 struct Range {  // tokens of a chunk, and the documents that start in it
     long begin, tokens;
     const long *starts;
     long count;
 
     // Number the tokens by document, 0 before the first start.
-    void number_documents(int *documents) const {
+    void number_documents(int32_t *documents) const {
         long next = 0;
         for (long i = 0; i < CHUNK; i++) {
             while (next < count && starts[next] <= begin + i) next++;
-            documents[i] = int(next);
+            documents[i] = int32_t(next);
         }
     }
 };
+
+// Of a vector of scores of token i, from token j on: those of tokens that it sees, 0 for the others.
+static inline Vec visible(Vec x, const int32_t *documents, long i, long j) {
+    IntVec of;
+    std::memcpy(&of, documents + j, sizeof of);
+    return (lane_numbers() + int32_t(j) <= int32_t(i)) & (of == documents[i]) ? x : Vec{};
+}
 
 static std::vector<Range> chunks_of(const Segments &segments, long segment) {
     const Bounds &of = segments.bounds[segment];

@@ -2,12 +2,6 @@
 #pragma once
 #include "recurrence.h"
 
-static inline IntVec lane_numbers() {
-    IntVec x{};
-    for (int lane = 0; lane < LANES; lane++) x[lane] = lane;
-    return x;
-}
-
 // Decay factors of a chunk. Log-decays are [B, T, heads], with a token stride of 0 where they are constant, or null.
 struct ScalarFactors {
     double sums[CHUNK];
@@ -21,7 +15,7 @@ struct ScalarFactors {
         const bool constant = (gate.data == nullptr || gate.token == 0) && chunk.tokens == CHUNK && chunk.count == 0;
         if (constant && is_constant) return;
         is_constant = constant;
-        alignas(64) int documents[CHUNK];
+        int32_t documents[CHUNK];
         chunk.number_documents(documents);
         sum_gates(gate, row, of_head, chunk);
         const int last = documents[CHUNK - 1];
@@ -37,7 +31,7 @@ struct ScalarFactors {
             if (i >= chunk.tokens || documents[i] != 0) reads[i] = 0;
             if (i >= chunk.tokens || documents[i] != last) writes[i] = 0;
         }
-        find_pairs(gate.data != nullptr, restarts ? documents : nullptr);
+        find_pairs(gate.data != nullptr, documents);
     }
 
     double keeps(long) const { return total_keeps; }
@@ -50,7 +44,7 @@ private:
         for (long i = 0; i < CHUNK; i++) sums[i] = total += gates[i] < MIN_LOG_DECAY ? MIN_LOG_DECAY : gates[i];
     }
 
-    void find_pairs(bool decays, const int *documents) {
+    void find_pairs(bool decays, const int32_t *documents) {
         for (long i = 0; i < CHUNK; i++) {
             float *pairs_of_row = pairs + i * CHUNK;
             std::memset(pairs_of_row, 0, CHUNK * sizeof(float));
@@ -60,9 +54,7 @@ private:
                     const WideVec distance = sums[i] - *reinterpret_cast<const LooseWideVec *>(sums + j);
                     x = exp_of_negative(__builtin_convertvector(distance, Vec));
                 }
-                IntVec sees = lane_numbers() + int(j) <= int(i);
-                if (documents != nullptr) sees &= *reinterpret_cast<const IntVec *>(documents + j) == documents[i];
-                store(pairs_of_row + j, sees ? x : Vec{});
+                store(pairs_of_row + j, visible(x, documents, i, j));
             }
         }
     }

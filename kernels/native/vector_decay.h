@@ -20,7 +20,7 @@ class VectorDecay {
     static long writer_of(long r) { return r < 2 * SUB ? r : r < 3 * SUB ? r - 2 * SUB : r - SUB; }
 
     const long width;  // of keys
-    int documents[CHUNK];
+    int32_t documents[CHUNK];
     double *kept;                          // [K]
     float *gates, *decays;                 // [CHUNK, K]: log-decays, their exponentials
     float *reads, *writes;                 // [CHUNK, K]
@@ -258,9 +258,7 @@ private:
     // Vectors above the diagonal have what products left there.
     void apply_mask(float *x, float factor) const {
         for (long i = 0; i < CHUNK; i++)
-            for (long j = 0; j < CHUNK; j++) {
-                float &at = x[i * CHUNK + j];
-                at = j <= i && documents[i] == documents[j] ? at * factor : 0.0f;
-            }
+            for (long j = 0; j < CHUNK; j += LANES)
+                store(x + i * CHUNK + j, visible(load(x + i * CHUNK + j) * factor, documents, i, j));
     }
 };
