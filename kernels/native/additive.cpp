@@ -92,11 +92,13 @@ template <typename F> class Worker {
 
     // P, rounded for products, in `weights`.
     void find_scores(const Range &chunk) {
-        product_to_lower<F>(chunk.tokens, key_width / F::PER_WORD, rows_of(queries), keys.turned, CHUNK, scores, CHUNK, &ahead);
+        product_to_lower<F>(chunk.tokens, key_width / F::PER_WORD, rows_of(queries), keys.turned, CHUNK, scores,
+                            CHUNK, &ahead);
         weights.set_product(scores, decay.pairs, chunk.tokens);
     }
     void find_score_grads(const Range &chunk) {
-        product_to_lower<F>(chunk.tokens, value_width / F::PER_WORD, rows_of(grads), values.turned, CHUNK, dscores, CHUNK, &ahead);
+        product_to_lower<F>(chunk.tokens, value_width / F::PER_WORD, rows_of(grads), values.turned, CHUNK, dscores,
+                            CHUNK, &ahead);
     }
 
     const float *first_state(const float *states) const { return states == nullptr ? nullptr : states + state_at(); }
@@ -311,7 +313,8 @@ private:
         if (!decay.restarts)
             for (long i = 0; i < key_width; i++) {
                 Vec of_row{};
-                for (long d = i * value_width; d < (i + 1) * value_width; d += LANES) of_row += of.at(i, d) * load(before + d);
+                for (long d = i * value_width; d < (i + 1) * value_width; d += LANES)
+                    of_row += of.at(i, d) * load(before + d);
                 kept += sum(of_row);
             }
         kept *= decay.total_keeps;

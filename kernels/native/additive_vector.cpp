@@ -1,6 +1,6 @@
 // Additive recurrence on CPUs with a decay per channel, head and token (GLA, HGRN-2): the passes of
-// longctx/kernels/linear/additive/chunked.py, whose docstring has the equations. One task per segment, batch row and head;
-// products, sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
+// longctx/kernels/linear/additive/chunked.py, whose docstring has the equations. One task per segment, batch row and
+// head; products, sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
 //
 // Called by longctx/kernels/linear/additive/native.py, which mirrors `Call`.
 #include "vector_decay.h"
@@ -122,7 +122,8 @@ public:
                 load_queries(chunk, reader);
                 decay.pairs(queries, scores, 1);
                 decay.read(queries, read, 1);
-                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width, result, value_width, false, &ahead);
+                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width,
+                        result, value_width, false, &ahead);
                 product_of_lower(chunk.tokens, value_width, scores, CHUNK, values, value_width, result, value_width);
                 store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result);
             }
@@ -169,7 +170,8 @@ public:
         start(state, call.states + state_at(), call.key_dim, call.value_dim);
         for (long block = 0; block < blocks; block++) {
             std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
-            for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++) advance(i);
+            for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++)
+                advance(i);
         }
         for (long block = blocks - 1; block >= 0; block--) {
             const long first = block * CHUNKS_PER_BLOCK, last = std::min(count, first + CHUNKS_PER_BLOCK);
@@ -192,11 +194,13 @@ private:
         load_values(chunk);
         transpose(values, CHUNK, value_width, values_turned);
         transpose(dstate.value, key_width, value_width, state_turned);
-        product(CHUNK, key_width, value_width, rows_of(values, value_width), state_turned, key_width, dkeys, key_width, false, &ahead);
+        product(CHUNK, key_width, value_width, rows_of(values, value_width), state_turned, key_width, dkeys,
+                key_width, false, &ahead);
         decay.write(dkeys, dkeys);
         decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate.value, value_width);
         decay.write(keys, written);
-        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, dvalues, value_width, false, &ahead);
+        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, dvalues,
+                value_width, false, &ahead);
         Keep keep = dstate.decay(decay);
         transpose(before, key_width, value_width, state_turned);
         for (long reader = 0; reader < readers; reader++) {
@@ -204,7 +208,8 @@ private:
             load_grads(chunk, reader);
             decay.pairs(queries, scores, 1);
             product_of_lower_transposed(CHUNK, value_width, scores, CHUNK, grads, value_width, dvalues, value_width);
-            product(CHUNK, key_width, value_width, rows_of(grads, value_width), state_turned, key_width, dread, key_width, false, &ahead);
+            product(CHUNK, key_width, value_width, rows_of(grads, value_width), state_turned, key_width, dread,
+                    key_width, false, &ahead);
             decay.read(dread, dread, 1);
             decay.add_read_grads(queries, dread);
             product_to_lower(CHUNK, value_width, rows_of(grads, value_width), values_turned, CHUNK, dscores, CHUNK);

@@ -297,11 +297,13 @@ private:
             this->find_scores(count);
             Base::multiply_turned(count, grads, values, dscores);
             differentiate(bounds, first, count, at, lse + first, mean + first);
-            for (float *x : {scores, dscores}) std::memset(x + count * BLOCK, 0, (BLOCK - count) * BLOCK * sizeof(float));
+            for (float *x : {scores, dscores})
+                std::memset(x + count * BLOCK, 0, (BLOCK - count) * BLOCK * sizeof(float));
             weights.set(scores), weights.stack();
             dweights.set(dscores), dweights.stack();
             constexpr long words = BLOCK / F::PER_WORD;
-            product<F>(seen, value_width, words, columns_of(weights), grads.stacked, value_width, dvalues, value_width, true);
+            product<F>(seen, value_width, words, columns_of(weights), grads.stacked, value_width, dvalues,
+                       value_width, true);
             product<F>(seen, key_width, words, columns_of(dweights), queries.stacked, key_width, dkeys, key_width, true);
             product<F>(count, key_width, words, rows_of(dweights), keys.stacked, key_width, dqueries, key_width, false);
             add_query_grads(row, head, first, count);

@@ -175,7 +175,8 @@ public:
                 load_queries(chunk, reader);
                 decay.pairs(queries, scores, 1);
                 decay.read(queries, read, 1);
-                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width, result, value_width, false, &ahead);
+                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width,
+                        result, value_width, false, &ahead);
                 product_of_lower(chunk.tokens, value_width, scores, CHUNK, u, value_width, result, value_width);
                 store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result);
             }
@@ -193,7 +194,8 @@ public:
             load_keys(chunk);
             load_shared(call.v, chunk, call.value_dim, result);
             std::memset(values, 0, CHUNK * width * sizeof(float));
-            for (long i = 0; i < CHUNK; i++) std::memcpy(values + i * width, result + i * value_width, value_width * sizeof(float));
+            for (long i = 0; i < CHUNK; i++)
+                std::memcpy(values + i * width, result + i * value_width, value_width * sizeof(float));
             find_writes(width, state.value);
             write(width);
         }
@@ -231,7 +233,8 @@ public:
         start(state, call.states + state_at(), call.key_dim, call.value_dim);
         for (long block = 0; block < blocks; block++) {
             std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
-            for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++) advance(i);
+            for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++)
+                advance(i);
         }
         for (long block = blocks - 1; block >= 0; block--) {
             const long first = block * CHUNKS_PER_BLOCK, last = std::min(count, first + CHUNKS_PER_BLOCK);
@@ -260,14 +263,16 @@ private:
     // Add a chunk's reads, by queries, to the gradient of the state before it.
     void add_reads(State &to, long width, Keep keep) {
         decay.read(queries, read, 1);
-        product(key_width, value_width, CHUNK, columns_of(read, key_width), grads, value_width, to.added, width, keep, &ahead);
+        product(key_width, value_width, CHUNK, columns_of(read, key_width), grads, value_width, to.added, width,
+                keep, &ahead);
     }
 
     // Turn dU into dR, in `drhs`, and dV, in `values`; add the reads by keys to the gradient of the state.
     void solve_back(ReadState &to, long width) {
         system.prepare_back();
         system.solve_back(du, width, drhs, values);
-        product(key_width, width, CHUNK, columns_of(minus_read, key_width), values, width, to.added, width, true, &ahead);
+        product(key_width, width, CHUNK, columns_of(minus_read, key_width), values, width, to.added, width, true,
+                &ahead);
         to.read();
     }
 
@@ -288,13 +293,16 @@ private:
         const bool with_gates = call.dbeta.data != nullptr;
         load_keys(chunk);
         for (long i = 0; i < CHUNK; i++)
-            for (long d = i * value_width; d < (i + 1) * value_width; d += LANES) store(u + d, load(of_writes + d) * betas[i]);
+            for (long d = i * value_width; d < (i + 1) * value_width; d += LANES)
+                store(u + d, load(of_writes + d) * betas[i]);
         transpose(u, CHUNK, value_width, u_turned);
         transpose(dstate.value, key_width, value_width, state_turned);
-        product(CHUNK, key_width, value_width, rows_of(u, value_width), state_turned, key_width, dkeys, key_width, false, &ahead);
+        product(CHUNK, key_width, value_width, rows_of(u, value_width), state_turned, key_width, dkeys, key_width,
+                false, &ahead);
         decay.write(dkeys, dkeys);
         decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate.value, value_width);
-        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, du, value_width, false, &ahead);
+        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, du,
+                value_width, false, &ahead);
         Keep keep = dstate.decay(decay);
         transpose(before, key_width, value_width, state_turned);
         for (long reader = 0; reader < readers; reader++) {
@@ -304,7 +312,8 @@ private:
         solve_back(dstate, value_width);
         store_tile(call.dv, row, head, chunk, call.value_dim, values);
         if (with_gates) {
-            for (long i = 0; i < CHUNK; i++) betas[i] = dot(drhs + i * value_width, of_writes + i * value_width, value_width);
+            for (long i = 0; i < CHUNK; i++)
+                betas[i] = dot(drhs + i * value_width, of_writes + i * value_width, value_width);
             store_numbers(call.dbeta, row, head, chunk, betas);
         }
         find_read_grads(values, -1, keys);
@@ -331,7 +340,8 @@ private:
 
     // In `dread`, the gradient of rows x that read the state, from the gradient of what they read times a factor.
     void find_read_grads(const float *of_results, float factor, const float *x) {
-        product(CHUNK, key_width, value_width, rows_of(of_results, value_width), state_turned, key_width, dread, key_width, false, &ahead);
+        product(CHUNK, key_width, value_width, rows_of(of_results, value_width), state_turned, key_width, dread,
+                key_width, false, &ahead);
         decay.read(dread, dread, factor);
         decay.add_read_grads(x, dread);
     }

@@ -37,7 +37,8 @@ static void load_rows(const Tensor &x, long row, long head, long first, long cou
 }
 
 // Write rows [first, first + count) of a head from `from`, which has rows of `width` numbers.
-static void store_rows(const Tensor &x, long row, long head, long first, long count, long dim, const float *from, long width) {
+static void store_rows(const Tensor &x, long row, long head, long first, long count, long dim, const float *from,
+                       long width) {
     const long at = x.at(row, first, head);
     if (x.brain)
         copy_rows_out(from, width, count, dim, static_cast<Brain *>(x.data) + at, x.token);

@@ -129,7 +129,8 @@ public:
             keep = true;
         } else if (chunks == CHUNKS_PER_BASE) {
             for (long i = 0; i < rows; i++)
-                for (long d = 0; d < width; d++) wide[i * width + d] = wide[i * width + d] * kept[i] + added[i * width + d];
+                for (long d = 0; d < width; d++)
+                    wide[i * width + d] = wide[i * width + d] * kept[i] + added[i * width + d];
             renew();
             keep = true;
         }
@@ -146,7 +147,8 @@ public:
     void apply(Keep keep) {
         if (keep.factors == nullptr) return;
         for (long i = 0; i < rows; i++)
-            for (long d = i * width; d < (i + 1) * width; d += LANES) store(added + d, load(added + d) * keep.factors[i]);
+            for (long d = i * width; d < (i + 1) * width; d += LANES)
+                store(added + d, load(added + d) * keep.factors[i]);
     }
 
     // The value's numbers, a vector of a row at a time: a copy, which the compiler may keep in registers.

@@ -128,7 +128,8 @@ public:
         }
         kept_grad = 0;
         if (restarts) return;
-        for (long i = 0; i < width; i++) kept_grad += dot(state + i * value_width, dstate + i * value_width, value_width);
+        for (long i = 0; i < width; i++)
+            kept_grad += dot(state + i * value_width, dstate + i * value_width, value_width);
         kept_grad *= factors.total_keeps;
     }
 
@@ -166,8 +167,10 @@ private:
     // Vectors above the diagonal have what products left there.
     void apply_mask(float *x, float factor) const {
         for (long i = 0; i < CHUNK; i++)
-            for (long j = 0; j < CHUNK; j += LANES)
-                store(x + i * CHUNK + j, j <= i ? load(x + i * CHUNK + j) * load(factors.pairs + i * CHUNK + j) * factor : Vec{});
+            for (long j = 0; j < CHUNK; j += LANES) {
+                float *const at = x + i * CHUNK + j;
+                store(at, j <= i ? load(at) * load(factors.pairs + i * CHUNK + j) * factor : Vec{});
+            }
     }
 
     void scale(const float *x, float *to, const float *factors, float factor) const {

@@ -41,7 +41,8 @@ public:
             if (after < CHUNK)
                 product(SIZE, width, CHUNK - after, {negative + after * CHUNK + first, 1, CHUNK}, dw + after * width, width,
                         du + at, width, true);
-            product(SIZE, width, SIZE, columns_of(inverses_back + first * SIZE, SIZE), du + at, width, drhs + at, width, false);
+            product(SIZE, width, SIZE, columns_of(inverses_back + first * SIZE, SIZE), du + at, width, drhs + at,
+                    width, false);
             for (long i = first; i < after; i++)
                 for (long d = i * width; d < (i + 1) * width; d += LANES) store(dw + d, load(drhs + d) * factors[i]);
         }
@@ -57,7 +58,8 @@ private:
                 row[i] = 1;
                 for (long d = 0; d < SIZE; d += LANES) {
                     Vec x = load(row + d);
-                    for (long j = 0; j < i; j++) x += of_row[j] * factor(factors + first, i, j) * load(block + j * SIZE + d);
+                    for (long j = 0; j < i; j++)
+                        x += of_row[j] * factor(factors + first, i, j) * load(block + j * SIZE + d);
                     store(row + d, x);
                 }
             }

@@ -39,8 +39,8 @@ public:
 
     VectorDecay(Scratch &scratch, long key_width) : width(key_width) {
         kept = scratch.take<double>(width), kept_grads = scratch.take(width);
-        for (float **x : {&gates, &decays, &reads, &writes, &from_middle, &to_middle, &far_keys, &far_keys_turned, &far_rows, &far_dkeys,
-                          &far_dots, &far_result, &read_dots, &written_dots, &near_grads})
+        for (float **x : {&gates, &decays, &reads, &writes, &from_middle, &to_middle, &far_keys, &far_keys_turned,
+                          &far_rows, &far_dkeys, &far_dots, &far_result, &read_dots, &written_dots, &near_grads})
             *x = scratch.take(CHUNK * width);
     }
 
@@ -57,7 +57,8 @@ public:
             if (i >= chunk.tokens || documents[i] != 0) std::memset(reads + i * width, 0, width * sizeof(float));
             if (i >= chunk.tokens || documents[i] != documents[CHUNK - 1]) std::memset(writes + i * width, 0, width * sizeof(float));
         }
-        for (long r = 0; r < CHUNK; r++) multiply(keys + writer_of(r) * width, to_middle + r * width, 1, far_keys + r * width);
+        for (long r = 0; r < CHUNK; r++)
+            multiply(keys + writer_of(r) * width, to_middle + r * width, 1, far_keys + r * width);
         transpose(far_keys, CHUNK, width, far_keys_turned);
     }
 
@@ -106,18 +107,22 @@ public:
         for (const Product &p : PRODUCTS) {
             const float *of_block = d + p.row * CHUNK + p.column;
             const long at = p.first * width;
-            product(p.size, width, p.size, rows_of(of_block, CHUNK), far_keys + at, width, far_result + at, width, false);
-            product(p.size, width, p.size, columns_of(of_block, CHUNK), far_rows + at, width, far_dkeys + at, width, true);
+            product(p.size, width, p.size, rows_of(of_block, CHUNK), far_keys + at, width, far_result + at, width,
+                    false);
+            product(p.size, width, p.size, columns_of(of_block, CHUNK), far_rows + at, width, far_dkeys + at, width,
+                    true);
         }
         if (wants_grad) add_products(far_rows, far_result, far_dots);
-        for (long r = 0; r < CHUNK; r++) multiply_add(far_result + r * width, from_middle + r * width, dx + reader_of(r) * width);
+        for (long r = 0; r < CHUNK; r++)
+            multiply_add(far_result + r * width, from_middle + r * width, dx + reader_of(r) * width);
         for (long first = 0; first < CHUNK; first += SUB)
             for (long channel = 0; channel < width; channel += LANES) add_near_grads(d, first, channel, x, dx, dkeys);
     }
 
     // Add what is left of the gradient of keys.
     void finish_keys(float *dkeys) const {
-        for (long r = 0; r < CHUNK; r++) multiply_add(far_dkeys + r * width, to_middle + r * width, dkeys + writer_of(r) * width);
+        for (long r = 0; r < CHUNK; r++)
+            multiply_add(far_dkeys + r * width, to_middle + r * width, dkeys + writer_of(r) * width);
     }
 
     // The log-decay at t acts on reads of the state from t on, on writes before t, on what is kept, and on pairs around t:
@@ -164,7 +169,8 @@ private:
     }
 
     void find_far_rows(const float *x) const {
-        for (long r = 0; r < CHUNK; r++) multiply(x + reader_of(r) * width, from_middle + r * width, 1, far_rows + r * width);
+        for (long r = 0; r < CHUNK; r++)
+            multiply(x + reader_of(r) * width, from_middle + r * width, 1, far_rows + r * width);
     }
 
     // All factors of a vector of channels. Sums are of log-decays of one sub-block, by additions only; further factors
