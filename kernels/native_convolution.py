@@ -102,8 +102,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dx, dweight, dbias (empty without bias) and dbefore, each in the dtype of its tensor."""
     dx, dbefore = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x, before))
-    dweight = torch.empty(weight.shape)
-    dbias = torch.empty(0 if bias is None else len(bias))
+    shapes = (weight.shape, (0 if bias is None else len(bias),))
+    dweight, dbias = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
     _run(
         "backward", x, weight, bias, bounds, starts, activation, dweight=dweight, dbias=None if bias is None else dbias,
         before=before, dout=dy, dx=dx, dbefore=dbefore,

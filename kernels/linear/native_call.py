@@ -41,12 +41,17 @@ class Pass:
             bounds += [s.begin, s.end, len(s.starts), len(starts)]
             starts += [s.begin + start for start in s.starts]
         self._call.segment_count = len(segments)
-        self.point(segments=torch.tensor(bounds, dtype=torch.int64), starts=torch.tensor(starts, dtype=torch.int64))
+        of_segments, of_starts = (torch.tensor(x, dtype=torch.int64, device="cpu") for x in (bounds, starts))
+        self.point(segments=of_segments, starts=of_starts)
 
     def point(self, **tensors: Tensor) -> None:
-        """Set pointers to tensors, made contiguous."""
+        """Set pointers to tensors that the pass reads, made contiguous: states in float32."""
+        self.fill(**{name: x.contiguous() for name, x in tensors.items()})
+
+    def fill(self, **tensors: Tensor) -> None:
+        """Set pointers to contiguous tensors that the pass writes."""
         for name, x in tensors.items():
-            x = x.contiguous()
+            assert x.is_contiguous(), name
             self._kept.append(x)
             setattr(self._call, name, x.data_ptr())
 
@@ -69,7 +74,7 @@ class Pass:
 
     def empty_states(self, segments: Sequence[Segment]) -> Tensor:
         """Allocate a state per segment, `[N, B, H, K, V]` float32."""
-        return torch.empty((len(segments), *self._inputs.state_shape))
+        return torch.empty((len(segments), *self._inputs.state_shape), dtype=torch.float32, device="cpu")
 
 
 class Grad:
@@ -80,7 +85,7 @@ class Grad:
         self._x, self._shared = x, heads // x.shape[2]
         self.parts = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         if self._shared > 1:
-            self.parts = torch.empty((*x.shape[:2], heads, *x.shape[3:]))
+            self.parts = torch.empty((*x.shape[:2], heads, *x.shape[3:]), dtype=torch.float32, device="cpu")
 
     def value(self) -> Tensor:
         """Return the gradient, in the dtype of x."""

@@ -8,7 +8,7 @@
 // Backward, a task is a key head, and goes through its keys block by block, and for each through the queries that see
 // it: 5 products, and sums whose order does not depend on the number of threads.
 //
-// Called by longctx/kernels/attention/native.py, which mirrors `Tensor` and `Call`.
+// Called by longctx/kernels/attention/native.py, which mirrors `Call`.
 #include <limits>
 
 #include "factors.h"

@@ -32,7 +32,7 @@ constexpr long TASK_ELEMENTS = 1 << 17;    // at least, if there are as many
 constexpr long TASK_WINDOWS = 32;          // likewise: the first window of a task is computed by the one before it too
 constexpr long MOST_TASKS = 256;           // about: each has sums of its own
 constexpr long CACHED_ELEMENTS = 1 << 13;  // gradients that are kept until they are used
-constexpr long SUMMED_TOKENS = 128;        // about: in float32, and these sums in float64
+constexpr long SUMMED_TOKENS = 128;        // at least, and a block of cached gradients: in float32, these sums in float64
 
 // Tokens [begin, end) of a segment in a row of the batch.
 struct Unit {

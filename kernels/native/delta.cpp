@@ -7,7 +7,7 @@
 //     (I + P diag(b)) Z = V - (reads K) S        U = diag(b) Z
 //     dR = dU - P^T dV        dV = diag(b) dR        db = rowsum(dR * Z)        dP = -dV U^T below the diagonal
 //
-// Called by longctx/kernels/linear/delta/native.py, which mirrors `Tensor` and `Call`.
+// Called by longctx/kernels/linear/delta/native.py, which mirrors `Call`.
 #include "scalar_decay.h"
 #include "triangular.h"
 #include "vector_decay.h"

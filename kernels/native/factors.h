@@ -63,6 +63,8 @@ static void store_numbers(const Tensor &x, long row, long head, long first, long
     for (long i = 0; i < count; i++) to[i * x.token] = from[i];
 }
 
+static inline Vec masked_product(Vec x, Vec by) { return by == 0 ? Vec{} : x * by; }
+
 // A tile of `height` rows of `width` numbers as a factor of products: the words of its rows (pairs along a row), of its
 // rows stacked (pairs of rows), and of its columns (the rows turned, pairs along a row).
 template <typename F> struct Factor;
@@ -86,9 +88,9 @@ template <> struct Factor<Single> {
     // Set number i to i + LANES of the rows, or d to d + LANES of row i (and the next one, in a tile of pairs) as stacked.
     void set_vector(long i, Vec x) { store(rows + i, x); }
     void set_stacked(long i, long d, Vec x, Vec) { store(stacked + i * width + d, x); }
-    // Numbers [count, width] times those of `by`, in place or from elsewhere; zeros up to `height`.
+    // Numbers [count, width] times those of `by`, 0 where these are, whatever the numbers; zeros up to `height`.
     void set_product(const float *x, const float *by, long count) {
-        for (long i = 0; i < count * width; i += LANES) store(rows + i, load(x + i) * load(by + i));
+        for (long i = 0; i < count * width; i += LANES) store(rows + i, masked_product(load(x + i), load(by + i)));
         std::memset(row(count), 0, (height - count) * width * sizeof(float));
     }
     // The rows of another times a factor each, stacked.
@@ -139,7 +141,7 @@ template <> struct Factor<Pair> {
     }
     void set_product(const float *x, const float *by, long count) {
         Brain *to = row(0);
-        for (long i = 0, size = count * width; i < size; i += LANES) put_row(to + i, load(x + i) * load(by + i));
+        for (long i = 0, size = count * width; i < size; i += LANES) put_row(to + i, masked_product(load(x + i), load(by + i)));
         std::memset(row(count), 0, (height - count) * width * sizeof(Brain));
     }
     // The rows of another times a factor each, stacked; the rows themselves are not kept.

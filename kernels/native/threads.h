@@ -18,9 +18,12 @@ template <typename Work> static int on_threads(long count, const Work &work) {
     };
     std::vector<std::thread> others;
     try {
+        others.reserve(count);
         for (long i = 1; i < count; i++) others.emplace_back(guarded);
     } catch (const std::system_error &) {
         // The limit of the user's processes: those that there are do the work.
+    } catch (const std::bad_alloc &) {
+        // Likewise.
     }
     guarded();
     for (std::thread &other : others) other.join();

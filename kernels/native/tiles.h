@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -68,7 +69,8 @@ struct Keep {
     float factor = 1;
     const float *factors = nullptr;
 
-    Keep(bool any) : any(any) {}
+    // Of a bool alone: a pointer or a number would become one.
+    template <typename T, typename = std::enable_if_t<std::is_same<T, bool>::value>> Keep(T any) : any(any) {}
     explicit Keep(float factor) : any(true), factor(factor) {}
     explicit Keep(const float *factors) : any(true), factors(factors) {}
     Keep from(long row) const {

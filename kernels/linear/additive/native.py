@@ -67,7 +67,7 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
     call = _pass(inputs, segments)
     states = call.empty_states(segments)
     call.rows(k=inputs.k, v=inputs.v)
-    call.point(ends=states)
+    call.fill(ends=states)
     call.run("summarize")
     return Carry(chunked.transitions(inputs, segments), states)
 
@@ -79,7 +79,8 @@ def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[
     call, q, v = _pass(inputs, segments), inputs.queries, inputs.v
     out, ends = v.new_empty((*q.shape[:2], inputs.output_heads, v.shape[3])), call.empty_states(segments)
     call.rows(q=q, k=inputs.k, v=v, out=out)
-    call.point(states=states, ends=ends)
+    call.point(states=states)
+    call.fill(ends=ends)
     call.run("apply")
     return out, ends
 
@@ -91,7 +92,7 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
     call = _pass(inputs, segments)
     dstates = call.empty_states(segments)
     call.rows(q=inputs.queries, dout=do)
-    call.point(dstates=dstates)
+    call.fill(dstates=dstates)
     call.run("summarize_grad")
     return Carry(chunked.transitions(inputs, segments), dstates)
 
@@ -116,7 +117,8 @@ def key_value_grad(
     call, heads = _pass(inputs, segments), inputs.heads
     dk, dv, dstates = Grad(inputs.k, heads), Grad(inputs.v, heads), call.empty_states(segments)
     call.rows(q=inputs.queries, k=inputs.k, v=inputs.v, dout=do, dk=dk.parts, dv=dv.parts)
-    call.point(dends=dends, dstates=dstates)
+    call.point(dends=dends)
+    call.fill(dstates=dstates)
     call.run("key_value_grad")
     return dk.value(), dv.value(), dstates
 
@@ -136,14 +138,15 @@ def apply_grad(
     dq = Grad(inputs.queries, inputs.output_heads)
     dk, dv, dstates = Grad(inputs.k, heads), Grad(inputs.v, heads), call.empty_states(segments)
     call.rows(q=inputs.queries, k=inputs.k, v=inputs.v, dout=do, dq=dq.parts, dk=dk.parts, dv=dv.parts)
-    call.point(states=states, dends=dends, dstates=dstates)
+    call.point(states=states, dends=dends)
+    call.fill(dstates=dstates)
     (gate,) = inputs.gates
     if not gate_grads:
         call.run("apply_grad")
         return dq.value(), dk.value(), dv.value(), (None,), dstates
     if gate.dim() == 1:
-        sums = torch.zeros((len(segments), inputs.k.shape[0], heads), dtype=torch.float64)
-        call.point(dgate_sum=sums)
+        sums = torch.zeros((len(segments), inputs.k.shape[0], heads), dtype=torch.float64, device="cpu")
+        call.fill(dgate_sum=sums)
         call.run("apply_grad")
         dgate = sums.sum(dim=(0, 1)).unflatten(-1, (len(gate), -1)).sum(dim=-1).to(gate.dtype)
         return dq.value(), dk.value(), dv.value(), (dgate,), dstates

@@ -42,7 +42,7 @@ def _pass(inputs: Inputs, segments: Sequence[Segment]) -> Pass:
 
 def _empty_transitions(inputs: Inputs, segments: Sequence[Segment]) -> Tensor:
     batch, heads, key_dim, _ = inputs.state_shape
-    return torch.empty((len(segments), batch, heads, key_dim, key_dim))
+    return torch.empty((len(segments), batch, heads, key_dim, key_dim), dtype=torch.float32, device="cpu")
 
 
 def segment_length(heads: int, length: int, device: torch.device) -> int:
@@ -57,7 +57,7 @@ def summarize(inputs: Inputs, segments: Sequence[Segment]) -> Carry:
     call, carry = _pass(inputs, segments), _empty_transitions(inputs, segments)
     states = call.empty_states(segments)
     call.rows(v=inputs.v)
-    call.point(ends=states, transitions=carry)
+    call.fill(ends=states, transitions=carry)
     call.run("summarize")
     return Carry(carry, states)
 
@@ -69,7 +69,8 @@ def apply(inputs: Inputs, segments: Sequence[Segment], states: Tensor) -> tuple[
     call, q, v = _pass(inputs, segments), inputs.queries, inputs.v
     out, ends = v.new_empty((*q.shape[:2], inputs.output_heads, v.shape[3])), call.empty_states(segments)
     call.rows(q=q, v=v, out=out)
-    call.point(states=states, ends=ends)
+    call.point(states=states)
+    call.fill(ends=ends)
     call.run("apply")
     return out, ends
 
@@ -81,7 +82,7 @@ def summarize_grad(inputs: Inputs, segments: Sequence[Segment], do: Tensor) -> C
     call, carry = _pass(inputs, segments), _empty_transitions(inputs, segments)
     dstates = call.empty_states(segments)
     call.rows(q=inputs.queries, dout=do)
-    call.point(dstates=dstates, transitions=carry)
+    call.fill(dstates=dstates, transitions=carry)
     call.run("summarize_grad")
     return Carry(carry, dstates)
 
@@ -92,7 +93,8 @@ def apply_grad(
     """Pass 2 backward; see `chunked`."""
     if not is_supported(inputs):
         return chunked.apply_grad(inputs, segments, do, states, dends, gate_grads)
-    call, heads, dstates = _pass(inputs, segments), inputs.heads, torch.empty_like(states, dtype=torch.float32)
+    call, heads = _pass(inputs, segments), inputs.heads
+    dstates = call.empty_states(segments)
     dq = Grad(inputs.queries, inputs.output_heads)
     dk, dv = Grad(inputs.k, heads), Grad(inputs.v, heads)
     dgates = [Grad(gate, heads, torch.float32) for gate in inputs.gates] if gate_grads else []
@@ -100,7 +102,8 @@ def apply_grad(
         grad.parts.zero_()  # of tokens in no segment, as the torch operators give it
     call.rows(q=inputs.queries, v=inputs.v, dout=do, dq=dq.parts, dk=dk.parts, dv=dv.parts)
     call.rows(**dict(zip(("dbeta", "dgate"), (grad.parts for grad in dgates), strict=False)))
-    call.point(states=states, dends=dends, dstates=dstates)
+    call.point(states=states, dends=dends)
+    call.fill(dstates=dstates)
     call.run("apply_grad")
     of_gates: GateGrads = tuple(grad.value() for grad in dgates) or (None,) * len(inputs.gates)
     return dq.value(), dk.value(), dv.value(), of_gates, dstates

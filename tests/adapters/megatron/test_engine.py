@@ -48,10 +48,12 @@ def curve(out):
     return [(step.loss, step.grad_norm) for step in metrics(out).steps]
 
 
-def assert_same(found, want, rel=1e-5):
+def assert_same(found, want, rel=3e-5):
+    """Losses within 1e-6. The norm of the seventh step amplifies rounding: layouts differ by up to 1e-5 in it."""
     assert len(found) == len(want)
-    for each, wanted in zip(found, want, strict=True):
-        assert each == pytest.approx(wanted, rel=rel)
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(found, want, strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=rel / 30)
+        assert norm == pytest.approx(wanted_norm, rel=rel)
 
 
 ONE = "parallel.cp=1"
