@@ -25,9 +25,7 @@ struct Call {
 };
 
 // Buffers of a thread and the passes of its tasks.
-template <typename F> class Worker {
-    const Call &call;
-    const long readers;
+template <typename F> class Worker : Task<Call> {
     Scratch scratch;
     Factor<F> keys, values, queries, grads, scaled, weights, dweights;  // weights: decayed scores
     StateFactor<F> state, dstate;
@@ -37,13 +35,6 @@ template <typename F> class Worker {
     float *starts_of_chunks = nullptr;
     ScalarFactors decay;
     Ahead ahead;
-    long segment = 0, row = 0, head = 0;
-
-    // The head of x that this task's state reads, of those that several states share.
-    long shared_head(const Tensor &x) const { return head / (call.heads / x.heads); }
-    long reader_head(const Tensor &x, long reader) const {
-        return x.heads < call.heads ? shared_head(x) : head * readers + reader;
-    }
 
     void find_decay(const Range &chunk) {
         decay.find(call.gate, row, call.gate.heads ? head / (call.heads / call.gate.heads) : 0, chunk);
@@ -102,11 +93,10 @@ template <typename F> class Worker {
     }
 
     const float *first_state(const float *states) const { return states == nullptr ? nullptr : states + state_at(); }
-    long state_at() const { return ((segment * call.rows + row) * call.heads + head) * call.key_dim * call.value_dim; }
 
 public:
     explicit Worker(const Call &call)
-        : call(call), readers(std::max(1L, call.q.heads / call.heads)), keys(scratch, CHUNK, call.key_dim, true),
+        : Task(call), keys(scratch, CHUNK, call.key_dim, true),
           values(scratch, CHUNK, call.value_dim, true), queries(scratch, CHUNK, call.key_dim, false),
           grads(scratch, CHUNK, call.value_dim, false), scaled(scratch, CHUNK, call.key_dim, false),
           weights(scratch, CHUNK, CHUNK, false), dweights(scratch, CHUNK, CHUNK, false),
@@ -117,7 +107,7 @@ public:
     }
 
     void begin(long task) {
-        segment = task / (call.rows * call.heads), row = task / call.heads % call.rows, head = task % call.heads;
+        set(task);
         decay.is_constant = false;
     }
 

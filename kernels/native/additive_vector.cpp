@@ -20,9 +20,8 @@ struct Call {
 };
 
 // Buffers of a thread and the passes of its tasks.
-class Worker {
-    const Call &call;
-    const long key_width, value_width, readers;
+class Worker : Task<Call> {
+    const long key_width, value_width;
     Scratch scratch;
     VectorDecay decay;
     ReadState state, dstate;
@@ -32,15 +31,9 @@ class Worker {
     float *kept = nullptr;                                            // states before a block's chunks
     std::vector<Range> chunks;
     Ahead ahead;
-    long segment = 0, row = 0, head = 0;
 
     long state_size() const { return key_width * value_width; }
 
-    // The head of x that this task's state reads, of those that several states share.
-    long shared_head(const Tensor &x) const { return head / (call.heads / x.heads); }
-    long reader_head(const Tensor &x, long reader) const {
-        return x.heads < call.heads ? shared_head(x) : head * readers + reader;
-    }
     void load_queries(const Range &chunk, long reader) {
         load_tile(call.q, row, reader_head(call.q, reader), chunk, call.key_dim, queries);
     }
@@ -92,13 +85,11 @@ class Worker {
         which.start(from, from_rows, from_width);
         which.read();
     }
-    long state_at() const { return ((segment * call.rows + row) * call.heads + head) * call.key_dim * call.value_dim; }
 
 public:
     explicit Worker(const Call &call)
-        : call(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
-          readers(std::max(1L, call.q.heads / call.heads)), decay(scratch, key_width), state(scratch, key_width, value_width),
-          dstate(scratch, key_width, value_width) {
+        : Task(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
+          decay(scratch, key_width), state(scratch, key_width, value_width), dstate(scratch, key_width, value_width) {
         for (float **x : {&keys, &queries, &read, &written, &dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
         for (float **x : {&values, &grads, &dvalues, &values_turned, &result}) *x = scratch.take(CHUNK * value_width);
         for (float **x : {&scores, &dscores}) *x = scratch.take(CHUNK * CHUNK);
@@ -106,7 +97,7 @@ public:
     }
 
     void begin(long task) {
-        segment = task / (call.rows * call.heads), row = task / call.heads % call.rows, head = task % call.heads;
+        set(task);
         chunks = chunks_of(call.segments, segment);
         decay.begin();
     }

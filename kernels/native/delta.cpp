@@ -30,9 +30,8 @@ struct Call {
 };
 
 // Buffers of a thread and the passes of its tasks.
-template <typename Decay> class Worker {
-    const Call &call;
-    const long key_width, value_width, readers;
+template <typename Decay> class Worker : Task<Call> {
+    const long key_width, value_width;
     Scratch scratch;
     Decay decay;
     TriangularSystem system;
@@ -47,16 +46,10 @@ template <typename Decay> class Worker {
     float *kept = nullptr;                       // of a block's chunks, the states before them and their Z
     std::vector<Range> chunks;
     Ahead ahead;                                 // what the next chunk loads, and this one stores
-    long segment = 0, row = 0, head = 0;
 
     long state_size() const { return key_width * value_width; }
     long kept_size() const { return state_size() + CHUNK * value_width; }
 
-    // The head of x that this task's state reads, of those that several states share.
-    long shared_head(const Tensor &x) const { return head / (call.heads / x.heads); }
-    long reader_head(const Tensor &x, long reader) const {
-        return x.heads < call.heads ? shared_head(x) : head * readers + reader;
-    }
     void load_shared(const Tensor &x, const Range &chunk, long dim, float *to) const {
         load_tile(x, row, shared_head(x), chunk, dim, to);
     }
@@ -119,8 +112,6 @@ template <typename Decay> class Worker {
         which.start(from, from_rows, from_width);
         which.read();
     }
-    long state_number() const { return (segment * call.rows + row) * call.heads + head; }
-    long state_at() const { return state_number() * call.key_dim * call.value_dim; }
 
     // Begin a summary with a state of 0 and, where no document starts, the identity; returns the state's width.
     long start_summary(bool whole) {
@@ -142,8 +133,8 @@ template <typename Decay> class Worker {
 
 public:
     explicit Worker(const Call &call)
-        : call(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
-          readers(std::max(1L, call.q.heads / call.heads)), decay(scratch, key_width), system(scratch),
+        : Task(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
+          decay(scratch, key_width), system(scratch),
           state(scratch, key_width, value_width + (call.transitions ? key_width : 0)), dstate(scratch, key_width, value_width) {
         const long widest = value_width + (call.transitions ? key_width : 0);
         for (float **x : {&keys, &queries, &minus_read, &read, &written, &dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
@@ -155,7 +146,7 @@ public:
     }
 
     void begin(long task) {
-        segment = task / (call.rows * call.heads), row = task / call.heads % call.rows, head = task % call.heads;
+        set(task);
         chunks = chunks_of(call.segments, segment);
         decay.begin();
     }

@@ -44,8 +44,8 @@ def load(family: str) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(build(family)))
     except (NativeUnavailableError, OSError) as error:
         _log.warning(
-            "native CPU kernels (%s) are not available: %s. torch operators run in their place and take up to twice as "
-            "long; %s=0 silences this",
+            "native CPU kernels (%s) are not available: %s. torch operators run in their place and take two to nine "
+            "times as long; %s=0 silences this",
             family,
             error,
             SWITCH,

@@ -209,6 +209,26 @@ template <typename F> struct StateFactor : State {
     }
 };
 
+// A worker's task: a state, of a segment, batch row and head, and the heads of tensors that it reads.
+template <typename Call> class Task {
+protected:
+    const Call &call;
+    const long readers;  // heads of queries per state, 1 where several states share a head
+    long segment = 0, row = 0, head = 0;
+
+    explicit Task(const Call &call) : call(call), readers(std::max(1L, call.q.heads / call.heads)) {}
+    void set(long task) {
+        segment = task / (call.rows * call.heads), row = task / call.heads % call.rows, head = task % call.heads;
+    }
+    // The head of x that this state reads, of those that several states share.
+    long shared_head(const Tensor &x) const { return head / (call.heads / x.heads); }
+    long reader_head(const Tensor &x, long reader) const {
+        return x.heads < call.heads ? shared_head(x) : head * readers + reader;
+    }
+    long state_number() const { return (segment * call.rows + row) * call.heads + head; }
+    long state_at() const { return state_number() * call.key_dim * call.value_dim; }
+};
+
 // Tasks of a call, one per segment, batch row and head, on threads that each make a Worker.
 //
 // Returns 0, or 1 if there was not enough memory.
