@@ -19,7 +19,7 @@ WARM_UP = 2
 
 
 def steps(tokens: int, count: int) -> tuple[int, list[float]]:
-    """Train on tokens of chance; return the number of parameters and the seconds of each step after the warm-up."""
+    """Train on random tokens; return the number of parameters and the seconds of each step after the warm-up."""
     from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
     config = MiniMaxConfig(

@@ -81,10 +81,6 @@ class Worker : Task<Call> {
                 keep, &ahead);
     }
 
-    static void start(ReadState &which, const float *from, long from_rows, long from_width) {
-        which.start(from, from_rows, from_width);
-        which.read();
-    }
 
 public:
     explicit Worker(const Call &call)
@@ -103,7 +99,7 @@ public:
     }
 
     void apply() {
-        start(state, call.states + state_at(), call.key_dim, call.value_dim);
+        state.start(call.states + state_at(), call.key_dim, call.value_dim);
         for (long i = 0; i < long(chunks.size()); i++) {
             const Range &chunk = chunks[i];
             fetch(i + 1, true);
@@ -126,7 +122,7 @@ public:
     // The state that a segment adds, from its last document's start on.
     void summarize() {
         const long live = call.segments.last_start(segment);
-        start(state, nullptr, 0, 0);
+        state.start(nullptr, 0, 0);
         for (long i = 0; i < long(chunks.size()); i++)
             if (chunks[i].begin + chunks[i].tokens > live) advance(i);
         state.end(call.ends + state_at(), call.key_dim, call.value_dim);
@@ -135,7 +131,7 @@ public:
     // The gradient of a segment's start state, which tokens up to its first document's start read.
     void summarize_grad() {
         const long live = call.segments.first_start(segment);
-        start(dstate, nullptr, 0, 0);
+        dstate.start(nullptr, 0, 0);
         for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); chunk++) {
             if (chunk->begin >= live) continue;
             load_keys(*chunk);
@@ -157,8 +153,8 @@ public:
         const long count = long(chunks.size()), blocks = (count + CHUNKS_PER_BLOCK - 1) / CHUNKS_PER_BLOCK;
         if (kept == nullptr) kept = scratch.take(CHUNKS_PER_BLOCK * state_size());
         std::vector<float> checkpoints(blocks * state_size());
-        start(dstate, call.dends + state_at(), call.key_dim, call.value_dim);
-        start(state, call.states + state_at(), call.key_dim, call.value_dim);
+        dstate.start(call.dends + state_at(), call.key_dim, call.value_dim);
+        state.start(call.states + state_at(), call.key_dim, call.value_dim);
         for (long block = 0; block < blocks; block++) {
             std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
             for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++)
@@ -166,7 +162,7 @@ public:
         }
         for (long block = blocks - 1; block >= 0; block--) {
             const long first = block * CHUNKS_PER_BLOCK, last = std::min(count, first + CHUNKS_PER_BLOCK);
-            start(state, checkpoints.data() + block * state_size(), key_width, value_width);
+            state.start(checkpoints.data() + block * state_size(), key_width, value_width);
             for (long i = first; i < last; i++) {
                 std::memcpy(kept + (i - first) * state_size(), state.value, state_size() * sizeof(float));
                 if (i + 1 < last) advance(i);

@@ -108,17 +108,12 @@ template <typename Decay> class Worker : Task<Call> {
         write(value_width);
     }
 
-    static void start(ReadState &which, const float *from, long from_rows, long from_width) {
-        which.start(from, from_rows, from_width);
-        which.read();
-    }
 
     // Begin a summary with a state of 0 and, where no document starts, the identity; returns the state's width.
     long start_summary(bool whole) {
         const long width = value_width + (whole ? key_width : 0);
         state.width = width;
         state.start(nullptr, 0, 0, whole ? value_width : -1);
-        state.read();
         return width;
     }
 
@@ -152,7 +147,7 @@ public:
     }
 
     void apply() {
-        start(state, call.states + state_at(), call.key_dim, call.value_dim);
+        state.start(call.states + state_at(), call.key_dim, call.value_dim);
         for (long i = 0; i < long(chunks.size()); i++) {
             const Range &chunk = chunks[i];
             ahead.drop();
@@ -220,8 +215,8 @@ public:
         const long count = long(chunks.size()), blocks = (count + CHUNKS_PER_BLOCK - 1) / CHUNKS_PER_BLOCK;
         if (kept == nullptr) kept = scratch.take(std::min(longest_segment(), CHUNKS_PER_BLOCK) * kept_size());
         std::vector<float> checkpoints(blocks * state_size());
-        start(dstate, call.dends + state_at(), call.key_dim, call.value_dim);
-        start(state, call.states + state_at(), call.key_dim, call.value_dim);
+        dstate.start(call.dends + state_at(), call.key_dim, call.value_dim);
+        state.start(call.states + state_at(), call.key_dim, call.value_dim);
         for (long block = 0; block < blocks; block++) {
             std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
             for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++)
@@ -229,7 +224,7 @@ public:
         }
         for (long block = blocks - 1; block >= 0; block--) {
             const long first = block * CHUNKS_PER_BLOCK, last = std::min(count, first + CHUNKS_PER_BLOCK);
-            start(state, checkpoints.data() + block * state_size(), key_width, value_width);
+            state.start(checkpoints.data() + block * state_size(), key_width, value_width);
             for (long i = first; i < last; i++) {
                 float *of_chunk = kept + (i - first) * kept_size();
                 std::memcpy(of_chunk, state.value, state_size() * sizeof(float));

@@ -180,6 +180,10 @@ struct ReadState : State {
     float *value;
 
     ReadState(Scratch &scratch, long rows, long widest) : State(scratch, rows, widest), value(scratch.take(rows * widest)) {}
+    void start(const float *from, long from_rows, long from_width, long identity = -1) {
+        State::start(from, from_rows, from_width, identity);
+        read();
+    }
     void read() { State::read(value); }
 };
 

@@ -239,12 +239,6 @@ static void transpose(const float *from, long rows, long width, float *to) {
         }
 }
 
-// Rows [rows, width] times a factor each.
-static inline void scale_rows(long rows, long width, float *x, const float *factors) {
-    for (long i = 0; i < rows; i++)
-        for (long d = 0; d < width; d += LANES) store(x + i * width + d, load(x + i * width + d) * factors[i]);
-}
-
 template <typename T> static inline float dot(const T *x, const float *y, long width) {
     Vec total{};
     for (long d = 0; d < width; d += LANES) total += load(x + d) * load(y + d);
