@@ -1,10 +1,19 @@
-"""Command-line arguments: numbers and files that typer's types do not cover."""
+"""Command-line arguments that several commands take, and numbers and files that typer's types do not cover."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from longctx.errors import UserError
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a .toml recipe, or name of a bundled one, e.g. quickstart.")
+]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
+]
 
 
 def link_speed(text: str) -> float | None:

@@ -10,6 +10,7 @@ WITHOUT = {
     "kernels/linear/triton_*.py": "parts of both: the same, test_segment_scan.py and ../test_triton_compile.py",
     "kernels/native/tensor.py": "of calls: tests/kernels/linear/test_native_call.py, ../attention/test_native.py",
     "launch/bench_rank.py": "the rank of bench_parallel.py: tests/launch/test_bench_parallel.py",
+    "launch/commands/*.py": "arguments of commands: tests/launch/test_main.py",
     "launch/rank.py": "the process that local.py starts: tests/launch/test_local.py",
     "longctx/__main__.py": "one call: tests/launch/test_main.py starts it",
     "longctx/adapters/*/*.py": "tested where they run, inside the frameworks, by topic: tests/adapters/<framework>",

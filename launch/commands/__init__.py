@@ -1,0 +1,1 @@
+"""Arguments of the groups of commands, one module per group."""
