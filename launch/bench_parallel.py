@@ -19,7 +19,7 @@ from longctx.errors import UserError
 from longctx.files import temporary_folder
 from longctx.launch.arguments import check_json_file, write_json
 from longctx.launch.hosts import INTERFACE, hosts
-from longctx.launch.local import MALLOC_SETTINGS, threads_per_rank
+from longctx.launch.rank_settings import rank_settings, threads_per_rank
 from longctx.launch.terminal import echo
 from longctx.parallel.one_machine import LOOPBACK, STORE
 
@@ -127,10 +127,9 @@ def _measure(options: ParallelOptions, tasks: Sequence[LayerTask]) -> list[dict[
                         stdout=log,
                         stderr=log,
                         env={
-                            **MALLOC_SETTINGS,
                             **environment,
+                            **rank_settings(options.ranks),
                             STORE: str(folder / "store"),
-                            "OMP_NUM_THREADS": str(threads_per_rank(options.ranks)),
                             "RANK": str(number),
                             "LOCAL_RANK": str(number),
                             "WORLD_SIZE": str(options.ranks),

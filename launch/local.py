@@ -1,10 +1,11 @@
 """Local launcher: starts the ranks of a job on this machine and supervises them.
 
-The ranks get the environment variables of torchrun, but for MASTER_ADDR and MASTER_PORT: they find each other through a
-file in the job's private folder, so that no port is open to the network. torchrun itself is not used because of how
-runs end: its agent orders failures by whole seconds, and so often reports a consequence instead of the cause; it has
-the same grace period for a rank that saves and for one that waits for a dead peer; and after a signal the ranks' exit
-statuses are lost.
+The ranks get the environment variables of torchrun. In a job on this machine alone they find each other through a file
+in the job's private folder, so that no port is open to the network; where this machine is one of a job's nodes, each
+with a launcher, they meet at the address that the job names. torchrun itself is not used because of how runs end: its
+agent orders failures by whole seconds, and so often reports a consequence instead of the cause; it has the same grace
+period for a rank that saves and for one that waits for a dead peer; and after a signal the ranks' exit statuses are
+lost.
 
 Exit status of a job:
 
@@ -26,6 +27,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,31 +36,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from longctx.errors import UserError
 from longctx.files import temporary_folder
 from longctx.health.beat import FOLDER, STACKS, FolderBoard
 from longctx.health.diagnosis import Watcher, stacks_text
+from longctx.launch.job_environment import NodeOfJob, counted_ranks
 from longctx.launch.rank import Job, RankReport
+from longctx.launch.rank_settings import rank_settings
 from longctx.launch.terminal import echo, echo_error, show_cursor
 from longctx.parallel.one_machine import LOOPBACK, STORE
 
 _POLL = 0.05
 _WATCH = 0.5
-MALLOC_SETTINGS = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-"""Make glibc keep freed memory instead of returning the pages of each large tensor to the system, which costs CPU ranks
-much time (measured: 27 of 101 CPU seconds at 131,072 tokens per step), and ask for huge pages (from glibc 2.35 on): a
-head's rows are a token apart, so that each is in a page of its own, whose address takes longer to find than its numbers
-take to read."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 """The signal that stopped a rank which saved and returned, by the rank's exit status."""
-_SECONDHAND = re.compile(r"longctx\.parallel\.rank_errors\.RankError|torch\.distributed\.Dist\w*Error|/gloo/transport/")
+_RANK_ERROR = re.compile(r"longctx\.parallel\.rank_errors\.RankError")
+_SECONDHAND = re.compile(rf"{_RANK_ERROR.pattern}|torch\.distributed\.Dist\w*Error|/gloo/transport/")
 """Matches the class or message of an error that a rank raises because another one failed."""
 
 
@@ -121,6 +115,7 @@ class _Rank:
 class _Job:
     folder: Path
     limits: Limits
+    node: NodeOfJob | None = None
     ranks: list[_Rank] = field(default_factory=list)
     signals: list[signal.Signals] = field(default_factory=list)
     """Signals that the launcher received."""
@@ -186,49 +181,61 @@ def run_ranks(
     *,
     ranks: int,
     logs: Path,
+    node: NodeOfJob | None = None,
+    title: str = "",
     advice: str = "",
     limits: Limits | None = None,
 ) -> int:
     """Call `entry` (`module:function`) with `arguments` in `ranks` processes on this machine; return the exit status.
 
-    `arguments` must be JSON-serialisable. Rank 0 inherits this process's stdout and stderr; the output of other ranks
-    goes to `logs/rank-N.log`. `advice` is printed after a failure or a stop. Must be called in the main thread, which
-    receives the signals. Raises UserError if `logs` cannot be created.
+    `node`: this machine's place among those of a job, each of which has a launcher with as many ranks; None: the job is
+    on this machine alone. `arguments` must be JSON-serialisable. `title`: what they do, for a line at the start; empty:
+    no line. Rank 0 inherits this process's stdout and stderr; the output of other ranks goes to `logs/rank-N.log`.
+    `advice` is printed after a failure or a stop. Must be called in the main thread, which receives the signals. Raises
+    UserError if `logs` cannot be created.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        for earlier in logs.glob(STACKS.format("*")):
-            earlier.unlink()
+        if node is None or node.node == 0:
+            for earlier in logs.glob(STACKS.format("*")):
+                earlier.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{logs}: cannot be created: {error.strerror}; choose another --out") from None
+    if title:
+        where = "on this machine" if node is None else f"({node.describe()})"
+        echo(f"Starting {counted_ranks(ranks)} {where}: {title}")
     with temporary_folder("job") as folder:
         content: Job = {"entry": entry, "arguments": dict(arguments)}
         (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
-        job = _Job(folder, limits or Limits())
+        job = _Job(folder, limits or Limits(), node)
         with _received_signals(job.signals):
             try:
-                for number in range(ranks):
-                    job.ranks.append(_Rank(number, _start(number, ranks, folder, logs)))
+                for local in range(ranks):
+                    number = local if node is None else node.node * ranks + local
+                    process = _start(number, _environment(local, ranks, folder, node), folder, logs)
+                    job.ranks.append(_Rank(number, process))
                 job.watch()
             finally:
                 job.kill()
         return _conclude(job, logs, advice)
 
 
-def _start(number: int, ranks: int, folder: Path, logs: Path) -> subprocess.Popen[bytes]:
-    environment = {
-        "OMP_NUM_THREADS": str(threads_per_rank(ranks)),
-        **MALLOC_SETTINGS,
-        **LOOPBACK,
-        **os.environ,
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "GROUP_RANK": "0",
-        FOLDER: str(folder),
-        STORE: str(folder / "store"),
-    }
+def _environment(local: int, ranks: int, folder: Path, node: NodeOfJob | None) -> dict[str, str]:
+    """Return the environment of the rank `local` of `ranks` on this machine."""
+    settings = rank_settings(ranks)
+    place = {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(ranks)}
+    if node is None:
+        alone = {"RANK": str(local), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+        # The launcher watches the ranks' heartbeats; those of several machines are in the rendezvous store.
+        files = {FOLDER: str(folder), STORE: str(folder / "store")}
+        return {**settings, **LOOPBACK, **os.environ, **place, **alone, **files}
+    number, size = node.node * ranks + local, node.nodes * ranks
+    among = {"RANK": str(number), "WORLD_SIZE": str(size), "GROUP_RANK": str(node.node)}
+    meeting = {"MASTER_ADDR": node.meeting.address, "MASTER_PORT": str(node.meeting.port)}
+    return {**settings, **os.environ, **place, **among, **meeting}
+
+
+def _start(number: int, environment: Mapping[str, str], folder: Path, logs: Path) -> subprocess.Popen[bytes]:
     # -P: a file in the working directory does not take the place of a module of the same name.
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "longctx.launch.rank", str(folder), str(os.getpid())]
     # In a new session the rank does not get the terminal's Ctrl-C: signals reach it once, from the launcher.
@@ -238,12 +245,6 @@ def _start(number: int, ranks: int, folder: Path, logs: Path) -> subprocess.Pope
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-
-
-def threads_per_rank(ranks: int) -> int:
-    """Return the OMP threads per rank, so that `ranks` processes together use the cores available to this one."""
-    cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or sys.maxsize)
-    return max(1, cores // ranks)
 
 
 @contextlib.contextmanager
@@ -305,6 +306,7 @@ def _precedence(rank: _Rank) -> tuple[int, float]:
 def _report_failure(failures: list[_Rank], job: _Job, logs: Path, advice: str) -> int:
     cause = failures[0]
     others = "; the other ranks were stopped" if len(job.ranks) > 1 else ""
+    name = f"rank {cause.number}" if job.node is None else f"rank {cause.number} on {socket.gethostname()}"
     if cause.report is None:
         how = f"exited with status {cause.status}"
         if cause.status is not None and cause.status < 0:
@@ -312,7 +314,7 @@ def _report_failure(failures: list[_Rank], job: _Job, logs: Path, advice: str) -
         if cause.status == -signal.SIGKILL:
             how += " (by the kernel if memory ran out; see dmesg)"
         log = f" Its output: {logs / f'rank-{cause.number}.log'}." if cause.number else ""
-        echo_error(f"rank {cause.number} {how}{others}.{log} {advice}".rstrip())
+        echo_error(f"{name} {how}{others}.{log} {advice}".rstrip())
         return 1
     if cause.report["is_user_error"]:
         # All ranks that agree on an error raise it; print that of the lowest.
@@ -321,8 +323,12 @@ def _report_failure(failures: list[_Rank], job: _Job, logs: Path, advice: str) -
         }
         echo_error(messages[min(messages)])
         return 2
+    if _RANK_ERROR.search(cause.report["kind"]):
+        # Raised where a collective ended, which says nothing of the cause.
+        echo_error(cause.report["message"])
+        return 1
     echo(cause.report["trace"].rstrip("\n"))
-    echo_error(f"rank {cause.number} failed with the error above{others}. {advice}".rstrip())
+    echo_error(f"{name} failed with the error above{others}. {advice}".rstrip())
     return 1
 
 

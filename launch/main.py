@@ -4,6 +4,7 @@ Commands import their dependencies when they run, so that `longctx --help` is fa
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from longctx.errors import UserError
 from longctx.files import path_errors
 from longctx.launch.arguments import OverridesArgument, RecipeArgument, at_least
 from longctx.launch.commands import bench, checkpoint, convert, data
+from longctx.launch.rank_settings import exec_with_settings
 from longctx.launch.terminal import echo_error
 
 
@@ -68,7 +70,12 @@ def _train(
     overrides: OverridesArgument = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", show_default="one per GPU, or 1", help="Number of ranks on this machine."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default="one per GPU, or what the recipe's axes need",
+            help="Number of ranks on this machine.",
+        ),
     ] = None,
     resume: Annotated[
         str,
@@ -87,8 +94,8 @@ def _train(
 ) -> None:
     """Train a model from a recipe.
 
-    Starts one process per rank on this machine. Under torchrun, or if a cluster sets RANK, WORLD_SIZE and
-    MASTER_ADDR, the process runs as one rank of that job. Ctrl-C and SIGTERM save a checkpoint before exiting.
+    Starts one process per rank on this machine. Under torchrun, srun, mpirun, or with RANK, WORLD_SIZE and
+    MASTER_ADDR set, the process runs as one rank of that job. Ctrl-C and SIGTERM save a checkpoint before exiting.
     """
     from longctx.launch.train import train
 
@@ -165,6 +172,8 @@ def _generate(
 
 def main() -> None:
     """Run the console script. Exit status: 1 for a failure, 2 for a user error, 128 + the signal that stopped a run."""
+    if sys.argv[1:2] == ["train"]:
+        exec_with_settings(sys.argv[1:])
     try:
         app(prog_name="longctx")
     except SystemExit as end:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypedDict
@@ -48,7 +49,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-        error = error.with_traceback(_below_main(trace))
+        error = error.with_traceback(below(main, trace))
         _report(folder / f"error-{rank}.json", kind, error)
         # The parent shows the first error; those of other ranks are in their logs.
         if rank != 0:
@@ -83,9 +84,9 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _below_main(trace: TracebackType | None) -> TracebackType | None:
-    """Return `trace` from the job's function on, without the frames of the launcher."""
-    while trace is not None and trace.tb_frame.f_code is not main.__code__:
+def below(caller: Callable[..., object], trace: TracebackType | None) -> TracebackType | None:
+    """Return `trace` from what `caller` called on, without the frames of the launcher."""
+    while trace is not None and trace.tb_frame.f_code is not caller.__code__:
         trace = trace.tb_next
     return trace and trace.tb_next
 

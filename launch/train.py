@@ -2,16 +2,21 @@
 
 import json
 import os
+import socket
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import UserError
 from longctx.files import path_errors
+from longctx.launch.job_environment import RankOfJob, find_job
 from longctx.launch.local import run_ranks
+from longctx.launch.rank import below
+from longctx.launch.terminal import echo, echo_error
+from longctx.parallel.rank_errors import RankError
 from longctx.recipe import Recipe, check, load
 
-_MAX_PORT = 2**16 - 1
 _ADVICE = "--resume auto continues from the last complete checkpoint."
 
 
@@ -25,9 +30,10 @@ def train(
 ) -> int:
     """Train the recipe `source` with `overrides`; return the exit status.
 
-    In a job started by torchrun or a cluster, this process runs as one rank. Otherwise `nproc` ranks are launched on
-    this machine; None: one per GPU, or one on the CPU. `resume`: `auto`, `never`, or a checkpoint directory. `out`: the
-    run directory; None: `runs/<name>`.
+    In a job whose scheduler has started this process as a rank, it runs as that rank. Otherwise `nproc` ranks are
+    launched on this machine, which may be one node of a job (`longctx.launch.job_environment`); None: one per GPU, or
+    on a CPU as many as the recipe's axes need. `resume`: `auto`, `never`, or a checkpoint directory. `out`: the run
+    directory; None: `runs/<name>`.
 
     Raises UserError, before any rank starts, if the recipe is invalid or cannot run on that many ranks.
     """
@@ -35,19 +41,20 @@ def train(
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"--resume {resume}: there is no such directory; give auto, never, or a checkpoint directory")
     out = out or Path("runs") / recipe.name
-    ranks = job_size()
-    if ranks is not None:
+    job = find_job(nproc)
+    if isinstance(job, RankOfJob):
         if nproc is not None:
             raise UserError(
-                f"--nproc {nproc}: this process is already one rank of {ranks} (RANK and WORLD_SIZE are set); omit "
-                "--nproc"
+                f"--nproc {nproc}: this process is already one rank of {job.size} ({job.found}); omit --nproc, or "
+                "start one task per node"
             )
-        check(recipe, ranks)
-        return _run_in_job(recipe, out, resume)
-    ranks = nproc or _default_ranks(recipe.train.device)
-    check(recipe, ranks)
+        return _run_in_job(recipe, out, resume, job)
+    ranks = nproc or (job and job.ranks) or _default_ranks(recipe)
+    node = job if job is not None and job.nodes > 1 else None
+    check(recipe, ranks * (1 if node is None else node.nodes))
     arguments = {"recipe": recipe.model_dump(), "out": str(out), "resume": resume}
-    return run_ranks("longctx.launch.train:run_rank", arguments, ranks=ranks, logs=out / "logs", advice=_ADVICE)
+    entry, title = "longctx.launch.train:run_rank", f"{recipe.name}, in {out}"
+    return run_ranks(entry, arguments, ranks=ranks, logs=out / "logs", node=node, title=title, advice=_ADVICE)
 
 
 def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
@@ -58,39 +65,19 @@ def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
         return train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
 
 
-def job_size() -> int | None:
-    """Return the number of ranks of the job that this process belongs to; None outside a job.
+def _run_in_job(recipe: Recipe, out: Path, resume: str, job: RankOfJob) -> int:
+    """Run the trainer as a rank that a scheduler has started; return its exit status.
 
-    Raises UserError if the environment variables are incomplete or no numbers.
+    The cause of a failure is what the rank prints last: its log, or that of the whole job, is read from the end.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(
-                f"RANK and WORLD_SIZE are set, but {name} is not: set MASTER_ADDR and MASTER_PORT to the address and "
-                "port of rank 0, or unset RANK and WORLD_SIZE to launch ranks on this machine"
-            )
-    rank, size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if rank >= size:
-        raise UserError(f"RANK {rank}: expected less than WORLD_SIZE, {size}; each rank needs its own")
-    if port > _MAX_PORT:
-        raise UserError(f"MASTER_PORT {port}: expected at most {_MAX_PORT}, the port of rank 0")
-    return size
-
-
-def _number(name: str) -> int:
-    value = os.environ[name]
-    if not (value.isascii() and value.isdecimal()):
-        raise UserError(f"{name} {value!r}: expected a number; torchrun and clusters set this environment variable")
-    return int(value)
-
-
-def _run_in_job(recipe: Recipe, out: Path, resume: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from longctx.train.trainer import train
 
+    check(recipe, job.size)
+    os.environ.update(job.variables())
+    if job.rank == 0:
+        echo(job.describe())
     handler = get_error_handler()
     handler.initialize()
     try:
@@ -98,14 +85,32 @@ def _run_in_job(recipe: Recipe, out: Path, resume: str) -> int:
             return train(recipe, out=out, resume=resume)
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - printed, with its traceback, and the rank's exit status
         # torchrun reads the first traceback from here.
         handler.record_exception(error)
-        raise
+        if isinstance(error, RankError):
+            echo_error(str(error))
+            return 1
+        error = error.with_traceback(below(_run_in_job, error.__traceback__))
+        echo("".join(traceback.format_exception(error)).rstrip("\n"))
+        echo_error(f"rank {job.rank} on {socket.gethostname()} failed with the error above. {_ADVICE}")
+        return 1
 
 
-def _default_ranks(device: str) -> int:
-    """Return one rank per GPU that the recipe may use, else 1."""
+def _default_ranks(recipe: Recipe) -> int:
+    """Return one rank per GPU that the recipe may use; on a CPU, as many as its axes need, if there are so many cores.
+
+    Raises UserError if there are not.
+    """
     import torch
 
-    return 1 if device == "cpu" else torch.cuda.device_count() or 1
+    gpus = 0 if recipe.train.device == "cpu" else torch.cuda.device_count()
+    if gpus:
+        return gpus
+    needed, cores = recipe.parallel.fewest_ranks, len(os.sched_getaffinity(0))
+    if needed > max(cores, 1):
+        raise UserError(
+            f"the axes of [parallel] need {needed} ranks, and this machine has {cores} CPU cores and no GPU that the "
+            f"recipe may use: give --nproc {needed} to start them all the same, or smaller axes, such as parallel.cp=1"
+        )
+    return needed

@@ -1,5 +1,6 @@
 """Recipe tables of the trainer: optimization, parallelism, engines, evaluation, checkpoints and logging."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -143,6 +144,12 @@ class ParallelConfig(Config):
     timeout: Duration = Field(default=600.0, gt=0, le=30 * 86400)
     """Seconds that a rank waits for another rank before it stops with an error; at most 30 days. Also the longest limit
     of a step, an evaluation or a save, after which a rank that others wait for is named."""
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks that has all axes."""
+        shard = math.lcm(self.ep, self.cp) // self.cp if self.dp_shard == "rest" else self.dp_shard
+        return self.dp_replicate * shard * self.cp * self.tp * self.pp
 
     def shard(self, ranks: int) -> int | None:
         """Return the size of dp_shard for a number of ranks; None if the other axes do not divide it."""

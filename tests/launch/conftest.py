@@ -16,14 +16,16 @@ HERE = Path(__file__).resolve().parent
 
 
 class Launcher:
-    """A launcher that runs `function` on `ranks` ranks; `folder` is where they leave their marks."""
+    """A launcher that runs `function` on `ranks` ranks; `folder` is where they leave their marks. `node`: of how many
+    nodes it is which, if of several."""
 
     def __init__(
         self, folder: Path, function: str, ranks: int = 2, *, save: float = 20, settle: float = 5, **popen: Any
     ) -> None:
         self.folder = folder
         self.began = time.monotonic()
-        arguments = [function, str(ranks), str(folder), str(save), str(settle)]
+        node = popen.pop("node", ())
+        arguments = [function, str(ranks), str(folder), str(save), str(settle), *map(str, node)]
         environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
         environment |= {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"} | popen.pop("env", {})
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen

@@ -13,6 +13,7 @@ from longctx.errors import UserError
 from longctx.health.beat import FOLDER, Beat, FolderBoard
 
 RANK = int(os.environ["RANK"])
+LOCAL_RANK = int(os.environ["LOCAL_RANK"])
 LONG = 60.0
 
 
@@ -53,7 +54,7 @@ def user_error_on_1(folder: str) -> None:
 
 def crash_on_1(folder: str) -> None:
     """Rank 1 fails, and rank 0 because of that, which is noted first: rank 1 still closes what it had open."""
-    if RANK == 0:
+    if LOCAL_RANK == 0:
         _wait_for(folder, "crashed")
         raise RuntimeError(PEER_LOST)
     try:

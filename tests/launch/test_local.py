@@ -4,11 +4,13 @@ import os
 import pty
 import re
 import signal
+import socket
 
 import pytest
 
 from longctx.launch import local
-from longctx.launch.local import threads_per_rank
+from longctx.launch.job_environment import Meeting, NodeOfJob
+from longctx.launch.rank_settings import threads_per_rank
 from tests.combinations import mostly_slow
 
 
@@ -18,14 +20,34 @@ def test_ranks_find_torchruns_environment(start, tmp_path):
         assert (tmp_path / f"rank-{rank}.txt").read_text() == f"{rank} {rank} 3 3 7 lo"
 
 
-def test_ranks_share_the_cores_unless_set_otherwise(start, tmp_path, monkeypatch):
+def test_ranks_share_the_cores_unless_set_otherwise(start, tmp_path):
     assert start("describe", 2).wait()[0] == 0
     assert (tmp_path / "rank-1.txt").read_text().split()[-2] == str(threads_per_rank(2))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
-    monkeypatch.setattr(local.psutil, "cpu_count", lambda logical: 8)
-    assert [threads_per_rank(ranks) for ranks in (1, 2, 4, 7)] == [6, 3, 1, 1]
-    monkeypatch.setattr(local.psutil, "cpu_count", lambda logical: 4)
-    assert threads_per_rank(2) == 2  # two hyperthreads on a core are one core
+
+
+def test_the_ranks_of_one_node_are_numbered_after_those_of_the_nodes_before(tmp_path):
+    node = NodeOfJob("a test", 1, 3, Meeting("head", 1234))
+    environment = local._environment(1, 2, tmp_path, node)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [environment[name] for name in names] == ["3", "6", "1", "2", "1", "head", "1234"]
+    alone = {*local._environment(1, 2, tmp_path, None)} - {*environment}
+    assert alone >= {"LONGCTX_STORE", "LONGCTX_HEARTBEATS"}, "files of one machine, by which no other is reached"
+
+
+def test_a_line_says_at_once_what_is_started(tmp_path, capfd):
+    local.run_ranks("fake_ranks:no_such", {}, ranks=1, logs=tmp_path, title="mine, in runs/mine")
+    assert capfd.readouterr().err.startswith("Starting 1 rank on this machine: mine, in runs/mine\n")
+
+
+def test_the_failure_of_one_nodes_ranks_names_the_node(start, tmp_path):
+    status, _, stderr = start("crash_on_1", node=(1, 2)).wait()
+    assert status == 1
+    host = socket.gethostname()
+    assert f"error: rank 3 on {host} was killed" not in stderr
+    assert stderr.endswith(
+        f"error: rank 3 on {host} failed with the error above; the other ranks were stopped. ADVICE\n"
+    )
+    assert {file.name for file in (tmp_path / "logs").iterdir()} == {"rank-2.log", "rank-3.log"}
 
 
 def test_a_job_leaves_no_folder_and_removes_that_of_a_killed_launcher(start, tmp_path):

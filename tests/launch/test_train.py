@@ -1,17 +1,19 @@
 """`longctx train`: it starts ranks with the resolved recipe, or is one of a job's."""
 
 import json
+import os
+import socket
 import sys
 import types
 
 import pytest
-from typer.testing import CliRunner
 
-from longctx.launch import main as commands
 from longctx.launch import train as training
+from longctx.parallel.rank_errors import RankError
 from longctx.recipe import Recipe, load
 from tests.launch.test_main import run
 
+DESCRIBED = "RANK and WORLD_SIZE: 1 rank; rank 0 at a:1\n"
 RECIPE = """
 name = "tiny"
 [model]
@@ -69,10 +71,31 @@ def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, mon
     assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto")]
 
 
-def test_train_names_the_run_after_the_recipe_and_uses_one_rank_on_a_cpu(recipe, started):
+def test_train_names_the_run_after_the_recipe(recipe, started):
     run("train", recipe)
     ((_, arguments, options),) = started
-    assert (arguments["out"], options["ranks"]) == ("runs/tiny", 1)
+    assert (arguments["out"], options["ranks"], options["node"]) == ("runs/tiny", 1, None)
+    assert options["title"] == "tiny, in runs/tiny"
+
+
+def test_on_a_cpu_the_recipes_axes_say_how_many_ranks(recipe, started, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    run("train", recipe, "parallel.cp=4")
+    assert started[0][2]["ranks"] == 4
+    status, stderr = run("train", recipe, "parallel.cp=8")
+    assert (status, len(started)) == (2, 1)
+    assert "[parallel] need 8 ranks, and this machine has 4 CPU cores and no GPU" in stderr
+    run("train", recipe, "parallel.cp=8", "--nproc", "8")
+    assert started[1][2]["ranks"] == 8
+
+
+def test_a_node_of_a_job_starts_its_own_ranks(recipe, started, monkeypatch):
+    job = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "head", "PET_MASTER_PORT": "1"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    run("train", recipe, "parallel.cp=4", "--nproc", "2")
+    assert (started[0][2]["ranks"], started[0][2]["node"].node) == (2, 1)
+    assert "does not divide the number of ranks, 6" in run("train", recipe, "parallel.cp=4", "--nproc", "3")[1]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +103,7 @@ def test_train_names_the_run_after_the_recipe_and_uses_one_rank_on_a_cpu(recipe,
     [
         (["train.stps=3"], "command line: train.stps: unknown key; did you mean 'steps'?"),
         (["parallel.cp=2", "parallel.ulysses=3"], "parallel.ulysses: cp = 2 is not a multiple of ulysses = 3"),
-        (["parallel.cp=2"], "start a multiple of 2 (--nproc 2 on one machine)"),
+        (["parallel.cp=2", "--nproc", "3"], "start a multiple of 2 (--nproc 2 on one machine)"),
         (["--nproc", "2"], "train.sequences_per_step: 1 is not a multiple of the data-parallel size 2"),
         (["--resume", "gone"], "--resume gone: there is no such directory"),
     ],
@@ -155,5 +178,25 @@ def test_an_error_inside_a_job_is_left_for_torchrun(recipe, tmp_path, monkeypatc
     names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     for name, value in (names | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}).items():
         monkeypatch.setenv(name, value)
-    assert isinstance(CliRunner().invoke(commands.app, ["train", recipe]).exception, KeyError)
+    status, stderr = run("train", recipe)
+    assert status == 1
     assert "the cause" in (tmp_path / "error.json").read_text()
+    first, *_, last = stderr.removeprefix(DESCRIBED).splitlines()
+    assert (first, stderr.count("  File ")) == ("Traceback (most recent call last):", 1), "no frame of the command line"
+    assert last == (
+        f"error: rank 0 on {socket.gethostname()} failed with the error above. --resume auto continues from the last "
+        "complete checkpoint."
+    )
+
+
+def test_a_rank_that_lost_another_says_that_and_no_more(recipe, tmp_path, monkeypatch):
+    def fail(recipe, out, resume):
+        raise RankError("step 3: rank 0 lost contact with another rank")
+
+    trainer = types.ModuleType("longctx.train.trainer")
+    trainer.train = fail
+    monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    status, stderr = run("train", recipe)
+    assert (status, stderr) == (1, f"{DESCRIBED}error: step 3: rank 0 lost contact with another rank\n")
