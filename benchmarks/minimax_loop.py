@@ -4,7 +4,7 @@
 
 Three lightning layers to one of softmax attention, one expert as the feed-forward, bf16 autocast, AdamW with clipped
 gradients, as recipes/quickstart.toml trains. The first two steps do not count. Prints the number of parameters and the
-median of the other steps. Needs `pip install 'longctx[compare]'`.
+median of the other steps. Needs `pip install -e '.[compare]'`.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from longctx.errors import UserError
 from longctx.files import path_errors
 from longctx.launch.arguments import OverridesArgument, RecipeArgument, at_least
 from longctx.launch.commands import bench, checkpoint, convert, data
+from longctx.launch.distribution import foreign_distribution
 from longctx.launch.rank_settings import exec_with_settings
 from longctx.launch.terminal import echo_error
 
@@ -172,6 +173,10 @@ def _generate(
 
 def main() -> None:
     """Run the console script. Exit status: 1 for a failure, 2 for a user error, 128 + the signal that stopped a run."""
+    other = foreign_distribution()
+    if other is not None:
+        echo_error(other)
+        sys.exit(2)
     if sys.argv[1:2] == ["train"]:
         exec_with_settings(sys.argv[1:])
     try:

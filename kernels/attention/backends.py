@@ -150,7 +150,7 @@ def _has_triton() -> bool:
 
 def _triton_refusal(call: Call) -> str | None:
     if not _has_triton():
-        return "the package triton is not installed (pip install 'longctx[triton]')"
+        return "the package triton is not installed (pip install -e '.[triton]')"
     if isinstance(call.mask, Tensor):
         return "it supports no mask tensor"
     if call.dtype not in (*HALF, torch.float32):
@@ -172,7 +172,7 @@ def _flex_refusal(call: Call) -> str | None:
     if call.device.type != "cuda":
         return f"it runs on CUDA (elsewhere it makes the whole score matrix), and the tensors are on {call.device.type}"
     if not _has_triton():
-        return "it is compiled with triton, which is not installed (pip install 'longctx[triton]')"
+        return "it is compiled with triton, which is not installed (pip install -e '.[triton]')"
     if call.dtype not in (*HALF, torch.float32):
         return f"it supports bf16, fp16 and float32, not {_name(call.dtype)}"
     if isinstance(call.mask, Tensor):

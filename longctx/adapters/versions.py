@@ -25,7 +25,7 @@ class TestedVersions:
     def check(self) -> None:
         """Raise UnsupportedVersionError if the package is missing, or older or newer than the tested versions."""
         tested = f"longctx was tested with {self.package} {self.oldest} to {self.newest}"
-        install = f"pip install 'longctx[{self.extra}]'"
+        install = f"pip install -e '.[{self.extra}]'"
         try:
             installed = Version(import_module(self.module).__version__)
         except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from longctx.bench.kernels import EPS, Inputs, Workload, delta_scale
 
-EXTRA = "pip install 'longctx[compare]'"
+EXTRA = "pip install -e '.[compare]'"
 """The command that installs the peers outside torch."""
 
 

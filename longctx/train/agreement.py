@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import longctx
 from longctx.config import flattened
 from longctx.errors import UserError
 from longctx.health.diagnosis import name_ranks
@@ -46,8 +47,9 @@ def check_agreement(recipe: Recipe, out: Path) -> None:
 def described(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Return what all ranks must have in common, by name."""
     keys = {key: value for key, value in flattened(recipe.model_dump(mode="json")) if key not in _BY_CONTENT}
-    versions: dict[str, Any] = {"Python": platform.python_version(), "torch": torch.__version__}
-    for package in ("longctx", "triton", "megatron-core", "deepspeed"):
+    versions: dict[str, Any] = {"longctx": longctx.__version__, "Python": platform.python_version()}
+    versions["torch"] = torch.__version__
+    for package in ("triton", "megatron-core", "deepspeed"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

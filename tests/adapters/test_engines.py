@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
 
 from tests.adapters.engines import ALONE, OTHERS, run
 from tests.train.runs import losses, write_workplace

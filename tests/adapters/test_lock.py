@@ -2,9 +2,9 @@
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
-pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
+pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[huggingface]'")
 
 from tests.packaging.test_lock import ADAPTERS, check_completeness
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-pytest.importorskip("s3fs", reason="needs the extra: pip install 'longctx[s3]'")
+pytest.importorskip("s3fs", reason="needs the extra: pip install -e '.[s3]'")
 pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
 
 from moto.server import ThreadedMotoServer

@@ -23,7 +23,7 @@ def test_what_is_older_or_newer_is_refused(monkeypatch, version):
     message = f"this is megatron-core {version}, and longctx was tested with megatron-core 0.16.1 to 0.17: "
     with pytest.raises(UnsupportedVersionError, match=message.replace(".", r"\.")) as caught:
         TESTED.check()
-    assert "pip install 'longctx[megatron]'" in str(caught.value)
+    assert "pip install -e '.[megatron]'" in str(caught.value)
 
 
 def test_what_is_missing_is_named():

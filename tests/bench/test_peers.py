@@ -61,8 +61,8 @@ def test_another_computation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_missing_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert CPU["lightning"].missing() == "transformers is not installed; pip install 'longctx[compare]'"
-    assert FLA["kda"].missing() == "flash-linear-attention is not installed; pip install 'longctx[compare]'"
+    assert CPU["lightning"].missing() == "transformers is not installed; pip install -e '.[compare]'"
+    assert FLA["kda"].missing() == "flash-linear-attention is not installed; pip install -e '.[compare]'"
 
 
 def test_what_is_there_is_not_missing() -> None:

@@ -23,7 +23,7 @@ EXTRA = {"deepspeed": "deepspeed", "fla": "compare", "transformers": "compare"}
 def peer(module):
     """A module of a peer; where that is not installed or too old, the tests of the file that asks are skipped."""
     name = module.partition(".")[0]
-    reason = f"pip install 'longctx[{EXTRA[name]}]' to compare with {name}, {OLDEST[name]} or later"
+    reason = f"pip install -e '.[{EXTRA[name]}]' to compare with {name}, {OLDEST[name]} or later"
     pytest.importorskip(name, OLDEST[name], reason)
     return pytest.importorskip(module)
 

@@ -39,7 +39,7 @@ def test_a_missing_framework_is_a_user_error_with_the_extra_to_install(engine, m
     monkeypatch.setitem(sys.modules, framework, None)
     with pytest.raises(UserError) as caught:
         build_engine(of_engine(engine), "cpu", VOCABULARY)
-    message = f"engine: '{engine}': {package} is not installed: pip install 'longctx[{engine}]'"
+    message = f"engine: '{engine}': {package} is not installed: pip install -e '.[{engine}]'"
     assert str(caught.value) == message
 
 
@@ -53,7 +53,7 @@ def test_a_version_that_was_not_tested_is_a_user_error_with_those_that_were(engi
     message = str(caught.value)
     beginning = f"engine: '{engine}': this is {package} {version}, and longctx was tested with {package} "
     assert message.startswith(beginning)
-    assert message.endswith(f": pip install 'longctx[{engine}]'")
+    assert message.endswith(f": pip install -e '.[{engine}]'")
 
 
 def test_the_torch_engine_has_the_recipes_tables_and_a_mesh_of_all_ranks(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
 
 from longctx.adapters.deepspeed import DistributedAttention
 

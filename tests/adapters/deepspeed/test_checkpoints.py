@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
 
 
 from longctx.checkpoint.restricted import METADATA

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
 
 from tests.adapters.deepspeed.training import (
     CLIP,

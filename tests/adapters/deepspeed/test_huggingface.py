@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
-pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
+pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[huggingface]'")
 
 from longctx.adapters.deepspeed import gradients_of, initialize
 from longctx.adapters.huggingface import parallelize

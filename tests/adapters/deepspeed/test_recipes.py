@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-pytest.importorskip("deepspeed", reason="needs the extra: pip install 'longctx[deepspeed]'")
+pytest.importorskip("deepspeed", reason="needs the extra: pip install -e '.[deepspeed]'")
 
 from longctx.adapters import deepspeed as adapter
 from longctx.errors import UserError
@@ -151,7 +151,7 @@ def test_another_version_is_refused(ranks, workplace, tmp_path, version):
     for said in ranks.run(refused, workplace, tmp_path / "run", version, size=2):
         assert said == (
             f"engine: 'deepspeed': this is deepspeed {version}, and longctx was tested with deepspeed 0.19.8 to 0.19: "
-            "pip install 'longctx[deepspeed]'"
+            "pip install -e '.[deepspeed]'"
         )
 
 
@@ -172,4 +172,4 @@ def without(workplace, out):
 
 def test_without_it_the_extra_is_named(ranks, workplace, tmp_path):
     for said in ranks.run(without, workplace, tmp_path / "run", size=2):
-        assert said == "engine: 'deepspeed': deepspeed is not installed: pip install 'longctx[deepspeed]'"
+        assert said == "engine: 'deepspeed': deepspeed is not installed: pip install -e '.[deepspeed]'"

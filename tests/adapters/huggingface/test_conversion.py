@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
+pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[huggingface]'")
 
 from longctx.checkpoint.weights import find_weights
 from longctx.convert.families import FAMILIES

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("transformers", reason="needs the extra: pip install 'longctx[huggingface]'")
+pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[huggingface]'")
 
 from longctx.adapters.huggingface import parallelize
 from longctx.parallel.layout import Layout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
 
 from longctx.checkpoint.weights import find_weights
 from longctx.convert.megatron import find_checkpoint, from_megatron, to_megatron

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
 
 from longctx.checkpoint.read import list_checkpoints
 from longctx.checkpoint.restricted import METADATA

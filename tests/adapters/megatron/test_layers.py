@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
 
 from longctx.adapters.megatron import specs
 from longctx.adapters.megatron.router import RouterConfig

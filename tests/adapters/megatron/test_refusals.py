@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
 
 from longctx.adapters.megatron.layouts import thd_partitioned_indices
 from longctx.adapters.megatron.router import RouterConfig

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("megatron.core", reason="needs the extra: pip install 'longctx[megatron]'")
+pytest.importorskip("megatron.core", reason="needs the extra: pip install -e '.[megatron]'")
 
 from longctx.adapters.megatron.router import RouterConfig
 from longctx.adapters.megatron.specs import layer_spec

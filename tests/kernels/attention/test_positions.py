@@ -15,7 +15,7 @@ from tests.kernels.attention.cases import by_reference, dense, draw, gathered, m
 
 in_interpreter = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs triton (pip install 'longctx[triton]') in its interpreter: TRITON_INTERPRET=1",
+    reason="needs triton (pip install -e '.[triton]') in its interpreter: TRITON_INTERPRET=1",
 )
 built = pytest.mark.skipif(not native.is_built(), reason="needs a C++ compiler")
 BACKENDS = {"cpu-flash": torch.float64, "tiled": torch.float64, "triton": torch.float32, "cpu-native": torch.float32}

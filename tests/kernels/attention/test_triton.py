@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton: pip install 'longctx[triton]'")
+pytest.importorskip("triton", reason="needs triton: pip install -e '.[triton]'")
 
 from longctx.kernels.attention import triton as attention_triton
 from longctx.kernels.attention.masks import IntervalMask, query_bounds, sliding_window, visible_tiles

@@ -95,7 +95,7 @@ def test_backward_the_gradients_of_queries_are_made_while_those_of_states_travel
     ],
 )
 def test_the_triton_form_under_the_same_scan_gives_the_same(kind, heads):
-    pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
+    pytest.importorskip("triton", reason="pip install -e '.[triton]' to run the Triton kernels")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
     from longctx.kernels.linear.additive import triton as triton_additive

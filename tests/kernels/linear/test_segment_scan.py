@@ -24,7 +24,7 @@ def draw(kind, count=5, key_dim=5, value_dim=7):
 
 
 def kernels():
-    pytest.importorskip("triton", reason="pip install 'longctx[triton]' to run the Triton kernels")
+    pytest.importorskip("triton", reason="pip install -e '.[triton]' to run the Triton kernels")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
     from longctx.kernels.linear import triton_segment_scan
