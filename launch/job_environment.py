@@ -62,7 +62,9 @@ class RankOfJob:
     def describe(self) -> str:
         """Return one line that says what was found."""
         nodes = "" if self.local_size == self.size else f", {self.local_size} on this node"
-        return f"{self.found}: {counted_ranks(self.size)}{nodes}; rank 0 at {self.meeting.address}:{self.meeting.port}"
+        return (
+            f"{self.found}: {counted(self.size, 'rank')}{nodes}; rank 0 at {self.meeting.address}:{self.meeting.port}"
+        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def find_job(nproc: int | None = None, environment: Mapping[str, str] = os.envir
     return None
 
 
-def counted_ranks(number: int) -> str:
+def counted(number: int, noun: str) -> str:
     """Return `1 rank`, `2 ranks`, …"""
-    return "1 rank" if number == 1 else f"{number} ranks"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class _Variables:

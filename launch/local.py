@@ -40,7 +40,7 @@ from longctx.errors import UserError
 from longctx.files import temporary_folder
 from longctx.health.beat import FOLDER, STACKS, FolderBoard
 from longctx.health.diagnosis import Watcher, stacks_text
-from longctx.launch.job_environment import NodeOfJob, counted_ranks
+from longctx.launch.job_environment import NodeOfJob, counted
 from longctx.launch.rank import Job, RankReport
 from longctx.launch.rank_settings import rank_settings
 from longctx.launch.terminal import echo, echo_error, show_cursor
@@ -203,7 +203,7 @@ def run_ranks(
         raise UserError(f"{logs}: cannot be created: {error.strerror}; choose another --out") from None
     if title:
         where = "on this machine" if node is None else f"({node.describe()})"
-        echo(f"Starting {counted_ranks(ranks)} {where}: {title}")
+        echo(f"Starting {counted(ranks, 'rank')} {where}: {title}")
     with temporary_folder("job") as folder:
         content: Job = {"entry": entry, "arguments": dict(arguments)}
         (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")

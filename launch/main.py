@@ -15,7 +15,7 @@ import longctx
 from longctx.errors import UserError
 from longctx.files import path_errors
 from longctx.launch.arguments import OverridesArgument, RecipeArgument, at_least
-from longctx.launch.commands import bench, checkpoint, convert, data
+from longctx.launch.commands import bench, checkpoint, convert, data, launch
 from longctx.launch.distribution import foreign_distribution
 from longctx.launch.rank_settings import exec_with_settings
 from longctx.launch.terminal import echo_error
@@ -46,7 +46,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for name, commands in (("data", data), ("bench", bench), ("convert", convert), ("checkpoint", checkpoint)):
+for name, commands in (
+    ("launch", launch),
+    ("data", data),
+    ("bench", bench),
+    ("convert", convert),
+    ("checkpoint", checkpoint),
+):
     app.add_typer(commands.app, name=name)
 
 

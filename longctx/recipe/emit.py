@@ -10,14 +10,14 @@ from longctx.config import Config
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def dump(config: Config) -> str:
+def dump(config: Config, *, defaults: bool = True) -> str:
     """Return `config` as TOML text that loads back to an equal configuration.
 
-    None values are omitted, because TOML has none: None must be the key's default. Raises TypeError for a value that
-    TOML cannot represent.
+    `defaults`: whether it has the keys that have their default value. None values are omitted, because TOML has none:
+    None must be the key's default. Raises TypeError for a value that TOML cannot represent.
     """
     lines: list[str] = []
-    _table((), config.model_dump(), lines)
+    _table((), config.model_dump(exclude_defaults=not defaults), lines)
     return "\n".join(lines).strip("\n") + "\n"
 
 

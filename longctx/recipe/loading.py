@@ -1,4 +1,4 @@
-"""Recipe loading: from TOML text to a validated configuration, or one error that lists every mistake."""
+"""Loading of recipes and cluster profiles: from TOML to a validated configuration, or one error with every mistake."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from longctx.errors import UserError
 from longctx.recipe.checks import check_tables
 from longctx.recipe.explain import explain_validation_error
 from longctx.recipe.lines import Key
-from longctx.recipe.sources import COMMAND_LINE, MergedRecipe, Mistake, read_merged
+from longctx.recipe.sources import COMMAND_LINE, MergedConfig, Mistake, read_merged
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -24,8 +24,16 @@ def load_as(root: type[Root], source: str | os.PathLike[str], overrides: Sequenc
     (`"3"` is not a number and `true` is not an integer).
     """
     merged = read_merged(source, overrides)
+    return validated(root, merged, "recipe", check_tables(_valid_tables(root, merged.data), None))
+
+
+def validated(root: type[Root], merged: MergedConfig, noun: str, others: Sequence[Mistake] = ()) -> Root:
+    """Validate what was read as a `root`. `noun`: what it is, for messages; `others`: mistakes found already.
+
+    Raises UserError that lists every mistake with its file and line.
+    """
     mistakes = [
-        Mistake(key, "a recipe cannot have dates or times; use quotes if it is text")
+        Mistake(key, f"a {noun} cannot have dates or times; use quotes if it is text")
         for key in _non_json_keys(merged.data, ())
     ]
     result: Root | None = None
@@ -33,9 +41,9 @@ def load_as(root: type[Root], source: str | os.PathLike[str], overrides: Sequenc
         result = root.model_validate_json(json.dumps(merged.data, default=str))
     except ValidationError as error:
         mistakes += explain_validation_error(error, root, merged.data)
-    mistakes += check_tables(_valid_tables(root, merged.data), None)
+    mistakes += others
     if result is None or mistakes or merged.mistakes:
-        raise UserError(_report(merged, mistakes))
+        raise UserError(_report(merged, mistakes, noun))
     return result
 
 
@@ -66,7 +74,7 @@ def _valid_tables(root: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]
     return tables
 
 
-def _report(source: MergedRecipe, mistakes: list[Mistake]) -> str:
+def _report(source: MergedConfig, mistakes: list[Mistake], noun: str) -> str:
     def place(mistake: Mistake) -> tuple[bool, str, int]:
         origin = source.origin(mistake.key)
         return origin == COMMAND_LINE, origin.place, origin.line or 0
@@ -74,4 +82,4 @@ def _report(source: MergedRecipe, mistakes: list[Mistake]) -> str:
     lines = [source.describe(mistake) for mistake in sorted(mistakes, key=place)] + source.mistakes
     if len(lines) == 1:
         return lines[0]
-    return f"{len(lines)} mistakes in the recipe:\n" + "\n".join(f"  {line}" for line in lines)
+    return f"{len(lines)} mistakes in the {noun}:\n" + "\n".join(f"  {line}" for line in lines)

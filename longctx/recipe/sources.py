@@ -42,8 +42,8 @@ class Mistake:
 
 
 @dataclass
-class MergedRecipe:
-    """A merged recipe before validation: plain TOML values, the origin of each key, and malformed overrides."""
+class MergedConfig:
+    """A merged recipe or profile before validation: TOML values, the origin of each key, and malformed overrides."""
 
     data: dict[str, Any]
     origins: dict[Key, Origin]
@@ -71,7 +71,7 @@ def shipped_folder() -> Path:
     return Path(str(importlib.resources.files("longctx.recipes")))
 
 
-def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MergedRecipe:
+def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MergedConfig:
     """Read and merge the recipes that `source` extends, `source` itself (a path ending in `.toml`, or the name of a
     shipped recipe) and the `key=value` overrides; later ones win, key by key.
 
@@ -79,8 +79,8 @@ def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     added to `mistakes` instead, to be reported with the others.
     """
     merged = _read_chain(_locate(os.fspath(source), Path(), ""), ())
-    for override in overrides:
-        _override(merged, override)
+    for text in overrides:
+        override(merged, text)
     return merged
 
 
@@ -110,7 +110,7 @@ def _displayed(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedRecipe:
+def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedConfig:
     """Read `path` and the recipes that it extends; `children` are the files that extend it."""
     place = _displayed(path)
     try:
@@ -128,7 +128,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedRecipe:
     origins = {key: Origin(place, line) for key, line in key_lines(text).items()}
     origins[()] = Origin(place)
     if "extends" not in data:
-        return MergedRecipe(data, origins)
+        return MergedConfig(data, origins)
 
     name = data.pop("extends")
     origin = f"{origins.pop(('extends',))}: extends: "
@@ -140,7 +140,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedRecipe:
         circle = " → ".join(_displayed(file) for file in (*chain, parent))
         raise UserError(f"{origin}recipes extend each other in a cycle: {circle}")
     base = _read_chain(parent, chain)
-    return MergedRecipe(_merge(base.data, data), base.origins | origins)
+    return MergedConfig(merge_tables(base.data, data), base.origins | origins)
 
 
 def _syntax(place: str, text: str, message: str) -> str:
@@ -153,31 +153,31 @@ def _syntax(place: str, text: str, message: str) -> str:
     return f"{place}:{max(last, 1)}: not valid TOML: {message}"
 
 
-def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+def merge_tables(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     """Merge tables key by key; other values of `child` replace those of `base`."""
     merged = dict(base)
     for key, value in child.items():
         both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_tables else value
+        merged[key] = merge_tables(merged[key], value) if both_tables else value
     return merged
 
 
-def _override(source: MergedRecipe, override: str) -> None:
+def override(source: MergedConfig, assignment: str) -> None:
     """Merge `key.sub=value` into `source`, or add it to the mistakes if it is malformed."""
-    name, equals, text = override.partition("=")
+    name, equals, text = assignment.partition("=")
     try:
         path = _path_of(tomllib.loads(f"{name} = 0"))
     except tomllib.TOMLDecodeError:
         path = ()
     if not equals or not path:
-        source.mistakes.append(f"command line: {shortened(override)!r} should be key=value, such as train.steps=100")
+        source.mistakes.append(f"command line: {shortened(assignment)!r} should be key=value, such as train.steps=100")
         return
     try:
         value, inner_keys = _override_value(text)
         if len(path) > _DEEPEST:
             raise ValueError(_TOO_DEEP)
     except ValueError as error:
-        source.mistakes.append(f"command line: {shortened(override)!r}: {error}")
+        source.mistakes.append(f"command line: {shortened(assignment)!r}: {error}")
         return
     table: Any = source.data
     for depth, part in enumerate(path[:-1], start=1):
@@ -187,7 +187,7 @@ def _override(source: MergedRecipe, override: str) -> None:
     source.origins |= {path + key: COMMAND_LINE for key in inner_keys}
     for part in reversed(path):
         value = {part: value}
-    source.data = _merge(source.data, value)
+    source.data = merge_tables(source.data, value)
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.kept_checkpoints import best_text, build_retention, unknown_best_warning
 from longctx.train.lr_schedule import lr_factor
 from longctx.train.nonfinite import not_finite
+from longctx.train.outcome import clear_outcome, mark_stopped
 from longctx.train.process_group import collective_errors, device_type, process_group
 from longctx.train.recovery import find_last_step, recovery_text
 from longctx.train.run_lock import locked
@@ -192,6 +193,7 @@ class _Trainer:
             if dist.get_rank() == 0:
                 with writing(out / "recipe.toml"):
                     out.mkdir(parents=True, exist_ok=True)
+                    clear_outcome(out)
                     if kind == "cuda":
                         (out / "logs" / FOLDER).mkdir(parents=True, exist_ok=True)
                     (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
@@ -413,6 +415,8 @@ class _Trainer:
     def _finish(self) -> None:
         checkpoint = self.checkpointer.folder / name_of(self.done)
         if self.done < self.recipe.train.steps:
+            if dist.get_rank() == 0:
+                mark_stopped(self.out, self.done)
             self._report_copies()
             self.reporter.message(
                 f"Stopped by a signal after step {self.done}. Checkpoint: {checkpoint}; rerun the command to resume."

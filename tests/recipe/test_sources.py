@@ -4,7 +4,7 @@ import pytest
 
 from longctx.errors import UserError
 from longctx.recipe import sources
-from longctx.recipe.sources import COMMAND_LINE, MergedRecipe, Mistake, Origin, dotted, read_merged
+from longctx.recipe.sources import COMMAND_LINE, MergedConfig, Mistake, Origin, dotted, read_merged
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_an_origin_is_a_place_and_a_line():
 
 def test_a_key_without_an_origin_has_that_of_the_nearest_table():
     origins = {(): Origin("r.toml"), ("a",): Origin("r.toml", 2), ("a", "b"): Origin("r.toml", 5)}
-    merged = MergedRecipe({}, origins)
+    merged = MergedConfig({}, origins)
     assert merged.origin(("a", "b", 0)) == Origin("r.toml", 5)
     assert merged.origin(("a", "c", "d")) == Origin("r.toml", 2)
     assert merged.origin(("z",)) == Origin("r.toml")

@@ -1,0 +1,154 @@
+"""A job: the recipes and the run directory of what a cluster is to run, and the shell text that all executors share."""
+
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from longctx.errors import UserError
+from longctx.launch.cluster.profile import Profile
+from longctx.recipe import Recipe, check, dump, load
+
+FOLDER = "job"
+"""Folder, in the run directory, of the job's files."""
+RECIPE = "recipe.toml"
+CANCELLED = "cancelled"
+"""File in this folder: the job is to end, and not to be queued again."""
+MEETING_PORT = 29500
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """What is to run: one run, or a sweep of several into numbered subdirectories."""
+
+    name: str
+    """Name of the job: that of the recipe."""
+    recipes: tuple[Recipe, ...]
+    """One, or those of a sweep."""
+    out: Path
+    """Run directory, relative to `directory` or absolute."""
+    directory: Path
+    """Working directory, on the nodes."""
+    nodes: int
+    ranks: int
+    """Ranks per node."""
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it has several runs."""
+        return len(self.recipes) > 1
+
+    @property
+    def runs(self) -> list[Path]:
+        """Run directories, relative to `directory` or absolute, one per recipe."""
+        return [self.out / str(number) for number in range(len(self.recipes))] if self.is_sweep else [self.out]
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the files that its nodes read, absolute."""
+        return self.directory / self.out / FOLDER
+
+    @property
+    def folder_here(self) -> Path:
+        """Folder of the files that a command reads here."""
+        return self.out / FOLDER
+
+    @property
+    def stop_seconds(self) -> float:
+        """Time within which a step and then a save end, or the run fails: the recipe's parallel.timeout."""
+        return max(recipe.parallel.timeout for recipe in self.recipes)
+
+    def recipe_files(self) -> dict[Path, str]:
+        """Return the resolved recipe of each run by its absolute path: what the job runs is what was checked."""
+        return {
+            self.directory / run / FOLDER / RECIPE: dump(recipe)
+            for run, recipe in zip(self.runs, self.recipes, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What an executor is given: files, and the command that submits them."""
+
+    files: dict[Path, str]
+    """Contents by path."""
+    script: Path
+    """The one of `files` that a person reads."""
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A submitted job, as its folder keeps it (`job.json`)."""
+
+    name: str
+    executor: str
+    identity: str
+    """What the executor calls it: Slurm's job id, a resource's name."""
+    namespace: str = ""
+    """Of the identity, where the executor has such."""
+
+
+class Executor(Protocol):
+    """What submits and follows jobs."""
+
+    def prepare(self, job: ClusterJob) -> Submission:
+        """Return what submits a job. Raises UserError if it cannot be run so."""
+
+    def submit(self, job: ClusterJob, submission: Submission) -> str | int:
+        """Submit it, its files written: return its identity, or the exit status of a job that ran to its end."""
+
+
+def plan_job(
+    source: str, overrides: Sequence[str], sweep: Sequence[str], profile: Profile, out: Path | None
+) -> ClusterJob:
+    """Read and check the recipes of a job. `sweep`: `key=value,value` for each key that varies.
+
+    Raises UserError if a recipe is invalid, or cannot run on the profile's ranks.
+    """
+    choices = [_choices(text) for text in sweep]
+    recipes = tuple(load(source, [*overrides, *chosen]) for chosen in itertools.product(*choices))
+    for recipe in recipes:
+        check(recipe, profile.node_count * profile.ranks_per_node)
+    directory = Path(profile.directory).expanduser() if profile.directory else Path.cwd()
+    if not directory.is_absolute():
+        raise UserError(f"directory: {profile.directory}: give an absolute path")
+    name = recipes[0].name
+    return ClusterJob(name, recipes, out or Path("runs") / name, directory, profile.node_count, profile.ranks_per_node)
+
+
+def _choices(text: str) -> list[str]:
+    """Return `key=value` for each value of `key=value,value`; commas within brackets and quotes do not part them."""
+    key, equals, values = text.partition("=")
+    found = re.findall(r"""((?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+)""", values)
+    if not equals or not key or len(found) < 2:
+        raise UserError(f"--sweep {text}: expected a key and several values, such as optimizer.lr=1e-3,3e-4")
+    return [f"{key}={value}" for value in found]
+
+
+def prologue(profile: Profile) -> list[str]:
+    """Return the lines of a script before longctx starts: the profile's setup and environment."""
+    lines = list(profile.setup)
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
+    return [*lines, ""] if lines else []
+
+
+def here_document(recipe: Recipe, path: str) -> list[str]:
+    """Return the lines of a script that write a recipe, the keys that differ from their defaults."""
+    text = dump(recipe, defaults=False).rstrip("\n").splitlines()
+    return [f"cat > {path} <<'RECIPE'", *text, "RECIPE"]
+
+
+def program(profile: Profile) -> str:
+    """Return the command `longctx` of a script."""
+    return shlex.quote(profile.program)
+
+
+def single_run(job: ClusterJob, executor: str) -> Recipe:
+    """Return the recipe of a job; raises UserError if it is a sweep, which only arrays of Slurm run."""
+    if job.is_sweep:
+        raise UserError(f"--sweep: needs an executor with arrays of jobs, slurm, not {executor}")
+    return job.recipes[0]

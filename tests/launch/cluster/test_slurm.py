@@ -1,0 +1,136 @@
+"""Slurm: the batch script, and what is asked of sbatch, scontrol and scancel."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from longctx.errors import UserError
+from longctx.launch.cluster import slurm
+from longctx.launch.cluster.job import Record, plan_job
+from longctx.launch.cluster.profile import SlurmProfile
+from longctx.launch.cluster.slurm import Slurm, time_limit
+
+RECORD = Record("quickstart", "slurm", "12")
+
+
+def script(*, sweep=(), out=None, **keys) -> str:
+    profile = SlurmProfile(executor="slurm", **{"ranks": 2, **keys})
+    submission = Slurm(profile).prepare(plan_job("quickstart", [], sweep, profile, out))
+    return submission.files[submission.script]
+
+
+def test_what_is_not_in_the_profile_is_not_in_the_script(workplace):
+    options = [line.removeprefix("#SBATCH ") for line in script().splitlines() if line.startswith("#SBATCH")]
+    assert options == [
+        "--job-name=quickstart",
+        f"--chdir={workplace}",
+        "--output=runs/quickstart/logs/job-%j.log",
+        "--open-mode=append",
+        "--nodes=1",
+        "--ntasks-per-node=2",
+        "--requeue",
+    ]
+
+
+def test_the_signal_leaves_time_for_a_step_and_a_save(workplace):
+    assert "--signal=TERM@600\n" in script(time=86400.0), "parallel.timeout"
+    assert "--signal=TERM@300\n" in script(time=600.0), "no more than half of the time"
+    assert "--signal=TERM@60\n" in script(time=600.0, stop_before=60.0)
+    assert "--signal" not in script()
+
+
+def test_a_job_that_shall_not_be_queued_again_is_not(workplace):
+    text = script(requeue=False)
+    assert "--no-requeue\n" in text
+    assert "scontrol" not in text
+
+
+def test_a_sweep_is_an_array_whose_elements_have_directories(workplace):
+    text = script(sweep=["optimizer.lr=1e-3,3e-4"])
+    assert "--array=0-1\n" in text
+    assert "--output=runs/quickstart/%a/logs/job-%A_%a.log\n" in text
+    assert "run=runs/quickstart/$SLURM_ARRAY_TASK_ID\n" in text
+
+
+def run_script(text, tmp_path, tools, *, leaves=()):
+    """Run a batch script with a srun that leaves files in the run directory; return what was called."""
+    tools.add("srun", body="".join(f"touch {file}\n" for file in leaves), status=143)
+    tools.add("scontrol")
+    (tmp_path / "script").write_text(text)
+    environment = {"PATH": f"{tmp_path}/bin", "SLURM_JOB_ID": "12"}
+    done = subprocess.run(["bash", tmp_path / "script"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    return [call for call in tools.calls() if not call.startswith("srun")]
+
+
+def test_a_run_that_a_signal_stopped_is_queued_again_and_no_other(workplace, tmp_path, tools):
+    run = workplace / "runs/quickstart"
+    (run / "job").mkdir(parents=True)
+    (run / "stopped").touch()
+    assert run_script(script(), tmp_path, tools) == [], "what an earlier start left says nothing"
+    assert not (run / "stopped").exists()
+    assert run_script(script(), tmp_path, tools, leaves=[run / "stopped"]) == ["scontrol requeue 12"]
+    (run / "job/cancelled").touch()
+    assert len(run_script(script(), tmp_path, tools, leaves=[run / "stopped"])) == 1, "it was cancelled"
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.parametrize("keys", [{}, {"sweep": ["optimizer.lr=1e-3,3e-4"]}, {"container": "a b", "cpus": 4}])
+def test_shellcheck_finds_nothing(workplace, keys):
+    text = script(**keys, environment={"A": "1 2"})
+    found = subprocess.run(["shellcheck", "--shell=bash", "-"], input=text, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_it_is_submitted_with_its_folders(workplace, tools):
+    tools.add("sbatch", "12;cluster")
+    profile = SlurmProfile(executor="slurm", ranks=2)
+    executor, job = Slurm(profile), plan_job("quickstart", [], [], profile, None)
+    (workplace / "runs/quickstart/job").mkdir(parents=True)
+    (workplace / "runs/quickstart/job/cancelled").touch()
+    assert executor.submit(job, executor.prepare(job)) == "12"
+    assert tools.calls() == [f"sbatch --parsable {workplace}/runs/quickstart/job/job.sbatch"]
+    assert (workplace / "runs/quickstart/logs").is_dir()
+    assert not (workplace / "runs/quickstart/job/cancelled").exists()
+
+
+def test_what_sbatch_refuses_is_said(workplace, tools):
+    tools.add("sbatch", "sbatch: error: invalid partition specified: gpu", status=1)
+    profile = SlurmProfile(executor="slurm", ranks=2)
+    executor, job = Slurm(profile), plan_job("quickstart", [], [], profile, None)
+    with pytest.raises(UserError, match=r"sbatch --parsable .*job.sbatch: sbatch: error: invalid partition"):
+        executor.submit(job, executor.prepare(job))
+
+
+def test_times_are_written_as_slurm_reads_them():
+    assert [time_limit(seconds) for seconds in (90, 3600.5, 129_600)] == ["00:01:30", "01:00:01", "1-12:00:00"]
+
+
+def test_the_state_of_a_job(tools):
+    tools.add(
+        "scontrol",
+        "JobId=12 JobState=RUNNING Reason=None Restarts=1 RunTime=00:01:00 TimeLimit=1-00:00:00 NodeList=n[1-2]",
+    )
+    assert slurm.status(RECORD) == "Slurm job 12: running, on n[1-2], after 1 restarts, for 00:01:00 of 1-00:00:00"
+    tools.add(
+        "scontrol", "JobId=14 ArrayJobId=12 ArrayTaskId=1 JobState=PENDING Reason=Priority Restarts=0 NodeList=(null)"
+    )
+    assert slurm.status(RECORD) == "Slurm job 12_1: pending, because of Priority"
+    tools.add("scontrol", "slurm_load_jobs error: Invalid job id specified", status=1)
+    assert slurm.status(RECORD) == "Slurm job 12: not known to Slurm any more"
+    tools.add("scontrol", "Unable to contact slurm controller", status=1)
+    with pytest.raises(UserError, match="Unable to contact slurm controller"):
+        slurm.status(RECORD)
+
+
+def test_a_job_is_cancelled_after_a_save_or_now(tools):
+    tools.add("scancel")
+    tools.add("squeue", "RUNNING\nPENDING")
+    assert "its ranks save and end" in slurm.cancel(RECORD, now=False)
+    assert [call for call in tools.calls() if call.startswith("scancel")] == [
+        "scancel --signal=TERM 12",
+        "scancel --state=PENDING 12",
+    ]
+    slurm.cancel(RECORD, now=True)
+    assert tools.calls()[-1] == "scancel 12"
