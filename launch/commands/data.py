@@ -8,6 +8,8 @@ import typer
 from longctx.launch.arguments import integer
 from longctx.launch.terminal import echo
 
+_WIDE = 10_000
+
 app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.")
 
 
@@ -88,4 +90,8 @@ def _inspect(
 
     from longctx.data.inspect import inspect
 
-    Console().print(inspect(directory, verify=verify))
+    report, console = inspect(directory, verify=verify), Console()
+    if console.is_terminal:
+        console.print(report)
+    else:  # a line stays one, to be searched and cut; the width is that of tables, which do not wrap softly
+        Console(width=_WIDE).print(report, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -100,6 +101,19 @@ def test_a_corpus_is_prepared_and_inspected(tmp_path, monkeypatch):
     assert status == 2
     assert "error: --shard-tokens: 'many' is not an integer" in stderr
     assert run("data", "inspect", "texts")[0] == 2
+
+
+def test_a_report_that_is_not_for_a_terminal_does_not_wrap(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("a" * 100, "b" * 100)
+    folder.mkdir(parents=True)
+    (folder / "c.txt").write_text("many words " * 20)
+    assert run("data", "prepare", "a" * 100, "--out", "corpus", "--no-progress")[0] == 0
+    _, shown = run("data", "inspect", "corpus")
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert f"from {tmp_path}/{'a' * 100}: 1 files, 1 documents, 221 tokens" in lines
+    assert f"221 {folder}/c.txt" in lines
+    assert ("many words " * 20).rstrip() in lines
 
 
 # Paths
