@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Literal
@@ -29,7 +29,7 @@ from longctx.data.manifest import (
     TokenizerEntry,
 )
 from longctx.data.progress import PreparationProgress
-from longctx.data.shards import SplitWriter
+from longctx.data.shards import ROW_GROUP_TOKENS, SplitWriter
 from longctx.data.sources import BadInput, EndOfDocument, Event, Join, Source, TextPiece, discover, read_events
 from longctx.data.staging import naming_disk_errors, resolve_target, staging
 from longctx.data.tokenizer import Tokenizer, Tokens, open_tokenizer, token_dtype
@@ -97,15 +97,16 @@ def prepare(
     with staging(path) as partial, ExitStack() as stack:
         entry = _copy_tokenizer(opened, partial)
         spec = "bytes" if entry.file is None else str(partial / entry.file)
-        assembly = _Assembly(partial, opened, options, shard_tokens)
-        stack.callback(assembly.close)
         total = sum(file.size for source in sources for file in source.files)
         bar = stack.enter_context(PreparationProgress(total, shown=progress))
+        assembly = _Assembly(partial, opened, options, shard_tokens, bar.announce)
+        stack.callback(assembly.close)
         batches = _batches(sources, join, column)
         for events, tokens, results in encode_in_order(batches, _jobs, tokenizer=spec, eos=entry.eos, workers=workers):
-            assembly.add(events, tokens, results)
             size = sum(event.size for _, event in events if not isinstance(event, EndOfDocument))
-            bar.update(size, assembly.documents, assembly.tokens)
+            bar.update(size, assembly.documents, assembly.encoded + len(tokens))
+            assembly.add(events, tokens, results)
+        bar.update(0, assembly.documents, assembly.encoded)
         manifest = Manifest(
             tokenizer=entry,
             options=options,
@@ -195,8 +196,17 @@ def _jobs(batch: Batch) -> list[EncodeJob]:
 class _Assembly:
     """Assembles pieces into items, items into documents, and documents into splits."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, options: Options, shard_tokens: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        options: Options,
+        shard_tokens: int,
+        announce: Callable[[str], None],
+    ) -> None:
+        """announce: called with "writing NAME" before a document that takes time, and with "" after it."""
         self._directory = directory
+        self._announce = announce
         self._options = options
         dtype = token_dtype(tokenizer.vocab_size)
         self._end = np.array([tokenizer.eos_id], dtype=dtype)
@@ -207,6 +217,8 @@ class _Assembly:
         self._item: list[Tokens] = []
         self._item_failed = False
         self._errors_stream: IO[str] | None = None
+        self.encoded = 0
+        """Tokens so far, those of the document that has not ended included."""
         self.errors: Counter[str] = Counter()
         self.input_documents: Counter[int] = Counter()
         self.input_tokens: Counter[int] = Counter()
@@ -215,13 +227,10 @@ class _Assembly:
     def documents(self) -> int:
         return sum(writer.documents for writer in self._writers.values())
 
-    @property
-    def tokens(self) -> int:
-        return sum(writer.tokens for writer in self._writers.values())
-
     def add(self, events: Batch, tokens: Tokens, results: list[int | Fault]) -> None:
         """Add a batch: its events, the tokens of its pieces, concatenated, and one result per piece."""
         position = 0
+        self.encoded += len(tokens)
         result = iter(results)
         for index, event in events:
             if isinstance(event, EndOfDocument):
@@ -248,7 +257,14 @@ class _Assembly:
             return
         tokens = np.concatenate([*self._document, self._end])
         self._document = []
-        self._writers[self._split_of(source)].add(tokens, source)
+        self.encoded += 1  # the end token
+        writer = self._writers[self._split_of(source)]
+        if len(tokens) > ROW_GROUP_TOKENS:
+            self._announce(f"writing {source}")
+            writer.add(tokens, source)
+            self._announce("")
+        else:
+            writer.add(tokens, source)
         self.input_documents[index] += 1
         self.input_tokens[index] += len(tokens)
 

@@ -10,6 +10,7 @@ import pytest
 from longctx.data import encode
 from longctx.data.corpus import Corpus
 from longctx.data.manifest import Manifest
+from longctx.data.progress import PreparationProgress
 from longctx.errors import UserError
 from tests.data.cases import prepared, texts, write_lines, write_parquet, write_tokenizer, write_tree
 
@@ -181,6 +182,24 @@ def test_a_file_name_that_is_no_utf8_is_kept_legibly(tmp_path):
     (folder / os.fsdecode(b"caf\xe9.txt")).write_text("text")
     prepared([folder], tmp_path / "out")
     assert texts(tmp_path / "out") == {"in/caf\\xe9.txt": "text"}
+
+
+def test_progress_moves_while_one_document_is_read_and_says_that_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("longctx.data.prepare.PIECE_BYTES", 100)
+    monkeypatch.setattr("longctx.data.prepare.ROW_GROUP_TOKENS", 100)
+    told = []
+    monkeypatch.setattr(PreparationProgress, "update", lambda self, *counts: told.append(counts))
+    monkeypatch.setattr(PreparationProgress, "announce", lambda self, doing: told.append(doing))
+    folder = write_tree(tmp_path / "in", {f"{n}.txt": "x" * 85 for n in range(3)})
+    prepared([folder], tmp_path / "out", join="folder")
+    item = 85 + len("==> in/0.txt <==\n\n")
+    assert told == [
+        *((item - 1, 0, item * n) for n in (1, 2, 3)),
+        (0, 0, item * 3),
+        "writing in",
+        "",
+        (0, 1, 3 * item + 1),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """A bar on a terminal, plain lines elsewhere, nothing when not asked for."""
 
 import io
+from functools import partial
+from itertools import count
 
 import pytest
 from rich.console import Console
@@ -35,3 +37,22 @@ def test_a_bar_on_a_terminal(monkeypatch):
 def test_nothing_when_not_asked_for(monkeypatch):
     assert shown(monkeypatch, terminal=True, shown=False) == ""
     assert shown(monkeypatch, terminal=False, shown=False) == ""
+
+
+def test_what_takes_time_besides_preparing_is_said(monkeypatch):
+    """Names are those of files: shown, not obeyed, and cut before they take the place of the bar."""
+    monkeypatch.setattr(progress.time, "monotonic", partial(next, count()))
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+        with PreparationProgress(1000, shown=True, console=console) as bar:
+            bar.announce("fetching [bold]\x07.jsonl")
+            bar.announce("writing " + "d/" * 50 + "name")
+            bar.announce("")
+            bar.update(1000, 1, 1)
+        text = console.file.getvalue()
+        assert "\x07" not in text
+        if terminal:
+            assert "preparing" in text
+            assert "d/" * 30 not in text
+        else:
+            assert text == "fetching [bold]\\x07.jsonl\n"
