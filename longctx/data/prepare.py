@@ -16,6 +16,7 @@ from typing import IO, Literal
 
 import numpy as np
 
+from longctx.data.discover import BadInput, Source, discover
 from longctx.data.encode import PIECE_BYTES, EncodeJob, Fault, encode_in_order
 from longctx.data.manifest import (
     ERRORS_FILE,
@@ -29,8 +30,8 @@ from longctx.data.manifest import (
     TokenizerEntry,
 )
 from longctx.data.progress import PreparationProgress
-from longctx.data.shards import ROW_GROUP_TOKENS, SplitWriter
-from longctx.data.sources import BadInput, EndOfDocument, Event, Join, Source, TextPiece, discover, read_events
+from longctx.data.shards import ROW_GROUP_TOKENS, SplitWriter, check_length
+from longctx.data.sources import EndOfDocument, Event, Join, TextPiece, read_events
 from longctx.data.staging import naming_disk_errors, resolve_target, staging
 from longctx.data.tokenizer import Tokenizer, Tokens, open_tokenizer, token_dtype
 from longctx.errors import UserError
@@ -59,7 +60,7 @@ def prepare(
 ) -> Manifest:
     """Tokenise `inputs` into the new directory `out` and return its manifest.
 
-    inputs: files and folders; see `longctx.data.sources` for how each is read.
+    inputs: files and folders; see `longctx.data.discover` for what is read of each, and `longctx.data.sources` for how.
     tokenizer: `bytes` or the path of a `tokenizer.json`; `eos` names its end token if it is not detected.
     join: `folder` joins the files of each input folder, in order of their names, into one document.
     on_error: `stop` at the first bad file, line or row, or `skip` it and list it in `errors.jsonl`.
@@ -214,7 +215,9 @@ class _Assembly:
             split: SplitWriter(directory, split, dtype, shard_tokens=shard_tokens) for split in ("train", "heldout")
         }
         self._document: list[Tokens] = []
+        self._document_tokens = 0
         self._item: list[Tokens] = []
+        self._item_tokens = 0
         self._item_failed = False
         self._errors_stream: IO[str] | None = None
         self.encoded = 0
@@ -237,7 +240,7 @@ class _Assembly:
                 self._end_document(index, event.source)
             elif isinstance(event, BadInput):
                 self._report(event.where, event.kind, event.detail)
-                self._item, self._item_failed = [], False
+                self._end_item(failed=True)
             else:
                 outcome = next(result)
                 if isinstance(outcome, Fault):
@@ -248,15 +251,23 @@ class _Assembly:
                     # A copy: a view would keep the whole batch in memory until the document is written.
                     self._item.append(tokens[position : position + outcome].copy())
                     position += outcome
+                    self._item_tokens += outcome
+                    # Before the end of the document: a small compressed file may unpack to more than the memory.
+                    check_length(event.where, self._document_tokens + self._item_tokens)
                 if event.last:
-                    self._document += [] if self._item_failed else self._item
-                    self._item, self._item_failed = [], False
+                    self._end_item(failed=self._item_failed)
+
+    def _end_item(self, *, failed: bool) -> None:
+        if not failed:
+            self._document += self._item
+            self._document_tokens += self._item_tokens
+        self._item, self._item_tokens, self._item_failed = [], 0, False
 
     def _end_document(self, index: int, source: str) -> None:
         if not self._document:
             return
         tokens = np.concatenate([*self._document, self._end])
-        self._document = []
+        self._document, self._document_tokens = [], 0
         self.encoded += 1  # the end token
         writer = self._writers[self._split_of(source)]
         if len(tokens) > ROW_GROUP_TOKENS:

@@ -41,6 +41,12 @@ def schema(dtype: npt.DTypeLike) -> pa.Schema:
     )
 
 
+def check_length(source: str, length: int) -> None:
+    """Raise UserError if the first `length` tokens of a document are more than `LONGEST_DOCUMENT`."""
+    if length > LONGEST_DOCUMENT:
+        raise UserError(f"{source}: a document of more than {LONGEST_DOCUMENT} tokens, the limit; split the input")
+
+
 class SplitWriter:
     """Writes the documents of one split, in the order in which they are added."""
 
@@ -77,10 +83,7 @@ class SplitWriter:
         Raises UserError if it is longer than `LONGEST_DOCUMENT` or cannot be written.
         """
         length = len(tokens)
-        if length > LONGEST_DOCUMENT:
-            raise UserError(
-                f"{source}: a document of {length} tokens; the limit is {LONGEST_DOCUMENT}; split the input"
-            )
+        check_length(source, length)
         if self._pending and self._pending_tokens + length > self._row_group_tokens:
             self._flush()
         self._pending.append((tokens, source))

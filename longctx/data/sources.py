@@ -1,30 +1,28 @@
-"""Input files of `longctx data prepare`: finds them and reads their texts as a stream of events, at bounded memory.
+"""Input files of `longctx data prepare`, read as a stream of events, at bounded memory.
 
 The suffix selects the reader: `.jsonl` and `.ndjson` files have one JSON object per line, `.parquet` files one document
-per row, all others are text. Within folders, hidden files and folders (a leading dot) are ignored, links to folders are
-not followed, and every other file is read unless `suffixes` or `exclude` leaves it out: nothing is guessed from a name.
+per row, all others are text. A suffix of a compression may follow (`longctx.data.compressed`).
 """
 
 import io
 import os
-import stat
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from longctx.data.compressed import DamagedError, InputStream, split_suffixes
+from longctx.data.discover import BadInput, Source, SourceFile, printable_name
 from longctx.data.encode import EncodeJob, split_text
-from longctx.errors import UserError
-from longctx.files import shortened
 
 Join = Literal["none", "folder"]
 
 _LONGEST_LINE = 2**30
 _PARQUET_BATCH_BYTES = 2**22
+_NOT_COMPRESSED = {".parquet": "is Parquet, which has a compression of its own,", ".tar": "is an archive"}
+"""Formats that are not read as a compressed stream, and what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +37,6 @@ class TextPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class BadInput:
-    """An input that cannot be read; it also invalidates the item that it interrupts."""
-
-    where: str
-    kind: str
-    detail: str
-    size: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class EndOfDocument:
     """The end of a document, after its last item."""
 
@@ -56,121 +44,6 @@ class EndOfDocument:
 
 
 Event = TextPiece | BadInput | EndOfDocument
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A file to read."""
-
-    path: str
-    name: str
-    """Name of the input and the path below it: the same on every machine."""
-    size: int
-
-
-@dataclass
-class Source:
-    """An input and its files."""
-
-    path: str
-    name: str
-    is_folder: bool
-    files: list[SourceFile] = field(default_factory=list)
-    bad_inputs: list[BadInput] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Number of files and folders ignored, by reason."""
-
-
-def discover(inputs: Sequence[str], suffixes: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Source]:
-    """Return each input with its files, sorted by name. Within folders, `suffixes` (empty: all) and `exclude` (patterns
-    that match a path below the input or any name in it) select the files; an input that is a file is always read.
-
-    Raises UserError if an input is missing, occurs twice, or has no selected file.
-    """
-    if not inputs:
-        raise UserError("nothing to prepare: name at least one file or folder")
-    if bad := [suffix for suffix in suffixes if not suffix.startswith(".")]:
-        raise UserError(f"suffix {bad[0]!r} has no dot: write {'.' + bad[0]!r}")
-    sources = [_discover_one(os.path.abspath(os.path.expanduser(path)), suffixes, exclude) for path in inputs]
-    owners: dict[str, str] = {}
-    for source in sources:
-        for file in source.files:
-            if file.path in owners:
-                raise UserError(
-                    f"{file.path} would be prepared twice, by the inputs {owners[file.path]} and {source.path}; "
-                    f"leave one of them out"
-                )
-            owners[file.path] = source.path
-    return sources
-
-
-def _discover_one(path: str, suffixes: Sequence[str], exclude: Sequence[str]) -> Source:
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        raise UserError(
-            f"input {shortened(path)}: {error.strerror}; name a file or a folder that can be read"
-        ) from None
-    except ValueError as error:  # a NUL character
-        raise UserError(f"input {path!r}: {error}; name a file or a folder that can be read") from None
-    source = Source(path, _printable(os.path.basename(path) or "root"), stat.S_ISDIR(mode))
-    if not source.is_folder:
-        _add(source, path, source.name)
-        return source
-
-    def unreadable(error: OSError) -> None:
-        source.bad_inputs.append(BadInput(_printable(str(error.filename)), "unreadable", error.strerror or str(error)))
-
-    for folder, folders, files in os.walk(path, onerror=unreadable):
-        below = os.path.relpath(folder, path)
-
-        def keep(name: str, is_file: bool, below: str = below) -> bool:
-            reason = _ignored_because(os.path.normpath(os.path.join(below, name)), is_file, suffixes, exclude)
-            if reason:
-                source.passed_over[reason] += 1
-            return reason is None
-
-        folders[:] = [name for name in folders if keep(name, False)]
-        source.passed_over["link to a folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
-        for name in files:
-            if keep(name, True):
-                file = os.path.join(folder, name)
-                _add(source, file, f"{source.name}/{_printable(os.path.relpath(file, path))}")
-    source.passed_over = +source.passed_over  # without zeros
-    source.files.sort(key=lambda file: file.name)
-    source.bad_inputs.sort(key=lambda bad: bad.where)
-    if not source.files and not source.bad_inputs:
-        reasons = ", ".join(f"{count} ignored: {reason}" for reason, count in source.passed_over.items())
-        raise UserError(f"input {path}: has no file to prepare ({reasons or 'an empty folder'})")
-    return source
-
-
-def _ignored_because(relative: str, is_file: bool, suffixes: Sequence[str], exclude: Sequence[str]) -> str | None:
-    name = os.path.basename(relative)
-    if name.startswith("."):
-        return "hidden"
-    if any(fnmatchcase(name, pattern) or fnmatchcase(relative, pattern) for pattern in exclude):
-        return "excluded"
-    if is_file and suffixes and not name.endswith(tuple(suffixes)):
-        return "other suffix"
-    return None
-
-
-def _add(source: Source, path: str, name: str) -> None:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        source.bad_inputs.append(BadInput(_printable(path), "unreadable", error.strerror or str(error)))
-        return
-    if stat.S_ISREG(status.st_mode):
-        source.files.append(SourceFile(path, name, status.st_size))
-    else:  # opening a pipe or a device could block
-        source.bad_inputs.append(BadInput(_printable(path), "unreadable", "not a regular file"))
-
-
-def _printable(name: str) -> str:
-    """Return a file name as text; bytes that are not UTF-8 become escapes."""
-    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def read_events(source: Source, *, join: Join, column: str) -> Iterator[Event]:
@@ -182,13 +55,30 @@ def read_events(source: Source, *, join: Join, column: str) -> Iterator[Event]:
     yield from source.bad_inputs
     joined = source.is_folder and join == "folder"
     for file in source.files:
-        suffix = os.path.splitext(file.path)[1].lower()
-        reader = {".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}.get(suffix, _text)
-        for event in reader(file, joined, column):
+        for event in _read(file, joined, column):
             if not (joined and isinstance(event, EndOfDocument)):
                 yield event
     if joined:
         yield EndOfDocument(source.name)
+
+
+def _read(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
+    format_, compression = split_suffixes(file.path)
+    where = printable_name(file.path)
+    if compression and format_ in _NOT_COMPRESSED:
+        yield BadInput(where, "unreadable", f"{_NOT_COMPRESSED[format_]} in {compression}: unpack it first", file.size)
+        return
+    if format_ == ".parquet":
+        yield from _parquet(file, joined, column)
+        return
+    reader = _json_lines if format_ in (".jsonl", ".ndjson") else _text
+    try:
+        with open(file.path, "rb") as raw:
+            yield from reader(file, InputStream(raw, compression), joined, column)
+    except OSError as error:
+        yield BadInput(where, "unreadable", error.strerror or str(error), file.size)
+    except DamagedError as error:
+        yield BadInput(where, "truncated or damaged", str(error))
 
 
 def _frame(name: str, joined: bool) -> tuple[bytes, bytes]:
@@ -196,74 +86,70 @@ def _frame(name: str, joined: bool) -> tuple[bytes, bytes]:
     return (f"==> {name} <==\n".encode(), b"\n") if joined else (b"", b"")
 
 
-def _text(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
-    header, footer = _frame(file.name, joined)
-    where = _printable(file.path)
-    try:
-        with open(file.path, "rb") as stream:
-            yield from _text_pieces(where, stream, header, footer)
-    except OSError as error:
-        yield BadInput(where, "unreadable", error.strerror or str(error), file.size)
+def _text(file: SourceFile, source: InputStream, joined: bool, column: str) -> Iterator[Event]:
+    where = printable_name(file.path)
+    yield from _text_pieces(where, source.stream.read, source.covered, *_frame(file.name, joined))
     yield EndOfDocument(file.name)
 
 
 def _text_pieces(
-    where: str, stream: io.BufferedIOBase, header: bytes = b"", footer: bytes = b"", size: float | None = None
+    where: str,
+    read: Callable[[int], bytes],
+    covered: Callable[[int], float],
+    header: bytes = b"",
+    footer: bytes = b"",
 ) -> Iterator[Event]:
-    """Yield the pieces of one item; `size` is the bytes of input that the item covers, by default its length."""
+    """Yield the pieces of one item; `covered` returns the bytes of input that bytes of the item cover."""
     before, offset = b"", -len(header)
+
+    def size() -> float:
+        return covered(len(before) + min(0, offset))  # without the header
+
     framed = False
 
     def read_framed(count: int) -> bytes:
         nonlocal framed
         if framed:
-            return stream.read(count)
+            return read(count)
         framed = True
-        return header + stream.read(max(0, count - len(header)))
+        return header + read(max(0, count - len(header)))
 
     for data in split_text(read_framed):
         if before:
-            yield TextPiece(where, EncodeJob(before, offset), False, len(before) if size is None else 0)
+            yield TextPiece(where, EncodeJob(before, offset), False, size())
             offset += len(before)
         before = data
     if offset + len(before) == 0:
         yield BadInput(where, "empty", "has no text")
     else:
-        yield TextPiece(where, EncodeJob(before + footer, offset), True, len(before) if size is None else size)
+        yield TextPiece(where, EncodeJob(before + footer, offset), True, size())
 
 
-def _json_lines(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
+def _json_lines(file: SourceFile, source: InputStream, joined: bool, column: str) -> Iterator[Event]:
     """Read one document per line, a JSON object; blank lines are skipped."""
-    path = _printable(file.path)
+    path = printable_name(file.path)
     number = documents = 0
-    try:
-        with open(file.path, "rb") as stream:
-            while line := stream.readline(_LONGEST_LINE):
-                number += 1
-                where = f"{path}, line {number}"
-                if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
-                    yield BadInput(
-                        where, "line too long", f"over {_LONGEST_LINE} bytes; is it a JSON lines file?", len(line)
-                    )
-                    while (rest := stream.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
-                        pass
-                elif line.strip():
-                    name = f"{file.name}:{number}"
-                    job = EncodeJob(line, 0, column, *_frame(name, joined))
-                    yield TextPiece(where, job, True, len(line))
-                    yield EndOfDocument(name)
-                else:
-                    continue
-                documents += 1
-    except OSError as error:
-        yield BadInput(path, "unreadable", error.strerror or str(error))
-    else:
-        if not documents:
-            yield BadInput(path, "empty", "has no line")
+    while line := source.stream.readline(_LONGEST_LINE):
+        number += 1
+        where = f"{path}, line {number}"
+        size = source.covered(len(line))
+        if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+            yield BadInput(where, "line too long", f"over {_LONGEST_LINE} bytes; is it a JSON lines file?", size)
+            while (rest := source.stream.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
+                pass
+        elif line.strip():
+            name = f"{file.name}:{number}"
+            yield TextPiece(where, EncodeJob(line, 0, column, *_frame(name, joined)), True, size)
+            yield EndOfDocument(name)
+        else:
+            continue
+        documents += 1
+    if not documents:
+        yield BadInput(path, "empty", "has no line")
 
 
 def _parquet(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
-    path = _printable(file.path)
+    path = printable_name(file.path)
     row = 0
     try:
         # A buffer instead of whole column chunks: a row group of another writer may have gigabytes.
@@ -301,12 +187,16 @@ def _parquet(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
 
 
 def _row(file: SourceFile, row: int, text: bytes | None, joined: bool, column: str, size: float) -> Iterator[Event]:
-    where = f"{_printable(file.path)}, row {row}"
+    where = f"{printable_name(file.path)}, row {row}"
     name = f"{file.name}:{row}"
     if text is None:
         yield BadInput(where, "not text", f"{column!r} is null", size)
     else:
-        yield from _text_pieces(where, io.BytesIO(text), *_frame(name, joined), size=size)
+
+        def covered(count: int) -> float:
+            return size * (count / len(text))
+
+        yield from _text_pieces(where, io.BytesIO(text).read, covered, *_frame(name, joined))
     yield EndOfDocument(name)
 
 

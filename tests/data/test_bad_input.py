@@ -1,7 +1,11 @@
 """Bad input is named and counted; preparation stops at it or skips it, as asked."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -127,6 +131,33 @@ def parquet_without_rows(folder):
     return "bad.parquet", "empty", "no row"
 
 
+def truncated_text(folder):
+    (folder / "bad.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(1000).hex().encode())[:-20])
+    return "bad.txt.gz", "truncated or damaged", "cannot be unpacked after byte"
+
+
+def damaged_json_lines(folder):
+    """Their first stream is whole, and so is its line."""
+    lines = write_lines(folder / "bad.jsonl.bz2", [{"text": "fine"}])
+    lines.write_bytes(bz2.compress(lines.read_bytes()) + bz2.compress(b"{}")[:-20])
+    return "bad.jsonl.bz2", "truncated or damaged", "cannot be unpacked after byte 17 of its content"
+
+
+def compressed_text_that_is_not(folder):
+    (folder / "bad.txt.zst").write_text("text")
+    return "bad.txt.zst", "truncated or damaged", "after byte 0"
+
+
+def compressed_parquet(folder):
+    (folder / "bad.parquet.gz").write_bytes(gzip.compress(b"x"))
+    return "bad.parquet.gz", "unreadable", "is Parquet, which has a compression of its own, in .gz: unpack it first"
+
+
+def compressed_archive(folder):
+    (folder / "bad.tar.xz").write_bytes(lzma.compress(b"x"))
+    return "bad.tar.xz", "unreadable", "is an archive in .xz: unpack it first"
+
+
 BAD = [
     invalid_utf8,
     late_invalid_utf8,
@@ -150,6 +181,11 @@ BAD = [
     parquet_with_an_empty_text,
     parquet_with_invalid_utf8,
     parquet_without_rows,
+    truncated_text,
+    damaged_json_lines,
+    compressed_text_that_is_not,
+    compressed_parquet,
+    compressed_archive,
 ]
 
 

@@ -1,13 +1,15 @@
 """Preparation: which documents come of which input, where they go, and what the manifest says of them."""
 
+import gzip
 import hashlib
+import lzma
 import os
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from longctx.data import encode
+from longctx.data import encode, shards
 from longctx.data.corpus import Corpus
 from longctx.data.manifest import Manifest
 from longctx.data.progress import PreparationProgress
@@ -184,6 +186,38 @@ def test_a_file_name_that_is_no_utf8_is_kept_legibly(tmp_path):
     assert texts(tmp_path / "out") == {"in/caf\\xe9.txt": "text"}
 
 
+def test_a_small_file_that_unpacks_to_more_than_a_document_is_stopped_before_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr("longctx.data.prepare.PIECE_BYTES", 2**16)
+    monkeypatch.setattr(shards, "LONGEST_DOCUMENT", 2**20)
+    folder = write_tree(tmp_path / "in", {"a.txt.gz": gzip.compress(b"a line\n" * 2**23)})
+    read = []
+    monkeypatch.setattr(encode.Encoder, "__call__", counting(encode.Encoder.__call__, read))
+    with pytest.raises(UserError, match=r"a\.txt\.gz: a document of more than 1048576 tokens, the limit"):
+        prepared([folder], tmp_path / "out", on_error="skip")
+    assert sum(read) < 2**21
+
+
+def counting(call, read):
+    """The encoder's call, which notes the bytes that it is given."""
+
+    def noted(encoder, jobs):
+        read.append(sum(len(job.data) for job in jobs))
+        return call(encoder, jobs)
+
+    return noted
+
+
+def test_compressed_files_are_read_as_what_they_hold(tmp_path):
+    rows = [{"text": f"document {number}"} for number in range(100)]
+    plain = write_lines(tmp_path / "plain.jsonl", rows).read_bytes()
+    (tmp_path / "l.jsonl.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "t.txt.xz").write_bytes(lzma.compress("é".encode() * 1000))
+    prepared([tmp_path / "l.jsonl.gz", tmp_path / "t.txt.xz"], tmp_path / "out")
+    want = {f"l.jsonl.gz:{number + 1}": row["text"] for number, row in enumerate(rows)}
+    assert texts(tmp_path / "out") == {**want, "t.txt.xz": "é" * 1000}
+
+
 def test_progress_moves_while_one_document_is_read_and_says_that_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("longctx.data.prepare.PIECE_BYTES", 100)
     monkeypatch.setattr("longctx.data.prepare.ROW_GROUP_TOKENS", 100)
@@ -194,7 +228,7 @@ def test_progress_moves_while_one_document_is_read_and_says_that_it_is_written(t
     prepared([folder], tmp_path / "out", join="folder")
     item = 85 + len("==> in/0.txt <==\n\n")
     assert told == [
-        *((item - 1, 0, item * n) for n in (1, 2, 3)),
+        *((85, 0, item * n) for n in (1, 2, 3)),
         (0, 0, item * 3),
         "writing in",
         "",

@@ -96,7 +96,7 @@ def test_a_document_above_the_limit_is_refused_with_its_source(tmp_path, monkeyp
     monkeypatch.setattr(shards, "LONGEST_DOCUMENT", 10)
     writer = SplitWriter(tmp_path, "heldout", np.uint16, shard_tokens=20)
     writer.add(document(0, 10), "short")
-    with pytest.raises(UserError, match="long: a document of 11 tokens; the limit is 10; split the input"):
+    with pytest.raises(UserError, match="long: a document of more than 10 tokens, the limit; split the input"):
         writer.add(document(0, 11), "long")
     assert writer.finish().tokens == 10
 
