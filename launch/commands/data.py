@@ -22,7 +22,10 @@ def _prepare(
         Path, typer.Option(metavar="DIR", help="Output directory; must not exist, except with --overwrite.")
     ],
     tokenizer: Annotated[
-        str, typer.Option(metavar="bytes|FILE", help="Byte-level, or the path of a tokenizer.json.")
+        str,
+        typer.Option(
+            metavar="bytes|FILE|OWNER/NAME", help="Byte-level, a tokenizer.json, or one of the Hugging Face Hub."
+        ),
     ] = "bytes",
     eos: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="End-of-document token, if it is not detected.")

@@ -48,18 +48,20 @@ def _text(text: str, style: str = "", *, lines: bool = False) -> Text:
     return Text(printable(text, lines=lines), style)
 
 
+def _at(commit: str | None) -> str:
+    return "" if commit is None else f" at commit {commit}"
+
+
 def _head(directory: Path, manifest: Manifest, verified: bool) -> Iterator[RenderableType]:
     entry = manifest.tokenizer
     end = f"{entry.eos_id}" if entry.eos is None else f"{entry.eos_id} ({entry.eos})"
     checked = ", every shard's content verified" if verified else ""
     yield _text(f"{directory}: format version {manifest.version}{checked}", style="bold")
-    yield _text(
-        f"tokenizer {entry.name}: vocabulary {entry.vocab_size:,}, end of document {end}, {entry.fingerprint[:16]}…"
-    )
+    tokenizer = f"tokenizer {entry.name}{_at(entry.commit)}"
+    yield _text(f"{tokenizer}: vocabulary {entry.vocab_size:,}, end of document {end}, {entry.fingerprint[:16]}…")
     for source in manifest.inputs:
-        yield _text(
-            f"from {source.path}: {source.files:,} files, {source.documents:,} documents, {source.tokens:,} tokens"
-        )
+        counts = f"{source.files:,} files, {source.documents:,} documents, {source.tokens:,} tokens"
+        yield _text(f"from {source.path}: {counts}")
     for reason, count in manifest.passed_over.items():
         yield _text(f"ignored: {count:,} {reason}")
     table = Table("split", box=None)

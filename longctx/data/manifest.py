@@ -44,6 +44,8 @@ class TokenizerEntry(Config):
     """Spelling of the end token; None for bytes."""
     file: FileInside | None
     """Name of the copy of `tokenizer.json` beside the manifest; None for bytes."""
+    commit: str | None = None
+    """Commit of the Hub's repository `name` that it is from; None: it is not from the Hub."""
 
 
 class ShardEntry(Config):

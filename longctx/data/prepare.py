@@ -61,7 +61,8 @@ def prepare(
     """Tokenise `inputs` into the new directory `out` and return its manifest.
 
     inputs: files and folders; see `longctx.data.discover` for what is read of each, and `longctx.data.sources` for how.
-    tokenizer: `bytes` or the path of a `tokenizer.json`; `eos` names its end token if it is not detected.
+    tokenizer: `bytes`, the path of a `tokenizer.json` or its folder, or `OWNER/NAME[@REVISION]` of the Hub; `eos` names
+    its end token if it is not detected.
     join: `folder` joins the files of each input folder, in order of their names, into one document.
     on_error: `stop` at the first bad file, line or row, or `skip` it and list it in `errors.jsonl`.
     column: key of the text in JSON lines, or column of the text in Parquet.
@@ -168,6 +169,7 @@ def _copy_tokenizer(tokenizer: Tokenizer, partial: Path) -> TokenizerEntry:
         eos_id=tokenizer.eos_id,
         eos=tokenizer.eos,
         file=None if tokenizer.file is None else TOKENIZER_FILE,
+        commit=tokenizer.commit,
     )
 
 
