@@ -16,7 +16,11 @@ app = typer.Typer(no_args_is_help=True, help="Prepare and inspect training data.
 @app.command("prepare")
 def _prepare(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="Text, .jsonl or .parquet files, or folders of them.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="Text, .jsonl or .parquet files, or folders of them; hf://datasets/OWNER/NAME/PATH, s3://….",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Output directory; must not exist, except with --overwrite.")

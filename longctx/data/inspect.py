@@ -61,7 +61,7 @@ def _head(directory: Path, manifest: Manifest, verified: bool) -> Iterator[Rende
     yield _text(f"{tokenizer}: vocabulary {entry.vocab_size:,}, end of document {end}, {entry.fingerprint[:16]}…")
     for source in manifest.inputs:
         counts = f"{source.files:,} files, {source.documents:,} documents, {source.tokens:,} tokens"
-        yield _text(f"from {source.path}: {counts}")
+        yield _text(f"from {source.path}{_at(source.commit)}: {counts}")
     for reason, count in manifest.passed_over.items():
         yield _text(f"ignored: {count:,} {reason}")
     table = Table("split", box=None)

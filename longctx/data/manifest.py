@@ -76,7 +76,10 @@ class InputEntry(Config):
     """Totals for one input, over both splits."""
 
     path: str
+    """Absolute path, or URL."""
     name: str
+    commit: str | None = None
+    """Commit of the data set of the Hub that was read; None: it is not from the Hub."""
     files: int
     documents: int
     tokens: int

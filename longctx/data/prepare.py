@@ -60,7 +60,8 @@ def prepare(
 ) -> Manifest:
     """Tokenise `inputs` into the new directory `out` and return its manifest.
 
-    inputs: files and folders; see `longctx.data.discover` for what is read of each, and `longctx.data.sources` for how.
+    inputs: files and folders, `hf://datasets/OWNER/NAME[@REVISION][/PATH]` of the Hub, and URLs of object stores; see
+    `longctx.data.discover` for what is read of each, and `longctx.data.sources` for how.
     tokenizer: `bytes`, the path of a `tokenizer.json` or its folder, or `OWNER/NAME[@REVISION]` of the Hub; `eos` names
     its end token if it is not detected.
     join: `folder` joins the files of each input folder, in order of their names, into one document.
@@ -103,7 +104,7 @@ def prepare(
         bar = stack.enter_context(PreparationProgress(total, shown=progress))
         assembly = _Assembly(partial, opened, options, shard_tokens, bar.announce)
         stack.callback(assembly.close)
-        batches = _batches(sources, join, column)
+        batches = _batches(sources, join, column, bar.announce)
         for events, tokens, results in encode_in_order(batches, _jobs, tokenizer=spec, eos=entry.eos, workers=workers):
             size = sum(event.size for _, event in events if not isinstance(event, EndOfDocument))
             bar.update(size, assembly.documents, assembly.encoded + len(tokens))
@@ -117,6 +118,7 @@ def prepare(
                 InputEntry(
                     path=source.path,
                     name=source.name,
+                    commit=source.commit,
                     files=len(source.files),
                     documents=assembly.input_documents[index],
                     tokens=assembly.input_tokens[index],
@@ -145,7 +147,7 @@ def _check(join: str, on_error: str, heldout: float, shard_tokens: int, workers:
 
 
 def _check_apart(sources: list[Source], out: Path) -> None:
-    for source in sources:
+    for source in (source for source in sources if source.is_local):
         real = Path(source.path).resolve()
         if out == real or out in real.parents:
             raise UserError(f"input {source.path} is inside --out {out}, which would be replaced; choose another --out")
@@ -177,12 +179,12 @@ Batch = list[tuple[int, Event]]
 """Events, each with the index of its input."""
 
 
-def _batches(sources: list[Source], join: Join, column: str) -> Iterator[Batch]:
+def _batches(sources: list[Source], join: Join, column: str, announce: Callable[[str], None]) -> Iterator[Batch]:
     """Yield events in order, about `PIECE_BYTES` of text per batch, so that work outweighs the transfer to a worker."""
     batch: Batch = []
     size = 0
     for index, source in enumerate(sources):
-        for event in read_events(source, join=join, column=column):
+        for event in read_events(source, join=join, column=column, announce=announce):
             batch.append((index, event))
             size += len(event.job.data) if isinstance(event, TextPiece) else 0
             if size >= PIECE_BYTES or len(batch) >= _BATCH_EVENTS:

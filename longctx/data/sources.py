@@ -7,6 +7,7 @@ per row, all others are text. A suffix of a compression may follow (`longctx.dat
 import io
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,34 +47,45 @@ class EndOfDocument:
 Event = TextPiece | BadInput | EndOfDocument
 
 
-def read_events(source: Source, *, join: Join, column: str) -> Iterator[Event]:
+def read_events(
+    source: Source, *, join: Join, column: str, announce: Callable[[str], None] = lambda name: None
+) -> Iterator[Event]:
     """Yield the pieces, bad inputs and document ends of an input, in order.
 
     With `join="folder"` a folder is one document: its items in order, each between a line `==> name <==` and a blank
-    line, in the format of `tail` for several files.
+    line, in the format of `tail` for several files. `announce` is called with "fetching NAME" before each
+    file of another machine, and with "" when it is here.
+
+    Raises UserError, whatever is skipped otherwise, if a file cannot be fetched: the network is not the input's fault.
     """
     yield from source.bad_inputs
     joined = source.is_folder and join == "folder"
     for file in source.files:
-        for event in _read(file, joined, column):
+        for event in _read(file, joined, column, announce):
             if not (joined and isinstance(event, EndOfDocument)):
                 yield event
     if joined:
         yield EndOfDocument(source.name)
 
 
-def _read(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
+def _read(file: SourceFile, joined: bool, column: str, announce: Callable[[str], None]) -> Iterator[Event]:
     format_, compression = split_suffixes(file.path)
     where = printable_name(file.path)
     if compression and format_ in _NOT_COMPRESSED:
         yield BadInput(where, "unreadable", f"{_NOT_COMPRESSED[format_]} in {compression}: unpack it first", file.size)
         return
+    opened: str | io.BufferedReader = file.path
+    if file.fetch is not None:
+        announce(f"fetching {file.name}")
+        opened = file.fetch()
+        announce("")
     if format_ == ".parquet":
-        yield from _parquet(file, joined, column)
+        with nullcontext(opened) if isinstance(opened, str) else opened as place:
+            yield from _parquet(file, place, joined, column)
         return
     reader = _json_lines if format_ in (".jsonl", ".ndjson") else _text
     try:
-        with open(file.path, "rb") as raw:
+        with open(opened, "rb") if isinstance(opened, str) else opened as raw:
             yield from reader(file, InputStream(raw, compression), joined, column)
     except OSError as error:
         yield BadInput(where, "unreadable", error.strerror or str(error), file.size)
@@ -148,12 +160,12 @@ def _json_lines(file: SourceFile, source: InputStream, joined: bool, column: str
         yield BadInput(path, "empty", "has no line")
 
 
-def _parquet(file: SourceFile, joined: bool, column: str) -> Iterator[Event]:
+def _parquet(file: SourceFile, opened: str | io.BufferedReader, joined: bool, column: str) -> Iterator[Event]:
     path = printable_name(file.path)
     row = 0
     try:
         # A buffer instead of whole column chunks: a row group of another writer may have gigabytes.
-        with pq.ParquetFile(file.path, buffer_size=2**20, pre_buffer=False) as parquet:
+        with pq.ParquetFile(opened, buffer_size=2**20, pre_buffer=False) as parquet:
             schema = parquet.schema_arrow
             index = schema.get_field_index(column)
             if index < 0:

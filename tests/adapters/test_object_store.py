@@ -1,5 +1,6 @@
-"""Copies of checkpoints in S3, on a local server: training, a store that goes away, resuming in an empty directory."""
+"""S3, on a local server: copies of checkpoints, a store that goes away, resuming in an empty directory; texts."""
 
+import gzip
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]
 from moto.server import ThreadedMotoServer
 
 from longctx.checkpoint.copies import CheckpointCopies
+from longctx.errors import UserError
+from tests.data.cases import prepared, texts, write_parquet, write_tree
 from tests.train.runs import checkpoints, losses, metrics, mistake, train, write_workplace
 
 CONSTANT = "schedule.kind=constant"
@@ -73,3 +76,22 @@ def test_a_bucket_that_is_not_there_is_an_error_at_the_start(ranks, workplace, e
     assert told.startswith("s3://not-")
     assert "bucket does not exist" in told
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_texts_in_a_bucket_are_prepared_as_those_of_a_folder(endpoint, url, tmp_path):
+    parquet = write_parquet(tmp_path / "c.parquet", ["three", "four"]).read_bytes()
+    files = {"a.txt": b"one", "b/b.jsonl.gz": gzip.compress(b'{"text": "two"}\n'), "b/c.parquet": parquet}
+    folder = write_tree(tmp_path / "in", files)
+    with _account(endpoint):
+        store = CheckpointCopies(url)._files
+        for name, data in files.items():
+            store.pipe_file(f"{url}/in/{name}", data)
+        prepared([f"{url}/in"], tmp_path / "stored")
+        prepared([f"{url}/in/b/*.parquet"], tmp_path / "some")
+        with pytest.raises(UserError, match=rf"^input {url}/none: has no file to prepare"):
+            prepared([f"{url}/none"], tmp_path / "none")
+        with pytest.raises(UserError, match=r"^input s3://no-such-bucket/x: "):
+            prepared(["s3://no-such-bucket/x"], tmp_path / "none")
+    prepared([folder], tmp_path / "local")
+    assert texts(tmp_path / "stored") == texts(tmp_path / "local")
+    assert texts(tmp_path / "some") == {"c.parquet:1": "three", "c.parquet:2": "four"}

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from longctx.data import encode, shards
 from longctx.data.corpus import Corpus
@@ -208,6 +209,12 @@ def counting(call, read):
     return noted
 
 
+def corpus(directory):
+    """The files of a corpus, but for the paths of its inputs."""
+    found = {path.name: path.read_bytes() for path in directory.rglob("*.parquet")}
+    return found, Manifest.load(directory).model_copy(update={"inputs": ()})
+
+
 def test_compressed_files_are_read_as_what_they_hold(tmp_path):
     rows = [{"text": f"document {number}"} for number in range(100)]
     plain = write_lines(tmp_path / "plain.jsonl", rows).read_bytes()
@@ -216,6 +223,81 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path):
     prepared([tmp_path / "l.jsonl.gz", tmp_path / "t.txt.xz"], tmp_path / "out")
     want = {f"l.jsonl.gz:{number + 1}": row["text"] for number, row in enumerate(rows)}
     assert texts(tmp_path / "out") == {**want, "t.txt.xz": "é" * 1000}
+
+
+def data_set(tmp_path):
+    """Files of a repository, which is pushed in another order than that of their names."""
+    return {
+        "b.jsonl.gz": gzip.compress(b'{"text": "three"}\n{"text": "four"}\n'),
+        "c/d.txt": "five",
+        "a.parquet": write_parquet(tmp_path / "a.parquet", ["one", "two"]).read_bytes(),
+        "load.py": "import os; os._exit(9)",
+    }
+
+
+def test_a_data_set_of_the_hub_is_prepared_at_its_commit_again_and_again(hub, tmp_path):
+    commit = hub.push("datasets/own/texts", data_set(tmp_path))
+    tokenizer = hub.push("own/fox", {"tokenizer.json": write_tokenizer(tmp_path / "fox" / "t.json").read_bytes()})
+    options = {"tokenizer": "own/fox", "workers": 1}
+    manifest = prepared(["hf://datasets/own/texts"], tmp_path / "one", **options)
+    assert list(texts(tmp_path / "one").items()) == [
+        ("own/texts/a.parquet:1", "one"),
+        ("own/texts/a.parquet:2", "two"),
+        ("own/texts/b.jsonl.gz:1", "three"),
+        ("own/texts/b.jsonl.gz:2", "four"),
+        ("own/texts/c/d.txt", "five"),
+    ]
+    (entry,) = manifest.inputs
+    assert (entry.path, entry.name, entry.commit) == ("hf://datasets/own/texts", "own/texts", commit)
+    assert (manifest.tokenizer.name, manifest.tokenizer.commit) == ("own/fox", tokenizer)
+    assert not any("load.py" in request for request in hub.requests)
+    # The branch moves; the commit of the manifest does not.
+    hub.push("datasets/own/texts", {"a.txt": "another"})
+    hub.push("own/fox", {"tokenizer.json": "{}"})
+    options["tokenizer"] = f"own/fox@{tokenizer}"
+    prepared([f"hf://datasets/own/texts@{commit}"], tmp_path / "two", **options)
+    assert corpus(tmp_path / "two") == corpus(tmp_path / "one")
+    prepared(["hf://datasets/own/texts"], tmp_path / "three", **options)
+    assert texts(tmp_path / "three") == {"own/texts/a.txt": "another"}
+
+
+def test_a_data_set_of_the_hub_may_be_one_document(hub, tmp_path):
+    hub.push("datasets/own/texts", {"b.txt": "two", "a.txt": "one"})
+    prepared(["hf://datasets/own/texts"], tmp_path / "out", join="folder")
+    assert texts(tmp_path / "out") == {"own/texts": "==> own/texts/a.txt <==\none\n==> own/texts/b.txt <==\ntwo\n"}
+
+
+def test_a_hub_that_fails_stops_the_preparation_and_what_it_gave_is_kept(hub, tmp_path, monkeypatch):
+    """With --on-error skip too: the network would decide what the corpus has."""
+    hub.push("datasets/own/texts", {"a.txt": "one", "b.txt": "two"})
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub asks again
+    answer = hub.answer
+
+    def failing(method, path, body):
+        return (503, {}, b"") if "b.txt" in path else answer(method, path, body)
+
+    monkeypatch.setattr(hub, "answer", failing)
+    with pytest.raises(UserError, match=r"^input hf://datasets/own/texts: b.txt: the Hub gives no answer .*503"):
+        prepared(["hf://datasets/own/texts"], tmp_path / "out", on_error="skip")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(hub, "answer", answer)
+    hub.requests.clear()
+    prepared(["hf://datasets/own/texts"], tmp_path / "out", on_error="skip")
+    assert texts(tmp_path / "out") == {"own/texts/a.txt": "one", "own/texts/b.txt": "two"}
+    assert [request for request in hub.requests if request.startswith("GET") and "a.txt" in request] == []
+
+
+def test_a_store_is_prepared_as_a_folder_is(tmp_path):
+    files = {name: data if isinstance(data, bytes) else data.encode() for name, data in data_set(tmp_path).items()}
+    folder = write_tree(tmp_path / "in", files)
+    MemoryFileSystem().pipe({f"/bucket/in/{name}": data for name, data in files.items()})
+    try:
+        manifest = prepared(["memory://bucket/in"], tmp_path / "one")
+    finally:
+        MemoryFileSystem().rm("/bucket", recursive=True)
+    prepared([folder], tmp_path / "two")
+    assert corpus(tmp_path / "one") == corpus(tmp_path / "two")
+    assert (manifest.inputs[0].path, manifest.inputs[0].commit) == ("memory://bucket/in", None)
 
 
 def test_progress_moves_while_one_document_is_read_and_says_that_it_is_written(tmp_path, monkeypatch):
