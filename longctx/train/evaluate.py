@@ -69,10 +69,11 @@ def evaluate(
 def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:
     """Compute the held-out loss (nats per token) of a unigram model: a baseline that ignores the context.
 
-    Token frequencies are counted in the first `tokens` of the training stream, with add-one smoothing.
+    Token frequencies are counted in the first `tokens` of the training stream, at most an epoch, with add-one
+    smoothing.
     """
     counts = torch.ones(vocab_size, dtype=torch.float64)
-    for number in range(max(1, tokens // stream.sequence_length)):
+    for number in range(max(1, min(tokens // stream.sequence_length, math.ceil(stream.sequences_per_epoch)))):
         counts += torch.bincount(stream[number].tokens, minlength=vocab_size)
     surprise = -torch.log(counts / counts.sum())
     seen = torch.zeros(vocab_size, dtype=torch.float64)

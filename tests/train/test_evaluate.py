@@ -145,8 +145,9 @@ class Stream:
 
     sequence_length = 4
 
-    def __init__(self):
+    def __init__(self, sequences_per_epoch=1000.0):
         self.read = []
+        self.sequences_per_epoch = sequences_per_epoch
 
     def __getitem__(self, number):
         self.read.append(number)
@@ -167,3 +168,10 @@ def test_unigram_loss_reads_a_sequence_even_where_it_is_longer_than_the_tokens_a
     got = unigram_loss(stream, [Sequence(labels, labels, torch.tensor([0, 1]), 0)], 4, tokens=1)
     assert got == pytest.approx(math.log(8))
     assert stream.read == [0]
+
+
+def test_unigram_loss_reads_no_epoch_twice():
+    """One sequence ends the epoch that it shares with the next."""
+    stream, labels = Stream(sequences_per_epoch=1.5), torch.tensor([3])
+    unigram_loss(stream, [Sequence(labels, labels, torch.tensor([0, 1]), 0)], 4)
+    assert stream.read == [0, 1]
