@@ -22,14 +22,15 @@ SEGMENTS = [Segment(0, 70), Segment(70, 210, (9, 75, 76)), Segment(210, 210), Se
 BOUND = 2e-6
 
 
-def check(case, segments, bound=BOUND):
-    """Values and gradients in float32 against float64."""
+def check(case, segments, bound=BOUND, **narrower):
+    """Values and gradients in float32 against float64; `narrower` bounds by name."""
     narrow = case.to(torch.float32)
     got, again = by_recurrence(narrow, segments, module=native)
     wanted, _ = by_recurrence(narrow.to(torch.float64), segments, module=chunked)
     for name, want in wanted.items():
         assert got[name].shape == want.shape, name
-        assert relative(got[name].double(), want) < bound or got[name].norm() == want.norm() == 0, name
+        limit = narrower.get(name, bound)
+        assert relative(got[name].double(), want) < limit or got[name].norm() == want.norm() == 0, name
     for name, (second, first) in again.items():
         assert relative(second.double(), first.double()) < bound, name
 
@@ -67,11 +68,11 @@ def test_blocks_of_chunks_whose_states_are_recomputed(kind):
 
 @each_kind
 def test_a_state_that_hardly_decays_stays_accurate(kind):
-    """Over thousands of chunks, of which each would round the state if it were in float32."""
-    length = 1 << 17
+    """Over hundreds of chunks, whose tokens hardly read the state: each would round the sum if it were in float32."""
+    length = 1 << 14
     case = draw(kind, length, 1, (1, 1, 1, 1), 4, 4)
-    gates = (0.1 * case.gates[0], *(1e-7 * gate for gate in case.gates[1:]))
-    check(replace(case, gates=gates), [Segment(0, length)], 1e-5)
+    case = replace(case, gates=(1e-5 * case.gates[0], *(1e-7 * gate for gate in case.gates[1:])))
+    check(case, [Segment(0, length)], o=3e-7)  # 4e-7 where the state is in float32
 
 
 @each_kind
