@@ -50,10 +50,6 @@ class Resources:
     """Bytes of shared memory per block."""
     warps: int
     stages: int
-    instructions: int
-    loop_instructions: int
-    """Instructions of the largest loop."""
-    loop_barriers: int
     wgmma: int
     """Warpgroup matmul instructions in PTX (sm_90), or those of the fifth generation (sm_100)."""
     mma: int
@@ -61,6 +57,11 @@ class Resources:
     tf32: int
     """Matmul instructions in PTX with tf32 factors."""
     async_copies: int
+    instructions: int | None = None
+    """None, as the following, where the machine code was not disassembled."""
+    loop_instructions: int | None = None
+    """Instructions of the largest loop."""
+    loop_barriers: int | None = None
     loop_mix: dict[str, int] = field(default_factory=dict)
     """Instructions of the largest loop by opcode."""
 
@@ -74,9 +75,9 @@ class Launch:
     constants: dict[str, Any]
     compiled: Any
 
-    def resources(self) -> Resources:
-        """Read the compiled kernel's resources."""
-        return _resources(self.compiled)
+    def resources(self, disassemble: bool = True) -> Resources:
+        """Read the compiled kernel's resources; `disassemble`, half a second, adds its instructions and loops."""
+        return _resources(self.compiled, disassemble)
 
 
 class _Driver(CudaDriver):
@@ -171,30 +172,37 @@ def _opcode(instruction: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].split(".")[0]
 
 
-def _resources(compiled: Any) -> Resources:
+def _resources(compiled: Any, disassemble: bool) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = re.search(r"REG:(\d+) STACK:(\d+)", _run(TOOLS / "cuobjdump", "-res-usage", cubin))
         assert usage is not None
-        machine_code = _run(TOOLS / "cuobjdump", "-sass", cubin)
-    ptx, loop = compiled.asm["ptx"], _largest_loop(machine_code)
-    mix = Counter(map(_opcode, loop))
+        machine_code = _run(TOOLS / "cuobjdump", "-sass", cubin) if disassemble else None
+    ptx = compiled.asm["ptx"]
     return Resources(
         registers=int(usage[1]),
         stack=int(usage[2]),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         stages=compiled.metadata.num_stages,
-        instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,6}\*/\s+\S", machine_code, re.MULTILINE)),
-        loop_instructions=len(loop),
-        loop_barriers=mix["BAR"],
         wgmma=len(re.findall(r"wgmma\.mma_async|tcgen05\.mma", ptx)),
         mma=len(re.findall(r"\bmma\.sync", ptx)),
         tf32=len(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[^;]*tf32", ptx)),
         async_copies=len(re.findall(r"cp\.async\.(?:cg|ca)|cp\.async\.bulk", ptx)),
-        loop_mix=dict(mix.most_common()),
+        **({} if machine_code is None else _instructions(machine_code)),
     )
+
+
+def _instructions(machine_code: str) -> dict[str, Any]:
+    loop = _largest_loop(machine_code)
+    mix = Counter(map(_opcode, loop))
+    return {
+        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,6}\*/\s+\S", machine_code, re.MULTILINE)),
+        "loop_instructions": len(loop),
+        "loop_barriers": mix["BAR"],
+        "loop_mix": dict(mix.most_common()),
+    }
 
 
 def blocks_per_sm(used: Resources, capability: int) -> int:
@@ -314,7 +322,7 @@ class Row:
         return self.blocks_per_sm * self.resources.warps
 
 
-def rows(case: Case, capability: int, launches: list[Launch]) -> Iterator[Row]:
+def rows(case: Case, capability: int, launches: list[Launch], disassemble: bool = True) -> Iterator[Row]:
     """Compile every kernel of a case; `launches` is what `record(capability)` returned. Errors are the compiler's."""
     name = f"{case.family}/{case.kind}"
     for pass_, run in PASSES[case.family](case):
@@ -326,7 +334,7 @@ def rows(case: Case, capability: int, launches: list[Launch]) -> Iterator[Row]:
                 continue
             seen.append((launch.kernel, launch.constants))
             sizes = {key: value for key, value in launch.constants.items() if isinstance(value, int)}
-            used = launch.resources()
+            used = launch.resources(disassemble)
             programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
             yield Row(name, pass_, launch.kernel, sizes, programs, blocks_per_sm(used, capability), used)
 
@@ -339,6 +347,7 @@ def main() -> None:
     parser.add_argument("--value-dim", type=int, help="V, where it is not K")
     parser.add_argument("--dtype", action="append", help="default bfloat16")
     parser.add_argument("--document", type=int, default=0, help="tokens per document")
+    parser.add_argument("--resources-only", action="store_true", help="without counts of instructions: faster")
     parser.add_argument("cases", nargs="+", metavar="FAMILY/KIND[/DTYPE/DIM]")
     arguments = parser.parse_args()
     from longctx.kernels.linear import tuning
@@ -353,7 +362,7 @@ def main() -> None:
         case = Case(family, kind, dim, value_dim, getattr(torch, dtype), document=arguments.document)
         common = {"dtype": dtype, "dim": dim, "capability": arguments.capability}
         try:
-            for row in rows(case, arguments.capability, launches):
+            for row in rows(case, arguments.capability, launches, not arguments.resources_only):
                 sys.stdout.write(json.dumps({**common, **asdict(row)}) + "\n")
                 sys.stdout.flush()
         except Exception as error:  # noqa: BLE001 - whatever a compiler raises is a result

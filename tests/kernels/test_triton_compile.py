@@ -48,9 +48,9 @@ SPILLING: dict[tuple[int, str, int, str, str], int] = {
 
 @cache
 def compiled(capability: int, dtype: str, dim: int, *arguments: str) -> list[dict]:
-    command = [sys.executable, "-m", "tests.offline_gpu", "--capability", str(capability), "--dtype", dtype]
+    command = [sys.executable, "-m", "tests.offline_gpu", "--resources-only", "--capability", str(capability)]
     done = subprocess.run(
-        [*command, "--dim", str(dim), *arguments],
+        [*command, "--dtype", dtype, "--dim", str(dim), *arguments],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
