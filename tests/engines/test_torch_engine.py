@@ -26,7 +26,7 @@ LENGTH = 24
 BOUNDS = [(0, 24), (0, 5, 6, 24), (0, 23, 24), (0, 12, 24)]
 LABELS = [24, 0, 3, 11]
 """Labels of the four sequences of a step, counted from the end: ranks that divide by their own number are wrong."""
-STEPS = ((0.02, 0), (0.01, 100), (0.015, 200))
+STEPS = ((0.02, 0), (0.01, 100))
 """Learning rates, and seeds of the tokens."""
 OPTIMIZER = OptimizerConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.5)
 OTHER_OPTIMIZER = OptimizerConfig(betas=(0.7, 0.95), eps=1e-5, weight_decay=0.25)
@@ -187,7 +187,7 @@ MORE_RUNS = {
         *(pytest.param(runs, id=f"{name}, more", marks=pytest.mark.slow) for name, runs in MORE_RUNS.items()),
     ],
 )
-def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, runs):
+def test_gradients_and_two_steps_equal_those_of_plain_training(ranks, runs):
     answers = ranks.run(train, runs, size=runs[0].ranks)
     for number, run in enumerate(runs):
         gradients, results, parameters = train_plainly(run.train.clip, run.experts)
@@ -198,7 +198,7 @@ def test_gradients_and_three_steps_equal_those_of_plain_training(ranks, runs):
                 assert (got_gradients[name] - want).norm() <= 1e-10 * want.norm(), f"gradient of {name}, {run}"
             for name, want in parameters.items():
                 # Adam divides by the gradient's size, which raises the rounding of small ones.
-                assert (got_parameters[name] - want).norm() <= 1e-9 * want.norm(), f"{name} after 3 steps, {run}"
+                assert (got_parameters[name] - want).norm() <= 1e-9 * want.norm(), f"{name} after 2 steps, {run}"
 
 
 def step_without_labels(run):
