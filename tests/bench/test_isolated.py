@@ -22,25 +22,6 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_result_comes_from_another_process() -> None:
-    process, threads, value = run_isolated(1, process_and_threads, 5)
-    assert process != os.getpid()
-    assert (threads, value) == (1, 5)
-
-
-def test_an_error_comes_with_its_reason_and_its_traceback() -> None:
-    with pytest.raises(IsolatedProcessError, match=r"in fail[\s\S]*and more") as caught:
-        run_isolated(1, fail)
-    assert caught.value.reason == "ValueError: the cause"
-    assert not caught.value.died
-
-
-def test_a_process_that_is_killed_is_distinguished_from_an_error() -> None:
-    with pytest.raises(IsolatedProcessError, match="was killed") as caught:
-        run_isolated(1, die)
-    assert caught.value.died
-
-
 def is_ready() -> bool:
     return True
 
@@ -50,12 +31,19 @@ def hang() -> None:
     time.sleep(600)
 
 
-def test_one_process_calls_one_function_after_the_other_and_survives_an_error() -> None:
+def test_one_process_calls_one_function_after_the_other_survives_an_error_and_not_its_death() -> None:
     with IsolatedProcess(1) as process:
-        first, threads, _ = process.call(process_and_threads, 5)
-        with pytest.raises(IsolatedProcessError, match="the cause"):
+        first, threads, value = process.call(process_and_threads, 5)
+        assert first != os.getpid()
+        assert (threads, value) == (1, 5)
+        with pytest.raises(IsolatedProcessError, match=r"in fail[\s\S]*and more") as caught:
             process.call(fail)
+        assert caught.value.reason == "ValueError: the cause"
+        assert not caught.value.died
         assert process.call(process_and_threads, 6) == (first, threads, 6)
+        with pytest.raises(IsolatedProcessError, match="was killed") as caught:
+            process.call(die)
+        assert caught.value.died
 
 
 def test_a_function_that_hangs_is_ended_after_its_time_and_its_reports_have_arrived() -> None:
