@@ -2,14 +2,18 @@
 
 import ipaddress
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from longctx.errors import UserError
 from longctx.launch.local import run_ranks
+from longctx.parallel.local_ranks import PRELOADED
 from longctx.parallel.one_machine import STORE
 from longctx.train.process_group import process_group
 from tests.combinations import mostly_slow
@@ -75,13 +79,22 @@ def test_pools_of_local_ranks_listen_on_loopback_only(ranks):
 
 
 def job(**environment: object) -> str:
-    """The error of a rank of a job of 2 that waits for a second."""
-    code = "from longctx.errors import UserError; from longctx.train.process_group import process_group\n"
-    code += "try:\n with process_group('cpu', 1.0): print('joined')\nexcept UserError as error: print(error)"
+    """The error of a rank of a job of 2 that waits for a second, in a process forked from one that has torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     variables = os.environ | {"WORLD_SIZE": "2"} | {name: str(value) for name, value in environment.items()}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(join, variables).result()
+
+
+def join(variables: dict[str, str]) -> str:
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        with process_group("cpu", 1.0):
+            return "joined"
+    except UserError as error:
+        return str(error)
 
 
 def free_port() -> int:
