@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,14 @@ class Source:
 
     tree: ast.Module
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
     def imported(self) -> dict[str, str]:
         """What each name that an import binds stands for; functions' own imports count for the whole file."""
         names = {}
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             match node:
                 case ast.Import(aliases):
                     for alias in aliases:
@@ -65,7 +70,7 @@ class Source:
 
     def defined(self) -> Iterator[str]:
         """The private names that the file gives to things of its own."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             match node:
                 case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                     yield name
@@ -80,7 +85,7 @@ class Source:
         for name in imported.values():
             if _is_internal(name):
                 yield name
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             match node:
                 case ast.Attribute(value=ast.Call(func=ast.Name("super")), attr=name) if is_private(name):
                     yield name
@@ -109,6 +114,7 @@ def _is_internal(name: str) -> bool:
     return name.startswith(UNDOCUMENTED) or any(map(is_private, name.split(".")))
 
 
+@cache
 def read_sources(root: Path = ROOT) -> dict[str, Source]:
     """The files of longctx, by path from the root."""
     files = [file for folder in FOLDERS for file in sorted((root / folder).rglob("*.py"))]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.packaging.internals import ROOT, read_sources
+from tests.packaging.internals import ROOT, Source, read_sources
 
 REFUSED = {
     "import pickle; pickle.load(file)": "S301",
@@ -57,10 +57,11 @@ def test_ruff_refuses_it(statement: str, place: str) -> None:
     assert REFUSED[statement] in {line.split()[1] for line in result.stdout.splitlines() if place in line}
 
 
-def uses(tree: ast.AST, imported: dict[str, str]) -> set[str]:
+def uses(source: Source) -> set[str]:
     """The names of `READERS` that a file imports or reaches."""
+    imported = source.imported()
     found = set(imported.values())
-    for node in ast.walk(tree):
+    for node in source.nodes:
         if isinstance(node, ast.Attribute):
             top, *rest = ast.unparse(node).split(".")
             found |= {".".join([imported[top], *rest])} if top in imported else set()
@@ -68,7 +69,7 @@ def uses(tree: ast.AST, imported: dict[str, str]) -> set[str]:
 
 
 def test_the_exceptions_are_these() -> None:
-    found = {file: uses(source.tree, source.imported()) for file, source in read_sources().items()}
+    found = {file: uses(source) for file, source in read_sources().items()}
     assert {file: names for file, names in found.items() if names} == {
         file: set(reasons) for file, reasons in EXCEPTIONS.items()
     }
@@ -79,7 +80,7 @@ def test_torch_loads_with_restrictions() -> None:
     calls = [
         node
         for source in read_sources().values()
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
     ]
     assert calls
@@ -90,6 +91,4 @@ def test_torch_loads_with_restrictions() -> None:
 
 def test_uses_are_found() -> None:
     text = "import pickle as p\nimport torch\nfrom marshal import loads\np.load(f)\ntorch.load(f)\ntorch.zeros(1)"
-    tree = ast.parse(text)
-    imported = {"p": "pickle", "torch": "torch", "loads": "marshal.loads"}
-    assert uses(tree, imported) == {"pickle.load", "torch.load", "marshal.loads"}
+    assert uses(Source(ast.parse(text))) == {"pickle.load", "torch.load", "marshal.loads"}
