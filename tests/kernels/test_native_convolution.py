@@ -53,7 +53,11 @@ def test_values_and_gradients_equal_the_reference(taps, starts, activation, dtyp
 def test_long_sequences_are_cut_into_tasks_and_blocks(dtype, taps):
     # Tasks of 455 tokens, blocks of 28 and 8.
     for length, channels in ((1000, 288), (150, 2000)):
-        check(draw(length, taps, channels=channels).to(dtype), "silu", (0, length // 3, length // 2, length // 2 + 1))
+        check(
+            draw(length, taps, batch=1, channels=channels).to(dtype),
+            "silu",
+            (0, length // 3, length // 2, length // 2 + 1),
+        )
 
 
 @each_dtype
