@@ -18,6 +18,8 @@ from tests.train.runs import checkpoints, metrics, train, write_workplace
 
 WORSE = ("optimizer.lr=10", "schedule.warmup=0", "schedule.kind=constant", "train.steps=12")
 """From step 5 on the held-out loss rises."""
+ONE_RANK = ("parallel.cp=1",)
+"""Where ranks would repeat each other."""
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +84,8 @@ def good(ranks, workplace) -> Path:
 
 
 def test_a_checkpoint_has_the_held_out_loss_of_its_own_parameters(ranks, workplace, tmp_path):
-    overrides = ["train.steps=7", "evaluation.every=3"]
-    (told, _) = ranks.run(train, workplace, tmp_path / "out", overrides, "auto", messages, size=2)
+    overrides = ["train.steps=7", "evaluation.every=3", *ONE_RANK]
+    (told,) = ranks.run(train, workplace, tmp_path / "out", overrides, "auto", messages, size=1)
     states = [
         json.loads((tmp_path / "out" / "checkpoints" / name / "trainer.json").read_text())["state"]
         for name in checkpoints(tmp_path / "out")
@@ -116,18 +118,18 @@ def test_the_best_checkpoint_survives_a_resume_and_worse_ones_and_is_named_at_th
 def test_without_a_best_only_the_latest_stay(ranks, workplace, good, tmp_path, extra):
     """None is wanted; or the evaluation is of other sequences than before, with which losses cannot be compared."""
     out = shutil.copytree(good, tmp_path / "out")
-    overrides = ["evaluation.every=9", "checkpoint.keep=1", *WORSE, extra]
-    ranks.run(train, workplace, out, overrides, size=2)
+    overrides = ["evaluation.every=9", "checkpoint.keep=1", *WORSE, *ONE_RANK, extra]
+    ranks.run(train, workplace, out, overrides, size=1)
     assert checkpoints(out) == ["step-00000012"]
 
 
 def test_milestones_stay_beside_the_latest(ranks, workplace, tmp_path):
     overrides = ["train.steps=9", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=3"]
-    ranks.run(train, workplace, tmp_path / "out", overrides, size=2)
+    ranks.run(train, workplace, tmp_path / "out", [*overrides, *ONE_RANK], size=1)
     assert checkpoints(tmp_path / "out") == [f"step-{step:08d}" for step in (3, 6, 8, 9)]
 
 
 def test_evaluations_that_meet_no_checkpoint_are_pointed_out_at_the_start(ranks, workplace, tmp_path):
-    overrides = ["train.steps=5", "evaluation.every=3"]
-    (told, _) = ranks.run(train, workplace, tmp_path / "out", overrides, "auto", messages, size=2)
+    overrides = ["train.steps=5", "evaluation.every=3", *ONE_RANK]
+    (told,) = ranks.run(train, workplace, tmp_path / "out", overrides, "auto", messages, size=1)
     assert sum(text.startswith("checkpoint.keep_best: no checkpoint before the last one") for text in told) == 1
