@@ -23,8 +23,8 @@ FEW = (
     "check/swiglu/*", "time/swiglu/*", "train/longest", "peer/additive/constant/*",
 )  # fmt: skip
 """A step of each function that does not start a program of its own."""
-FEWEST = ("system", "check/delta/scalar/float32/40-1-16", "time/additive/scalar/float16/40-1-16")
-"""Enough to see that a rehearsal starts, runs and ends; all others in `make test-all`."""
+FEWEST = ("process-group", "time/additive/scalar/float16/40-1-16")
+"""Two phases: enough to see that a rehearsal starts, runs and ends; all others in `make test-all`."""
 
 
 def parts(at: gpu_plan.Sizes) -> dict[str, list[Phase]]:
@@ -137,8 +137,10 @@ def test_a_rehearsal_runs_to_its_end(tmp_path: Path, names: tuple[str, ...]) -> 
     timed = rows["time/additive/scalar/float16/40-1-16"]
     assert timed["forward"]["ms"] > 0
     assert timed["kernels"]
-    assert rows["check/delta/scalar/float32/40-1-16"]["errors"].keys() == {"o", "dq", "dk", "dv", "dbeta", "dlog_decay"}
-    assert rows["system"]["copy_bytes_per_second"] > 0
+    if names == FEW:
+        errors = rows["check/delta/scalar/float32/40-1-16"]["errors"]
+        assert errors.keys() == {"o", "dq", "dk", "dv", "dbeta", "dlog_decay"}
+        assert rows["system"]["copy_bytes_per_second"] > 0
 
 
 @pytest.mark.slow
