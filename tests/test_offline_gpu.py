@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 
+from longctx.kernels.linear import tuning
+from tests import offline_gpu
+
 
 def compiled(*arguments: str) -> list[dict]:
     command = [sys.executable, "-m", "tests.offline_gpu", *arguments]
@@ -30,6 +33,10 @@ def test_every_pass_is_recorded_with_its_resources():
         assert used["wgmma"] > 0, row["kernel"]
 
 
-def test_a_kernel_that_does_not_compile_is_a_row_with_its_error():
-    (row,) = compiled("--dim", "1024", "additive/constant")
+def test_a_kernel_that_does_not_compile_is_a_row_with_its_error(monkeypatch, capsys):
+    monkeypatch.setattr(offline_gpu, "record", lambda capability: [])  # nothing is launched
+    monkeypatch.setattr(tuning, "_compute_capability", tuning._compute_capability)
+    monkeypatch.setattr(sys, "argv", ["offline_gpu", "--dim", "1024", "additive/constant"])
+    offline_gpu.main()
+    row = json.loads(capsys.readouterr().out)
     assert "head dims up to 512" in row["error"]

@@ -90,7 +90,7 @@ def equal_anywhere(ranks, run, others):
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_steps_are_equal_to_the_bit_on_any_number_of_processes(ranks, precision):
-    model = hybrid()
+    model = hybrid(depth=2)
     others = [Run(model, dp, cp, precision=precision) for dp, cp in ((1, 2), (1, 4), (2, 2), (2, 1))]
     equal_anywhere(ranks, Run(model, precision=precision), others)
 
@@ -119,13 +119,13 @@ def test_a_hybrid_of_all_mixers_as_well(ranks):
     ],
 )
 def test_with_every_schedule(ranks, order, attention, states):
-    model = hybrid(softmax=SoftmaxConfig(heads=8, kv_heads=4, head_dim=4))
+    model = hybrid(softmax=SoftmaxConfig(heads=8, kv_heads=4, head_dim=4), depth=2)
     runs = [Run(model, dp, cp, order, "fp32", attention, states, steps=1) for dp, cp in ((1, 1), (1, 2), (2, 2))]
     equal_anywhere(ranks, runs[0], runs[1:])
 
 
 def test_it_trains_as_the_torch_engine_does(ranks):
-    run = Run(hybrid(), cp=2)
+    run = Run(hybrid(depth=2), cp=2)
     got, after = ranks.run(train, run, size=2)[0]
     want, other = ranks.run(train, run, None, size=2)[0]
     for step, other_step in zip(got, want, strict=True):
