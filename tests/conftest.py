@@ -20,9 +20,10 @@ from tests.poison import poison
 from tests.progress import Progress
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    from tests.interpreter import multiply_bfloat16, patch_once_per_kernel
+    from tests.interpreter import compute_types_once, multiply_bfloat16, patch_once_per_kernel
 
     patch_once_per_kernel()
+    compute_types_once()
     multiply_bfloat16()
 
 # Most tests' functions need these on a rank.
