@@ -119,7 +119,8 @@ def fail_twice(folder: Path) -> str:
         if dist.get_rank() == 0:
             while not list(folder.glob("*.partial")):  # the writer would create it while it is removed
                 time.sleep(0.01)
-            shutil.rmtree(folder)
+            while folder.exists():  # the other rank's writer may add a file meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
             folder.write_text("in the way")
         dist.barrier()
         held.set()
