@@ -177,9 +177,12 @@ def check_same_model(path: Path, state: TrainerState, model: dict[str, Any], adv
 
 
 def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Describe each key in which two models' configurations differ."""
-    return [
-        f"{key}: {actual.get(key)!r}, expected {expected.get(key)!r}"
-        for key in sorted({*actual, *expected})
-        if actual.get(key) != expected.get(key)
-    ]
+    """Describe each key, dotted, in which two models' configurations differ."""
+    found = []
+    for key in sorted({*actual, *expected}):
+        one, other = actual.get(key), expected.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += [f"{key}.{inner}" for inner in differences(one, other)]
+        elif one != other:
+            found.append(f"{key}: {one!r}, expected {other!r}")
+    return found

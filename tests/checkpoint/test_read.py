@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longctx.checkpoint.checksums import seal, unseal
-from longctx.checkpoint.read import check_same_model, list_checkpoints, load_tensors, read_state
+from longctx.checkpoint.read import check_same_model, differences, list_checkpoints, load_tensors, read_state
 from longctx.errors import UserError
 from tests.checkpoint.saving import MODEL, save, sharded, state
 
@@ -111,3 +111,13 @@ def test_another_model_is_reported_by_every_difference(tmp_path):
     check_same_model(tmp_path, state(1), dict(MODEL))
     with pytest.raises(UserError, match=r"dim: 16, expected 32; heads: None, expected 2\. Train this model in"):
         check_same_model(tmp_path, state(1), {"dim": 32, "vocab_size": 320, "heads": 2})
+
+
+def test_within_a_table_only_the_keys_that_differ_are_named():
+    actual = {"softmax": {"heads": 4, "rope_theta": 1e4, "rope_scaling": {"kind": "yarn", "factor": 4}}, "moe": None}
+    expected = {"softmax": {"heads": 4, "rope_theta": 5e5, "rope_scaling": {"kind": "yarn", "factor": 8}}, "moe": {}}
+    assert differences(actual, expected) == [
+        "moe: None, expected {}",
+        "softmax.rope_scaling.factor: 4, expected 8",
+        "softmax.rope_theta: 10000.0, expected 500000.0",
+    ]

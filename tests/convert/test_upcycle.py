@@ -331,7 +331,7 @@ def test_what_no_rule_covers_and_what_nothing_takes_are_reported_by_name_and_sha
 def test_sources_that_differ_from_each_other(dense, tmp_path):
     other = save(tmp_path / "other", 0, hybrid(swiglu=SwigluConfig(hidden=14)))
     told = refused([dense[0], other], tmp_path / "out", routed())
-    assert f"{other} differs from {dense[0]}: swiglu: {{'hidden': 14}}, expected {{'hidden': 10}}" in told
+    assert f"{other} differs from {dense[0]}: swiglu.hidden: 14, expected 10" in told
 
 
 def test_another_vocabulary(dense, tmp_path):
