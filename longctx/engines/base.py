@@ -13,6 +13,7 @@ from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights
 from longctx.engines.router_stats import RouterStats
 from longctx.model.decoder import Losses
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 
@@ -63,7 +64,7 @@ class Engine(Protocol):
     def losses(self, batch: Batch) -> Losses:
         """Compute the losses of a held-out batch, without router noise; router reports cover this rank's layers."""
 
-    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """Describe the attention schedule selected for a layout, by layer name."""
 
     def flops(self, layout: Layout) -> int:

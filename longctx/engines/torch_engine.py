@@ -27,6 +27,7 @@ from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import initialise
 from longctx.model.moe import Experts
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.collectives import all_reduce
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
@@ -184,7 +185,7 @@ class TorchEngine:
         self.model.train()
         return losses
 
-    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """As in `Engine`."""
         return self.model.attention_schedules(layout, dtype)
 

@@ -17,6 +17,7 @@ from longctx.layers.output import Output
 from longctx.mixers.head_mixture import HeadMixtureConfig, HeadRouter
 from longctx.mixers.shares import Share
 from longctx.moe.head_router import HeadRouting
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.layout import STATE_SCHEDULES, Layout
 from longctx.parallel.mesh import Axis
 
@@ -79,8 +80,8 @@ class Mixer(nn.Module, ABC):
         """Return an empty cache, for a batch of any size."""
         return Cache()
 
-    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """Describe in one line which schedule was chosen and why; None if there was no choice."""
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> ScheduleChoice | None:
+        """Describe which schedule was chosen and why; None if there was no choice."""
         del layout, dtype
         return None
 

@@ -25,7 +25,7 @@ from longctx.mixers.head_mixture import HeadRouter, project_output, project_outp
 from longctx.mixers.shares import Share, row_shares
 from longctx.moe.heads import Pairs, pair_attention
 from longctx.parallel.attention.api import rank_schedules, softmax_attention
-from longctx.parallel.attention.cost_model import AttentionShape, explained, fitting
+from longctx.parallel.attention.cost_model import AttentionShape, ScheduleChoice, fitting
 from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
 
@@ -189,15 +189,18 @@ class Softmax(Mixer):
             routed_pairs = routed_pairs * gate_pairs.sigmoid().view(routed_pairs.shape)
         return project_output_pairs(shared, routed_pairs, self.out, routing, pairs)
 
-    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> ScheduleChoice | None:
         """Describe the chosen schedule and its estimated costs, if the layout leaves the choice open ("auto")."""
         if layout.size == 1 or layout.attention != "auto":
             return None
-        descriptions = []
+        choices = []
         for prefix, heads, kv_heads in self._attentions():
             shape = AttentionShape(heads, kv_heads, self.head_dim, self.head_dim, dtype.itemsize, self.mask)
-            descriptions.append(prefix + explained(rank_schedules(layout, shape)))
-        return "; ".join(descriptions)
+            choices.append((prefix, ScheduleChoice.of(rank_schedules(layout, shape))))
+        return ScheduleChoice(
+            "; ".join(prefix + choice.brief for prefix, choice in choices),
+            "; ".join(prefix + choice.details for prefix, choice in choices),
+        )
 
     def _attentions(self) -> Iterator[tuple[str, int, int]]:
         """Yield description, query heads and key/value heads of each attention that the layer runs."""

@@ -25,6 +25,7 @@ from longctx.layers.output import Output
 from longctx.mixers import Cache
 from longctx.model.config import ModelConfig
 from longctx.moe.report import RouterReport
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.layout import Layout
 from longctx.parallel.traffic import layer
 
@@ -176,7 +177,7 @@ class Decoder(nn.Module):
             x, _ = block(x, layout, block_cache)
         return F.linear(self.norm(x[:, -1]), self.head_weight)
 
-    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """Describe the attention schedules chosen for a layout, by layer number."""
         chosen = {}
         for number, block in enumerate(self.blocks):

@@ -14,6 +14,7 @@ from longctx.kernels.routed.swiglu import tiled_swiglu
 from longctx.layers.basic import Linear
 from longctx.layers.cache import Cache
 from longctx.layers.output import Attend, Output
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.layout import Layout
 
 
@@ -49,7 +50,7 @@ class FeedForward(nn.Module, ABC):
         """Multiplications and additions of one forward pass over this rank's tokens, without the mixer's attention."""
         return layout.local_length * self.flops_per_token
 
-    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> ScheduleChoice | None:
         """Describe the schedule of the router's own attention, as `longctx.mixers.Mixer.describe_schedule` does."""
         del layout, dtype
         return None

@@ -23,7 +23,7 @@ from longctx.moe.expert_router import Score, TokenChoice, balancing_step, choose
 from longctx.moe.experts import mixture_of_experts
 from longctx.moe.noise import jitter_factors
 from longctx.moe.token_graph import one_head_schedule, similarity_aware, similarity_estimates
-from longctx.parallel.attention.cost_model import explained, fitting
+from longctx.parallel.attention.cost_model import ScheduleChoice, fitting
 from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Axis
@@ -293,9 +293,10 @@ class MixtureOfExperts(FeedForward):
         graph = 0 if self.similarity is None else self.similarity.flops(layout, self.experts.count)
         return super().flops(layout) + graph
 
-    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> str | None:
+    def describe_schedule(self, layout: Layout, dtype: torch.dtype) -> ScheduleChoice | None:
         """Describe the schedule of a similarity-aware router, if the layout leaves the choice open ("auto")."""
         del dtype  # queries and keys are cast to the scores' float32
         if self.similarity is None or layout.size == 1 or one_head_schedule(layout) != "auto":
             return None
-        return explained(similarity_estimates(layout, self.similarity.width, self.experts.count, torch.float32))
+        ranked = similarity_estimates(layout, self.similarity.width, self.experts.count, torch.float32)
+        return ScheduleChoice.of(ranked)

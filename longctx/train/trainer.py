@@ -41,6 +41,7 @@ from longctx.files import writing
 from longctx.health.flight_recorder import FOLDER, record_collectives
 from longctx.health.monitor import Monitor, monitored
 from longctx.kernels.native import library
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
@@ -261,12 +262,14 @@ class _Trainer:
         sample = self._batch(sequence)
         # Virtual ranks select the same schedules anywhere, by the assumed speeds.
         group = None if self.mesh.virtual else self.mesh.cp.group
-        if self.speeds is None and group is not None and self._schedules(sample, dtype):
+        schedules = self._schedules(sample, dtype)
+        if self.speeds is None and group is not None and schedules:
             # Some layer selects its schedule by the cost model.
             measured = measure_speeds(group, self.device, rate)
             # Rank 0's on all ranks, as in the checkpoint.
             self.speeds = Speeds(*self._gather(*astuple(measured))[0].tolist())
             sample = self._batch(sequence)
+            schedules = self._schedules(sample, dtype)
         flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
@@ -284,7 +287,7 @@ class _Trainer:
             matmul_rate=self.matmul_rate,
             versions={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
             step=self.done,
-            attention=self._schedules(sample, dtype),
+            attention={layers: schedule.details for layers, schedule in schedules.items()},
             unigram_loss=unigram,
             native=library.loaded() if self.device.type == "cpu" else [],
         )
@@ -293,8 +296,8 @@ class _Trainer:
         warnings = [mixer.warning(self.recipe.data.sequence_length) for mixer in kinds.values()]
         for message in (*self.engine.startup_messages, *filter(None, (*warnings, unknown_best_warning(self.recipe)))):
             self.reporter.message(message)
-        for layers, schedule in info.attention.items():
-            self.reporter.message(f"attention, {layers}: {schedule}")
+        for layers, schedule in schedules.items():
+            self.reporter.message(f"attention, {layers}: {schedule.brief}")
         if self.start.source is not None:
             self.reporter.message(f"Resumed from {self.start.source} after step {self.done}.")
         if self.start.weights is not None:
@@ -302,9 +305,9 @@ class _Trainer:
         if self.start.unverified:
             self.reporter.message("Its files have no checksums: an earlier version of longctx wrote them.")
 
-    def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, str]:
+    def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """Describe the attention schedules selected for a batch, by layers that share one."""
-        layers: dict[str, list[str]] = {}
+        layers: dict[ScheduleChoice, list[str]] = {}
         for name, schedule in self.engine.attention_schedules(sample.layout, dtype).items():
             layers.setdefault(schedule, []).append(name)
         return {f"layer {', '.join(numbers)}": schedule for schedule, numbers in layers.items()}

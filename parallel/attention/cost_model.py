@@ -155,7 +155,19 @@ def estimates(layout: Layout, shape: AttentionShape) -> list[ScheduleEstimate]:
     return sorted((estimate[name]() for name in schedules), key=lambda each: each.seconds)
 
 
-def explained(ranked: Sequence[ScheduleEstimate]) -> str:
-    """Describe the chosen schedule, the first, and the others in one line."""
-    best, *others = ranked
-    return f"{best}, estimated" + (f"; alternatives: {', '.join(map(str, others))}" if others else "")
+@dataclass(frozen=True)
+class ScheduleChoice:
+    """A chosen schedule in words."""
+
+    brief: str
+    """`ring, 21.3 ms estimated`."""
+    details: str
+    """The same with the parts of the estimate, and the estimates of the alternatives, in one line."""
+
+    @classmethod
+    def of(cls, ranked: Sequence[ScheduleEstimate]) -> "ScheduleChoice":
+        """Describe the first of `ranked`, the chosen one, and the others."""
+        best, *others = ranked
+        alternatives = f"; alternatives: {', '.join(map(str, others))}" if others else ""
+        brief = f"{best.schedule}, {1e3 * best.seconds:.3g} ms estimated"
+        return cls(brief, f"{best}, estimated{alternatives}")

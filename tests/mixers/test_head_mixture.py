@@ -232,10 +232,14 @@ def test_what_is_reported_of_schedules_is_of_shared_and_of_routed_heads():
             mixer.add_head_router(HeadMixtureConfig(mixers=("softmax",), shared=shared, active=1), DIM, 6)
         return mixer.describe_schedule(Layout((0, 4096), "zigzag", 2), torch.float32)
 
-    shared, rest = told(3).split("; routed heads: ")
+    brief = told(3).brief.split("; ")
+    assert [part.split(": ")[0] for part in brief] == ["shared heads", "routed heads"]
+    assert all(part.endswith(" ms estimated") for part in brief)
+
+    shared, rest = told(3).details.split("; routed heads: ")
     assert shared.startswith("shared heads: ")
     # Six query heads divide over two ranks; three of them, and one of keys and values, do not.
-    assert "ulysses" in told(0, router=False)
+    assert "ulysses" in told(0, router=False).details
     assert "ulysses" not in shared + rest
-    assert told(0).startswith("routed heads: ")
-    assert "ulysses" in told(0)
+    assert told(0).details.startswith("routed heads: ")
+    assert "ulysses" in told(0).details

@@ -192,7 +192,7 @@ def test_flops_of_the_graph_are_a_score_and_a_sum_for_each_pair_that_is_seen():
 
 def test_the_schedule_of_a_similarity_router_is_said_where_it_is_chosen():
     layer, attention = layer_of(router="similarity"), layer_of(router="attention")
-    said = layer.describe_schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16)
+    said = layer.describe_schedule(Layout((0, 4096), "zigzag", 4), torch.bfloat16).details
     assert said.startswith(("ring ", "all-gather "))
     assert "ulysses" not in said
     assert layer.describe_schedule(Layout((0, 4096), "zigzag", 4, attention="ring"), torch.bfloat16) is None

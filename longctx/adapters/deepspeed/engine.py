@@ -31,6 +31,7 @@ from longctx.engines.step import accumulate_gradients, configure_activations, up
 from longctx.model.config import ModelConfig
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import initial_value
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
 from longctx.recipe.tables import DeepSpeedConfig, OptimizerConfig, TrainConfig
@@ -186,7 +187,7 @@ class ZeroEngine:
         self.model.train()
         return losses
 
-    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """As in `Engine`."""
         return self._meta_model.attention_schedules(layout, dtype)
 

@@ -39,6 +39,7 @@ from longctx.mixers.head_mixture import HeadRouter
 from longctx.model.decoder import Decoder, Losses
 from longctx.model.initialise import initial_value
 from longctx.moe.report import RouterReport
+from longctx.parallel.attention.cost_model import ScheduleChoice
 from longctx.parallel.collectives import all_gather_dict, all_reduce
 from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import Mesh
@@ -218,9 +219,9 @@ class MegatronEngine:
         nll = self._broadcast_from_last_stage(nll.contiguous())
         return Losses(nll.sum(), nll, reports[0])
 
-    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, str]:
+    def attention_schedules(self, layout: Layout, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """As in `Engine`."""
-        schedules = {}
+        schedules: dict[str, ScheduleChoice] = {}
         for layer in self._layers:
             schedule = layer.self_attention.mixer.describe_schedule(layout, dtype)
             if schedule is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.kernels.attention.block import CAUSAL_MASK, IntervalMask
-from longctx.parallel.attention.cost_model import AttentionShape, estimates, explained
+from longctx.parallel.attention.cost_model import AttentionShape, ScheduleChoice, estimates
 from longctx.parallel.layout import Layout
 from longctx.parallel.link_speeds import Speeds, measure_speeds
 from longctx.parallel.mesh import Grid, Mesh
@@ -77,9 +77,10 @@ def test_only_what_heads_and_ranks_allow_is_a_choice():
 
 def test_the_reason_names_every_schedule_with_its_costs():
     found = estimates(layout(), shape())
-    text = explained(found)
-    assert text.startswith(f"{found[0].schedule} ")
-    assert all(f"{each.schedule} {1e3 * each.seconds:.3g} ms" in text for each in found)
+    choice = ScheduleChoice.of(found)
+    assert choice.brief == f"{found[0].schedule}, {1e3 * found[0].seconds:.3g} ms estimated"
+    assert choice.details.startswith(f"{found[0].schedule} ")
+    assert all(f"{each.schedule} {1e3 * each.seconds:.3g} ms" in choice.details for each in found)
 
 
 def measured():
