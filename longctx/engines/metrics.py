@@ -49,6 +49,14 @@ class RunInfo:
     """Held-out loss, in nats per token, of a unigram model of the corpus."""
     native: list[str] = field(default_factory=list)
     """Families of C++ kernels that compute on this CPU (`longctx.kernels.native`); none: torch operators, or a GPU."""
+    name: str = ""
+    """Name of the run; empty in the records of earlier versions, as the three fields that follow are."""
+    directory: str = ""
+    """The run's directory, as it was given."""
+    sequence_length: int = 0
+    """Tokens."""
+    tokens_per_step: int = 0
+    """Of an optimizer step, over all ranks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,11 @@ class Recipe(Config):
     checkpoint: CheckpointConfig
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all ranks."""
+        return self.train.sequences_per_step * self.data.sequence_length
+
     @field_validator("name")
     @classmethod
     def _name_is_a_directory(cls, name: str) -> str:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from statistics import fmean
 from typing import Protocol
 
@@ -24,13 +25,17 @@ _CHART_ROWS = 3
 _SPARKS = 18  # bars of the sparkline
 _HISTORY = 4 * _SPARKS  # losses in the sparkline: each bar averages several, or it would show only noise
 _PLAIN_INTERVAL = 5.0  # seconds
+_DAY, _LONGEST = 86_400.0, 86_400.0 * 3650  # seconds: an end between them has a date, a later one is no estimate
 
 
 class Display(Protocol):
-    """Shows a run. The trainer calls `start` once, then the others, and `close` at the end, also after an error."""
+    """Shows a run. The trainer calls `start` once, then the others, and `close` at the end, also after an error.
+
+    Messages after `close` are below all that was shown.
+    """
 
     def start(self, info: RunInfo) -> None:
-        """Show the model and the machine, before the first step."""
+        """Show the run, the model and the machine, before the first step."""
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a step."""
@@ -58,17 +63,23 @@ class PlainDisplay:
     """Plain log lines: evaluations, messages, the first and last step, and at most one step per `interval` seconds."""
 
     def __init__(
-        self, console: Console, interval: float = _PLAIN_INTERVAL, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        interval: float = _PLAIN_INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         self._console = console
         self._interval = interval
         self._clock = clock
+        self._now = now
         self._printed: float | None = None
         self._held_back: StepMetrics | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Print the model and the machine in one line."""
-        self.message(f"{_model(info)} · {_machine(info)} · {human_flops(info.matmul_rate)} matmul rate")
+        """Print a line about the run and its model, and one about the machine."""
+        self.message(f"{info.name}: {_model(info)} · {_lengths(info)} · {info.directory}")
+        self.message(f"{_machine(info)} · {human_flops(info.matmul_rate)} matmul rate")
 
     def step(self, metrics: StepMetrics) -> None:
         """Print the step, or hold it back if the last line is too recent."""
@@ -105,16 +116,22 @@ class PlainDisplay:
             f"step {metrics.step}/{metrics.steps}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
             f"grad norm {metrics.grad_norm:.3g}  {human_count(metrics.tokens_per_second)} tok/s  "
             f"{metrics.utilisation:.0%} MFU  {human_bytes(metrics.memory_bytes)}  {_load(metrics)}{_straggler(metrics)}"
-            f"{human_duration(metrics.seconds_left)} left"
+            f"{_left(metrics.seconds_left, self._now)}"
         )
 
 
 class LiveDisplay:
     """A panel at the bottom of the terminal; messages and other output scroll above it."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
         self._console = console
         self._clock = clock
+        self._now = now
         self._info: RunInfo | None = None
         self._last: StepMetrics | None = None
         self._last_at = self._started_at = clock()
@@ -156,6 +173,9 @@ class LiveDisplay:
         width = min(width, _MAX_WIDTH)
         inner = width - 4
         parts: list[RenderableType] = [self._progress(inner)]
+        if self._info is not None:
+            run = f"{_lengths(self._info)} · {self._info.directory}"
+            parts.append(Text(printable(run), style="dim", no_wrap=True, overflow="ellipsis"))
         if self._last is not None:
             parts += [Text(), self._numbers(self._last, inner)]
         evaluation = self._evaluation
@@ -164,7 +184,7 @@ class LiveDisplay:
             parts += [Text(), Text(heading, style="dim", no_wrap=True), _position_chart(evaluation.positions, inner)]
         return Panel(
             Group(*parts),
-            title=Text(f"longctx · {_model(self._info)}" if self._info else "longctx"),
+            title=Text(f"longctx · {self._info.name} · {_model(self._info)}" if self._info else "longctx"),
             title_align="left",
             subtitle=Text(_machine(self._info)) if self._info else None,
             subtitle_align="right",
@@ -195,7 +215,7 @@ class LiveDisplay:
             if width >= 60:
                 text += f"{human_count(last.tokens)} tokens · "
             if not self._closed:
-                text += f"{human_duration(last.seconds_left - waited)} left"
+                text += _left(last.seconds_left - waited, self._now if width >= 60 else None)
             else:
                 verb = "done in" if done >= total else "stopped after"
                 text += f"{verb} {human_duration(self._last_at - self._started_at)}"
@@ -249,6 +269,19 @@ class LiveDisplay:
 
 def _model(info: RunInfo) -> str:
     return f"{human_count(info.parameters)} parameters, {info.precision}"
+
+
+def _lengths(info: RunInfo) -> str:
+    sequence, step = human_position(info.sequence_length), human_position(info.tokens_per_step)
+    return f"sequences of {sequence} tokens, {step} tokens per step"
+
+
+def _left(seconds: float, now: Callable[[], datetime] | None) -> str:
+    """Format the time to the end, with its local date and time, by `now`, if that is more than a day away."""
+    text = f"{human_duration(seconds)} left"
+    if now is None or not _DAY <= seconds < _LONGEST:
+        return text
+    return f"{text} ({now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M})"
 
 
 def _max_load(metrics: StepMetrics) -> float:

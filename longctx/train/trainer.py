@@ -143,6 +143,12 @@ class _Reporter:
         if self._display:
             self._display.message(text)
 
+    def end(self, text: str) -> None:
+        """Print the run's last line, below the panel and the last step."""
+        if self._display:
+            self._display.close()
+        self.message(text)
+
     def plot(self) -> None:
         if self._writer:
             # Imported here: matplotlib takes a second, which every rank would spend at the start.
@@ -290,6 +296,10 @@ class _Trainer:
             attention={layers: schedule.details for layers, schedule in schedules.items()},
             unigram_loss=unigram,
             native=library.loaded() if self.device.type == "cpu" else [],
+            name=self.recipe.name,
+            directory=str(self.out),
+            sequence_length=self.recipe.data.sequence_length,
+            tokens_per_step=self.recipe.tokens_per_step,
         )
         self.reporter.start(info)
         kinds = {mixer.name: mixer for mixer in map(self.recipe.model.mixer, range(len(self.recipe.model.pattern)))}
@@ -370,7 +380,7 @@ class _Trainer:
             where = not_finite(self.engine, batches)
             said = f"step {step}: the loss is {result.loss} and the grad norm {result.grad_norm}."
             raise UserError(" ".join(filter(None, (said, where and f"{where}.", _DIVERGED))))
-        tokens = recipe.train.sequences_per_step * recipe.data.sequence_length
+        tokens = recipe.tokens_per_step
         self.done, self.cursor, self.tokens = step, next_cursor, self.tokens + tokens
         self.measured = self.measured if result.skipped else None
         spike = self.spikes.observe(step, result)
@@ -421,13 +431,13 @@ class _Trainer:
             if dist.get_rank() == 0:
                 mark_stopped(self.out, self.done)
             self._report_copies()
-            self.reporter.message(
+            self.reporter.end(
                 f"Stopped by a signal after step {self.done}. Checkpoint: {checkpoint}; rerun the command to resume."
             )
             return
         self.reporter.plot()
         best = best_text(self.checkpointer.best()) if dist.get_rank() == 0 else ""
-        self.reporter.message(
+        self.reporter.end(
             f"Done. Checkpoint: {checkpoint}{best}\nMetrics: {self.out / FILE_NAME}\nPlots: {self.out / 'pictures'}"
         )
         if self.checkpointer.not_copied is not None:

@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import replace
+from datetime import datetime
 from itertools import pairwise
 
 import pytest
@@ -22,7 +23,21 @@ from longctx.train.display import (
     sparkline,
 )
 
-RUN = RunInfo(12_345_678, 2, {"dp_shard": 1, "cp": 2}, "AMD [EPYC]", "fp32", 7e7, 178e9, {})
+RUN = RunInfo(
+    12_345_678,
+    2,
+    {"dp_shard": 1, "cp": 2},
+    "AMD [EPYC]",
+    "fp32",
+    7e7,
+    178e9,
+    {},
+    name="mine",
+    directory="runs/mine",
+    sequence_length=2**20,
+    tokens_per_step=2**22,
+)
+NOW = datetime(2026, 12, 30, 12)
 
 
 def step(number: int, steps: int = 200, loss: float = 2.1234) -> StepMetrics:
@@ -66,7 +81,7 @@ class Terminal(io.StringIO):
 
 def plain() -> tuple[PlainDisplay, io.StringIO, Clock]:
     file, clock = io.StringIO(), Clock()
-    return PlainDisplay(Console(file=file, width=80), interval=5.0, clock=clock), file, clock
+    return PlainDisplay(Console(file=file, width=80), interval=5.0, clock=clock, now=lambda: NOW), file, clock
 
 
 def panel(display: LiveDisplay, width: int = 80, height: int = 24) -> list[str]:
@@ -76,7 +91,7 @@ def panel(display: LiveDisplay, width: int = 80, height: int = 24) -> list[str]:
 
 
 def live(clock: Clock | None = None) -> LiveDisplay:
-    display = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=80), clock or Clock())
+    display = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=80), clock or Clock(), lambda: NOW)
     display.start(RUN)
     return display
 
@@ -86,9 +101,51 @@ def test_plain_lines_name_every_number() -> None:
     display.start(RUN)
     display.step(step(140))
     assert file.getvalue().splitlines() == [
-        "12.3M parameters, fp32 · 2 ranks (cp 2) on AMD [EPYC] · 178 GFLOP/s matmul rate",
+        "mine: 12.3M parameters, fp32 · sequences of 1Mi tokens, 4Mi tokens per step · runs/mine",
+        "2 ranks (cp 2) on AMD [EPYC] · 178 GFLOP/s matmul rate",
         "step 140/200  loss 2.1234  lr 3.00e-04  grad norm 0.812  1.2M tok/s  43% MFU  3.4 GiB  2m10s left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (86_399.0, "23h59m left"),
+        (187_200.0, "2d04h left (2027-01-01 16:00)"),
+        (1e15, "11574074074d01h left"),
+    ],
+)
+def test_an_end_more_than_a_day_away_has_a_date(seconds, words):
+    display, file, _ = plain()
+    display.step(replace(step(140), seconds_left=seconds))
+    assert file.getvalue().endswith(f"3.4 GiB  {words}\n")
+    drawn = live()
+    drawn.step(replace(step(140), seconds_left=seconds))
+    assert any(f" · {words} " in line for line in panel(drawn, width=92))
+    assert not any("2027" in line for line in panel(drawn, width=50))
+    drawn.close()
+
+
+def test_a_message_after_the_end_is_the_last_line() -> None:
+    display, file, _ = plain()
+    display.step(step(1))
+    display.step(step(2))
+    display.close()
+    display.message("Stopped")
+    display.close()
+    assert [line.split()[0:2] for line in file.getvalue().splitlines()] == [
+        ["step", "1/200"],
+        ["step", "2/200"],
+        ["Stopped"],
+    ]
+    terminal = Terminal()
+    drawn = LiveDisplay(Console(file=terminal, force_terminal=True, width=80, height=24), Clock())
+    drawn.start(RUN)
+    drawn.step(step(2))
+    drawn.close()
+    drawn.message("Stopped")
+    drawn.close()
+    assert terminal.getvalue().endswith("Stopped\n")
 
 
 def test_a_straggler_is_shown_and_balanced_ranks_are_not() -> None:
@@ -170,7 +227,8 @@ def test_the_panel_shows_every_number() -> None:
     text = "\n".join(panel(display))
     display.close()
     for part in (
-        "12.3M parameters, fp32",
+        "longctx · mine · 12.3M parameters, fp32",
+        "sequences of 1Mi tokens, 4Mi tokens per step · runs/mine",
         "2 ranks (cp 2) on AMD [EPYC]",
         "140/200 steps · 9.2M tokens · 2m10s left",
         "2.1234",

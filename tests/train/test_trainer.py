@@ -1,5 +1,6 @@
 """Training on ranks: a resumed run repeats the uninterrupted one, options change what runs."""
 
+import io
 import math
 import os
 import shutil
@@ -13,12 +14,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
+from rich.console import Console
 
 from longctx.engines.torch_engine import TorchEngine
 from longctx.kernels.native import library
 from longctx.model import ffn
 from longctx.model.decoder import Block
 from longctx.recipe import load
+from longctx.train.display import PlainDisplay
 from longctx.train.trainer import _Trainer
 from tests.train.runs import (
     checkpoints,
@@ -61,6 +65,9 @@ def test_a_run_learns_and_leaves_what_it_promises(uninterrupted, workplace):
     assert found.runs[0].mesh == {"dp_replicate": 1, "dp_shard": 1, "cp": 2, "ep": 1, "tp": 1, "pp": 1}
     assert found.runs[0].native == library.loaded()
     assert found.steps[-1].tokens == 8 * 2 * 64
+    run = found.runs[0]
+    assert (run.name, run.directory) == ("tiny", str(uninterrupted))
+    assert (run.sequence_length, run.tokens_per_step) == (64, 128)
     # Every schedule was reckoned with, and one was chosen.
     (layers, chosen) = next(iter(found.runs[0].attention.items()))
     assert layers.startswith("layer 1")
@@ -195,15 +202,21 @@ def test_sigterm_saves_at_the_end_of_the_step_even_where_one_rank_alone_gets_it(
 
 @contextmanager
 def sigterm_on_rank_1_in_step_3() -> Iterator[None]:
-    step_of = _Trainer._step
+    """What is shown ends with the line of the stop: not with that of a step, which the display held back."""
+    step_of, shown = _Trainer._step, io.StringIO()
+    display = PlainDisplay(Console(file=shown))
 
     def step(self, number, average):
         if number == 3 and self.mesh.cp.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of(self, number, average)
 
-    with patch.object(_Trainer, "_step", step):
+    with patch.object(_Trainer, "_step", step), patch("longctx.train.trainer.make_display", lambda: display):
         yield
+    if dist.get_rank() == 0:
+        *_, step_line, last = shown.getvalue().splitlines()
+        assert step_line.startswith("step 3/8 ")
+        assert last.startswith("Stopped by a signal after step 3. Checkpoint: ")
 
 
 # Experts
