@@ -157,7 +157,8 @@ def _generate(
     """Generate text from a trained model.
 
     Continues a prompt from the run's latest checkpoint, in one process, on a GPU if there is one. Streams the text to
-    stdout, up to the end-of-document token.
+    stdout, up to the end-of-document token. On a CPU a model of up to 268M parameters decodes on one thread, a larger
+    one on all cores, unless OMP_NUM_THREADS is set.
     """
     from longctx.generate import Sampling
     from longctx.launch.generate import run as generate

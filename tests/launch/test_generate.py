@@ -1,10 +1,13 @@
 """`longctx generate`: what is written, what is said, and its exit status."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from longctx.launch import generate as command
 from longctx.launch.main import app
 from tests.train.runs import train, write_corpus, write_workplace
 
@@ -42,6 +45,38 @@ def test_the_seed_and_the_checkpoint_decide(trained):
     assert text("--checkpoint", trained / "checkpoints/step-00000001") != text()
 
 
+@pytest.fixture
+def threads(monkeypatch):
+    """The numbers of threads that are set, on a machine with 8 cores."""
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    monkeypatch.setattr(command, "threads_per_rank", lambda ranks: 8 // ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return numbers
+
+
+def test_little_work_is_done_by_one_thread_and_much_by_all_cores(threads, monkeypatch):
+    def decoder(parameters, device="cpu"):
+        rows = torch.empty(parameters, device="meta")
+        weight = SimpleNamespace(device=torch.device(device))
+        return SimpleNamespace(head_weight=weight, parameters=lambda: iter([rows]))
+
+    for parameters, tokens in ((10**6, 1), (2**28, 1), (2**28 + 1, 1), (10**6, 268), (10**6, 269)):
+        command.set_threads(decoder(parameters), tokens)
+    assert threads == [1, 1, 8, 1, 8]
+    command.set_threads(decoder(10**9, "cuda"), 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    command.set_threads(decoder(10**9), 1)
+    assert len(threads) == 5
+
+
+def test_prefill_and_decoding_have_threads_of_their_own(trained, threads, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(command, "ONE_THREAD", 10**5)  # parameters times 8 tokens are more, times one fewer
+    assert run(trained, "--prompt", "12 13 14", "--tokens", "3")[0] == 0
+    assert threads == [8, 1, before]
+
+
 def test_a_prompt_may_come_from_a_file(trained, tmp_path):
     (tmp_path / "prompt.txt").write_text("12 13 14 é")
     options = ("--tokens", "1Ki", "--seed", "2", "train.device=cpu")
@@ -52,8 +87,6 @@ def test_a_prompt_may_come_from_a_file(trained, tmp_path):
 
 
 def test_the_models_end_of_the_document_ends_the_text(trained, monkeypatch):
-    from longctx.launch import generate as command
-
     monkeypatch.setattr(command, "generate", lambda *arguments, **options: iter([104, 105]))
     status, text, said = run(trained, "--prompt", "12", "--tokens", "30")
     assert (status, text) == (0, "hi\n")
@@ -62,8 +95,6 @@ def test_the_models_end_of_the_document_ends_the_text(trained, monkeypatch):
 
 
 def test_the_tokenizers_end_and_size_bound_what_is_drawn(trained, monkeypatch):
-    from longctx.launch import generate as command
-
     called = []
     monkeypatch.setattr(command, "generate", lambda *arguments, **options: called.append(options) or iter([]))
     assert run(trained, "--prompt", "12")[1] == "\n"
