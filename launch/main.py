@@ -98,6 +98,14 @@ def _train(
             metavar="DIR", show_default="runs/<name>", help="Run directory: checkpoints, metrics, plots, logs."
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Check the recipe, its data and what it starts from for this number of ranks, print what would run, "
+            "and stop.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model from a recipe.
 
@@ -106,7 +114,7 @@ def _train(
     """
     from longctx.launch.train import train
 
-    raise typer.Exit(train(recipe, overrides or (), nproc=nproc, resume=resume, out=out))
+    raise typer.Exit(train(recipe, overrides or (), nproc=nproc, resume=resume, out=out, only_check=check))
 
 
 @app.command("verify")

@@ -27,8 +27,9 @@ def train(
     nproc: int | None = None,
     resume: str = "auto",
     out: Path | None = None,
+    only_check: bool = False,
 ) -> int:
-    """Train the recipe `source` with `overrides`; return the exit status.
+    """Train the recipe `source` with `overrides`, or only check whether it can be; return the exit status.
 
     In a job whose scheduler has started this process as a rank, it runs as that rank. Otherwise `nproc` ranks are
     launched on this machine, which may be one node of a job (`longctx.launch.job_environment`); None: one per GPU, or
@@ -48,13 +49,25 @@ def train(
                 f"--nproc {nproc}: this process is already one rank of {job.size} ({job.found}); omit --nproc, or "
                 "start one task per node"
             )
+        if only_check:
+            return _check(recipe, out, resume, job.size, shown=job.rank == 0)
         return _run_in_job(recipe, out, resume, job)
-    ranks = nproc or (job and job.ranks) or _default_ranks(recipe)
+    ranks = nproc or (job and job.ranks) or _default_ranks(recipe, start=not only_check)
     node = job if job is not None and job.nodes > 1 else None
+    if only_check:
+        nodes, shown = (1, True) if node is None else (node.nodes, node.node == 0)
+        return _check(recipe, out, resume, ranks * nodes, shown=shown)
     check(recipe, ranks * (1 if node is None else node.nodes))
     arguments = {"recipe": recipe.model_dump(), "out": str(out), "resume": resume}
     entry, title = "longctx.launch.train:run_rank", f"{recipe.name}, in {out}"
     return run_ranks(entry, arguments, ranks=ranks, logs=out / "logs", node=node, title=title, advice=_ADVICE)
+
+
+def _check(recipe: Recipe, out: Path, resume: str, ranks: int, *, shown: bool) -> int:
+    # Imported here: torch is imported by ranks only, otherwise.
+    from longctx.launch.check import check_run
+
+    return check_run(recipe, out, resume, ranks, shown=shown)
 
 
 def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
@@ -97,10 +110,10 @@ def _run_in_job(recipe: Recipe, out: Path, resume: str, job: RankOfJob) -> int:
         return 1
 
 
-def _default_ranks(recipe: Recipe) -> int:
-    """Return one rank per GPU that the recipe may use; on a CPU, as many as its axes need, if there are so many cores.
+def _default_ranks(recipe: Recipe, *, start: bool) -> int:
+    """Return one rank per GPU that the recipe may use; on a CPU, as many as its axes need.
 
-    Raises UserError if there are not.
+    Raises UserError if they are to `start` and there are not so many cores.
     """
     import torch
 
@@ -108,7 +121,7 @@ def _default_ranks(recipe: Recipe) -> int:
     if gpus:
         return gpus
     needed, cores = recipe.parallel.fewest_ranks, len(os.sched_getaffinity(0))
-    if needed > max(cores, 1):
+    if start and needed > max(cores, 1):
         raise UserError(
             f"the axes of [parallel] need {needed} ranks, and this machine has {cores} CPU cores and no GPU that the "
             f"recipe may use: give --nproc {needed} to start them all the same, or smaller axes, such as parallel.cp=1"

@@ -196,3 +196,10 @@ class Decoder(nn.Module):
             assert isinstance(block, Block)
             total += block.mixer.flops(layout) + (0 if block.ffn is None else block.ffn.flops(layout))
         return total
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Count the parameters of a model with `vocab_size` rows of the vocabulary, without allocating them."""
+    with torch.device("meta"):
+        decoder = Decoder(config, vocab_size)
+    return sum(parameter.numel() for parameter in decoder.parameters())

@@ -43,6 +43,21 @@ def _claim(copies: CheckpointCopies, out: Path, resume: str) -> int | None:
     A directory without checkpoints takes them over, with an id of its own: the run that they were of may still be
     alive elsewhere, and does not mix its checkpoints with these then.
     """
+    step, own = find_copy(copies, out, resume)
+    if own is None:
+        own = uuid.uuid4().hex
+        with writing(out / CLAIM):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / CLAIM).write_text(json.dumps({"url": copies.url, "run": own}), encoding="utf-8")
+    copies.claim(own)
+    return step
+
+
+def find_copy(copies: CheckpointCopies, out: Path, resume: str) -> tuple[int | None, str | None]:
+    """Return the step of the copy that a start downloads, if any, and the id by which the copies are its own, if so.
+
+    Reads only. Raises UserError if the copies are of another run, or the store fails.
+    """
     local = list_checkpoints(out / "checkpoints")
     steps, owner, own = copies.steps(), copies.owner(), _own_id(copies, out)
     what = f"checkpoint.copy_to: {copies.url} has copies of"
@@ -57,13 +72,9 @@ def _claim(copies: CheckpointCopies, out: Path, resume: str) -> int | None:
                 f"{what} another run's checkpoints than that in {out}, the latest {name_of(steps[-1])}: choose another "
                 "URL, or start in a directory without checkpoints to resume from that one"
             )
-        own = uuid.uuid4().hex
-        with writing(out / CLAIM):
-            out.mkdir(parents=True, exist_ok=True)
-            (out / CLAIM).write_text(json.dumps({"url": copies.url, "run": own}), encoding="utf-8")
-    copies.claim(own)
+        own = None
     latest = step_of(local[-1]) if local else -1
-    return steps[-1] if steps and resume == "auto" and steps[-1] > latest else None
+    return (steps[-1] if steps and resume == "auto" and steps[-1] > latest else None), own
 
 
 def _own_id(copies: CheckpointCopies, out: Path) -> str | None:

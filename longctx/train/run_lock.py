@@ -146,16 +146,22 @@ class RunLock:
             self._take_over(key[0])
             return f"{self.path} was left by {owner}, which has ended: taking it over"
         if runs or self._watched not in (None, key):
-            raise UserError(
-                f"{self.path.parent} is being trained into by {_name(owner)}. Stop that run, or choose another "
-                "directory with --out"
-            )
+            raise UserError(self._refusal(owner))
         if self._watched is None:
             self._watched, self._watched_since = key, time.monotonic()
         if time.monotonic() - self._watched_since >= self._patience:
             self._take_over(key[0])
             return f"{self.path} of {_name(owner)} had no heartbeat for {self._patience:g} s: taking it over"
         return f"{self.path} is held by {_name(owner)}: watching for {self._patience:g} s whether that run still runs"
+
+    def check_free(self) -> None:
+        """Raise UserError if a run on this machine holds the lock; changes nothing.
+
+        A lock of another machine, whose owner may have ended, counts as free: a start watches it.
+        """
+        found = _read(self.path)
+        if found is not None and found[0] is not None and self._runs(found[0]):
+            raise UserError(self._refusal(found[0]))
 
     def check(self) -> None:
         """Raise UserError if this process does not hold the lock any more."""
@@ -201,6 +207,12 @@ class RunLock:
         self._descriptor = descriptor
         self._thread.start()
         return True
+
+    def _refusal(self, owner: Owner | None) -> str:
+        return (
+            f"{self.path.parent} is being trained into by {_name(owner)}. Stop that run, or choose another directory "
+            "with --out"
+        )
 
     def _is_mine(self, found: tuple[Owner | None, int] | None) -> bool:
         return found is not None and found[0] == self._me

@@ -18,6 +18,7 @@ from longctx.errors import UserError
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe
 from longctx.train.build_engine import CHECKPOINT_FORMATS
+from longctx.train.kept_checkpoints import unknown_best_warning
 from longctx.train.resume_copy import open_copies
 
 
@@ -56,16 +57,25 @@ def find_start(recipe: Recipe, out: Path, resume: str, say: Callable[[str], None
     url = recipe.checkpoint.copy_to
     copies = None if url is None else open_copies(url, out, resume, say)
     with raise_on_all_ranks():
-        stream = train_stream(recipe.data, seed=recipe.seed)
-        heldout, heldout_fingerprint = _open_heldout(recipe)
-        vocab_size = _vocabulary(recipe, stream)
-        model = stored_config(recipe.model, vocab_size)
-        fresh = TrainerState(0, 0, 0, stream.fingerprint, model, format=CHECKPOINT_FORMATS[recipe.engine])
-        source = _find_checkpoint(out, resume)
-        state = fresh if source is None else _read_checked(source, fresh, heldout_fingerprint, recipe.data.path)
-        weights = _find_weights(recipe, vocab_size) if source is None else None
-    _check_same_start(f"{stream.fingerprint} {heldout_fingerprint}", state, weights, out)
-    unverified = _verify_content(recipe, source, weights)
+        start = local_start(recipe, out, resume)
+    _check_same_start(f"{start.stream.fingerprint} {start.heldout_fingerprint}", start.state, start.weights, out)
+    return replace(start, unverified=verify_start(recipe, start), copies=copies)
+
+
+def local_start(recipe: Recipe, out: Path, resume: str) -> Start:
+    """Find what a run starts from as this process sees it, and check it against the recipe; writes nothing.
+
+    Neither compared with the other ranks' nor, `unverified`, with checksums, and without copies. Raises UserError if
+    data, checkpoint or weights do not fit the recipe.
+    """
+    stream = train_stream(recipe.data, seed=recipe.seed)
+    heldout, heldout_fingerprint = _open_heldout(recipe)
+    vocab_size = _vocabulary(recipe, stream)
+    model = stored_config(recipe.model, vocab_size)
+    fresh = TrainerState(0, 0, 0, stream.fingerprint, model, format=CHECKPOINT_FORMATS[recipe.engine])
+    source = _find_checkpoint(out, resume)
+    state = fresh if source is None else _read_checked(source, fresh, heldout_fingerprint, recipe.data.path)
+    weights = _find_weights(recipe, vocab_size) if source is None else None
     return Start(
         stream=stream,
         heldout=heldout,
@@ -76,9 +86,16 @@ def find_start(recipe: Recipe, out: Path, resume: str, say: Callable[[str], None
         source=source,
         state=state,
         weights=weights,
-        unverified=unverified,
-        copies=copies,
+        unverified=True,
+        copies=None,
     )
+
+
+def start_warnings(recipe: Recipe) -> list[str]:
+    """Return what a recipe's author should know before the first step."""
+    kinds = {mixer.name: mixer for mixer in map(recipe.model.mixer, range(len(recipe.model.pattern)))}
+    warnings = [mixer.warning(recipe.data.sequence_length) for mixer in kinds.values()]
+    return list(filter(None, (*warnings, unknown_best_warning(recipe))))
 
 
 def _open_heldout(recipe: Recipe) -> tuple[Sequence[Packed] | None, str | None]:
@@ -147,15 +164,18 @@ def _find_weights(recipe: Recipe, vocab_size: int) -> Weights | None:
     return weights
 
 
-def _verify_content(recipe: Recipe, source: Path | None, weights: Weights | None) -> bool:
-    """Compare the files of the start with their checksums; return whether they should have been and have none."""
+def verify_start(recipe: Recipe, start: Start) -> bool:
+    """Compare the files of a start with their checksums; return whether they should have been and have none.
+
+    A collective call if there is a process group. Raises UserError if a file has changed.
+    """
     if recipe.checkpoint.verify == "sizes":
         return False
-    if source is not None:
-        return not verify_content(source)
-    if weights is not None:
-        weights.verify_content()
-        return not weights.checksums
+    if start.source is not None:
+        return not verify_content(start.source)
+    if start.weights is not None:
+        start.weights.verify_content()
+        return not start.weights.checksums
     return False
 
 

@@ -52,14 +52,14 @@ from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.build_engine import build_engine
 from longctx.train.display import Display, make_display
 from longctx.train.evaluate import evaluate, unigram_loss
-from longctx.train.kept_checkpoints import best_text, build_retention, unknown_best_warning
+from longctx.train.kept_checkpoints import best_text, build_retention
 from longctx.train.lr_schedule import lr_factor
 from longctx.train.nonfinite import not_finite
 from longctx.train.outcome import clear_outcome, mark_stopped
 from longctx.train.process_group import collective_errors, device_type, process_group
 from longctx.train.recovery import find_last_step, recovery_text
 from longctx.train.run_lock import locked
-from longctx.train.start import find_start
+from longctx.train.start import find_start, start_warnings
 
 _DIVERGED = (
     "Training stopped without saving this step. Resume from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -302,9 +302,7 @@ class _Trainer:
             tokens_per_step=self.recipe.tokens_per_step,
         )
         self.reporter.start(info)
-        kinds = {mixer.name: mixer for mixer in map(self.recipe.model.mixer, range(len(self.recipe.model.pattern)))}
-        warnings = [mixer.warning(self.recipe.data.sequence_length) for mixer in kinds.values()]
-        for message in (*self.engine.startup_messages, *filter(None, (*warnings, unknown_best_warning(self.recipe)))):
+        for message in (*self.engine.startup_messages, *start_warnings(self.recipe)):
             self.reporter.message(message)
         for layers, schedule in schedules.items():
             self.reporter.message(f"attention, {layers}: {schedule.brief}")

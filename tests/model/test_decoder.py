@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.mixers import lightning, softmax
+from longctx.model.decoder import count_parameters
 from longctx.parallel.layout import Layout
 from tests.combinations import mostly_slow
 from tests.mixers.cases import causal_document_mask
@@ -40,6 +41,7 @@ def test_tied_embeddings_are_one_matrix_and_untied_ones_two():
     assert tied.head_weight is tied.embedding.weight
     sizes = [sum(p.numel() for p in model.parameters()) for model in (tied, untied)]
     assert sizes[1] - sizes[0] == VOCABULARY * 12
+    assert sizes == [count_parameters(hybrid(tie_embeddings=tie), VOCABULARY) for tie in (True, False)]
     with torch.no_grad():
         untied.head.weight.zero_()
     assert not untied(tokens(5), Layout((0, 5))).any()

@@ -1,0 +1,114 @@
+"""`longctx train --check`: checks a recipe, its data and its start, prints what would run, and writes nothing.
+
+What only the ranks can find stays to them: whether all of them see the same files, whether the engine's framework is
+installed there, memory.
+"""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from longctx.checkpoint.copies import CheckpointCopies
+from longctx.checkpoint.read import name_of
+from longctx.errors import UserError
+from longctx.launch.job_environment import counted
+from longctx.model.decoder import count_parameters
+from longctx.printable import printable
+from longctx.recipe import Recipe, check
+from longctx.train.display import human_count, human_position
+from longctx.train.resume_copy import find_copy
+from longctx.train.run_lock import RunLock
+from longctx.train.start import Start, local_start, start_warnings, verify_start
+
+
+def check_run(recipe: Recipe, out: Path, resume: str, ranks: int, *, shown: bool = True) -> int:
+    """Check a run of `recipe` on `ranks` ranks and, if `shown`, print what would run; return the exit status, 0.
+
+    `out` and `resume` as for `longctx.launch.train.train`. Raises UserError if the run could not start.
+    """
+    check(recipe, ranks)
+    _check_writable(out)
+    RunLock(out).check_free()
+    copy = _find_copy(recipe, out, resume)
+    start = local_start(recipe, out, resume)
+    unverified = verify_start(recipe, start)
+    if not shown:
+        return 0
+    console = Console(highlight=False)
+    for name, text in _rows(recipe, out, ranks, start, copy):
+        console.print(Text(f"{name:10}", style="bold").append(printable(text), style="not bold"), soft_wrap=True)
+    notes = start_warnings(recipe)
+    if unverified:
+        notes.append("The files of its start have no checksums: an earlier version of longctx wrote them.")
+    for note in notes:
+        console.print(printable(note), markup=False, soft_wrap=True)
+    console.print("Recipe, data and start are in order; nothing was started.", soft_wrap=True)
+    return 0
+
+
+def _check_writable(out: Path) -> None:
+    """Raise UserError if the run's directory is none, or cannot be written or created."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{place} is not a directory; choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} cannot be written; choose another --out")
+
+
+def _find_copy(recipe: Recipe, out: Path, resume: str) -> str | None:
+    """Return the URL of the checkpoint that the run would download and resume from; None if there is none."""
+    if recipe.checkpoint.copy_to is None:
+        return None
+    copies = CheckpointCopies(recipe.checkpoint.copy_to)
+    step, _ = find_copy(copies, out, resume)
+    return None if step is None else f"{copies.url}/{name_of(step)}"
+
+
+def _rows(recipe: Recipe, out: Path, ranks: int, start: Start, copy: str | None) -> list[tuple[str, str]]:
+    model, train, parallel, length = recipe.model, recipe.train, recipe.parallel, recipe.data.sequence_length
+    parameters = count_parameters(model, start.vocab_size)
+    corpus, total = start.stream.corpus, train.steps * recipe.tokens_per_step
+    epochs = total / corpus.tokens
+    heldout = "" if start.heldout is None else f"; {len(start.heldout)} held-out sequences"
+    shard = parallel.shard(ranks)
+    assert shard is not None  # checked
+    sizes = {name: getattr(parallel, name) for name in ("dp_replicate", "cp", "ep", "tp", "pp")} | {"dp_shard": shard}
+    split = f", {human_position(-(-length // parallel.cp))} per rank ({parallel.layout})" if parallel.cp > 1 else ""
+    axes = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    sequences, replicas = train.sequences_per_step, parallel.dp_replicate * shard
+    return [
+        ("run", f"{recipe.name}, in {out}"),
+        ("start", _start_text(recipe, start, copy)),
+        (
+            "model",
+            f"{human_count(parameters)} parameters ({parameters:,}), {model.pattern}, dim {model.dim}, vocabulary "
+            f"{start.vocab_size:,}, {train.precision}",
+        ),
+        ("ranks", f"{counted(ranks, 'rank')}{f' ({axes})' if axes else ''}, engine {recipe.engine}"),
+        ("sequence", f"{human_position(length)} tokens{split}"),
+        (
+            "step",
+            f"{human_position(recipe.tokens_per_step)} tokens: {counted(sequences, 'sequence')}"
+            + (f", {sequences // replicas} per data-parallel rank" if replicas > 1 else ""),
+        ),
+        ("steps", f"{train.steps:,}: {human_count(total)} tokens, {epochs:,.{2 if epochs < 100 else 0}f} epochs"),
+        (
+            "corpus",
+            f"{recipe.data.path}: {human_count(corpus.tokens)} tokens in {corpus.documents:,} documents{heldout}",
+        ),
+    ]
+
+
+def _start_text(recipe: Recipe, start: Start, copy: str | None) -> str:
+    steps, step = recipe.train.steps, start.state.step
+    if copy is not None:
+        return f"resumes from {copy}, which is downloaded and checked then"
+    if start.source is not None and step >= steps:
+        return f"nothing to do: {start.source} is at step {step}, train.steps is {steps}"
+    if start.source is not None:
+        return f"resumes from {start.source}, after step {step} of {steps}"
+    if start.weights is not None:
+        return f"step 0, with the weights of {start.weights.path}"
+    return f"step 0, random parameters of seed {recipe.seed}"
