@@ -89,8 +89,9 @@ types: .venv/installed tree ## Check types with mypy
 	@cd build/tree && ../../$(PY) -m mypy --config-file ../../pyproject.toml --no-error-summary -p longctx \
 	    | sed -E 's#^longctx/(kernels|parallel|moe|recipes|launch)/#\1/#'
 
-docs: .venv/installed ## Regenerate docs/recipes.md from the code
+docs: .venv/installed ## Regenerate docs/recipes.md and recipes/keys.txt from the code
 	@$(PY) -c 'from longctx.recipe.reference import reference; print(reference(), end="")' > docs/recipes.md
+	@$(PY) -c 'from longctx.recipe.reference import keys; print(keys(), end="")' > recipes/keys.txt
 
 lock: .venv/installed ## Regenerate .ci/requirements/*.txt after a change of dependencies
 	@$(PY) .ci/lock.py

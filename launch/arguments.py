@@ -7,12 +7,21 @@ from typing import Annotated, Any
 import typer
 
 from longctx.errors import UserError
+from longctx.launch.completion import complete_override, complete_recipe
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Path of a .toml recipe, or name of a bundled one, e.g. quickstart.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Path of a .toml recipe, or name of a bundled one, e.g. quickstart.",
+        autocompletion=complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.", autocompletion=complete_override
+    ),
 ]
 
 

@@ -16,9 +16,22 @@ from longctx.errors import UserError
 from longctx.files import path_errors
 from longctx.launch.arguments import OverridesArgument, RecipeArgument, at_least
 from longctx.launch.commands import bench, checkpoint, convert, data, launch
+from longctx.launch.completion import complete_shipped
 from longctx.launch.distribution import foreign_distribution
 from longctx.launch.rank_settings import exec_with_settings
 from longctx.launch.terminal import echo_error
+
+_EXAMPLES = """Examples:
+  longctx data prepare texts/ --out data/mine       text files to tokens
+  longctx recipes                                   recipes to start from
+  longctx train my.toml --nproc 8 --check           what would run
+  longctx train my.toml --nproc 8 train.steps=100   8 ranks, a key overridden
+  longctx generate runs/mine --prompt "import "     continue a prompt"""
+_TRAIN_EXAMPLES = """Examples:
+  longctx train quickstart                          as many ranks as it needs
+  longctx train my.toml parallel.cp=4 --nproc 8     8 ranks on this machine
+  longctx train my.toml train.init=runs/first       from another run's weights
+  srun longctx train my.toml --out /shared/run      one rank per task"""
 
 
 class _Commands(TyperGroup):
@@ -42,7 +55,6 @@ app = typer.Typer(
     name="longctx",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -62,7 +74,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=longctx.__doc__)
+@app.callback(help=longctx.__doc__, epilog=_EXAMPLES)
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
@@ -71,7 +83,7 @@ def _options(
     """Define the options before the command."""
 
 
-@app.command("train")
+@app.command("train", epilog=_TRAIN_EXAMPLES)
 def _train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -115,6 +127,21 @@ def _train(
     from longctx.launch.train import train
 
     raise typer.Exit(train(recipe, overrides or (), nproc=nproc, resume=resume, out=out, only_check=check))
+
+
+@app.command("recipes")
+def _recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe.", autocompletion=complete_shipped)
+    ] = None,
+) -> None:
+    """List the bundled recipes, or print one."""
+    from longctx.launch.recipes import list_recipes, show_recipe
+
+    if name is None:
+        list_recipes()
+    else:
+        show_recipe(name)
 
 
 @app.command("verify")

@@ -1,6 +1,7 @@
-"""Recipe reference page: every key, generated from the configuration classes."""
+"""Recipe reference: the page of every key and the list that shells complete, from the configuration classes."""
 
 import inspect
+import re
 import types
 import typing
 
@@ -25,6 +26,11 @@ Integers may have units: `"4Ki"` is 4096, `"4k"` is 4000, `"1Mi"` is 1,048,576. 
 
 This page is generated from the code by `make docs`.
 """
+_SENTENCE = re.compile(r"(?<=\.) |; |: (?=[a-z`])")
+
+
+_PLAIN = str.maketrans("", "", '`"')
+"""Quotes of code and of strings, which shells would have to escape."""
 
 
 def _type(annotation: object) -> str:
@@ -82,6 +88,20 @@ def _sections(name: str, table: type[BaseModel]) -> list[str]:
         kind = _type(field.annotation)
         lines.append(f"| `{key}` | {kind} | {_default(field)} | {meaning} |")
     return [*lines, "", *sub_tables]
+
+
+def keys(name: str = "", table: type[BaseModel] = Recipe) -> str:
+    """Return a line per key for shells to complete: the dotted key, a tab, the first sentence of its explanation.
+
+    In place of an explanation that begins with a value: the values.
+    """
+    lines = []
+    for key, field in table.model_fields.items():
+        inner, dotted = _table_of(field), f"{name}.{key}" if name else key
+        text = " ".join((field.description or "").split())
+        brief = _type(field.annotation) if text.startswith("`") else _SENTENCE.split(text, maxsplit=1)[0]
+        lines.append(keys(dotted, inner) if inner else f"{dotted}\t{brief.translate(_PLAIN)}\n")
+    return "".join(lines)
 
 
 def reference() -> str:

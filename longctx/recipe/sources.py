@@ -71,6 +71,11 @@ def shipped_folder() -> Path:
     return Path(str(importlib.resources.files("longctx.recipes")))
 
 
+def shipped_recipe(name: str) -> Path:
+    """Return the file of a recipe that ships with longctx. Raises UserError if there is none of that name."""
+    return _shipped(name, "")
+
+
 def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MergedConfig:
     """Read and merge the recipes that `source` extends, `source` itself (a path ending in `.toml`, or the name of a
     shipped recipe) and the `key=value` overrides; later ones win, key by key.
@@ -95,6 +100,10 @@ def _locate(name: str, folder: Path, origin: str) -> Path:
         if path.is_file():
             return path
         raise UserError(f"{origin}{_displayed(path)}: no such file")
+    return _shipped(name, origin)
+
+
+def _shipped(name: str, origin: str) -> Path:
     path = shipped_folder() / f"{name}.toml"
     shipped = sorted(file.stem for file in shipped_folder().glob("*.toml"))
     if name in shipped:

@@ -1,5 +1,7 @@
 """The command line: what each command calls, what it says, and its exit status."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,25 @@ def test_help_imports_nothing_heavy():
         "assert not {'torch', 'numpy', 'pyarrow', 'pydantic'} & sys.modules.keys()"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def examples():
+    """The commands at the end of the pages of --help."""
+    pages = (commands._EXAMPLES, commands._TRAIN_EXAMPLES)
+    lines = [line.strip().removeprefix("srun ") for page in pages for line in page.splitlines()]
+    return [re.split(r"\s{2,}", line)[0] for line in lines if line.startswith("longctx ")]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_examples_of_help_are_commands(line):
+    status, text = run(*shlex.split(line)[1:], "--help")
+    assert (status, "Usage: " in text) == (0, True), text
+
+
+def test_help_ends_with_examples():
+    assert len(examples()) == 9
+    assert all(line in run("--help")[1] for line in examples()[:5])
+    assert all(line in run("train", "--help")[1] for line in examples()[5:])
 
 
 def test_the_module_is_the_command():

@@ -2,13 +2,22 @@
 
 from pathlib import Path
 
-from longctx.recipe.reference import reference
+from longctx.recipe.reference import keys, reference
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "recipes.md"
 
 
 def test_the_page_is_what_the_code_makes():
     assert PAGE.read_text(encoding="utf-8") == reference(), "make docs"
+
+
+def test_the_keys_that_shells_complete_are_those_of_the_code():
+    assert (ROOT / "recipes" / "keys.txt").read_text(encoding="utf-8") == keys(), "make docs"
+    lines = [line.split("\t") for line in keys().splitlines()]
+    assert len(lines) == len([line for line in reference().splitlines() if line.startswith("| `")])
+    assert {len(line) for line in lines} == {2}
+    assert dict(lines)["train.steps"] == "Optimizer steps."
 
 
 def test_every_key_is_explained():
