@@ -3,9 +3,11 @@
 import ast
 import importlib
 import re
+import textwrap
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,15 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)", prose(page)) if "://" not in link]
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_kernels_snippet_of_the_readme_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    section = (ROOT / "README.md").read_text().split("## Using the kernels directly\n")[1].split("\nOne function")[0]
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(section), names)
+    assert capsys.readouterr().out == "torch.Size([1, 4096, 8, 128]) torch.Size([1, 8, 64, 128])\n"
+    assert names["o"].shape == (1, 8, 128)
+    assert names["o"].isfinite().all()
 
 
 def test_the_glossary_names_identifiers_of_the_code() -> None:
