@@ -140,7 +140,7 @@ def _training(steps: Rows) -> str:
                 f"{row['tokens_per_second'] or 0:,.0f}",
             )
             lines.append(["generate", str(row["prompt"]), first, rate, "", ""])
-    head = ["training", "tokens", "seconds a step", "tokens/s", "of the matmul rate", "peak GiB"]
+    head = ["training", "tokens", "seconds per step", "tokens/s", "of the matmul rate", "peak GiB"]
     return _table(head, lines) if lines else ""
 
 

@@ -86,7 +86,7 @@ def _serve(pipe: Connection, threads: int, setup: Callable[[], None] | None) -> 
                 dist.destroy_process_group()
                 _clear_dtensor_caches()
                 if groups > 1:
-                    # A group in a reference cycle keeps its threads, of which each wakes a hundred times a second.
+                    # A group in a reference cycle keeps its threads, of which each wakes a hundred times per second.
                     gc.collect()
         except BaseException:  # noqa: BLE001 - sent to the caller, which raises it
             result = (False, traceback.format_exc())

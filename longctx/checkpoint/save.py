@@ -117,7 +117,7 @@ class Checkpointer:
             future.result()
 
     def _count_finished(self) -> int:
-        """Return how many saves in progress every rank has finished: the same on all ranks, which go on alike then."""
+        """Return how many saves in progress every rank has finished: the same number on all ranks."""
         if not self._pending:
             return 0
         finished = torch.tensor(sum(future.done() for future, _ in self._pending))

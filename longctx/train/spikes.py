@@ -15,7 +15,7 @@ step is a spike, since the first losses fall fast and say little about the next 
 
 The decision depends on nothing but recipe, window and step. The window is part of the trainer state, so a resumed run
 takes the same decisions. Loss and gradient norm are sums over all ranks; ranks agree on a decision that changes what
-they do next all the same, since one that went on alone would wait for the others until the timeout.
+they do next all the same, since a rank that continued by itself would wait for the others until the timeout.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Visibility plans: which keys the queries of each KV owner see, and so which rows travel and which blocks exist.
 
 A KV owner is one rank, or the ranks of an Ulysses group together: the pieces of the sequence whose keys and values are
-in one tensor, ascending. Plans are made on the host from numbers alone, once per batch, and all layers share them: keys
-that no query sees are neither sent nor computed with.
+in one tensor, ascending. Plans are made on the host from layout numbers only, once per batch, and all layers share
+them: keys that no query sees are neither sent nor computed with.
 """
 
 from collections.abc import Iterable, Sequence

@@ -78,6 +78,14 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_rates_are_per_unit() -> None:
+    """`65,552 bytes per layer per pass`, not `a layer and pass`."""
+    units, nouns = r"\w*bytes|s|ms|seconds|lines?|tokens|[KMG]iB|calls?", "step|layer|pass|token|rank|node"
+    telegraphic = re.compile(rf"\b({units}) an? ({nouns})\b")
+    pages = (*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md", ROOT / "benchmarks/gpu/README.md")
+    assert [found[0] for page in pages for found in telegraphic.finditer(page.read_text())] == []
+
+
 def test_the_kernels_snippet_of_the_readme_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     section = (ROOT / "README.md").read_text().split("## Using the kernels directly\n")[1].split("\nOne function")[0]
     names: dict[str, Any] = {}

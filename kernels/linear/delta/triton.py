@@ -265,7 +265,7 @@ def allocate_prepared(inputs: Inputs, segments: Sequence[Segment]) -> tuple[Tens
 def prepare(inputs: Inputs, segments: Sequence[Segment]) -> list[Tensor]:
     """Invert the triangular systems of as many segments, the first ones, as fit in SCRATCH, for both passes.
 
-    The largest part of what the passes prepare: Cp + 12 bytes per token and head. Scores, which apply alone needs in
+    The largest part of what the passes prepare: Cp + 12 bytes per token and head. Scores, which only apply needs in
     the forward direction, and all of the segments beyond SCRATCH are made by each pass. Vector decays keep nothing:
     their passes need decayed keys too, 2D / C times as many numbers.
     """
