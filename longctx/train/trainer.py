@@ -342,7 +342,7 @@ class _Trainer:
             with collective_errors(f"step {step}"):
                 metrics, spike, stop = self._step(step, average)
                 average = metrics.seconds if average is None else 0.9 * average + 0.1 * metrics.seconds
-                if step % self.recipe.logging.every == 0 or step == steps:
+                if step % self.recipe.logging.every == 0 or step == steps or stop:
                     self.reporter.step(metrics)
                 if spike is not None:
                     self._handle(spike)

@@ -200,6 +200,12 @@ def test_sigterm_saves_at_the_end_of_the_step_even_where_one_rank_alone_gets_it(
     assert losses(out) == losses(uninterrupted)
 
 
+def test_the_step_at_which_it_stops_is_reported_whatever_logging_leaves_out(ranks, workplace, tmp_path):
+    out = tmp_path / "out"
+    ranks.run(train, workplace, out, ["logging.every=5"], "auto", sigterm_on_rank_1_in_step_3, size=2)
+    assert [step.step for step in metrics(out).steps] == [3]
+
+
 @contextmanager
 def sigterm_on_rank_1_in_step_3() -> Iterator[None]:
     """What is shown ends with the line of the stop: not with that of a step, which the display held back."""
