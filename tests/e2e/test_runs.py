@@ -64,7 +64,9 @@ def test_a_second_start_beside_a_run_is_refused_and_the_run_continues(tmp_path, 
     status, stdout, stderr = Job(tmp_path, *STEPS).wait()
     assert (status, stdout) == (2, "")
     owner = job.ranks()[0]
-    assert stderr.startswith(f"error: out is being trained into by process {owner} of ")
+    assert f"\nerror: out is being trained into by process {owner} of " in stderr, (
+        "after the line that says what starts"
+    )
     assert (tmp_path / "out" / FILE_NAME).read_bytes() == before
     os.kill(job.ranks()[1], signal.SIGTERM)  # what rank 1 waits for
     assert job.wait()[0] == 128 + signal.SIGTERM
