@@ -44,6 +44,8 @@ LOCKED = $(PY) -m pip install --quiet --require-hashes --no-deps --only-binary :
 	@echo "Installing .ci/requirements/dev.txt into .venv, hashes checked (takes minutes the first time: torch is large)"
 	@$(LOCKED) -r .ci/requirements/dev.txt
 	@if $(PY) -m pip show torch | grep '^Requires:.*nvidia' >/dev/null; then $(LOCKED) -r .ci/requirements/cuda.txt; fi
+	@# Environments of earlier versions have this distribution under the name longctx too.
+	@if $(PY) -m pip show --quiet longctx 2>/dev/null; then $(PY) -m pip uninstall --quiet --yes longctx; fi
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@$(PY) -c 'from longctx.kernels.native import library; [library.load(name) for name in library.FAMILIES]'
 	@touch $@
@@ -89,9 +91,10 @@ types: .venv/installed tree ## Check types with mypy
 	@cd build/tree && ../../$(PY) -m mypy --config-file ../../pyproject.toml --no-error-summary -p longctx \
 	    | sed -E 's#^longctx/(kernels|parallel|moe|recipes|launch)/#\1/#'
 
-docs: .venv/installed ## Regenerate docs/recipes.md and recipes/keys.txt from the code
+docs: .venv/installed ## Regenerate docs/recipes.md, docs/profiles.md and recipes/keys.txt from the code
 	@$(PY) -c 'from longctx.recipe.reference import reference; print(reference(), end="")' > docs/recipes.md
 	@$(PY) -c 'from longctx.recipe.reference import keys; print(keys(), end="")' > recipes/keys.txt
+	@$(PY) -c 'from longctx.launch.cluster.reference import profile_reference; print(profile_reference(), end="")' > docs/profiles.md
 
 lock: .venv/installed ## Regenerate .ci/requirements/*.txt after a change of dependencies
 	@$(PY) .ci/lock.py

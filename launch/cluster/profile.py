@@ -24,6 +24,7 @@ class Profile(Config):
     """Keys of every profile."""
 
     nodes: Integer = Field(default=1, gt=0)
+    """Nodes of the job; with ssh, its hosts."""
     gpus: Integer = Field(default=0, ge=0)
     """GPUs per node; 0: ranks on CPUs."""
     ranks: Integer | None = Field(default=None, gt=0)
@@ -82,10 +83,15 @@ class SlurmProfile(Profile):
 
     executor: Literal["slurm"]
     account: str | None = None
+    """--account of sbatch."""
     partition: str | None = None
+    """--partition."""
     qos: str | None = None
+    """--qos."""
     constraint: str | None = None
+    """--constraint: features of nodes."""
     reservation: str | None = None
+    """--reservation."""
     time: Duration | None = Field(default=None, gt=0)
     """Time limit, `"24h"`; default: the partition's."""
     cpus: Integer | None = Field(default=None, gt=0)
@@ -144,12 +150,15 @@ class KubernetesProfile(Profile):
 
     executor: Literal["kubernetes"]
     kind: Literal["trainjob", "jobset"] = "trainjob"
+    """`trainjob`: Kubeflow Trainer 2.3 or later. `jobset`: JobSet alone."""
     namespace: str = "default"
+    """Namespace of the job."""
     image: str
-    """Container image with longctx (docs/cluster.md has a Dockerfile)."""
+    """Container image with longctx, such as one built from the Dockerfile."""
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime of a TrainJob."""
     gpu_resource: str = "nvidia.com/gpu"
+    """Name of the GPUs as a resource."""
     cpus: str | None = None
     """CPUs per node, such as "32"."""
     memory: str | None = None
@@ -159,7 +168,9 @@ class KubernetesProfile(Profile):
     queue: str | None = None
     """Kueue's local queue."""
     node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes."""
     service_account: str | None = None
+    """Service account of the pods."""
     retries: Integer = Field(default=3, ge=0)
     """Restarts of a JobSet whose pods fail; the runtime says how often a TrainJob restarts."""
 
@@ -175,6 +186,7 @@ class SkyPilotProfile(Profile):
     image: str | None = None
     """Image, such as "docker:registry/longctx:0.2"."""
     spot: bool = False
+    """Whether the nodes may be preempted."""
     managed: bool = True
     """Whether it is a managed job, which is started again after a preemption, or a cluster of its own."""
     disk: Integer | None = Field(default=None, gt=0)

@@ -4,6 +4,7 @@ import inspect
 import re
 import types
 import typing
+from collections.abc import Mapping
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -61,12 +62,16 @@ def _table_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "none"
     if field.default is PydanticUndefined:
         return "**required**"
     if field.default is None:
         return "unset"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
+    if field.default == ():
+        return "none"
     if isinstance(field.default, tuple):
         return f"`{list(field.default)}`"
     return f'`"{field.default}"`' if isinstance(field.default, str) else f"`{field.default}`"
@@ -77,17 +82,25 @@ def _sections(name: str, table: type[BaseModel]) -> list[str]:
     title = f"## `[{name}]`" if name else "## Top-level keys"
     _, _, summary = text.partition(": ") if text.startswith("`[") else ("", "", text)
     lines = [title, "", *([summary[0].upper() + summary[1:], ""] if summary else [])]
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     sub_tables: list[str] = []
+    plain: dict[str, FieldInfo] = {}
     for key, field in table.model_fields.items():
         inner = _table_of(field)
-        if inner is not None:
+        if inner is None:
+            plain[key] = field
+        else:
             sub_tables += _sections(f"{name}.{key}" if name else key, inner)
-            continue
-        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-        kind = _type(field.annotation)
-        lines.append(f"| `{key}` | {kind} | {_default(field)} | {meaning} |")
+    lines += key_rows(plain)
     return [*lines, "", *sub_tables]
+
+
+def key_rows(fields: Mapping[str, FieldInfo]) -> list[str]:
+    """Return the lines of a Markdown table of keys: type, default, meaning."""
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for key, field in fields.items():
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{key}` | {_type(field.annotation)} | {_default(field)} | {meaning} |")
+    return lines
 
 
 def keys(name: str = "", table: type[BaseModel] = Recipe) -> str:
