@@ -52,9 +52,6 @@ template <typename F> class Worker : Task<Call> {
         grads.load_rows(call.dout, row, head * readers + reader, chunk.begin, chunk.tokens, call.value_dim);
         grads.stack();
     }
-    void store_tile(const Tensor &x, long of_head, const Range &chunk, long dim, const float *from, long width) const {
-        store_rows(x, row, of_head, chunk.begin, chunk.tokens, dim, from, width);
-    }
 
     // Fetch what the next chunk of a pass reads and writes of the state's own heads.
     void fetch(const Range *chunk, std::initializer_list<const Tensor *> tensors) {
@@ -129,7 +126,7 @@ public:
                            value_width, result, value_width, false, &ahead);
                 product_of_lower<F>(chunk.tokens, value_width, weights.rows, CHUNK / F::PER_WORD, values.stacked,
                                     value_width, result, value_width, Keep(decay.reads), &ahead);
-                store_tile(call.out, head * readers + reader, chunk, call.value_dim, result, value_width);
+                store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result, value_width);
             }
             write(chunk);
         }
@@ -255,7 +252,7 @@ private:
                 }
                 product_of_lower<F>(chunk.tokens, key_width, dweights.rows, CHUNK / F::PER_WORD, keys.stacked, key_width,
                                     result, key_width, Keep(decay.reads), &ahead);
-                store_tile(call.dq, head * readers + reader, chunk, call.key_dim, result, key_width);
+                store_tile(call.dq, row, head * readers + reader, chunk, call.key_dim, result, key_width);
             }
             if (with_gate) add_gate_grad(chunk, reads_grad, true);
             write(chunk);
@@ -290,23 +287,17 @@ private:
                                            dkeys, key_width, written, &ahead);
             keep = written = true;
         }
-        store_tile(call.dk, head, chunk, call.key_dim, dkeys, key_width);
-        store_tile(call.dv, head, chunk, call.value_dim, dvalues, value_width);
+        store_tile(call.dk, row, head, chunk, call.key_dim, dkeys, key_width);
+        store_tile(call.dv, row, head, chunk, call.value_dim, dvalues, value_width);
         if (before != nullptr) add_gate_grad(chunk, gate_grad, false);
     }
 
     // The gate at t acts on what tokens before it write to the end state, and on the part of the start state that is
     // kept in it.
     void find_write_grads(const Range &chunk, const float *before, float *gate_grad) const {
-        const State::Value of = dstate.value();
         double kept = 0, sum_before = 0;
         if (!decay.restarts)
-            for (long i = 0; i < key_width; i++) {
-                Vec of_row{};
-                for (long d = i * value_width; d < (i + 1) * value_width; d += LANES)
-                    of_row += of.at(i, d) * load(before + d);
-                kept += sum(of_row);
-            }
+            for (long i = 0; i < key_width; i++) kept += dstate.dot_row(i, before);
         kept *= decay.total_keeps;
         for (long t = 0; t < chunk.tokens; t++) {
             gate_grad[t] = float(kept + sum_before);
@@ -337,24 +328,11 @@ private:
     }
 };
 
-// Whether all tensors of a call are bfloat16; those that it does not have are null.
-static bool has_pairs(const Call &call) {
-    for (const Tensor *x : {&call.q, &call.k, &call.v, &call.dout})
-        if (x->data != nullptr && !x->brain) return false;
-    return true;
-}
-
-#if defined(HAS_PAIRS)
-#define RUN(pass) (has_pairs(*call) ? on_tasks(*call, &Worker<Pair>::pass) : on_tasks(*call, &Worker<Single>::pass))
-#else
-#define RUN(pass) on_tasks(*call, &Worker<Single>::pass)
-#endif
-
 extern "C" {
-int additive_summarize(const Call *call) { return RUN(summarize); }
-int additive_apply(const Call *call) { return RUN(apply); }
-int additive_summarize_grad(const Call *call) { return RUN(summarize_grad); }
-int additive_query_grad(const Call *call) { return RUN(query_grad); }
-int additive_key_value_grad(const Call *call) { return RUN(key_value_grad); }
-int additive_apply_grad(const Call *call) { return RUN(apply_grad); }
+int additive_summarize(const Call *call) { return ON_TASKS(Worker, *call, summarize); }
+int additive_apply(const Call *call) { return ON_TASKS(Worker, *call, apply); }
+int additive_summarize_grad(const Call *call) { return ON_TASKS(Worker, *call, summarize_grad); }
+int additive_query_grad(const Call *call) { return ON_TASKS(Worker, *call, query_grad); }
+int additive_key_value_grad(const Call *call) { return ON_TASKS(Worker, *call, key_value_grad); }
+int additive_apply_grad(const Call *call) { return ON_TASKS(Worker, *call, apply_grad); }
 }

@@ -1,6 +1,9 @@
 // Additive recurrence on CPUs with a decay per channel, head and token (GLA, HGRN-2): the passes of
 // longctx/kernels/linear/additive/chunked.py, whose docstring has the equations. One task per segment, batch row and
-// head; products, sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
+// head; sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
+//
+// Products of bfloat16 inputs multiply bfloat16 where the CPU can, as in additive.cpp, but pairs of tokens and their
+// gradients, which are float32 (vector_decay.h).
 //
 // Called by longctx/kernels/linear/additive/native.py, which mirrors `Call`.
 #include "vector_decay.h"
@@ -20,14 +23,14 @@ struct Call {
 };
 
 // Buffers of a thread and the passes of its tasks.
-class Worker : Task<Call> {
+template <typename F> class Worker : Task<Call> {
     const long key_width, value_width;
     Scratch scratch;
-    VectorDecay decay;
-    ReadState state, dstate;
-    float *keys, *queries, *read, *written, *dkeys, *dread;           // [CHUNK, K]
-    float *values, *grads, *dvalues, *values_turned;                  // [CHUNK, V], turned [V, CHUNK]
-    float *scores, *dscores, *result, *state_turned;
+    VectorDecay<F> decay;
+    StateFactor<F> state, dstate;
+    Tile<F> keys, queries, scores, dscores;
+    Factor<F> values, grads, scaled;                                  // scaled: keys or queries times their decays
+    float *dkeys, *dread, *dvalues, *result;
     float *kept = nullptr;                                            // states before a block's chunks
     std::vector<Range> chunks;
     Ahead ahead;
@@ -35,16 +38,20 @@ class Worker : Task<Call> {
     long state_size() const { return key_width * value_width; }
 
     void load_queries(const Range &chunk, long reader) {
-        load_tile(call.q, row, reader_head(call.q, reader), chunk, call.key_dim, queries);
+        load_tile(call.q, row, reader_head(call.q, reader), chunk, call.key_dim, queries.exact, key_width);
     }
     void load_grads(const Range &chunk, long reader) {
-        load_tile(call.dout, row, head * readers + reader, chunk, call.value_dim, grads);
+        grads.load_rows(call.dout, row, head * readers + reader, chunk.begin, chunk.tokens, call.value_dim);
+        grads.stack();
     }
-    void load_values(const Range &chunk) { load_tile(call.v, row, shared_head(call.v), chunk, call.value_dim, values); }
+    void load_values(const Range &chunk) {
+        values.load_rows(call.v, row, shared_head(call.v), chunk.begin, chunk.tokens, call.value_dim);
+    }
 
     // All that a chunk's keys and log-decays decide. Without keys, as a pass over reads alone, they count as 0.
     void load_keys(const Range &chunk) {
-        if (call.k.data != nullptr) load_tile(call.k, row, shared_head(call.k), chunk, call.key_dim, keys);
+        if (call.k.data != nullptr)
+            load_tile(call.k, row, shared_head(call.k), chunk, call.key_dim, keys.exact, key_width);
         decay.find(call.gate, row, shared_head(call.gate), chunk, call.key_dim, keys);
     }
 
@@ -59,37 +66,45 @@ class Worker : Task<Call> {
         if (with_queries) call.q.fetch(ahead, row, reader_head(call.q, 0), chunk.begin, chunk.tokens, call.key_dim);
     }
 
-    // Update the state from before a chunk, whose keys and values are loaded, to after it.
+    // Add what `scaled` and a tile, both stacked, give together to what a chunk has left of a state.
+    void add_to(StateFactor<F> &to, const Factor<F> &b, Keep keep) {
+        product<F>(key_width, value_width, CHUNK / F::PER_WORD, columns_of(scaled), b.stacked, value_width, to.added,
+                   value_width, keep, &ahead);
+    }
+    // Update the state from before a chunk, whose keys and stacked values are loaded, to after it.
     void write() {
-        decay.write(keys, written);
+        set_stacked_rows(scaled, rows_times(keys, decay.write_decays()));
         const Keep keep = state.decay(decay);
-        product(key_width, value_width, CHUNK, columns_of(written, key_width), values, value_width, state.added, value_width,
-                keep, &ahead);
-        state.read();
+        add_to(state, values, keep);
     }
     void advance(long number) {
         fetch(number + 1, false);
         load_keys(chunks[number]);
         load_values(chunks[number]);
+        values.stack();
         write();
     }
 
     // Add a chunk's reads to the gradient of the state before it.
     void add_reads(Keep keep) {
-        decay.read(queries, read, 1);
-        product(key_width, value_width, CHUNK, columns_of(read, key_width), grads, value_width, dstate.added, value_width,
-                keep, &ahead);
+        set_stacked_rows(scaled, rows_times(queries, decay.read_decays()));
+        add_to(dstate, grads, keep);
     }
 
+    void find_scores() {
+        decay.pairs(queries, scores.exact, 1);
+        scores.round();
+    }
 
 public:
     explicit Worker(const Call &call)
-        : Task(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
-          decay(scratch, key_width), state(scratch, key_width, value_width), dstate(scratch, key_width, value_width) {
-        for (float **x : {&keys, &queries, &read, &written, &dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
-        for (float **x : {&values, &grads, &dvalues, &values_turned, &result}) *x = scratch.take(CHUNK * value_width);
-        for (float **x : {&scores, &dscores}) *x = scratch.take(CHUNK * CHUNK);
-        state_turned = scratch.take(state_size());
+        : Task(call), key_width(Factor<F>::width_of(call.key_dim)), value_width(Factor<F>::width_of(call.value_dim)),
+          decay(scratch, key_width), state(scratch, key_width, value_width), dstate(scratch, key_width, value_width),
+          keys(scratch, CHUNK, key_width), queries(scratch, CHUNK, key_width), scores(scratch, CHUNK, CHUNK),
+          dscores(scratch, CHUNK, CHUNK), values(scratch, CHUNK, value_width, true),
+          grads(scratch, CHUNK, value_width, false), scaled(scratch, CHUNK, key_width, false) {
+        for (float **x : {&dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
+        for (float **x : {&dvalues, &result}) *x = scratch.take(CHUNK * value_width);
     }
 
     void begin(long task) {
@@ -105,14 +120,17 @@ public:
             fetch(i + 1, true);
             load_keys(chunk);
             load_values(chunk);
+            values.stack();
+            state.read_stacked();
             for (long reader = 0; reader < readers; reader++) {
                 load_queries(chunk, reader);
-                decay.pairs(queries, scores, 1);
-                decay.read(queries, read, 1);
-                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width,
-                        result, value_width, false, &ahead);
-                product_of_lower(chunk.tokens, value_width, scores, CHUNK, values, value_width, result, value_width);
-                store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result);
+                find_scores();
+                set_rows(scaled, rows_times(queries, decay.read_decays()));
+                product<F>(chunk.tokens, value_width, key_width / F::PER_WORD, rows_of(scaled), state.factor.stacked,
+                           value_width, result, value_width, false, &ahead);
+                product_of_lower<F>(chunk.tokens, value_width, scores.rows, CHUNK / F::PER_WORD, values.stacked,
+                                    value_width, result, value_width);
+                store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result, value_width);
             }
             write();
         }
@@ -142,7 +160,6 @@ public:
                 add_reads(keep);
                 keep = true;
             }
-            dstate.read();
         }
         dstate.end(call.dstates + state_at(), call.key_dim, call.value_dim);
     }
@@ -156,7 +173,7 @@ public:
         dstate.start(call.dends + state_at(), call.key_dim, call.value_dim);
         state.start(call.states + state_at(), call.key_dim, call.value_dim);
         for (long block = 0; block < blocks; block++) {
-            std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
+            state.read(checkpoints.data() + block * state_size());
             for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++)
                 advance(i);
         }
@@ -164,7 +181,7 @@ public:
             const long first = block * CHUNKS_PER_BLOCK, last = std::min(count, first + CHUNKS_PER_BLOCK);
             state.start(checkpoints.data() + block * state_size(), key_width, value_width);
             for (long i = first; i < last; i++) {
-                std::memcpy(kept + (i - first) * state_size(), state.value, state_size() * sizeof(float));
+                state.read(kept + (i - first) * state_size());
                 if (i + 1 < last) advance(i);
             }
             for (long i = last - 1; i >= first; i--) chunk_grad(i, kept + (i - first) * state_size());
@@ -179,43 +196,45 @@ private:
         fetch(number - 1, true);
         load_keys(chunk);
         load_values(chunk);
-        transpose(values, CHUNK, value_width, values_turned);
-        transpose(dstate.value, key_width, value_width, state_turned);
-        product(CHUNK, key_width, value_width, rows_of(values, value_width), state_turned, key_width, dkeys,
-                key_width, false, &ahead);
-        decay.write(dkeys, dkeys);
-        decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate.value, value_width);
-        decay.write(keys, written);
-        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, dvalues,
-                value_width, false, &ahead);
+        values.turn();
+        dstate.read_rows(), dstate.factor.stack(), dstate.factor.turn();
+        product<F>(CHUNK, key_width, value_width / F::PER_WORD, rows_of(values), dstate.factor.turned, key_width, dkeys,
+                   key_width, false, &ahead);
+        scale_rows(dkeys, CHUNK, key_width, decay.write_decays());
+        decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate);
+        set_rows(scaled, rows_times(keys, decay.write_decays()));
+        product<F>(CHUNK, value_width, key_width / F::PER_WORD, rows_of(scaled), dstate.factor.stacked, value_width,
+                   dvalues, value_width, false, &ahead);
         Keep keep = dstate.decay(decay);
-        transpose(before, key_width, value_width, state_turned);
+        state.factor.turn(before);
         for (long reader = 0; reader < readers; reader++) {
             load_queries(chunk, reader);
             load_grads(chunk, reader);
-            decay.pairs(queries, scores, 1);
-            product_of_lower_transposed(CHUNK, value_width, scores, CHUNK, grads, value_width, dvalues, value_width);
-            product(CHUNK, key_width, value_width, rows_of(grads, value_width), state_turned, key_width, dread,
-                    key_width, false, &ahead);
-            decay.read(dread, dread, 1);
-            decay.add_read_grads(queries, dread);
-            product_to_lower(CHUNK, value_width, rows_of(grads, value_width), values_turned, CHUNK, dscores, CHUNK);
-            decay.add_pair_grads(dscores, scores, 1, queries, dread, dkeys);
-            store_tile(call.dq, row, head * readers + reader, chunk, call.key_dim, dread);
+            find_scores();
+            scores.stack();
+            product_of_lower_transposed<F>(CHUNK, value_width, scores.stacked, CHUNK, grads.stacked, value_width,
+                                           dvalues, value_width);
+            product<F>(CHUNK, key_width, value_width / F::PER_WORD, rows_of(grads), state.factor.turned, key_width,
+                       dread, key_width, false, &ahead);
+            scale_rows(dread, CHUNK, key_width, decay.read_decays());
+            decay.add_read_grads(queries.exact, dread);
+            product_to_lower<F>(CHUNK, value_width / F::PER_WORD, rows_of(grads), values.turned, CHUNK, dscores.exact,
+                                CHUNK);
+            decay.add_pair_grads(dscores, scores.exact, 1, queries, dread, dkeys);
+            store_tile(call.dq, row, head * readers + reader, chunk, call.key_dim, dread, key_width);
             add_reads(keep);
             keep = true;
         }
-        dstate.read();
         decay.finish_keys(dkeys);
         if (call.dgate.data != nullptr) decay.store_grads(call.dgate, row, head, chunk, call.key_dim);
-        store_tile(call.dk, row, head, chunk, call.key_dim, dkeys);
-        store_tile(call.dv, row, head, chunk, call.value_dim, dvalues);
+        store_tile(call.dk, row, head, chunk, call.key_dim, dkeys, key_width);
+        store_tile(call.dv, row, head, chunk, call.value_dim, dvalues, value_width);
     }
 };
 
 extern "C" {
-int additive_vector_summarize(const Call *call) { return on_tasks(*call, &Worker::summarize); }
-int additive_vector_apply(const Call *call) { return on_tasks(*call, &Worker::apply); }
-int additive_vector_summarize_grad(const Call *call) { return on_tasks(*call, &Worker::summarize_grad); }
-int additive_vector_apply_grad(const Call *call) { return on_tasks(*call, &Worker::apply_grad); }
+int additive_vector_summarize(const Call *call) { return ON_TASKS(Worker, *call, summarize); }
+int additive_vector_apply(const Call *call) { return ON_TASKS(Worker, *call, apply); }
+int additive_vector_summarize_grad(const Call *call) { return ON_TASKS(Worker, *call, summarize_grad); }
+int additive_vector_apply_grad(const Call *call) { return ON_TASKS(Worker, *call, apply_grad); }
 }

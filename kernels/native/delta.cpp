@@ -2,6 +2,10 @@
 // longctx/kernels/linear/delta/chunked.py, whose docstring has the equations. One task per segment, batch row and head;
 // sums and states in float32, over thousands of chunks in float64 (longctx/kernels/linear/running_state.py).
 //
+// Products of bfloat16 inputs multiply bfloat16 where the CPU can, as in additive.cpp: the state and its gradient where
+// tokens read them, U and dV, decayed keys, queries and scores are rounded, once per product. The triangular system is
+// solved in float32, since its inverse may be large; so are pairs of a decay per channel (vector_decay.h).
+//
 // Here Z = U / diag(b) is what a token would write with a beta of 1, and P = pairs(K, K) below the diagonal:
 //
 //     (I + P diag(b)) Z = V - (reads K) S        U = diag(b) Z
@@ -30,19 +34,18 @@ struct Call {
 };
 
 // Buffers of a thread and the passes of its tasks.
-template <typename Decay> class Worker : Task<Call> {
-    const long key_width, value_width;
+template <typename Decay, typename F> class Worker : Task<Call> {
+    const long key_width, value_width, widest;   // widest: of a state, in a summary with K columns more
     Scratch scratch;
     Decay decay;
     TriangularSystem system;
-    ReadState state, dstate;  // the gradients of a summary are in `state`
+    StateFactor<F> state, dstate;                // the gradients of a summary are in `state`
     alignas(64) float betas[CHUNK];
-    float *keys, *queries, *grads;               // [CHUNK, D], as they are
-    float *minus_read, *read, *written;          // keys that read, negative; queries that read; keys that write
-    float *values, *z, *u;                       // V, then V - (reads K) S; [CHUNK, V], with K more in a summary
-    float *pairs, *scores, *dscores;             // [CHUNK, CHUNK]; pairs are -P
+    Tile<F> keys, queries, values, u;            // values: V, then V - (reads K) S; backward dV
+    Tile<F> scores, dscores;                     // [CHUNK, CHUNK]
+    Factor<F> grads, scaled;                     // scaled: keys or queries times their decays
+    float *z, *pairs;                            // pairs are -P
     float *result, *dkeys, *dread, *du, *drhs;
-    float *state_turned, *u_turned;              // [V, K], [V, CHUNK]
     float *kept = nullptr;                       // of a block's chunks, the states before them and their Z
     std::vector<Range> chunks;
     Ahead ahead;                                 // what the next chunk loads, and this one stores
@@ -50,14 +53,16 @@ template <typename Decay> class Worker : Task<Call> {
     long state_size() const { return key_width * value_width; }
     long kept_size() const { return state_size() + CHUNK * value_width; }
 
-    void load_shared(const Tensor &x, const Range &chunk, long dim, float *to) const {
-        load_tile(x, row, shared_head(x), chunk, dim, to);
+    void load(const Tensor &x, long of_head, const Range &chunk, long dim, const Tile<F> &to) const {
+        load_tile(x, row, of_head, chunk, dim, to.exact, to.width);
     }
+    void load_values(const Range &chunk) { load(call.v, shared_head(call.v), chunk, call.value_dim, values); }
     void load_queries(const Range &chunk, long reader) {
-        load_tile(call.q, row, reader_head(call.q, reader), chunk, call.key_dim, queries);
+        load(call.q, reader_head(call.q, reader), chunk, call.key_dim, queries);
     }
     void load_grads(const Range &chunk, long reader) {
-        load_tile(call.dout, row, head * readers + reader, chunk, call.value_dim, grads);
+        grads.load_rows(call.dout, row, head * readers + reader, chunk.begin, chunk.tokens, call.value_dim);
+        grads.stack();
     }
 
     // Ask for rows of tensors of the states' heads, or of the readers', of which only the first's.
@@ -74,28 +79,43 @@ template <typename Decay> class Worker : Task<Call> {
 
     // All that a chunk's keys and gates decide.
     void load_keys(const Range &chunk) {
-        load_shared(call.k, chunk, call.key_dim, keys);
+        load(call.k, shared_head(call.k), chunk, call.key_dim, keys);
         load_numbers(call.beta, row, shared_head(call.beta), chunk, betas);
         const long gate_head = call.gate.data == nullptr ? 0 : shared_head(call.gate);
         decay.find(call.gate, row, gate_head, chunk, call.key_dim, keys);
         decay.pairs(keys, pairs, -1);
         for (long i = 0; i < CHUNK; i++) pairs[i * CHUNK + i] = 0;
         system.set(pairs, betas);
-        decay.read(keys, minus_read, -1);
-        decay.write(keys, written);
     }
 
-    // Z and U, of values [CHUNK, width] that are loaded.
-    void find_writes(long width, const float *before) {
-        product(CHUNK, width, key_width, rows_of(minus_read, key_width), before, width, values, width, true, &ahead);
-        system.solve(values, width, z, u);
+    // C [rows, n] = keep C + A B, A [rows, K] given by its rows, B by those of a factor, stacked.
+    void multiply(long rows, const Factor<F> &a, const Factor<F> &b, float *c, Keep keep) {
+        product<F>(rows, b.width, a.width / F::PER_WORD, rows_of(a), b.stacked, b.width, c, b.width, keep, &ahead);
+    }
+    // C [rows, n] = A B^T, B by its rows, turned.
+    void multiply_by_turned(long rows, const Factor<F> &a, const Factor<F> &b, float *c) {
+        product<F>(rows, b.height, a.width / F::PER_WORD, rows_of(a), b.turned, b.height, c, b.height, false, &ahead);
+    }
+    // Add A^T B to what a chunk has left of a state, A and B by rows of its tokens, stacked.
+    void add_to(State &to, const Factor<F> &a, const Factor<F> &b, Keep keep) {
+        product<F>(key_width, b.width, CHUNK / F::PER_WORD, columns_of(a), b.stacked, b.width, to.added, to.width, keep,
+                   &ahead);
+    }
+
+    // Z and U, of values that are loaded.
+    void find_writes() {
+        state.read_stacked();
+        set_rows(scaled, rows_times(keys, decay.read_decays(), -1));
+        multiply(CHUNK, scaled, state.factor, values.exact, true);
+        system.solve(values.exact, values.width, z, u.exact);
+        u.round_stacked();
     }
 
     // Update the state from before a chunk to after it.
-    void write(long width) {
+    void write() {
         const Keep keep = state.decay(decay);
-        product(key_width, width, CHUNK, columns_of(written, key_width), u, width, state.added, width, keep, &ahead);
-        state.read();
+        set_stacked_rows(scaled, rows_times(keys, decay.write_decays()));
+        add_to(state, scaled, u, keep);
     }
 
     void advance(long number) {
@@ -103,18 +123,17 @@ template <typename Decay> class Worker : Task<Call> {
         ahead.drop();
         ask_for_keys_and_values(number + 1);
         load_keys(chunk);
-        load_shared(call.v, chunk, call.value_dim, values);
-        find_writes(value_width, state.value);
-        write(value_width);
+        load_values(chunk);
+        find_writes();
+        write();
     }
 
-
-    // Begin a summary with a state of 0 and, where no document starts, the identity; returns the state's width.
-    long start_summary(bool whole) {
-        const long width = value_width + (whole ? key_width : 0);
-        state.width = width;
+    // Begin a summary with a state of 0 and, where no document starts, the identity.
+    void start_summary(bool whole) {
+        const long width = whole ? widest : value_width;
+        state.set_width(width);
+        values.width = u.width = width;
         state.start(nullptr, 0, 0, whole ? value_width : -1);
-        return width;
     }
 
     void end_summary(bool whole, float *to) const {
@@ -128,16 +147,16 @@ template <typename Decay> class Worker : Task<Call> {
 
 public:
     explicit Worker(const Call &call)
-        : Task(call), key_width(padded(call.key_dim)), value_width(padded(call.value_dim)),
-          decay(scratch, key_width), system(scratch),
-          state(scratch, key_width, value_width + (call.transitions ? key_width : 0)), dstate(scratch, key_width, value_width) {
-        const long widest = value_width + (call.transitions ? key_width : 0);
-        for (float **x : {&keys, &queries, &minus_read, &read, &written, &dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
-        for (float **x : {&values, &z, &u, &du, &drhs}) *x = scratch.take(CHUNK * widest);
-        for (float **x : {&grads, &u_turned}) *x = scratch.take(CHUNK * value_width);
-        for (float **x : {&pairs, &scores, &dscores}) *x = scratch.take(CHUNK * CHUNK);
-        result = scratch.take(CHUNK * std::max(key_width, value_width));
-        state_turned = scratch.take(state_size());
+        : Task(call), key_width(Factor<F>::width_of(call.key_dim)), value_width(Factor<F>::width_of(call.value_dim)),
+          widest(value_width + (call.transitions ? key_width : 0)), decay(scratch, key_width), system(scratch),
+          state(scratch, key_width, widest), dstate(scratch, key_width, value_width),
+          keys(scratch, CHUNK, key_width, true), queries(scratch, CHUNK, key_width), values(scratch, CHUNK, widest),
+          u(scratch, CHUNK, widest, true), scores(scratch, CHUNK, CHUNK), dscores(scratch, CHUNK, CHUNK),
+          grads(scratch, CHUNK, value_width, false), scaled(scratch, CHUNK, key_width, false) {
+        for (float **x : {&dkeys, &dread}) *x = scratch.take(CHUNK * key_width);
+        for (float **x : {&z, &du, &drhs}) *x = scratch.take(CHUNK * widest);
+        pairs = scratch.take(CHUNK * CHUNK);
+        result = scratch.take(CHUNK * value_width);
     }
 
     void begin(long task) {
@@ -155,18 +174,18 @@ public:
             ask_for_keys_and_values(i + 1);
             if (i + 1 < long(chunks.size())) ask_of_reader(call.q, chunks[i + 1], call.key_dim);
             load_keys(chunk);
-            load_shared(call.v, chunk, call.value_dim, values);
-            find_writes(value_width, state.value);
+            load_values(chunk);
+            find_writes();
             for (long reader = 0; reader < readers; reader++) {
                 load_queries(chunk, reader);
-                decay.pairs(queries, scores, 1);
-                decay.read(queries, read, 1);
-                product(chunk.tokens, value_width, key_width, rows_of(read, key_width), state.value, value_width,
-                        result, value_width, false, &ahead);
-                product_of_lower(chunk.tokens, value_width, scores, CHUNK, u, value_width, result, value_width);
-                store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result);
+                find_scores();
+                set_rows(scaled, rows_times(queries, decay.read_decays()));
+                multiply(chunk.tokens, scaled, state.factor, result, false);
+                product_of_lower<F>(chunk.tokens, value_width, scores.rows, CHUNK / F::PER_WORD, u.stacked, value_width,
+                                    result, value_width);
+                store_tile(call.out, row, head * readers + reader, chunk, call.value_dim, result, value_width);
             }
-            write(value_width);
+            write();
         }
         state.end(call.ends + state_at(), call.key_dim, call.value_dim);
     }
@@ -174,16 +193,14 @@ public:
     // The state that a segment adds, from its last document's start on, and what it makes of the state before it.
     void summarize() {
         const bool whole = call.segments.bounds[segment].count == 0;
-        const long live = call.segments.last_start(segment), width = start_summary(whole);
+        const long live = call.segments.last_start(segment);
+        start_summary(whole);
         for (const Range &chunk : chunks) {
             if (chunk.begin + chunk.tokens <= live) continue;
             load_keys(chunk);
-            load_shared(call.v, chunk, call.value_dim, result);
-            std::memset(values, 0, CHUNK * width * sizeof(float));
-            for (long i = 0; i < CHUNK; i++)
-                std::memcpy(values + i * width, result + i * value_width, value_width * sizeof(float));
-            find_writes(width, state.value);
-            write(width);
+            load_values(chunk);
+            find_writes();
+            write();
         }
         end_summary(whole, call.ends);
     }
@@ -191,20 +208,22 @@ public:
     // The same of gradients: that of the start state, which tokens up to the first document's start read.
     void summarize_grad() {
         const bool whole = call.segments.bounds[segment].count == 0;
-        const long live = call.segments.first_start(segment), width = start_summary(whole);
+        const long live = call.segments.first_start(segment);
+        start_summary(whole);
         for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); chunk++) {
             if (chunk->begin >= live) continue;
             load_keys(*chunk);
-            product(CHUNK, width, key_width, rows_of(written, key_width), state.value, width, du, width, false, &ahead);
+            state.read_stacked();
+            find_write_grads(state);
             state.apply(state.decay(decay));
             for (long reader = 0; reader < readers; reader++) {
                 load_queries(*chunk, reader);
                 load_grads(*chunk, reader);
-                decay.pairs(queries, scores, 1);
-                product_of_lower_transposed(CHUNK, value_width, scores, CHUNK, grads, value_width, du, width);
-                add_reads(state, width, true);
+                find_scores();
+                add_score_grads();
+                add_reads(state, true);
             }
-            solve_back(state, width);
+            solve_back(state);
         }
         end_summary(whole, call.dstates);
     }
@@ -218,7 +237,7 @@ public:
         dstate.start(call.dends + state_at(), call.key_dim, call.value_dim);
         state.start(call.states + state_at(), call.key_dim, call.value_dim);
         for (long block = 0; block < blocks; block++) {
-            std::memcpy(checkpoints.data() + block * state_size(), state.value, state_size() * sizeof(float));
+            state.read(checkpoints.data() + block * state_size());
             for (long i = block * CHUNKS_PER_BLOCK; block + 1 < blocks && i < (block + 1) * CHUNKS_PER_BLOCK; i++)
                 advance(i);
         }
@@ -227,7 +246,7 @@ public:
             state.start(checkpoints.data() + block * state_size(), key_width, value_width);
             for (long i = first; i < last; i++) {
                 float *of_chunk = kept + (i - first) * kept_size();
-                std::memcpy(of_chunk, state.value, state_size() * sizeof(float));
+                state.read(of_chunk);
                 advance(i);
                 std::memcpy(of_chunk + state_size(), z, CHUNK * value_width * sizeof(float));
             }
@@ -246,20 +265,36 @@ private:
         return chunks_of_longest;
     }
 
+    void find_scores() {
+        decay.pairs(queries, scores.exact, 1);
+        scores.round();
+    }
+
+    // In `du`, the gradient of what a chunk writes into a state whose gradient's rows are stacked.
+    void find_write_grads(const StateFactor<F> &of) {
+        set_rows(scaled, rows_times(keys, decay.write_decays()));
+        multiply(CHUNK, scaled, of.factor, du, false);
+    }
+    // Add that from the scores.
+    void add_score_grads() {
+        scores.stack();
+        product_of_lower_transposed<F>(CHUNK, value_width, scores.stacked, CHUNK, grads.stacked, value_width, du,
+                                       u.width);
+    }
+
     // Add a chunk's reads, by queries, to the gradient of the state before it.
-    void add_reads(State &to, long width, Keep keep) {
-        decay.read(queries, read, 1);
-        product(key_width, value_width, CHUNK, columns_of(read, key_width), grads, value_width, to.added, width,
-                keep, &ahead);
+    void add_reads(State &to, Keep keep) {
+        set_stacked_rows(scaled, rows_times(queries, decay.read_decays()));
+        add_to(to, scaled, grads, keep);
     }
 
     // Turn dU into dR, in `drhs`, and dV, in `values`; add the reads by keys to the gradient of the state.
-    void solve_back(ReadState &to, long width) {
+    void solve_back(State &to) {
         system.prepare_back();
-        system.solve_back(du, width, drhs, values);
-        product(key_width, width, CHUNK, columns_of(minus_read, key_width), values, width, to.added, width, true,
-                &ahead);
-        to.read();
+        system.solve_back(du, values.width, drhs, values.exact);
+        values.round(), values.stack();
+        set_stacked_rows(scaled, rows_times(keys, decay.read_decays(), -1));
+        add_to(to, scaled, values, true);
     }
 
     void ask_for_grads(long number) {
@@ -280,23 +315,21 @@ private:
         load_keys(chunk);
         for (long i = 0; i < CHUNK; i++)
             for (long d = i * value_width; d < (i + 1) * value_width; d += LANES)
-                store(u + d, load(of_writes + d) * betas[i]);
-        transpose(u, CHUNK, value_width, u_turned);
-        transpose(dstate.value, key_width, value_width, state_turned);
-        product(CHUNK, key_width, value_width, rows_of(u, value_width), state_turned, key_width, dkeys, key_width,
-                false, &ahead);
-        decay.write(dkeys, dkeys);
-        decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate.value, value_width);
-        product(CHUNK, value_width, key_width, rows_of(written, key_width), dstate.value, value_width, du,
-                value_width, false, &ahead);
+                store(u.exact + d, ::load(of_writes + d) * betas[i]);
+        u.round(), u.turn();
+        dstate.read_rows(), dstate.factor.stack(), dstate.factor.turn();
+        multiply_by_turned(CHUNK, u, dstate.factor, dkeys);
+        scale_rows(dkeys, CHUNK, key_width, decay.write_decays());
+        decay.start_grads(call.dgate.data != nullptr, dkeys, before, dstate);
+        find_write_grads(dstate);
         Keep keep = dstate.decay(decay);
-        transpose(before, key_width, value_width, state_turned);
+        state.factor.turn(before);
         for (long reader = 0; reader < readers; reader++) {
             reader_grad(chunk, reader, keep);
             keep = true;
         }
-        solve_back(dstate, value_width);
-        store_tile(call.dv, row, head, chunk, call.value_dim, values);
+        solve_back(dstate);
+        store_tile(call.dv, row, head, chunk, call.value_dim, values.exact, value_width);
         if (with_gates) {
             for (long i = 0; i < CHUNK; i++)
                 betas[i] = dot(drhs + i * value_width, of_writes + i * value_width, value_width);
@@ -304,50 +337,47 @@ private:
         }
         find_read_grads(values, -1, keys);
         find_score_grads(values);
-        for (long i = 0; i < CHUNK; i++) dscores[i * CHUNK + i] = 0;
+        for (long i = 0; i < CHUNK; i++) dscores.exact[i * CHUNK + i] = 0;
         decay.add_pair_grads(dscores, pairs, -1, keys, dread, dkeys);
-        for (long i = 0; i < CHUNK * key_width; i += LANES) store(dkeys + i, load(dkeys + i) + load(dread + i));
+        for (long i = 0; i < CHUNK * key_width; i += LANES) store(dkeys + i, ::load(dkeys + i) + ::load(dread + i));
         decay.finish_keys(dkeys);
         if (call.dgate.data != nullptr) decay.store_grads(call.dgate, row, head, chunk, call.key_dim);
-        store_tile(call.dk, row, head, chunk, call.key_dim, dkeys);
+        store_tile(call.dk, row, head, chunk, call.key_dim, dkeys, key_width);
     }
 
     void reader_grad(const Range &chunk, long reader, Keep keep) {
         load_queries(chunk, reader);
         load_grads(chunk, reader);
-        decay.pairs(queries, scores, 1);
-        product_of_lower_transposed(CHUNK, value_width, scores, CHUNK, grads, value_width, du, value_width);
+        find_scores();
+        add_score_grads();
         find_read_grads(grads, 1, queries);
         find_score_grads(grads);
-        decay.add_pair_grads(dscores, scores, 1, queries, dread, dkeys);
-        store_tile(call.dq, row, head * readers + reader, chunk, call.key_dim, dread);
-        add_reads(dstate, value_width, keep);
+        decay.add_pair_grads(dscores, scores.exact, 1, queries, dread, dkeys);
+        store_tile(call.dq, row, head * readers + reader, chunk, call.key_dim, dread, key_width);
+        add_reads(dstate, keep);
     }
 
     // In `dread`, the gradient of rows x that read the state, from the gradient of what they read times a factor.
-    void find_read_grads(const float *of_results, float factor, const float *x) {
-        product(CHUNK, key_width, value_width, rows_of(of_results, value_width), state_turned, key_width, dread,
-                key_width, false, &ahead);
-        decay.read(dread, dread, factor);
-        decay.add_read_grads(x, dread);
+    void find_read_grads(const Factor<F> &of_results, float factor, const Tile<F> &x) {
+        multiply_by_turned(CHUNK, of_results, state.factor, dread);
+        scale_rows(dread, CHUNK, key_width, decay.read_decays(), factor);
+        decay.add_read_grads(x.exact, dread);
     }
 
-    void find_score_grads(const float *of_results) {
-        product_to_lower(CHUNK, value_width, rows_of(of_results, value_width), u_turned, CHUNK, dscores, CHUNK);
+    void find_score_grads(const Factor<F> &of_results) {
+        product_to_lower<F>(CHUNK, value_width / F::PER_WORD, rows_of(of_results), u.turned, CHUNK, dscores.exact,
+                            CHUNK);
     }
 };
 
-// Returns 0, or 1 if there was not enough memory.
-static int run(const Call &call, void (Worker<ScalarDecay>::*scalar)(), void (Worker<VectorDecay>::*vector)()) {
-    return call.by_channel ? on_tasks(call, vector) : on_tasks(call, scalar);
-}
+template <typename F> using Scalar = Worker<ScalarDecay<F>, F>;
+template <typename F> using Vector = Worker<VectorDecay<F>, F>;
 
-typedef Worker<ScalarDecay> Scalar;
-typedef Worker<VectorDecay> Vector;
+#define RUN(pass) (call->by_channel ? ON_TASKS(Vector, *call, pass) : ON_TASKS(Scalar, *call, pass))
 
 extern "C" {
-int delta_summarize(const Call *call) { return run(*call, &Scalar::summarize, &Vector::summarize); }
-int delta_apply(const Call *call) { return run(*call, &Scalar::apply, &Vector::apply); }
-int delta_summarize_grad(const Call *call) { return run(*call, &Scalar::summarize_grad, &Vector::summarize_grad); }
-int delta_apply_grad(const Call *call) { return run(*call, &Scalar::apply_grad, &Vector::apply_grad); }
+int delta_summarize(const Call *call) { return RUN(summarize); }
+int delta_apply(const Call *call) { return RUN(apply); }
+int delta_summarize_grad(const Call *call) { return RUN(summarize_grad); }
+int delta_apply_grad(const Call *call) { return RUN(apply_grad); }
 }

@@ -16,8 +16,10 @@ struct Tensor {  // [batch, tokens, heads, dim] with contiguous dim, or [batch, 
 
 template <typename T>
 static void copy_rows_in(const T *from, long stride, long count, long dim, float *to, long width) {
-    for (long i = 0; i < count; i++)
+    for (long i = 0; i < count; i++) {
         for (long d = 0; d < dim; d += LANES) store(to + i * width + d, load_first(from + i * stride + d, dim - d));
+        for (long d = padded(dim); d < width; d += LANES) store(to + i * width + d, Vec{});
+    }
 }
 template <typename T>
 static void copy_rows_out(const float *from, long width, long count, long dim, T *to, long stride) {
@@ -25,7 +27,8 @@ static void copy_rows_out(const float *from, long width, long count, long dim, T
         for (long d = 0; d < dim; d += LANES) store_first(to + i * stride + d, load(from + i * width + d), dim - d);
 }
 
-// Read rows [first, first + count) of a head into `to`, which has `height` rows of `width` numbers, with zeros after them.
+// Read rows [first, first + count) of a head into `to`, which has `height` rows of `width` numbers, with zeros after
+// them and after each.
 static void load_rows(const Tensor &x, long row, long head, long first, long count, long height, long dim, float *to,
                       long width) {
     const long at = x.at(row, first, head);
@@ -103,7 +106,9 @@ template <> struct Factor<Single> {
         ::load_rows(x, of_row, head, first, count, height, dim, rows, width);
     }
     void stack() {}
-    void turn() { transpose(rows, height, width, turned); }
+    void turn() { turn(rows); }
+    // The numbers of another place, turned.
+    void turn(const float *x) { transpose(x, height, width, turned); }
 };
 
 #if defined(HAS_PAIRS)
@@ -174,8 +179,48 @@ template <> struct Factor<Pair> {
     void turn() {
         transpose(reinterpret_cast<const float *>(rows), height, width / 2, reinterpret_cast<float *>(turned));
     }
+    void turn(const float *x) { set(x), turn(); }
 };
 #endif
 
 template <typename F> static OperandOf<F> rows_of(const Factor<F> &x) { return {x.rows, x.width / F::PER_WORD, 1}; }
 template <typename F> static OperandOf<F> columns_of(const Factor<F> &x) { return {x.stacked, 1, x.width}; }
+
+// Set a factor's rows to numbers: of(i, d) is a vector of row i, from d on.
+template <typename F, typename Of> static void set_rows(Factor<F> to, Of of) {
+    for (long i = 0, n = to.width; i < to.height; i++)
+        for (long d = 0; d < n; d += LANES) to.set_vector(i * n + d, of(i, d));
+}
+// As this and `stack`, but the rows are not kept.
+template <typename F, typename Of> static void set_stacked_rows(Factor<F> to, Of of) {
+    for (long i = 0, n = to.width; i < to.height; i += F::PER_WORD)
+        for (long d = 0; d < n; d += LANES) {
+            const Vec first = of(i, d);
+            to.set_stacked(i, d, first, F::PER_WORD == 2 ? of(i + 1, d) : first);
+        }
+}
+
+// A factor and its numbers before they are rounded, which are its rows where they are not.
+template <typename F> struct Tile : Factor<F> {
+    float *const exact;
+
+    Tile(Scratch &scratch, long height, long dim, bool turns = false)
+        : Factor<F>(scratch, height, dim, turns), exact(this->numbers(scratch)) {}
+
+    void round() { this->set(exact); }
+    void round_stacked() {
+        if constexpr (F::PER_WORD > 1)
+            set_stacked_rows<F>(*this, [x = exact, n = this->width](long i, long d) { return load(x + i * n + d); });
+    }
+};
+// Rows of a tile times decays, for `set_rows` and `set_stacked_rows`.
+template <typename F, typename By> static auto rows_times(const Tile<F> &tile, By by, float factor = 1) {
+    const float *x = tile.exact;
+    const long n = tile.width;
+    return [=](long i, long d) { return load(x + i * n + d) * by.at(i, d) * factor; };
+}
+// Rows of float32 times decays, in place.
+template <typename By> static void scale_rows(float *x, long count, long n, By by, float factor = 1) {
+    for (long i = 0; i < count; i++)
+        for (long d = 0; d < n; d += LANES) store(x + i * n + d, load(x + i * n + d) * by.at(i, d) * factor);
+}

@@ -69,12 +69,13 @@ static std::vector<Range> chunks_of(const Segments &segments, long segment) {
     return chunks;
 }
 
-// A chunk's rows of one head, in a tile [CHUNK, padded(dim)] of float32, with zeros after them.
-static void load_tile(const Tensor &x, long row, long head, const Range &chunk, long dim, float *to) {
-    load_rows(x, row, head, chunk.begin, chunk.tokens, CHUNK, dim, to, padded(dim));
+// A chunk's rows of one head, in a tile [CHUNK, width] of float32, with zeros after them.
+static void load_tile(const Tensor &x, long row, long head, const Range &chunk, long dim, float *to, long width) {
+    load_rows(x, row, head, chunk.begin, chunk.tokens, CHUNK, dim, to, width);
 }
-static void store_tile(const Tensor &x, long row, long head, const Range &chunk, long dim, const float *from) {
-    store_rows(x, row, head, chunk.begin, chunk.tokens, dim, from, padded(dim));
+static void store_tile(const Tensor &x, long row, long head, const Range &chunk, long dim, const float *from,
+                       long width) {
+    store_rows(x, row, head, chunk.begin, chunk.tokens, dim, from, width);
 }
 static void load_numbers(const Tensor &x, long row, long head, const Range &chunk, float *to) {
     load_numbers(x, row, head, chunk.begin, chunk.tokens, CHUNK, to);
@@ -162,6 +163,13 @@ public:
         for (long i = 0, n = width; i < rows; i++)
             for (long d = i * n; d < (i + 1) * n; d += LANES) store(to + d, of.at(i, d));
     }
+    // Row i times that of a matrix of the same width.
+    float dot_row(long i, const float *matrix) const {
+        const Value of = value();
+        Vec total{};
+        for (long d = i * width; d < (i + 1) * width; d += LANES) total += of.at(i, d) * load(matrix + d);
+        return sum(total);
+    }
     // Write columns [first, first + to_width).
     void end(float *to, long to_rows, long to_width, long first = 0) const {
         const Value of = value();
@@ -175,41 +183,21 @@ public:
     }
 };
 
-// A state and its value, in float32.
-struct ReadState : State {
-    float *value;
-
-    ReadState(Scratch &scratch, long rows, long widest) : State(scratch, rows, widest), value(scratch.take(rows * widest)) {}
-    void start(const float *from, long from_rows, long from_width, long identity = -1) {
-        State::start(from, from_rows, from_width, identity);
-        read();
-    }
-    void read() { State::read(value); }
-};
-
 // A state, and its value as a factor of products.
 template <typename F> struct StateFactor : State {
     Factor<F> factor;
 
-    StateFactor(Scratch &scratch, long key_dim, long value_dim)
-        : State(scratch, Factor<F>::width_of(key_dim), Factor<F>::width_of(value_dim)),
-          factor(scratch, rows, value_dim, true) {}
+    StateFactor(Scratch &scratch, long key_dim, long widest_value)
+        : State(scratch, Factor<F>::width_of(key_dim), Factor<F>::width_of(widest_value)),
+          factor(scratch, rows, widest_value, true) {}
 
+    void set_width(long to) { width = factor.width = to; }
     void read_rows() {
-        const Value of = value();
-        Factor<F> to = factor;
-        for (long i = 0, n = to.width; i < to.height; i++)
-            for (long d = i * n; d < (i + 1) * n; d += LANES) to.set_vector(d, of.at(i, d));
+        set_rows(factor, [of = value(), n = width](long i, long d) { return of.at(i, i * n + d); });
     }
     // As `read_rows` and `factor.stack`, but the rows are not kept.
     void read_stacked() {
-        const Value of = value();
-        Factor<F> to = factor;
-        for (long i = 0, n = to.width; i < to.height; i += F::PER_WORD)
-            for (long d = 0; d < n; d += LANES) {
-                const Vec first = of.at(i, i * n + d);
-                to.set_stacked(i, d, first, F::PER_WORD == 2 ? of.at(i + 1, (i + 1) * n + d) : first);
-            }
+        set_stacked_rows(factor, [of = value(), n = width](long i, long d) { return of.at(i, i * n + d); });
     }
 };
 
@@ -248,3 +236,18 @@ template <typename Worker, typename Call> static int on_tasks(const Call &call, 
         }
     });
 }
+
+// Whether all tensors of a call that are multiplied are bfloat16; those that it does not have are null.
+template <typename Call> static bool has_pairs(const Call &call) {
+    for (const Tensor *x : {&call.q, &call.k, &call.v, &call.dout})
+        if (x->data != nullptr && !x->brain) return false;
+    return true;
+}
+
+// A pass of a call by Worker<Pair> where it has pairs, and this CPU multiplies them, or by Worker<Single>.
+#if defined(HAS_PAIRS)
+#define ON_TASKS(Worker, call, pass) \
+    (has_pairs(call) ? on_tasks(call, &Worker<Pair>::pass) : on_tasks(call, &Worker<Single>::pass))
+#else
+#define ON_TASKS(Worker, call, pass) on_tasks(call, &Worker<Single>::pass)
+#endif

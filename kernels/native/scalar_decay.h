@@ -75,12 +75,11 @@ static void add_pair_gate_grads(const float *weights, long tokens, float *grads)
     }
 }
 
-// Decays of a chunk for passes in float32, with the interface of VectorDecay.
-class ScalarDecay {
+// Decays of a chunk, with the interface of VectorDecay.
+template <typename F> class ScalarDecay {
     const long width;  // of keys
     ScalarFactors factors;
-    const float *keys;
-    float *keys_turned;   // [K, CHUNK]
+    Tile<F> *keys = nullptr;
     float *weights;       // [CHUNK, CHUNK]: scores times their gradients, whose exponents have the log-decays
     alignas(64) float read_grads[CHUNK], write_grads[CHUNK];
     double kept_grad = 0;
@@ -89,47 +88,50 @@ class ScalarDecay {
 public:
     bool restarts = false;
 
-    ScalarDecay(Scratch &scratch, long key_width)
-        : width(key_width), keys_turned(scratch.take(CHUNK * key_width)), weights(scratch.take(CHUNK * CHUNK)) {
+    ScalarDecay(Scratch &scratch, long key_width) : width(key_width), weights(scratch.take(CHUNK * CHUNK)) {
         factors.pairs = scratch.take(CHUNK * CHUNK);
     }
 
     void begin() { factors.is_constant = false; }
 
     // The factors of a chunk, whose keys are given.
-    void find(const Tensor &gate, long row, long head, const Range &chunk, long, const float *of_keys) {
-        keys = of_keys;
-        transpose(keys, CHUNK, width, keys_turned);
+    void find(const Tensor &gate, long row, long head, const Range &chunk, long, Tile<F> &of_keys) {
+        keys = &of_keys;
+        keys->round(), keys->turn();
         factors.find(gate, row, head, chunk);
         restarts = factors.restarts;
     }
 
     double keeps(long) const { return factors.total_keeps; }
 
-    // Rows x, decayed from the chunk's start, times a factor.
-    void read(const float *x, float *to, float factor) const { scale(x, to, factors.reads, factor); }
-    // Rows x, decayed to the chunk's end.
-    void write(const float *x, float *to) const { scale(x, to, factors.writes, 1.0f); }
+    // Decays from the chunk's start to tokens, and from them to its end.
+    struct Decays {
+        const float *factors;
+        Vec at(long token, long) const { return Vec{} + factors[token]; }
+    };
+    Decays read_decays() const { return {factors.reads}; }
+    Decays write_decays() const { return {factors.writes}; }
 
     // pairs(x, keys) times a factor in `to` [CHUNK, CHUNK].
-    void pairs(const float *x, float *to, float factor) const {
-        product_to_lower(CHUNK, width, rows_of(x, width), keys_turned, CHUNK, to, CHUNK);
+    void pairs(Tile<F> &x, float *to, float factor) const {
+        if (&x != keys) x.round();  // keys have been
+        product_to_lower<F>(CHUNK, width / F::PER_WORD, rows_of(x), keys->turned, CHUNK, to, CHUNK);
         apply_mask(to, factor);
     }
 
     // Gradients of a chunk begin with those of what it writes, by the keys, and of the state that it keeps.
-    void start_grads(bool wants, const float *dwritten, const float *state, const float *dstate, long value_width) {
+    void start_grads(bool wants, const float *dwritten, const float *state, const State &dstate) {
+        keys->stack();
         wants_grad = wants;
         if (!wants) return;
         std::memset(weights, 0, CHUNK * CHUNK * sizeof(float));
         for (long i = 0; i < CHUNK; i++) {
-            write_grads[i] = dot(keys + i * width, dwritten + i * width, width);
+            write_grads[i] = dot(keys->exact + i * width, dwritten + i * width, width);
             read_grads[i] = 0;
         }
         kept_grad = 0;
         if (restarts) return;
-        for (long i = 0; i < width; i++)
-            kept_grad += dot(state + i * value_width, dstate + i * value_width, value_width);
+        for (long i = 0; i < width; i++) kept_grad += dstate.dot_row(i, state);
         kept_grad *= factors.total_keeps;
     }
 
@@ -140,14 +142,17 @@ public:
     }
 
     // Add gradients to dx and dkeys, for the gradient `d` of `scores`, which are pairs(x, keys) times a factor. Overwrites d.
-    void add_pair_grads(float *d, const float *scores, float factor, const float *x, float *dx, float *dkeys) {
+    void add_pair_grads(Tile<F> &d, const float *scores, float factor, Tile<F> &x, float *dx, float *dkeys) {
         if (wants_grad)
             for (long i = 0; i < CHUNK; i++)
                 for (long j = i * CHUNK; j <= i * CHUNK + i; j += LANES)
-                    store(weights + j, load(weights + j) + load(d + j) * load(scores + j));
-        apply_mask(d, factor);
-        product_of_lower(CHUNK, width, d, CHUNK, keys, width, dx, width);
-        product_of_lower_transposed(CHUNK, width, d, CHUNK, x, width, dkeys, width);
+                    store(weights + j, load(weights + j) + load(d.exact + j) * load(scores + j));
+        apply_mask(d.exact, factor);
+        d.round();
+        product_of_lower<F>(CHUNK, width, d.rows, CHUNK / F::PER_WORD, keys->stacked, width, dx, width);
+        d.stack();
+        if (&x != keys) x.stack();  // keys have been
+        product_of_lower_transposed<F>(CHUNK, width, d.stacked, CHUNK, x.stacked, width, dkeys, width);
     }
 
     void finish_keys(float *) const {}
@@ -171,12 +176,5 @@ private:
                 float *const at = x + i * CHUNK + j;
                 store(at, j <= i ? load(at) * load(factors.pairs + i * CHUNK + j) * factor : Vec{});
             }
-    }
-
-    void scale(const float *x, float *to, const float *factors, float factor) const {
-        for (long i = 0; i < CHUNK; i++) {
-            const float of_row = factors[i] * factor;
-            for (long d = i * width; d < (i + 1) * width; d += LANES) store(to + d, load(x + d) * of_row);
-        }
     }
 };

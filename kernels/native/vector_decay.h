@@ -5,11 +5,11 @@
 // strong the decay. One such product is of the chunk's halves, two are of the halves' halves. Their rows stand together:
 // `far` row r is token `reader_of(r)` of the right half, decayed from the middle, or `writer_of(r)` of the left, decayed
 // to it; rows 0..31 are of the chunk, 32..47 of its first half, 48..63 of its second. Pairs of tokens in one sub-block
-// decay token by token.
+// decay token by token. All of it is in float32, of bfloat16 inputs too: the pairs of a sub-block are most of the work.
 #pragma once
 #include "recurrence.h"
 
-class VectorDecay {
+template <typename F> class VectorDecay {
     static constexpr long SUB = 16, SUBS = CHUNK / SUB;
     static_assert(CHUNK == 4 * SUB, "three products of halves");
     struct Product {
@@ -47,9 +47,9 @@ public:
     void begin() {}
 
     // The factors of a chunk, whose keys are given.
-    void find(const Tensor &gate, long row, long head, const Range &chunk, long key_dim, const float *of_keys) {
-        keys = of_keys;
-        load_tile(gate, row, head, chunk, key_dim, gates);
+    void find(const Tensor &gate, long row, long head, const Range &chunk, long key_dim, const Tile<F> &of_keys) {
+        keys = of_keys.exact;
+        load_tile(gate, row, head, chunk, key_dim, gates, width);
         restarts = chunk.count > 0;
         chunk.number_documents(documents);
         for (long d = 0; d < width; d += LANES) find_channels(d);
@@ -58,23 +58,24 @@ public:
             if (i >= chunk.tokens || documents[i] != documents[CHUNK - 1]) std::memset(writes + i * width, 0, width * sizeof(float));
         }
         for (long r = 0; r < CHUNK; r++)
-            multiply(keys + writer_of(r) * width, to_middle + r * width, 1, far_keys + r * width);
+            multiply(keys + writer_of(r) * width, to_middle + r * width, far_keys + r * width);
         transpose(far_keys, CHUNK, width, far_keys_turned);
     }
 
     double keeps(long channel) const { return kept[channel]; }
 
-    // Rows x, decayed from the chunk's start, times a factor.
-    void read(const float *x, float *to, float factor) const {
-        for (long i = 0; i < CHUNK; i++) multiply(x + i * width, reads + i * width, factor, to + i * width);
-    }
-    // Rows x, decayed to the chunk's end.
-    void write(const float *x, float *to) const {
-        for (long i = 0; i < CHUNK; i++) multiply(x + i * width, writes + i * width, 1, to + i * width);
-    }
+    // Decays from the chunk's start to tokens, and from them to its end; of channels from d on.
+    struct Decays {
+        const float *factors;
+        long width;
+        Vec at(long token, long d) const { return load(factors + token * width + d); }
+    };
+    Decays read_decays() const { return {reads, width}; }
+    Decays write_decays() const { return {writes, width}; }
 
     // pairs(x, keys) times a factor in `to` [CHUNK, CHUNK].
-    void pairs(const float *x, float *to, float factor) const {
+    void pairs(const Tile<F> &of_x, float *to, float factor) const {
+        const float *x = of_x.exact;
         find_far_rows(x);
         std::memset(to, 0, CHUNK * CHUNK * sizeof(float));
         for (const Product &p : PRODUCTS)
@@ -85,14 +86,14 @@ public:
     }
 
     // Gradients of a chunk begin with those of what it writes, by the keys, and of the state that it keeps.
-    void start_grads(bool wants, const float *dwritten, const float *state, const float *dstate, long value_width) {
+    void start_grads(bool wants, const float *dwritten, const float *state, const State &dstate) {
         wants_grad = wants;
         std::memset(far_dkeys, 0, CHUNK * width * sizeof(float));
         if (!wants) return;
         for (float *x : {far_dots, read_dots, near_grads}) std::memset(x, 0, CHUNK * width * sizeof(float));
         for (long i = 0; i < CHUNK * width; i += LANES) store(written_dots + i, load(keys + i) * load(dwritten + i));
         for (long i = 0; i < width; i++)
-            kept_grads[i] = restarts ? 0.0f : float(kept[i]) * dot(state + i * value_width, dstate + i * value_width, value_width);
+            kept_grads[i] = restarts ? 0.0f : float(kept[i]) * dstate.dot_row(i, state);
     }
 
     // Rows x that read the state before the chunk have the gradient dx from there.
@@ -101,7 +102,10 @@ public:
     }
 
     // Add gradients to dx and dkeys, for the gradient `d` of pairs(x, keys) times a factor. Overwrites d.
-    void add_pair_grads(float *d, const float *, float factor, const float *x, float *dx, float *dkeys) {
+    void add_pair_grads(const Tile<F> &of_d, const float *, float factor, const Tile<F> &of_x, float *dx,
+                        float *dkeys) {
+        float *d = of_d.exact;
+        const float *x = of_x.exact;
         apply_mask(d, factor);
         find_far_rows(x);
         for (const Product &p : PRODUCTS) {
@@ -154,12 +158,12 @@ public:
                 }
             }
         }
-        store_tile(dgate, row, head, chunk, key_dim, near_grads);
+        store_tile(dgate, row, head, chunk, key_dim, near_grads, width);
     }
 
 private:
-    void multiply(const float *x, const float *y, float factor, float *to) const {
-        for (long d = 0; d < width; d += LANES) store(to + d, load(x + d) * load(y + d) * factor);
+    void multiply(const float *x, const float *y, float *to) const {
+        for (long d = 0; d < width; d += LANES) store(to + d, load(x + d) * load(y + d));
     }
     void multiply_add(const float *x, const float *y, float *to) const {
         for (long d = 0; d < width; d += LANES) store(to + d, load(to + d) + load(x + d) * load(y + d));
@@ -170,7 +174,7 @@ private:
 
     void find_far_rows(const float *x) const {
         for (long r = 0; r < CHUNK; r++)
-            multiply(x + reader_of(r) * width, from_middle + r * width, 1, far_rows + r * width);
+            multiply(x + reader_of(r) * width, from_middle + r * width, far_rows + r * width);
     }
 
     // All factors of a vector of channels. Sums are of log-decays of one sub-block, by additions only; further factors

@@ -1,9 +1,9 @@
 """Additive recurrence on CPUs, in C++: without a decay, with a constant or a scalar one, or with one per channel.
 
 Implements the passes of `longctx.kernels.linear.additive.chunked`, which has the equations and runs what this cannot:
-float64, and machines without a compiler. `longctx/kernels/native/additive.cpp` has scalar decays, with products of
-bfloat16 inputs in bfloat16 where the CPU can, and `longctx/kernels/native/additive_vector.cpp` those per channel, with
-products in float32.
+float64, and machines without a compiler. `longctx/kernels/native/additive.cpp` has scalar decays, and
+`longctx/kernels/native/additive_vector.cpp` those per channel. Products of bfloat16 inputs are in bfloat16 where the
+CPU can.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Delta rule on CPUs, in C++ (`longctx/kernels/native/delta.cpp`).
 
 Implements the passes of `longctx.kernels.linear.delta.chunked`, which has the equations and runs what this cannot:
-float64, and machines without a compiler. Products are in float32, also of bfloat16 inputs.
+float64, and machines without a compiler. Products of bfloat16 inputs are in bfloat16 where the CPU can.
 """
 
 import ctypes

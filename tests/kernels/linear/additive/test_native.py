@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 KINDS = ("no decay", "constant", "scalar", "vector")
 each_kind = pytest.mark.parametrize("kind", KINDS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SEGMENTS = [Segment(0, 70), Segment(70, 210, (9, 75, 76)), Segment(210, 210), Segment(210, 300)]
 BOUND = 2e-6
 
@@ -108,8 +109,9 @@ def test_odd_chunks_of_bfloat16_read_nothing_behind_them(kind):
 
 
 @each_kind
-def test_tensors_need_not_be_contiguous(kind):
-    case = draw(kind, 130).to(torch.float32)
+@each_dtype
+def test_tensors_need_not_be_contiguous(kind, dtype):
+    case = draw(kind, 130).to(dtype)
     want, _ = by_recurrence(case, [Segment(0, 130)], module=native)
 
     def head_major(x):
@@ -127,8 +129,9 @@ def test_tensors_need_not_be_contiguous(kind):
 
 
 @each_kind
-def test_the_number_of_threads_changes_no_bit(kind):
-    case = draw(kind, 2100, 2, (3, 3, 3, 3), 32, 32).to(torch.float32)
+@each_dtype
+def test_the_number_of_threads_changes_no_bit(kind, dtype):
+    case = draw(kind, 2100, 2, (3, 3, 3, 3), 32, 32).to(dtype)
     found, segments = [], [*SEGMENTS[:2], Segment(210, 2100)]
     for count in (1, 2, 5, 64):
         with patch.object(torch, "get_num_threads", return_value=count):
