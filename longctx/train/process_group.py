@@ -1,8 +1,10 @@
 """Process group of a run: device selection, initialisation, and errors of collectives."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from ipaddress import ip_address
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,9 @@ from longctx.errors import UserError
 from longctx.parallel.rank_errors import RankError
 from longctx.recipe.tables import TrainConfig
 from longctx.train.rendezvous import init_alone, init_job, single_rank_environment
+
+_PEER = re.compile(r"\[([\da-f.:]+)\]:\d+")
+"""Address in an error of gloo's: `Connection closed by peer [10.0.0.7]:41664`."""
 
 
 def device_type(config: TrainConfig) -> str:
@@ -60,7 +65,13 @@ def collective_errors(phase: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise RankError(
-                f"{phase}: rank {dist.get_rank()} lost contact with another rank, which died or timed out. "
+                f"{phase}: rank {dist.get_rank()} lost contact with {_peer(error)}, which died or timed out. "
                 "--resume auto continues from the last complete checkpoint."
             ) from error
         raise
+
+
+def _peer(error: RuntimeError) -> str:
+    """Return the rank with which contact is lost, by the address of its machine if that is another one and known."""
+    match = _PEER.search(str(error))
+    return "another rank" if match is None or ip_address(match[1]).is_loopback else f"a rank at {match[1]}"

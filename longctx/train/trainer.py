@@ -184,7 +184,7 @@ class _Trainer:
         self.checkpointer = Checkpointer(
             out / "checkpoints", retention, recipe.parallel.timeout, check_lock, start.copies
         )
-        stack.callback(self.checkpointer.close)
+        stack.callback(self._finish_saves)
         if start.source is not None:
             self.engine.load(start.source)
         elif start.weights is not None:
@@ -323,6 +323,11 @@ class _Trainer:
     def _training_flops(self, batches: Sequence[Batch]) -> float:
         """Count this rank's training FLOPs: forward, and twice as many backward, without recomputation."""
         return 3.0 * sum(self.engine.flops(batch.layout) for batch in batches)
+
+    def _finish_saves(self) -> None:
+        """Wait for the saves in progress; one that fails because a rank is lost, in the run or in the save, says so."""
+        with collective_errors("saves in progress"):
+            self.checkpointer.close()
 
     def run(self) -> None:
         steps = self.recipe.train.steps

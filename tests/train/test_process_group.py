@@ -87,6 +87,24 @@ def test_a_peer_that_is_gone_is_reported_with_what_was_under_way(ranks):
     assert "--resume auto" in told
 
 
+@pytest.mark.parametrize(
+    ("text", "peer"),
+    [
+        (
+            "[/gloo/tcp/pair.cc:553] Connection closed by peer [10.213.0.2]:48354. This is typically",
+            "a rank at 10.213.0.2",
+        ),
+        ("[/gloo/tcp/pair.cc:537] Read error [fe80::1]:22739: Connection reset by peer", "a rank at fe80::1"),
+        ("[/gloo/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:48354", "another rank"),
+        ("[/gloo/tcp/unbound_buffer.cc:87] Timed out waiting 500ms for recv operation", "another rank"),
+    ],
+)
+def test_the_machine_of_a_lost_peer_is_named(monkeypatch, text, peer):
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(RankError, match=f"lost contact with {peer}, which died"), collective_errors("step 3"):
+        raise RuntimeError(text)
+
+
 def wait_for_rank_1() -> float:
     """Rank 1 does not come for 2 s, and the group waits for half a second; how long rank 0 waited."""
     group = dist.new_group(timeout=timedelta(seconds=0.5))

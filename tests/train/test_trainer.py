@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from longctx.checkpoint.save import Checkpointer
 from longctx.engines.torch_engine import TorchEngine
 from longctx.kernels.native import library
 from longctx.model import ffn
 from longctx.model.decoder import Block
+from longctx.parallel.rank_errors import RankError
 from longctx.recipe import load
 from longctx.train.display import PlainDisplay
 from longctx.train.trainer import _Trainer
@@ -454,3 +456,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(ranks, workpl
     assert "lower optimizer.lr" in told[0]
     assert checkpoints(tmp_path / "out")[-1] == f"step-{step - 1:08d}"
     assert len(losses(tmp_path / "out")) == step - 1
+
+
+def lose_a_rank_during_a_save(workplace: Path, out: Path) -> str:
+    """On a rank: the save at the end of a run loses another rank."""
+    close = Checkpointer.close
+
+    def lose(checkpointer: Checkpointer) -> None:
+        close(checkpointer)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:48354.")
+
+    with patch.object(Checkpointer, "close", lose), pytest.raises(RankError) as caught:
+        train(workplace, out, ["train.steps=2"])
+    return str(caught.value)
+
+
+def test_a_save_that_loses_a_rank_says_so(ranks, workplace, tmp_path):
+    """It also replaces the error of a step that lost the rank."""
+    for rank, message in enumerate(ranks.run(lose_a_rank_during_a_save, workplace, tmp_path / "out", size=2)):
+        assert message.startswith(f"saves in progress: rank {rank} lost contact with a rank at 10.0.0.7, which died")
