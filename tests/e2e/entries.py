@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -36,7 +38,8 @@ def slow_writing(**arguments: Any) -> int:
         return run_rank(**arguments)
 
 
-def signalled_in_a_step(**arguments: Any) -> int:
+@contextmanager
+def a_step_that_waits() -> Iterator[None]:
     """Rank 1 starts the step SIGNALLED_STEP (environment) only when a signal has reached it; rank 0 is in the step."""
     step_of = _Trainer._step
 
@@ -46,6 +49,12 @@ def signalled_in_a_step(**arguments: Any) -> int:
         return step_of(self, number, *others)
 
     with patch.object(_Trainer, "_step", step):
+        yield
+
+
+def signalled_in_a_step(**arguments: Any) -> int:
+    """A step waits: see a_step_that_waits."""
+    with a_step_that_waits():
         return run_rank(**arguments)
 
 

@@ -1,0 +1,129 @@
+"""Jobs of `longctx launch` on a Slurm: srun's tasks are one run's ranks, and a job that is stopped continues."""
+
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.slurm import Slurm, needs_slurm, running_slurm
+from tests.e2e.two_hosts import wait_until
+from tests.train.runs import checkpoints, losses, metrics, train, write_workplace
+
+pytestmark = [pytest.mark.slow, needs_slurm]
+
+STEPS = ("train.steps=12", "train.sequences_per_step=1", "checkpoint.every=3", "checkpoint.keep=4")
+PROFILE = """
+[here]
+executor = "slurm"
+nodes = 2
+ranks = 1
+program = "./program"
+"""
+HELD = 5
+"""Step in which a held job waits for a signal."""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    with running_slurm() as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, tmp_path_factory) -> Path:
+    """The run that two ranks of this machine compute, which nothing interrupts."""
+    workplace = write_workplace(tmp_path_factory.mktemp("whole"))
+    ranks.run(train, workplace, workplace / "out", list(STEPS), size=2)
+    return workplace / "out"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    return write_workplace(tmp_path)
+
+
+def launch(slurm: Slurm, workplace: Path, *overrides: str, module: str = "longctx") -> int:
+    """Launch the job, whose ranks run `module`; return its id."""
+    (workplace / "clusters.toml").write_text(PROFILE)
+    (workplace / "program").write_text(f'#!/bin/sh\nSIGNALLED_STEP={HELD} exec {sys.executable} -m {module} "$@"\n')
+    (workplace / "program").chmod(0o755)
+    command = ["launch", "tiny.toml", "--profile", "here", "--out", "out", *STEPS, "parallel.timeout=120s", *overrides]
+    slurm.run(sys.executable, "-m", "longctx", *command, cwd=workplace)
+    return int(json.loads((workplace / "out" / "job" / "job.json").read_text())["identity"])
+
+
+def launch_held(slurm: Slurm, workplace: Path, *overrides: str) -> int:
+    """Launch the job and wait until it waits in its step for a signal."""
+    job = launch(slurm, workplace, *overrides, module="tests.e2e.held")
+    path = workplace / "out" / "metrics.jsonl"
+    wait_until(
+        lambda: path.exists() and f'"step": {HELD - 1},' in path.read_text(),
+        100,
+        lambda: f"{slurm.show(job)}: {slurm.log(job)}{said(workplace)}",
+    )
+    return job
+
+
+def said(workplace: Path, rank: int | str = "*") -> str:
+    """What the ranks, or one of them, printed."""
+    return "\n".join(path.read_text() for path in sorted(workplace.glob(f"out/logs/rank-{rank}.log")))
+
+
+def expect_completed(shown: dict[str, str], workplace: Path, whole: Path, resumed: list[int]) -> None:
+    """Fail unless a job has completed the run that nothing interrupted."""
+    assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), said(workplace)
+    assert [run.step for run in metrics(workplace / "out").runs] == resumed
+    assert losses(workplace / "out") == losses(whole)
+
+
+def test_two_tasks_are_two_ranks_of_one_run(slurm: Slurm, workplace: Path, whole: Path) -> None:
+    job = launch(slurm, workplace)
+    shown = slurm.wait(job, "COMPLETED", "FAILED")
+    expect_completed(shown, workplace, whole, [0])
+    assert f"Slurm step {job}.0: 2 ranks, 1 on this node; rank 0 at node0:" in said(workplace, 0)
+    assert shown["Restarts"] == "0"
+
+
+def test_a_preempted_job_saves_and_continues(slurm: Slurm, workplace: Path, whole: Path) -> None:
+    job = launch_held(slurm, workplace)
+    urgent = workplace / "urgent.sbatch"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    slurm.wait(slurm.submit(urgent, "--partition=high", "--nodes=2", "--output=/dev/null"), "COMPLETED")
+    expect_completed(slurm.wait(job, "COMPLETED", "FAILED", restarts=1), workplace, whole, [0, HELD])
+
+
+def test_a_job_at_its_time_limit_saves_before_it_and_continues(slurm: Slurm, workplace: Path, whole: Path) -> None:
+    job = launch_held(slurm, workplace, "cluster.time=600s", "cluster.stop_before=30s")
+    slurm.shorten(job, 45)
+    shown = slurm.wait(job, "PENDING", "RUNNING", "FAILED", "TIMEOUT", restarts=1, timeout=120)
+    assert shown["Restarts"] == "1", slurm.log(job)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    expect_completed(slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT"), workplace, whole, [0, HELD])
+    assert "DUE TO TIME LIMIT" not in slurm.log(job)
+
+
+def test_a_cancelled_job_saves_has_not_completed_and_is_not_queued_again(slurm: Slurm, workplace: Path) -> None:
+    job = launch_held(slurm, workplace)
+    slurm.run(sys.executable, "-m", "longctx", "launch", "cancel", "out", cwd=workplace)
+    shown = slurm.wait(job, "COMPLETED", "FAILED")
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", f"{128 + signal.SIGTERM}:0")
+    assert shown["Restarts"] == "0"
+    assert checkpoints(workplace / "out")[-1] == f"step-{HELD:08d}"
+
+
+def test_a_killed_rank_ends_its_job_and_is_named(slurm: Slurm, workplace: Path) -> None:
+    job = launch_held(slurm, workplace)
+    slurm.tasks(job)[1].kill()
+    killed = time.monotonic()
+    shown = slurm.wait(job, "COMPLETED", "FAILED")
+    assert time.monotonic() - killed < 20
+    assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0")
+    assert "srun: error: node1: task 1: Killed" in slurm.log(job).splitlines()[-4:]
+    lost = rf"error: .*: rank 0 lost contact with a rank at {slurm.hosts[1].address}, which died or timed out\."
+    assert re.search(lost, said(workplace, 0))
+    assert "Traceback" not in said(workplace, 0)
