@@ -2,19 +2,16 @@
 
 import json
 import os
-import socket
-import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import UserError
 from longctx.files import path_errors
 from longctx.launch.job_environment import RankOfJob, find_job
+from longctx.launch.job_rank import refuse_nproc, run_as_rank
 from longctx.launch.local import run_ranks
-from longctx.launch.rank import below
-from longctx.launch.terminal import echo, echo_error
-from longctx.parallel.rank_errors import RankError
 from longctx.recipe import Recipe, check, load
 
 _ADVICE = "--resume auto continues from the last complete checkpoint."
@@ -44,11 +41,7 @@ def train(
     out = out or Path("runs") / recipe.name
     job = find_job(nproc)
     if isinstance(job, RankOfJob):
-        if nproc is not None:
-            raise UserError(
-                f"--nproc {nproc}: this process is already one rank of {job.size} ({job.found}); omit --nproc, or "
-                "start one task per node"
-            )
+        refuse_nproc(nproc, job)
         if only_check:
             return _check(recipe, out, resume, job.size, shown=job.rank == 0)
         return _run_in_job(recipe, out, resume, job)
@@ -79,35 +72,11 @@ def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
 
 
 def _run_in_job(recipe: Recipe, out: Path, resume: str, job: RankOfJob) -> int:
-    """Run the trainer as a rank that a scheduler has started; return its exit status.
-
-    The cause of a failure is what the rank prints last: its log, or that of the whole job, is read from the end.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
+    """Run the trainer as a rank that a scheduler has started; return its exit status."""
     from longctx.train.trainer import train
 
     check(recipe, job.size)
-    os.environ.update(job.variables())
-    if job.rank == 0:
-        echo(job.describe())
-    handler = get_error_handler()
-    handler.initialize()
-    try:
-        with path_errors():
-            return train(recipe, out=out, resume=resume)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - printed, with its traceback, and the rank's exit status
-        # torchrun reads the first traceback from here.
-        handler.record_exception(error)
-        if isinstance(error, RankError):
-            echo_error(str(error))
-            return 1
-        error = error.with_traceback(below(_run_in_job, error.__traceback__))
-        echo("".join(traceback.format_exception(error)).rstrip("\n"))
-        echo_error(f"rank {job.rank} on {socket.gethostname()} failed with the error above. {_ADVICE}")
-        return 1
+    return run_as_rank(job, partial(train, recipe, out=out, resume=resume), _ADVICE)
 
 
 def _default_ranks(recipe: Recipe, *, start: bool) -> int:

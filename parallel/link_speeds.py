@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longctx.parallel.collectives import all_gather
@@ -35,12 +34,14 @@ ASSUMED = Speeds(bandwidth=25e9, latency=20e-6, flops=200e12)
 """Defaults where nothing was measured: one large GPU with its own 200 Gbit/s link per rank."""
 
 
-def _max_over_ranks(value: float, group: ProcessGroup, device: torch.device) -> float:
+def max_over_ranks(value: float, group: ProcessGroup | None, device: torch.device) -> float:
+    """Return the largest value of all ranks of a group (None: all ranks), on each of them."""
     own = torch.tensor([value], dtype=torch.float64, device=device)
     return float(all_gather(own, group).wait().max())
 
 
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median seconds of a collective on this rank, with the wait for its result, after a first call."""
     times = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -60,8 +61,8 @@ def measure_speeds(group: ProcessGroup, device: torch.device, flops: float) -> S
     size = torch.distributed.get_world_size(group)
     x = torch.zeros(LARGE, device=device)
     small, large = (
-        _max_over_ranks(
-            _seconds(lambda n=n: all_gather(x[:n], group).wait(), device),  # type: ignore[misc]
+        max_over_ranks(
+            median_seconds(lambda n=n: all_gather(x[:n], group).wait(), device),  # type: ignore[misc]
             group,
             device,
         )
@@ -69,4 +70,4 @@ def measure_speeds(group: ProcessGroup, device: torch.device, flops: float) -> S
     )
     hops = size - 1
     bandwidth = hops * 4 * (LARGE - SMALL) / max(large - small, 1e-9)
-    return Speeds(bandwidth, small / hops, -_max_over_ranks(-flops, group, device))
+    return Speeds(bandwidth, small / hops, -max_over_ranks(-flops, group, device))

@@ -109,22 +109,23 @@ def batched_rate(device: torch.device, dtype: torch.dtype, count: int, size: int
     return 2 * count * size**3 / _seconds(lambda: torch.matmul(a, b, out=out), device)
 
 
-def copy_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the bytes per second, reads plus writes, of a copy."""
+def copy_rate(device: torch.device, dtype: torch.dtype, seconds: float | None = None) -> float:
+    """Measure the bytes per second, reads plus writes, of a copy, for `seconds`; None: SECONDS."""
     source = torch.ones(COPIED // dtype.itemsize, dtype=dtype, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device, seconds)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, spent: float | None = None) -> float:
     """Measure the median seconds of a call, timed in groups that are long relative to the clock resolution."""
+    spent = SECONDS if spent is None else spent
     with torch.inference_mode():
         clock = Clock(device)
-        once = median_seconds(call, clock, repeats=3, seconds=SECONDS)
+        once = median_seconds(call, clock, repeats=3, seconds=spent)
         group = max(1, int(1e-3 / once))
 
         def several() -> None:
             for _ in range(group):
                 call()
 
-        return median_seconds(several, clock, repeats=10**6, seconds=SECONDS) / group
+        return median_seconds(several, clock, repeats=10**6, seconds=spent) / group

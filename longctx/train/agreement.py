@@ -47,16 +47,21 @@ def check_agreement(recipe: Recipe, out: Path) -> None:
 def described(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Return what all ranks must have in common, by name."""
     keys = {key: value for key, value in flattened(recipe.model_dump(mode="json")) if key not in _BY_CONTENT}
-    versions: dict[str, Any] = {"longctx": longctx.__version__, "Python": platform.python_version()}
-    versions["torch"] = torch.__version__
+    return keys | {f"the version of {name}": value for name, value in versions().items()} | {"--out": str(out)}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of what computes, by name; None for what is not installed."""
+    found: dict[str, str | None] = {"longctx": longctx.__version__, "Python": platform.python_version()}
+    found["torch"] = torch.__version__
     for package in ("triton", "megatron-core", "deepspeed"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
     if torch.cuda.is_available():
-        versions |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
-    return keys | {f"the version of {name}": value for name, value in versions.items()} | {"--out": str(out)}
+        found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    return found
 
 
 def differences(each: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -28,7 +28,7 @@ def test_a_batched_product_counts_two_operations_a_multiplication(monkeypatch: p
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(rates, "_seconds", lambda call, device: 1e-3)
+    monkeypatch.setattr(rates, "_seconds", lambda call, device, spent: 1e-3)
     assert copy_rate(CPU, dtype) == pytest.approx(2 * 2**20 / 1e-3)
 
 

@@ -11,6 +11,7 @@ WITHOUT = {
     "kernels/native/tensor.py": "of calls: tests/kernels/linear/test_native_call.py, ../attention/test_native.py",
     "launch/bench_rank.py": "the rank of bench_parallel.py: tests/launch/test_bench_parallel.py",
     "launch/commands/*.py": "arguments of commands: tests/launch/test_main.py",
+    "launch/job_rank.py": "a rank of a job, which trains: tests/launch/test_train.py",
     "launch/rank.py": "the process that local.py starts: tests/launch/test_local.py",
     "longctx/__main__.py": "one call: tests/launch/test_main.py starts it",
     "longctx/adapters/*/*.py": "tested where they run, inside the frameworks, by topic: tests/adapters/<framework>",
