@@ -144,6 +144,29 @@ def _recipes(
         show_recipe(name)
 
 
+@app.command("doctor")
+def _doctor(
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", show_default="one per GPU, or 2 on a CPU", help="Number of ranks on this machine."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs, whose disk is measured.")] = Path("runs"),
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit per collective.")] = 60.0,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the hardware profile as JSON.")] = None,
+) -> None:
+    """Check the machines before a run, and measure them.
+
+    Reports versions, devices, limits, networks, clocks, rates of compute, links between ranks and the disk, and names
+    slow ranks. Starts one process per rank on this machine; under torchrun, srun or mpirun it is one rank of that job.
+    Exit status 1 if something is wrong; what to do about it is printed.
+    """
+    from longctx.launch.doctor import doctor
+
+    raise typer.Exit(doctor(nproc=nproc, out=out, timeout=timeout, json_file=json))
+
+
 @app.command("verify")
 def _verify(
     recipe: RecipeArgument,
@@ -219,7 +242,7 @@ def main() -> None:
     if other is not None:
         echo_error(other)
         sys.exit(2)
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] in (["train"], ["doctor"]):
         exec_with_settings(sys.argv[1:])
     try:
         app(prog_name="longctx")
