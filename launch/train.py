@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ def train(
         nodes, shown = (1, True) if node is None else (node.nodes, node.node == 0)
         return _check(recipe, out, resume, ranks * nodes, shown=shown)
     check(recipe, ranks * (1 if node is None else node.nodes))
-    arguments = {"recipe": recipe.model_dump(), "out": str(out), "resume": resume}
+    arguments = {"recipe": recipe.model_dump(), "out": str(out), "resume": resume, "command": sys.orig_argv}
     entry, title = "longctx.launch.train:run_rank", f"{recipe.name}, in {out}"
     return run_ranks(entry, arguments, ranks=ranks, logs=out / "logs", node=node, title=title, advice=_ADVICE)
 
@@ -63,12 +64,15 @@ def _check(recipe: Recipe, out: Path, resume: str, ranks: int, *, shown: bool) -
     return check_run(recipe, out, resume, ranks, shown=shown)
 
 
-def run_rank(recipe: dict[str, Any], out: str, resume: str) -> int:
-    """Run the trainer on a local rank, with the recipe that the parent has loaded; return the rank's exit status."""
+def run_rank(recipe: dict[str, Any], out: str, resume: str, command: list[str]) -> int:
+    """Run the trainer on a local rank, with the recipe that the parent has loaded; return the rank's exit status.
+
+    `command`: that of the parent, as arguments.
+    """
     from longctx.train.trainer import train
 
     with path_errors():
-        return train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume)
+        return train(Recipe.model_validate_json(json.dumps(recipe)), out=Path(out), resume=resume, command=command)
 
 
 def _run_in_job(recipe: Recipe, out: Path, resume: str, job: RankOfJob) -> int:

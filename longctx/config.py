@@ -15,6 +15,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "
 # At most 18 digits on each side of the point: longer numbers are mistakes.
 _INTEGER = re.compile(r"([+-]?[0-9]{1,3}(?:_?[0-9]){0,17})(\.[0-9]{1,18})?\s*(k|M|G|Ki|Mi|Gi)?")
 _LONGEST_PATH, _LONGEST_NAME = 4095, 255  # bytes, on Linux
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h)")
 
@@ -65,6 +66,11 @@ def parse_duration(value: object) -> object:
             raise ValueError(f"{value!r} is not a duration; write '90s', '10m' or '1.5h'")
         return float(match.group(1)) * _SECONDS[match.group(2)]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def without_password(text: str) -> str:
+    """Return a text with the user and password of each URL in it, `scheme://user:password@host`, as `***`."""
+    return _USER.sub(r"\1***@", text)
 
 
 def parse_path(value: str) -> str:

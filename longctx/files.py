@@ -45,6 +45,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Raise an OSError of the block, such as of a disk that is full or read-only, as a UserError that names `path`."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from longctx.config import Config, Duration, Integer, parse_duration, parse_integer, parse_path
+from longctx.config import Config, Duration, Integer, parse_duration, parse_integer, parse_path, without_password
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -97,3 +97,18 @@ def test_what_is_no_path_is_refused_with_the_reason(path, reason):
 @pytest.mark.parametrize("path", ["/", "a b/c", "é" * 127, ("x" * 255 + "/") * 15, "caf\udce9"])
 def test_a_path_stays_as_it_is(path):
     assert parse_path(path) == path
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pw@host/a", "https://***@host/a"),
+        ("postgresql+psycopg2://me:p@w@host:5432/db?a=b@c", "postgresql+psycopg2://***@host:5432/db?a=b@c"),
+        ("uri=s3://me@bucket/x y=http://a:b@c", "uri=s3://***@bucket/x y=http://***@c"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("sqlite:///a@b.db", "sqlite:///a@b.db"),
+        ("me@host:a", "me@host:a"),
+    ],
+)
+def test_users_and_passwords_of_urls_are_left_out(text, shown):
+    assert without_password(text) == shown

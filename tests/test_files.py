@@ -9,7 +9,7 @@ import pytest
 
 from longctx import files
 from longctx.errors import UserError
-from longctx.files import absolute, path_errors, sync, temporary_folder, writing
+from longctx.files import absolute, path_errors, replace_file, sync, temporary_folder, writing
 
 
 @pytest.fixture
@@ -106,3 +106,17 @@ def test_a_path_is_absolute_and_a_home_is_expanded_if_there_is_one(tmp_path, mon
     assert absolute("~/a") == Path("/home/me/a")
     assert absolute("~no-such-user/a") == tmp_path / "~no-such-user" / "a"
     assert absolute(Path("b/../c")) == tmp_path / "c"
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, synced, monkeypatch):
+    path = tmp_path / "a"
+    replace_file(path, b"old")
+    assert synced == [path.stat().st_ino], "synced before it gets its name"
+
+    def crash(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", crash)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old"

@@ -7,7 +7,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
@@ -16,7 +15,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from longctx.errors import UserError
-from longctx.files import writing
+from longctx.files import replace_file, writing
 
 FILE_NAME = "metrics.jsonl"
 _STRAGGLES = 0.1
@@ -366,12 +365,7 @@ def _drop_later_lines(path: Path, after_step: int) -> None:
     kept = b"".join(line for line, record in lines if _is_kept(record, after_step))
     if kept == path.read_bytes():
         return
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    replace_file(path, kept)
 
 
 def _is_kept(record: Record, after_step: int) -> bool:

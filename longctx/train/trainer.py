@@ -9,12 +9,14 @@ import importlib.metadata
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,7 @@ from longctx.train.outcome import clear_outcome, mark_stopped
 from longctx.train.process_group import collective_errors, device_type, process_group
 from longctx.train.recovery import find_last_step, recovery_text
 from longctx.train.run_lock import locked
+from longctx.train.run_record import add_start, describe_start, read_record
 from longctx.train.start import find_start, start_warnings
 
 _DIVERGED = (
@@ -69,12 +72,13 @@ _DIVERGED = (
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def train(recipe: Recipe, *, out: Path, resume: str) -> int:
+def train(recipe: Recipe, *, out: Path, resume: str, command: Sequence[str] | None = None) -> int:
     """Train `recipe` into the directory `out`; return the exit status. Collective: every rank of a job calls it.
 
     The status is 0 after the last step; 128 + the number of the signal, SIGTERM or SIGINT, if that stopped the run
     earlier, after a save, on any rank.
     `resume`: `auto` (from the latest checkpoint in `out`, if there is one), `never`, or a checkpoint directory.
+    `command`: what the user has started, as arguments, for `run.json`; None: this process.
     Raises UserError, on every rank, for errors that the user can fix.
     """
     kind = device_type(recipe.train)
@@ -93,7 +97,7 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> int:
             for number in _STOPPING:
                 # Last: the trainer's handler holds it, with the model and its process groups.
                 stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
-            trainer = _Trainer(recipe, out, resume, kind, monitor, check_lock, stack)
+            trainer = _Trainer(recipe, out, resume, command or sys.orig_argv, kind, monitor, check_lock, stack)
             trainer.run()
             stack.close()
             # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
@@ -102,17 +106,20 @@ def train(recipe: Recipe, *, out: Path, resume: str) -> int:
 
 
 class _Reporter:
-    """Metrics and display on rank 0; a no-op on other ranks."""
+    """Metrics, display and `run.json` on rank 0; a no-op on other ranks."""
 
-    def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
+    def __init__(self, recipe: Recipe, out: Path, step: int, entry: Mapping[str, Any]) -> None:
         self._out = out
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
         self._resumed_from, self._last = step, None
         if dist.get_rank() == 0:
+            record = read_record(out)  # before anything is replaced
             self._last = find_last_step(out) if step else None
             self._writer = MetricsWriter(out, recipe.logging.tensorboard, after_step=step)
             self._display = make_display()
+            if step < recipe.train.steps:
+                add_start(out, record, entry, record.trackers)
 
     def start(self, info: RunInfo) -> None:
         if self._writer and self._display:
@@ -168,6 +175,7 @@ class _Trainer:
         recipe: Recipe,
         out: Path,
         resume: str,
+        command: Sequence[str],
         kind: str,
         monitor: Monitor,
         check_lock: Callable[[], None],
@@ -196,6 +204,7 @@ class _Trainer:
         self.spikes, self.measured = spikes.SpikeWatch(recipe.spikes, state.spikes, self.device), state.heldout_loss
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
+        entry = describe_start(recipe, out, start, self.device, self._axes(), command)
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 with writing(out / "recipe.toml"):
@@ -204,7 +213,7 @@ class _Trainer:
                     if kind == "cuda":
                         (out / "logs" / FOLDER).mkdir(parents=True, exist_ok=True)
                     (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
-            self.reporter = _Reporter(recipe, out, self.done)
+            self.reporter = _Reporter(recipe, out, self.done, entry)
         stack.callback(self.reporter.close)
         self.routing_fluctuation = RoutingFluctuation()
         self.stopped_by = 0
@@ -280,13 +289,10 @@ class _Trainer:
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
             unigram = unigram_loss(self.stream, self.heldout, self.start.vocab_size)
-        mesh, parallel = self.mesh, self.recipe.parallel
-        axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "cp": mesh.cp.size, "ep": mesh.ep.size}
-        axes |= {"tp": parallel.tp, "pp": parallel.pp}
         info = RunInfo(
             parameters=self.engine.parameters,
             ranks=dist.get_world_size(),
-            mesh=axes,
+            mesh=self._axes(),
             device=system.device_name(self.device),
             precision=self.recipe.train.precision,
             flops_per_token=flops,
@@ -312,6 +318,12 @@ class _Trainer:
             self.reporter.message(f"Initialised from the weights in {self.start.weights.path}.")
         if self.start.unverified:
             self.reporter.message("Its files have no checksums: an earlier version of longctx wrote them.")
+
+    def _axes(self) -> dict[str, int]:
+        """Return the size of each mesh axis."""
+        mesh, parallel = self.mesh, self.recipe.parallel
+        axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "cp": mesh.cp.size, "ep": mesh.ep.size}
+        return axes | {"tp": parallel.tp, "pp": parallel.pp}
 
     def _schedules(self, sample: Batch, dtype: torch.dtype) -> dict[str, ScheduleChoice]:
         """Describe the attention schedules selected for a batch, by layers that share one."""

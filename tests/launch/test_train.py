@@ -64,11 +64,11 @@ def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, mon
 
     called = []
     trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume)) or 143
+    trainer.train = lambda recipe, out, resume, command: called.append((recipe, str(out), resume, command)) or 143
     monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
     assert entry == "longctx.launch.train:run_rank"
     assert training.run_rank(**arguments) == 143
-    assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto")]
+    assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto", sys.orig_argv)]
 
 
 def test_train_names_the_run_after_the_recipe(recipe, started):
@@ -125,7 +125,7 @@ def test_a_run_directory_that_cannot_be_made_is_named(recipe, tmp_path):
 def test_inside_a_job_this_process_is_the_rank(recipe, started, monkeypatch):
     called = []
     trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume: called.append((recipe, str(out), resume)) or 143
+    trainer.train = lambda recipe, out, resume, **_: called.append((recipe, str(out), resume)) or 143
     monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
     for name, value in {
         "RANK": "1",

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +26,7 @@ from longctx.model.decoder import Block
 from longctx.parallel.rank_errors import RankError
 from longctx.recipe import load
 from longctx.train.display import PlainDisplay
+from longctx.train.run_record import read_record
 from longctx.train.trainer import _Trainer
 from tests.train.runs import (
     checkpoints,
@@ -84,9 +86,18 @@ def test_the_recipe_beside_the_checkpoints_is_the_one_that_ran(uninterrupted, wo
     assert load(uninterrupted / "recipe.toml") == load(workplace / "tiny.toml", overrides)
 
 
+def test_the_record_beside_the_checkpoints_says_what_produced_them(uninterrupted, workplace):
+    (start,) = read_record(uninterrupted).starts
+    assert start["recipe"]["sha256"] == sha256((uninterrupted / "recipe.toml").read_bytes()).hexdigest()
+    assert start["parallel"] == {"ranks": 2, **metrics(uninterrupted).runs[0].mesh, "layout": "zigzag"}
+    assert start["corpus"]["path"] == str(workplace / "corpus")
+    assert start["resumed_from"] is None
+
+
 def test_a_run_that_is_done_is_left_alone(ranks, uninterrupted, workplace, tmp_path):
     out = shutil.copytree(uninterrupted, tmp_path / "out")
     ranks.run(train, workplace, out, size=2)
+    assert (out / "run.json").read_bytes() == (uninterrupted / "run.json").read_bytes()
     assert (out / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
     assert checkpoints(out) == checkpoints(uninterrupted)
 
@@ -113,6 +124,8 @@ def test_resumed_on_the_same_ranks_every_number_is_the_same(ranks, uninterrupted
     ranks.run(train, workplace, out, overrides, size=size)
     found, expected = metrics(out), metrics(uninterrupted)
     assert [run.step for run in found.runs] == [0, steps // 2]
+    first, second = (start["resumed_from"] for start in read_record(out).starts)
+    assert (first, second["step"]) == (None, steps // 2)
     # With the speeds that were measured at first, not with those of the second start.
     assert found.runs[0].attention == found.runs[1].attention
     for name in ("step", "loss", "lr", "grad_norm", "tokens"):
