@@ -70,14 +70,14 @@ test: lint types ## Run all checks and tests: style, imports, types, tests (abou
 test-all: lint types ## The same, including slow tests
 	@$(PYTEST) --ignore tests/adapters -m 'slow or not slow'
 
-test-adapters: .venv/adapters ## Install DeepSpeed, Megatron-Core, transformers and an S3 server, and test the adapters (minutes)
+test-adapters: .venv/adapters ## Install DeepSpeed, Megatron-Core, transformers, trackers and an S3 server, and test the adapters (minutes)
 	@$(PYTEST) --dist loadfile tests/adapters
 
 faults: .venv/installed ## Break runs in many ways and print what they survive (about an hour on 2 cores; docs/reliability.md)
 	@$(PY) -m tests.faults
 
 .venv/adapters: .venv/installed .ci/requirements/adapters.txt
-	@echo "Installing DeepSpeed, Megatron-Core, transformers and an S3 server (.ci/requirements/adapters.txt) into .venv, hashes checked"
+	@echo "Installing DeepSpeed, Megatron-Core, transformers, wandb, MLflow and an S3 server (.ci/requirements/adapters.txt) into .venv, hashes checked"
 	@$(LOCKED) --no-binary deepspeed --no-build-isolation -r .ci/requirements/adapters.txt
 	@touch $@
 

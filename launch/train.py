@@ -14,6 +14,7 @@ from longctx.launch.job_environment import RankOfJob, find_job
 from longctx.launch.job_rank import refuse_nproc, run_as_rank
 from longctx.launch.local import run_ranks
 from longctx.recipe import Recipe, check, load
+from longctx.tracking.trackers import check_installed
 
 _ADVICE = "--resume auto continues from the last complete checkpoint."
 
@@ -34,9 +35,11 @@ def train(
     on a CPU as many as the recipe's axes need. `resume`: `auto`, `never`, or a checkpoint directory. `out`: the run
     directory; None: `runs/<name>`.
 
-    Raises UserError, before any rank starts, if the recipe is invalid or cannot run on that many ranks.
+    Raises UserError, before any rank starts, if the recipe is invalid, cannot run on that many ranks, or asks for a
+    tracker that is not installed.
     """
     recipe = load(source, overrides)
+    check_installed(recipe.logging)
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"--resume {resume}: there is no such directory; give auto, never, or a checkpoint directory")
     out = out or Path("runs") / recipe.name

@@ -1,4 +1,4 @@
-"""Training metrics: what a run records, written to `metrics.jsonl` and TensorBoard event files.
+"""Training metrics: what a run records, written to `metrics.jsonl`.
 
 `metrics.jsonl` has one JSON object per line with `kind` as its first key: `run` (training starts or resumes), `step`,
 `evaluation`, `spike`. JSON has no NaN or infinity, so they are written as the strings "NaN", "Infinity" and "-Infinity"
@@ -177,7 +177,7 @@ Record = RunInfo | StepMetrics | EvaluationMetrics | SpikeMetrics
 
 
 class MetricsWriter:
-    """Appends to `directory/metrics.jsonl` and, with `tensorboard`, to event files in `directory/tensorboard/`.
+    """Appends to `directory/metrics.jsonl`.
 
     Each line reaches the operating system before the call returns, so `kill -9` loses none. `after_step` is the step
     from which the run resumes: records of later steps belong to an abandoned attempt and are dropped, so a curve has
@@ -187,70 +187,23 @@ class MetricsWriter:
     last line, as a crash leaves it, is dropped.
     """
 
-    def __init__(self, directory: Path, tensorboard: bool, after_step: int = 0) -> None:
+    def __init__(self, directory: Path, after_step: int = 0) -> None:
         self._path = directory / FILE_NAME
         with writing(self._path):
             directory.mkdir(parents=True, exist_ok=True)
             _drop_later_lines(self._path, after_step)
             # Unbuffered: a line that a full disk did not take is not written again by close().
             self._file = self._path.open("ab", buffering=0)
-        self._board: Any = None
-        if tensorboard:
-            # The import takes seconds: only runs that log to TensorBoard pay for it.
-            from torch.utils.tensorboard import SummaryWriter
 
-            board = directory / "tensorboard"
-            with writing(board):
-                self._board = SummaryWriter(str(board), purge_step=after_step + 1 if after_step else 0, flush_secs=10)
-
-    def run(self, info: RunInfo) -> None:
-        """Record that the run starts or resumes."""
-        self._write(info)
-        if self._board is not None:
-            rows = "".join(f"| {key} | {value} |\n" for key, value in asdict(info).items())
-            self._board.add_text("run", f"| | |\n|---|---|\n{rows}", info.step)
-
-    def step(self, metrics: StepMetrics) -> None:
-        """Record a training step."""
-        self._write(metrics)
-        self._scalars(
-            metrics.step,
-            {
-                "train/loss": metrics.loss,
-                "train/lr": metrics.lr,
-                "train/grad_norm": metrics.grad_norm,
-                "train/tokens": metrics.tokens,
-                "speed/tokens_per_second": metrics.tokens_per_second,
-                "speed/utilisation": metrics.utilisation,
-                "speed/step_seconds": metrics.seconds,
-                "memory/peak_gib": metrics.memory_bytes / 2**30,
-                **({f"waits/{name}": value for name, value in asdict(metrics.waits).items()} if metrics.waits else {}),
-                **{
-                    f"routing_{name}/{layer}": value
-                    for layer, router in metrics.routers.items()
-                    for name, value in asdict(router).items()
-                },
-            },
-        )
-
-    def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Record an evaluation; empty position buckets get no TensorBoard scalar."""
-        self._write(metrics)
-        # Zero-padded: TensorBoard sorts charts by name.
-        by_position = {f"heldout_by_position/{b.lo:08d}": b.loss for b in metrics.positions if b.tokens}
-        fluctuation = {f"routing_fluctuation/{layer}": share for layer, share in metrics.fluctuation.items()}
-        self._scalars(metrics.step, {"heldout/loss": metrics.loss, **by_position, **fluctuation})
-
-    def spike(self, metrics: SpikeMetrics) -> None:
-        """Record a spike, which may be of a step that `logging.every` leaves out."""
-        self._write(metrics)
-        self._scalars(metrics.step, {"train/spike": metrics.loss})
+    def write(self, record: Record) -> None:
+        """Append a record."""
+        fields = {"kind": _KIND_OF[type(record)], **asdict(record)}
+        with writing(self._path):
+            self._file.write(json.dumps(_to_json(fields), allow_nan=False).encode("ascii") + b"\n")
 
     def close(self) -> None:
-        """Flush and close the files. Idempotent."""
+        """Close the file. Idempotent."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
     def __enter__(self) -> Self:
         return self
@@ -259,16 +212,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _write(self, record: Record) -> None:
-        fields = {"kind": _KIND_OF[type(record)], **asdict(record)}
-        with writing(self._path):
-            self._file.write(json.dumps(_to_json(fields), allow_nan=False).encode("ascii") + b"\n")
-
-    def _scalars(self, step: int, scalars: dict[str, float]) -> None:
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
 
 
 def read_metrics(path: Path) -> Metrics:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from longctx.config import Config, Duration, Integer, PathText
+from longctx.config import Config, Duration, Integer, PathText, without_password
 
 
 class TrainConfig(Config):
@@ -232,6 +232,50 @@ class CheckpointConfig(Config):
         return self
 
 
+class WandbConfig(Config):
+    """`[logging.wandb]`: Weights & Biases. Without this table there is none. Needs the extra `wandb`; the credentials
+    are those of `wandb login` or of the variable `WANDB_API_KEY`."""
+
+    project: str | None = None
+    """Default: `WANDB_PROJECT`, or W&B's own."""
+    entity: str | None = None
+    """User or team. Default: `WANDB_ENTITY`, or the user's own."""
+    name: str | None = None
+    """Name of the W&B run. Default: the recipe's."""
+    group: str | None = None
+    """Group of runs in W&B's tables."""
+    tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """`offline`: write to `wandb/` in the run's directory, for `wandb sync`. `disabled`: as without this table.
+    Default: `WANDB_MODE`, or online."""
+
+
+class MlflowConfig(Config):
+    """`[logging.mlflow]`: MLflow. Without this table there is none. Needs the extra `mlflow`; the credentials are those
+    of the variables `MLFLOW_TRACKING_USERNAME`, `MLFLOW_TRACKING_PASSWORD` and `MLFLOW_TRACKING_TOKEN`."""
+
+    uri: str | None = None
+    """Server or database, such as `https://mlflow.example.org` or `sqlite:///mlflow.db`, without a password. Default:
+    `MLFLOW_TRACKING_URI`, or MLflow's own."""
+    experiment: str | None = None
+    """Experiment, created if there is none of that name. Default: `MLFLOW_EXPERIMENT_NAME`, or MLflow's own."""
+    name: str | None = None
+    """Name of the MLflow run. Default: the recipe's."""
+    tags: dict[str, str] = Field(default={})
+    """Tags of the MLflow run."""
+
+    @field_validator("uri")
+    @classmethod
+    def _has_no_password(cls, value: str | None) -> str | None:
+        if value is not None and without_password(value) != value:
+            raise ValueError(
+                f"{without_password(value)!r} names a user, and recipes are written to many places: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole URI as MLFLOW_TRACKING_URI"
+            )
+        return value
+
+
 class LoggingConfig(Config):
     """`[logging]`: metrics written during training."""
 
@@ -239,3 +283,7 @@ class LoggingConfig(Config):
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Write TensorBoard event files in addition to the JSON lines."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases."""
+    mlflow: MlflowConfig | None = None
+    """MLflow."""

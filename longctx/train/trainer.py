@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from longctx.engines.metrics import (
     FILE_NAME,
     EvaluationMetrics,
     MetricsWriter,
+    Record,
     RunInfo,
     SpikeMetrics,
     StepMetrics,
@@ -48,6 +49,7 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe, check, dump
+from longctx.tracking.trackers import Trackers
 from longctx.train import spikes
 from longctx.train.agreement import check_agreement
 from longctx.train.batches import Cursor, Prefetcher, to_batch
@@ -106,45 +108,52 @@ def train(recipe: Recipe, *, out: Path, resume: str, command: Sequence[str] | No
 
 
 class _Reporter:
-    """Metrics, display and `run.json` on rank 0; a no-op on other ranks."""
+    """Metrics, trackers, display and `run.json` on rank 0; a no-op on other ranks."""
 
     def __init__(self, recipe: Recipe, out: Path, step: int, entry: Mapping[str, Any]) -> None:
         self._out = out
+        self._trackers: Trackers | None = None
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
         self._resumed_from, self._last = step, None
         if dist.get_rank() == 0:
             record = read_record(out)  # before anything is replaced
             self._last = find_last_step(out) if step else None
-            self._writer = MetricsWriter(out, recipe.logging.tensorboard, after_step=step)
+            self._writer = MetricsWriter(out, after_step=step)
             self._display = make_display()
             if step < recipe.train.steps:
-                add_start(out, record, entry, record.trackers)
+                self._trackers = Trackers(recipe, out, step, record.trackers, self.message)
+                add_start(out, record, entry, self._trackers.ids)
 
     def start(self, info: RunInfo) -> None:
-        if self._writer and self._display:
-            self._writer.run(info)
+        self._record(info)
+        if self._display:
             self._display.start(info)
 
     def step(self, metrics: StepMetrics) -> None:
-        if self._writer and self._display:
-            self._writer.step(metrics)
+        self._record(metrics)
+        if self._display:
             self._display.step(metrics)
             if self._last is not None:
                 self.message(recovery_text(self._last, self._resumed_from, self._out))
                 self._last = None
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
-        if self._writer and self._display:
-            self._writer.evaluation(metrics)
+        self._record(metrics)
+        if self._display:
             self._display.evaluation(metrics)
 
     def spike(self, metrics: SpikeMetrics) -> None:
         text = spikes.message(metrics)
-        if self._writer:
-            self._writer.spike(metrics)
+        self._record(metrics)
         if text is not None:
             self.message(text)
+
+    def _record(self, record: Record) -> None:
+        if self._writer:
+            self._writer.write(record)
+        if self._trackers:
+            self._trackers.write(record)
 
     def message(self, text: str) -> None:
         if self._display:
@@ -163,7 +172,14 @@ class _Reporter:
 
             plots.draw(self._out / FILE_NAME, self._out / "pictures")
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._trackers:
+            self._trackers.close(failed=kind is not None)
         if self._writer and self._display:
             self._display.close()
             self._writer.close()
@@ -214,7 +230,7 @@ class _Trainer:
                         (out / "logs" / FOLDER).mkdir(parents=True, exist_ok=True)
                     (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
             self.reporter = _Reporter(recipe, out, self.done, entry)
-        stack.callback(self.reporter.close)
+        stack.enter_context(self.reporter)
         self.routing_fluctuation = RoutingFluctuation()
         self.stopped_by = 0
         """The signal that stops the run; 0 if there is none."""

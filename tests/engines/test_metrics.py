@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from longctx.engines.metrics import (
     EvaluationMetrics,
@@ -65,16 +64,16 @@ def spike(number: int) -> SpikeMetrics:
     return SpikeMetrics(number, 9.0, 2.5, 2.7, 30.0, 0.5, 1.5, in_a_row=1, action="skipped")
 
 
-def write(directory: Path, first: int, last: int, after_step: int = 0, tensorboard: bool = False) -> None:
+def write(directory: Path, first: int, last: int, after_step: int = 0) -> None:
     """A start of the run: steps `first` to `last`, an evaluation after each fifth."""
-    with MetricsWriter(directory, tensorboard, after_step) as writer:
-        writer.run(replace(RUN, step=after_step))
+    with MetricsWriter(directory, after_step) as writer:
+        writer.write(replace(RUN, step=after_step))
         for number in range(first, last + 1):
-            writer.step(step(number))
+            writer.write(step(number))
             if number % 4 == 0:
-                writer.spike(spike(number))
+                writer.write(spike(number))
             if number % 5 == 0:
-                writer.evaluation(evaluation(number))
+                writer.write(evaluation(number))
 
 
 def read(directory: Path) -> Metrics:
@@ -82,11 +81,11 @@ def read(directory: Path) -> Metrics:
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "new" / "run", tensorboard=False) as writer:
-        writer.run(RUN)
-        writer.step(step(1))
-        writer.evaluation(evaluation(1))
-        writer.spike(spike(1))
+    with MetricsWriter(tmp_path / "new" / "run") as writer:
+        writer.write(RUN)
+        writer.write(step(1))
+        writer.write(evaluation(1))
+        writer.write(spike(1))
     assert read(tmp_path / "new" / "run") == Metrics([RUN], [step(1)], [evaluation(1)], [spike(1)])
 
 
@@ -107,9 +106,9 @@ def test_the_last_step_is_found_from_the_end(tmp_path: Path) -> None:
 
 def test_waits_are_read_too_and_a_step_without_them(tmp_path: Path) -> None:
     written = [replace(step(1), waits=WaitMetrics(median=0.5, least=0.25, rank=3)), step(2)]
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for metrics in written:
-            writer.step(metrics)
+            writer.write(metrics)
     assert read(tmp_path).steps == written
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text(lines[1].replace(', "waits": null', "") + "\n")
@@ -136,8 +135,8 @@ def test_a_loss_that_is_not_finite_is_a_string(tmp_path: Path, loss: float, text
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.step(step(1, loss))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(step(1, loss))
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)["loss"] == text
     (metrics,) = read(tmp_path).steps
     assert math.isnan(metrics.loss) if math.isnan(loss) else metrics.loss == loss
@@ -146,8 +145,8 @@ def test_a_loss_that_is_not_finite_is_a_string(tmp_path: Path, loss: float, text
 @given(st.floats(allow_nan=False))
 def test_numbers_come_back_bitwise(tmp_path_factory: pytest.TempPathFactory, loss: float) -> None:
     directory = tmp_path_factory.mktemp("run")
-    with MetricsWriter(directory, tensorboard=False) as writer:
-        writer.step(step(1, loss))
+    with MetricsWriter(directory) as writer:
+        writer.write(step(1, loss))
     assert read(directory).steps[0].loss == loss
 
 
@@ -156,9 +155,9 @@ def test_a_killed_run_loses_no_step(tmp_path: Path) -> None:
 import os, signal
 from pathlib import Path
 from longctx.engines.metrics import MetricsWriter, StepMetrics
-writer = MetricsWriter(Path({str(tmp_path)!r}), tensorboard=False)
+writer = MetricsWriter(Path({str(tmp_path)!r}))
 for number in range(1, 4):
-    writer.step(StepMetrics(number, 9, 2.5, 1e-3, 0.5, 10, 1.0, 0.5, 1, 0.1, 1.0))
+    writer.write(StepMetrics(number, 9, 2.5, 1e-3, 0.5, 10, 1.0, 0.5, 1, 0.1, 1.0))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run(
@@ -209,14 +208,14 @@ def test_the_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", crash)
         with pytest.raises(UserError, match="no space left"):
-            MetricsWriter(tmp_path, tensorboard=False, after_step=5)
+            MetricsWriter(tmp_path, after_step=5)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_step_written_twice_counts_as_its_later_line(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for loss in (2.7, 2.6):
-            writer.evaluation(evaluation(5, loss))
+            writer.write(evaluation(5, loss))
     assert [m.loss for m in read(tmp_path).evaluations] == [2.6]
 
 
@@ -231,41 +230,24 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 3: not a record"):
         read_metrics(path)
     with pytest.raises(UserError, match="line 3"):
-        MetricsWriter(tmp_path, tensorboard=False, after_step=1)
+        MetricsWriter(tmp_path, after_step=1)
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.run(RUN)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(RUN)
         with writer._file, open("/dev/full", "wb", buffering=0) as full:
             writer._file = full
             with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No space left on device\. Make it"):
-                writer.step(step(1))
+                writer.write(step(1))
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/metrics\.jsonl cannot be written: File exists"):
-        MetricsWriter(tmp_path / "file", tensorboard=False)
+        MetricsWriter(tmp_path / "file")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metrics at .*nowhere\.jsonl; train a run first"):
         read_metrics(tmp_path / "nowhere.jsonl")
-
-
-def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path: Path) -> None:
-    write(tmp_path, 1, 8, tensorboard=True)
-    write(tmp_path, 6, 10, after_step=5, tensorboard=True)
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 11))
-    assert [event.step for event in board.Scalars("heldout/loss")] == [5, 10]
-    assert [(event.step, event.value) for event in board.Scalars("train/spike")] == [(4, 9.0), (8, 9.0)]
-    assert [event.value for event in board.Scalars("heldout_by_position/00000000")] == [4.0, 4.0]
-    assert board.Scalars("memory/peak_gib")[0].value == 1.0
-
-
-def test_without_tensorboard_no_event_file(tmp_path: Path) -> None:
-    write(tmp_path, 1, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

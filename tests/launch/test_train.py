@@ -71,6 +71,14 @@ def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, mon
     assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto", sys.orig_argv)]
 
 
+def test_a_tracker_that_is_not_installed_is_an_error_before_ranks_start(recipe, started, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, text = run("train", recipe, "logging.wandb.project=p")
+    assert status == 2
+    assert "pip install -e '.[wandb]'" in " ".join(text.split())
+    assert started == []
+
+
 def test_train_names_the_run_after_the_recipe(recipe, started):
     run("train", recipe)
     ((_, arguments, options),) = started

@@ -19,6 +19,7 @@ WITHOUT = {
     "longctx/checkpoint/trainer_state.py": "read with a checkpoint: tests/checkpoint/test_read.py",
     "longctx/convert/megatron_table.py": "names of tensors both ways: tests/convert/test_megatron.py",
     "longctx/engines/base.py": "a protocol and its records: tests/engines/test_torch_engine.py",
+    "longctx/tracking/base.py": "a protocol and its records: tests/tracking/test_trackers.py",
     "longctx/verify/equations/constant_decay.py": "of mixers: tests/mixers/test_{linear,lightning,retention}.py",
     "longctx/verify/equations/delta.py": "of mixers: tests/mixers/test_deltanet.py",
     "longctx/verify/equations/gated.py": "of mixers: tests/mixers/test_{simple_gla,gla,hgrn2,lightnet,mamba2}.py",

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from tests.packaging.test_packages import EXTRAS, PYPROJECT, ROOT, pins
 
 FILES = {path.name: path.read_text() for path in sorted((ROOT / ".ci" / "requirements").iterdir())}
-ADAPTERS = ("dev", "megatron", "deepspeed", "huggingface", "test-s3")
+ADAPTERS = ("dev", "megatron", "deepspeed", "huggingface", "test-s3", "wandb", "mlflow")
 COMPARED = {"fla-core", "flash-linear-attention"}
 """Pinned for the extra `compare`, which no target of `make` installs."""
 AGAIN = "make lock"
@@ -39,7 +39,7 @@ def test_there_is_a_file_for_each_step_of_the_installation() -> None:
 def test_every_package_has_its_version_and_hashes(file: str) -> None:
     """And nothing else is in the file: no options, so that no file chooses where packages come from."""
     lines = [line for line in FILES[file].splitlines() if not line.startswith("#")]
-    package = re.compile(r"[a-z0-9][a-z0-9.-]*==[0-9][0-9.]*(post[0-9]+)?( ; [^\\;#]+)? \\")
+    package = re.compile(r"[a-z0-9][a-z0-9.-]*==[0-9][0-9.]*(b[0-9]+|post[0-9]+)?( ; [^\\;#]+)? \\")
     hash_ = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
     assert [line for line in lines if not package.fullmatch(line) and not hash_.fullmatch(line)] == []
     for line, after in zip(lines, [*lines[1:], "x==0 \\"], strict=True):

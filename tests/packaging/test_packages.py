@@ -56,4 +56,4 @@ def test_every_dependency_is_pinned_within_its_range(group: str) -> None:
 
 def test_pins_are_exact_and_name_no_build() -> None:
     for name, version in pins().items():
-        assert re.fullmatch(r"[0-9]+(\.[0-9]+)*(\.post[0-9]+)?", version), f"{name}=={version}"
+        assert re.fullmatch(r"[0-9]+(\.[0-9]+)*(b[0-9]+|\.post[0-9]+)?", version), f"{name}=={version}"

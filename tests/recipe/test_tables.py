@@ -8,6 +8,7 @@ from longctx.recipe.tables import (
     DeepSpeedConfig,
     EvaluationConfig,
     LRScheduleConfig,
+    MlflowConfig,
     OptimizerConfig,
     ParallelConfig,
     SpikeConfig,
@@ -122,3 +123,12 @@ def test_numbers_may_have_units():
     }
     assert ParallelConfig(timeout="1.5h").timeout == 5400.0
     assert ParallelConfig(timeout=30).timeout == 30.0
+
+
+def test_a_password_in_the_uri_of_mlflow_is_refused_and_not_repeated():
+    with pytest.raises(ValidationError) as caught:
+        MlflowConfig(uri="https://me:hunter2@example.org/")
+    (error,) = caught.value.errors()
+    assert error["msg"].startswith("Value error, 'https://***@example.org/' names a user")
+    assert "MLFLOW_TRACKING_PASSWORD" in error["msg"]
+    assert MlflowConfig(uri="sqlite:///a@b.db").uri == "sqlite:///a@b.db"

@@ -20,9 +20,9 @@ def routed(count: int, dropped: float = 0.0) -> list[StepMetrics]:
 
 
 def test_routers_are_drawn_by_layer_where_there_are_any(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for metrics in routed(4):
-            writer.step(metrics)
+            writer.write(metrics)
     assert draw(tmp_path / "metrics.jsonl", tmp_path)[-1] == tmp_path / "routing.png"
     load, entropy = routing_figure(routed(4), []).axes
     drawn = lines(load.get_lines())

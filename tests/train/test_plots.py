@@ -46,11 +46,11 @@ def ys(line: Line2D) -> list[float]:
 
 
 def test_both_pictures_of_a_run(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.run(RUN)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(RUN)
         for metrics in falling(30):
-            writer.step(metrics)
-        writer.evaluation(evaluation(30, 500, 500, 500))
+            writer.write(metrics)
+        writer.write(evaluation(30, 500, 500, 500))
     out = tmp_path / "run" / "pictures"
     assert draw(tmp_path / "metrics.jsonl", out) == [out / "loss.png", out / "loss_by_position.png"]
     for name in ("loss.png", "loss_by_position.png"):
@@ -61,23 +61,23 @@ def test_both_pictures_of_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("evaluations", [[], [EvaluationMetrics(1, math.nan, (PositionLoss(0, 1, math.nan, 0),))]])
 def test_without_an_evaluation_only_the_loss(tmp_path: Path, evaluations: list[EvaluationMetrics]) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.step(step(1, 5.0))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(step(1, 5.0))
         for metrics in evaluations:
-            writer.evaluation(metrics)
+            writer.write(metrics)
     assert draw(tmp_path / "metrics.jsonl", tmp_path) == [tmp_path / "loss.png"]
 
 
 def test_without_a_step_nothing_to_draw(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.run(RUN)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(RUN)
     with pytest.raises(UserError, match="has no steps to plot; train at least one step"):
         draw(tmp_path / "metrics.jsonl", tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.step(step(1, 5.0))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(step(1, 5.0))
     (tmp_path / "pictures").write_text("in the way")
     with pytest.raises(UserError, match=r"pictures cannot be written: File exists\. Make it writable, or choose"):
         draw(tmp_path / "metrics.jsonl", tmp_path / "pictures")

@@ -11,17 +11,17 @@ from tests.engines.test_metrics import RUN, step
 
 
 def write(out: Path, *numbers: int, time: float) -> None:
-    with MetricsWriter(out, tensorboard=False, after_step=min(numbers) - 1) as writer:
-        writer.run(RUN)
+    with MetricsWriter(out, after_step=min(numbers) - 1) as writer:
+        writer.write(RUN)
         for number in numbers:
-            writer.step(step(number))
+            writer.write(step(number))
     os.utime(out / "metrics.jsonl", (time, time))
 
 
 def test_the_last_step_is_that_of_the_metrics(tmp_path: Path) -> None:
     assert find_last_step(tmp_path) is None
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.run(RUN)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(RUN)
     assert find_last_step(tmp_path) is None
     write(tmp_path, 1, 2, 3, time=500.0)
     assert find_last_step(tmp_path) == LastStep(3, 500.0)
