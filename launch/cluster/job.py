@@ -15,19 +15,23 @@ from longctx.recipe import Recipe, check, dump, load
 FOLDER = "job"
 """Folder, in the run directory, of the job's files."""
 RECIPE = "recipe.toml"
+HARDWARE = "hardware.json"
+"""File of the hardware profile, in the run directory of an examination."""
 CANCELLED = "cancelled"
 """File in this folder: the job is to end, and not to be queued again."""
 MEETING_PORT = 29500
+_EXAMINATION = 600.0
+"""Time in seconds within which an examination ends."""
 
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """What is to run: one run, or a sweep of several into numbered subdirectories."""
+    """What is to run: one run, a sweep of several into numbered subdirectories, or an examination of the nodes."""
 
     name: str
     """Name of the job: that of the recipe."""
     recipes: tuple[Recipe, ...]
-    """One, or those of a sweep."""
+    """One, those of a sweep, or none: `longctx doctor` examines the nodes."""
     out: Path
     """Run directory, relative to `directory` or absolute."""
     directory: Path
@@ -59,13 +63,30 @@ class ClusterJob:
     @property
     def stop_seconds(self) -> float:
         """Time within which a step and then a save end, or the run fails: the recipe's parallel.timeout."""
-        return max(recipe.parallel.timeout for recipe in self.recipes)
+        return max((recipe.parallel.timeout for recipe in self.recipes), default=_EXAMINATION)
+
+    def command(self, profile: Profile, recipe: str, run: str) -> str:
+        """Return the command of a rank or node in a script; `recipe` and `run` are shell words of their paths."""
+        arguments = f"train {recipe} --out {run}" if self.recipes else f"doctor --out {run} --json {run}/{HARDWARE}"
+        return f"{shlex.quote(profile.program)} {arguments}"
+
+    def write_recipe(self, path: str) -> list[str]:
+        """Return the lines of a script that write the recipe, the keys that differ from their defaults."""
+        if not self.recipes:
+            return []
+        text = dump(self.recipes[0], defaults=False).rstrip("\n").splitlines()
+        return [f"cat > {path} <<'RECIPE'", *text, "RECIPE"]
+
+    def check_single(self, executor: str) -> None:
+        """Raise UserError if it is a sweep, which only arrays of Slurm run."""
+        if self.is_sweep:
+            raise UserError(f"--sweep: needs an executor with arrays of jobs, slurm, not {executor}")
 
     def recipe_files(self) -> dict[Path, str]:
         """Return the resolved recipe of each run by its absolute path: what the job runs is what was checked."""
         return {
             self.directory / run / FOLDER / RECIPE: dump(recipe)
-            for run, recipe in zip(self.runs, self.recipes, strict=True)
+            for run, recipe in zip(self.runs, self.recipes, strict=bool(self.recipes))
         }
 
 
@@ -113,10 +134,18 @@ def plan_job(
     recipes = tuple(load(source, [*overrides, *chosen]) for chosen in itertools.product(*choices))
     for recipe in recipes:
         check(recipe, profile.node_count * profile.ranks_per_node)
+    return _job(recipes[0].name, recipes, profile, out)
+
+
+def plan_examination(profile: Profile, out: Path | None) -> ClusterJob:
+    """Return the job that examines the profile's nodes."""
+    return _job("doctor", (), profile, out)
+
+
+def _job(name: str, recipes: tuple[Recipe, ...], profile: Profile, out: Path | None) -> ClusterJob:
     directory = Path(profile.directory).expanduser() if profile.directory else Path.cwd()
     if not directory.is_absolute():
         raise UserError(f"directory: {profile.directory}: give an absolute path")
-    name = recipes[0].name
     return ClusterJob(name, recipes, out or Path("runs") / name, directory, profile.node_count, profile.ranks_per_node)
 
 
@@ -134,21 +163,3 @@ def prologue(profile: Profile) -> list[str]:
     lines = list(profile.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     return [*lines, ""] if lines else []
-
-
-def here_document(recipe: Recipe, path: str) -> list[str]:
-    """Return the lines of a script that write a recipe, the keys that differ from their defaults."""
-    text = dump(recipe, defaults=False).rstrip("\n").splitlines()
-    return [f"cat > {path} <<'RECIPE'", *text, "RECIPE"]
-
-
-def program(profile: Profile) -> str:
-    """Return the command `longctx` of a script."""
-    return shlex.quote(profile.program)
-
-
-def single_run(job: ClusterJob, executor: str) -> Recipe:
-    """Return the recipe of a job; raises UserError if it is a sweep, which only arrays of Slurm run."""
-    if job.is_sweep:
-        raise UserError(f"--sweep: needs an executor with arrays of jobs, slurm, not {executor}")
-    return job.recipes[0]

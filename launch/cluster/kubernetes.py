@@ -9,16 +9,7 @@ import shlex
 from typing import Any
 
 from longctx.errors import UserError
-from longctx.launch.cluster.job import (
-    MEETING_PORT,
-    ClusterJob,
-    Record,
-    Submission,
-    here_document,
-    program,
-    prologue,
-    single_run,
-)
+from longctx.launch.cluster.job import MEETING_PORT, ClusterJob, Record, Submission, prologue
 from longctx.launch.cluster.profile import KubernetesProfile
 from longctx.launch.cluster.tools import run_tool, to_yaml
 
@@ -35,7 +26,7 @@ class Kubernetes:
 
     def prepare(self, job: ClusterJob) -> Submission:
         """Return the manifest and the command that applies it: see Executor."""
-        single_run(job, "kubernetes")
+        job.check_single("kubernetes")
         name = resource_name(job.name)
         manifest = self._train_job(job, name) if self._profile.kind == "trainjob" else self._job_set(job, name)
         script = job.folder_here / SCRIPT
@@ -53,9 +44,9 @@ class Kubernetes:
 
     def _script(self, job: ClusterJob) -> str:
         recipe = f"/tmp/{job.name}.toml"  # in the pod's own file system
-        run = [f"exec {program(self._profile)} train {recipe} --out {shlex.quote(str(job.out))} --nproc {job.ranks}"]
+        run = [f"exec {job.command(self._profile, recipe, shlex.quote(str(job.out)))} --nproc {job.ranks}"]
         change = [f"cd {shlex.quote(self._profile.directory)}"] if self._profile.directory else []
-        return "\n".join([*change, *prologue(self._profile), *here_document(job.recipes[0], recipe), *run]) + "\n"
+        return "\n".join([*change, *prologue(self._profile), *job.write_recipe(recipe), *run]) + "\n"
 
     def _resources(self) -> dict[str, object]:
         profile = self._profile

@@ -2,16 +2,7 @@
 
 import shlex
 
-from longctx.launch.cluster.job import (
-    MEETING_PORT,
-    ClusterJob,
-    Record,
-    Submission,
-    here_document,
-    program,
-    prologue,
-    single_run,
-)
+from longctx.launch.cluster.job import MEETING_PORT, ClusterJob, Record, Submission, prologue
 from longctx.launch.cluster.profile import SkyPilotProfile
 from longctx.launch.cluster.tools import run_tool, to_yaml
 
@@ -28,7 +19,7 @@ class SkyPilot:
 
     def prepare(self, job: ClusterJob) -> Submission:
         """Return the task and the command that launches it: see Executor."""
-        single_run(job, "skypilot")
+        job.check_single("skypilot")
         script = job.folder_here / SCRIPT
         text = "# Written by longctx launch.\n" + to_yaml(self._task(job))
         name = shlex.quote(job.name)
@@ -50,8 +41,8 @@ class SkyPilot:
             *prologue(profile),
             "export PET_NNODES=$SKYPILOT_NUM_NODES PET_NODE_RANK=$SKYPILOT_NODE_RANK",
             f'export PET_MASTER_ADDR=$(head -n1 <<< "$SKYPILOT_NODE_IPS") PET_MASTER_PORT={MEETING_PORT}',
-            *here_document(job.recipes[0], recipe),
-            f"exec {program(profile)} train {recipe} --out {shlex.quote(str(job.out))} --nproc {job.ranks}",
+            *job.write_recipe(recipe),
+            f"exec {job.command(profile, recipe, shlex.quote(str(job.out)))} --nproc {job.ranks}",
         ]
         return {
             "name": job.name,

@@ -8,7 +8,7 @@ then queues the job again, and it goes on from that checkpoint. A run that faile
 import shlex
 
 from longctx.errors import UserError
-from longctx.launch.cluster.job import CANCELLED, FOLDER, RECIPE, ClusterJob, Record, Submission, program, prologue
+from longctx.launch.cluster.job import CANCELLED, FOLDER, RECIPE, ClusterJob, Record, Submission, prologue
 from longctx.launch.cluster.profile import SlurmProfile
 from longctx.launch.cluster.tools import run_tool
 from longctx.train.outcome import STOPPED
@@ -79,7 +79,7 @@ class Slurm:
             srun.append(
                 f"--container-mounts={shlex.quote(mounts)} --container-workdir={shlex.quote(str(job.directory))}"
             )
-        srun.append(f'{program(profile)} train "$run/{FOLDER}/{RECIPE}" --out "$run"')
+        srun.append(job.command(profile, f'"$run/{FOLDER}/{RECIPE}"', '"$run"'))
         lines = [*prologue(profile), f"run={run}", f'rm -f "$run/{STOPPED}"', " \\\n    ".join(srun), "status=$?", ""]
         if profile.requeue:
             lines += [

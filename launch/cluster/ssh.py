@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 
-from longctx.launch.cluster.job import FOLDER, RECIPE, ClusterJob, Submission, program, prologue, single_run
+from longctx.launch.cluster.job import FOLDER, RECIPE, ClusterJob, Submission, prologue
 from longctx.launch.cluster.profile import SshProfile
 from longctx.launch.terminal import echo, echo_error
 
@@ -33,7 +33,7 @@ class Ssh:
 
     def prepare(self, job: ClusterJob) -> Submission:
         """Return the script and the command of the first host: see Executor."""
-        single_run(job, "ssh")
+        job.check_single("ssh")
         script = job.folder / SCRIPT
         files = {script: "\n".join(self._lines(job)) + "\n"} | job.recipe_files()
         return Submission(files, script, self._command(script, 0))
@@ -60,7 +60,7 @@ class Ssh:
             *prologue(profile),
             f'export PET_NNODES={job.nodes} PET_NODE_RANK="$1"',
             f"export PET_MASTER_ADDR={shlex.quote(address)} PET_MASTER_PORT={profile.port}",
-            f"{program(profile)} train {run}/{FOLDER}/{RECIPE} --out {run} --nproc {job.ranks} &",
+            f"{job.command(profile, f'{run}/{FOLDER}/{RECIPE}', run)} --nproc {job.ranks} &",
             "ranks=$!",
             "",
             "# ssh closes this script's input when the connection ends: the ranks then save and stop.",

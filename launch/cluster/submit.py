@@ -13,7 +13,16 @@ from longctx.engines.metrics import FILE_NAME
 from longctx.errors import UserError
 from longctx.files import writing
 from longctx.launch.cluster import kubernetes, skypilot, slurm
-from longctx.launch.cluster.job import CANCELLED, FOLDER, ClusterJob, Executor, Record, Submission, plan_job
+from longctx.launch.cluster.job import (
+    CANCELLED,
+    FOLDER,
+    ClusterJob,
+    Executor,
+    Record,
+    Submission,
+    plan_examination,
+    plan_job,
+)
 from longctx.launch.cluster.kubernetes import Kubernetes
 from longctx.launch.cluster.profile import (
     AnyProfile,
@@ -59,7 +68,28 @@ def launch(
     job = plan_job(source, overrides, sweep, chosen, out)
     if isinstance(chosen, LocalProfile):
         return _run_here(source, overrides, job, chosen, dry_run)
-    executor = _executor(chosen)
+    return _print_or_submit(job, chosen, dry_run)
+
+
+def launch_doctor(
+    overrides: Sequence[str], *, profile: str, profiles: Path | None, out: Path | None = None, dry_run: bool = False
+) -> int:
+    """Examine the nodes of a profile by `longctx doctor` as a job; return the exit status.
+
+    `overrides` are `cluster.key=value`; the rest as for `launch`. Raises UserError if the profile is invalid, or that
+    of this machine.
+    """
+    foreign = [text for text in overrides if not text.startswith(_PREFIX)]
+    if foreign:
+        raise UserError(f"{foreign[0]}: an examination has no recipe; keys of the profile begin with {_PREFIX}")
+    chosen = load_profile(profile, profiles, [text.removeprefix(_PREFIX) for text in overrides])
+    if isinstance(chosen, LocalProfile):
+        raise UserError("the executor local is this machine: longctx doctor examines it")
+    return _print_or_submit(plan_examination(chosen, out), chosen, dry_run)
+
+
+def _print_or_submit(job: ClusterJob, profile: AnyProfile, dry_run: bool) -> int:
+    executor = _executor(profile)
     submission = executor.prepare(job)
     if dry_run:
         sys.stdout.write(submission.files[submission.script])
@@ -73,7 +103,7 @@ def launch(
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    return _submit(executor, job, submission, chosen)
+    return _submit(executor, job, submission, profile)
 
 
 def _run_here(source: str, overrides: Sequence[str], job: ClusterJob, profile: LocalProfile, dry_run: bool) -> int:

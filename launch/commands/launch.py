@@ -25,6 +25,14 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Submit a recipe as a job of a cluster: longctx launch RECIPE --profile NAME.",
 )
+ProfileOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Profile of the cluster: a table of clusters.toml, or local.")
+]
+ProfilesOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", show_default="clusters.toml", help="File of the profile.")
+]
+OutOption = Annotated[Path | None, typer.Option(metavar="DIR", show_default="runs/<name>", help="Run directory.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the job instead of submitting it.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run, or its directory.")]
 
 
@@ -32,18 +40,14 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the r
 def _run(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    profile: Annotated[
-        str, typer.Option(metavar="NAME", help="Profile of the cluster: a table of clusters.toml, or local.")
-    ] = "local",
-    profiles: Annotated[
-        Path | None, typer.Option(metavar="FILE", show_default="clusters.toml", help="File of the profile.")
-    ] = None,
+    profile: ProfileOption = "local",
+    profiles: ProfilesOption = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=V1,V2", help="Run once per value, as an array of jobs (Slurm). Repeatable."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", show_default="runs/<name>", help="Run directory.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job instead of submitting it.")] = False,
+    out: OutOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Submit a recipe as a job; `longctx launch RECIPE` is the same.
 
@@ -62,6 +66,22 @@ def _run(
         dry_run=dry_run,
     )
     raise typer.Exit(status)
+
+
+@app.command("doctor")
+def _doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="cluster.KEY=VALUE", help="Override a key of the profile.")
+    ] = None,
+    profile: ProfileOption = "local",
+    profiles: ProfilesOption = None,
+    out: OutOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Check and measure the nodes of a profile: longctx doctor as a job, whose table is in rank 0's log."""
+    from longctx.launch.cluster.submit import launch_doctor
+
+    raise typer.Exit(launch_doctor(overrides or (), profile=profile, profiles=profiles, out=out, dry_run=dry_run))
 
 
 @app.command("status")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longctx.errors import UserError
-from longctx.launch.cluster.job import here_document, plan_job, prologue
+from longctx.launch.cluster.job import plan_examination, plan_job, prologue
 from longctx.launch.cluster.profile import LocalProfile, SlurmProfile
 from longctx.recipe import load
 
@@ -59,7 +59,15 @@ def test_values_of_the_environment_are_quoted():
 
 def test_a_recipe_in_a_script_is_the_same_recipe(workplace):
     for name in ("quickstart", "million", "routed"):
-        first, *lines, last = here_document(load(name), "/tmp/recipe.toml")
+        job = plan_job(name, ["train.sequences_per_step=2"], [], slurm(ranks=2), None)
+        first, *lines, last = job.write_recipe("/tmp/recipe.toml")
         assert (first, last) == ("cat > /tmp/recipe.toml <<'RECIPE'", "RECIPE")
         (workplace / "recipe.toml").write_text("\n".join(lines))
-        assert load(workplace / "recipe.toml") == load(name)
+        assert load(workplace / "recipe.toml") == job.recipes[0]
+
+
+def test_an_examination_has_no_recipe(workplace):
+    profile = slurm(ranks=2, program="/a b/longctx")
+    job = plan_examination(profile, None)
+    assert (job.name, job.runs, job.recipe_files(), job.write_recipe("x")) == ("doctor", [Path("runs/doctor")], {}, [])
+    assert job.command(profile, "x", "run") == "'/a b/longctx' doctor --out run --json run/hardware.json"

@@ -69,6 +69,18 @@ def test_the_runs_of_a_sweep_are_each_followed(workplace, profiles, tools):
     assert all((workplace / f"runs/quickstart/{number}/job/cancelled").exists() for number in (0, 1))
 
 
+def test_the_nodes_of_a_profile_are_examined_by_a_job(workplace, profiles, tools):
+    profiles(SLURM)
+    tools.add("sbatch", "12")
+    status, stderr = run("launch", "doctor", "cluster.nodes=2", "--profile", "gpu")
+    assert status == 0, stderr
+    script = (workplace / "runs/doctor/job/job.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script
+    assert script.count('longctx doctor --out "$run" --json "$run"/hardware.json\n') == 1
+    assert "an examination has no recipe" in run("launch", "doctor", "train.steps=3", "--profile", "gpu")[1]
+    assert "the executor local is this machine: longctx doctor examines it" in run("launch", "doctor")[1]
+
+
 def test_the_log_of_a_rank_is_printed(workplace, profiles, tools, capfd):
     profiles(SLURM)
     tools.add("sbatch", "12")
