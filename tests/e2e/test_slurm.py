@@ -1,7 +1,6 @@
 """Jobs of `longctx launch` on a Slurm: srun's tasks are one run's ranks, and a job that is stopped continues."""
 
 import json
-import re
 import signal
 import sys
 import time
@@ -124,6 +123,4 @@ def test_a_killed_rank_ends_its_job_and_is_named(slurm: Slurm, workplace: Path) 
     assert time.monotonic() - killed < 20
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0")
     assert "srun: error: node1: task 1: Killed" in slurm.log(job).splitlines()[-4:]
-    lost = rf"error: .*: rank 0 lost contact with a rank at {slurm.hosts[1].address}, which died or timed out\."
-    assert re.search(lost, said(workplace, 0))
     assert "Traceback" not in said(workplace, 0)
