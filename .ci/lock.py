@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".ci" / "requirements"
-ADAPTERS = ("megatron", "deepspeed", "huggingface", "test-s3", "wandb", "mlflow")
+ADAPTERS = ("megatron", "deepspeed", "huggingface", "test-s3", "test-kubernetes", "wandb", "mlflow")
 CUDA = ("nvidia-", "cuda-")
 """How the names of the libraries begin that torch's CUDA build requires, and its CPU build does not."""
 BUILDS = tuple(product(("3.11", "3.12", "3.13", "3.14"), ("x86_64", "aarch64")))

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from tests.packaging.test_packages import EXTRAS, PYPROJECT, ROOT, pins
 
 FILES = {path.name: path.read_text() for path in sorted((ROOT / ".ci" / "requirements").iterdir())}
-ADAPTERS = ("dev", "megatron", "deepspeed", "huggingface", "test-s3", "wandb", "mlflow")
+ADAPTERS = ("dev", "megatron", "deepspeed", "huggingface", "test-s3", "test-kubernetes", "wandb", "mlflow")
 COMPARED = {"fla-core", "flash-linear-attention"}
 """Pinned for the extra `compare`, which no target of `make` installs."""
 AGAIN = "make lock"
