@@ -117,7 +117,7 @@ class _Reporter:
         self._display: Display | None = None
         self._resumed_from, self._last = step, None
         if dist.get_rank() == 0:
-            record = read_record(out)  # before anything is replaced
+            record = read_record(out)  # before metrics are replaced
             self._last = find_last_step(out) if step else None
             self._writer = MetricsWriter(out, after_step=step)
             self._display = make_display()
