@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from longctx.doctor import clocks, disk, links, stragglers
+from longctx.doctor import clocks, disk, links, node_links, stragglers
 from longctx.doctor.devices import Devices, check_devices, read_devices
 from longctx.doctor.environment import check_environment, check_same_environment, read_environment
 from longctx.doctor.fabric import Fabric, check_fabric, check_use, read_fabric
@@ -121,10 +121,11 @@ class _Examination:
             rates = stragglers.measure_rates(self._device, effort.rounds, effort.most_rounds, effort.seconds)
         with self._phase("measuring links"):
             times = links.measure_links(places, self._device, self._timeout, effort.sizes)
+            of_nodes = node_links.measure_node_links(places.leaders, self._device, self._timeout)
         with self._phase(f"measuring the disk of {directory}"):
             stored = disk.measure_disk(directory.absolute(), places, self._rank, effort.file_bytes)
         return DoctorReport(
-            findings(facts, places, offsets, rates, times, stored),
+            findings(facts, places, offsets, rates, times, of_nodes, stored),
             profile(facts, places, offsets, rates, times, stored),
         )
 
@@ -149,9 +150,10 @@ def findings(
     offsets: list[clocks.Offset],
     rates: list[RankRates],
     times: list[CollectiveTimes],
+    of_nodes: list[float],
     stored: disk.DiskFacts,
 ) -> list[Finding]:
-    """Return all findings. `facts` and `rates` are in rank order, `offsets` in the order of nodes."""
+    """Return all findings. `facts` and `rates` are in rank order, `offsets` and `of_nodes` in the order of nodes."""
     kind = facts[0].devices.kind
     names = node_names(facts, places)
     of_ranks = [names[places.node_of(rank)] for rank in range(places.size)]
@@ -170,6 +172,7 @@ def findings(
         *clocks.check_clocks(offsets, names),
         *checked_rates,
         *links.describe_links(times),
+        *node_links.check_node_links(of_nodes, names),
         *_check_adapters(facts, places, times),
         *disk.check_disk(stored, places, of_ranks, memory),
     ]

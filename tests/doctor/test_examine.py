@@ -59,7 +59,7 @@ def rates(slow: float = 1.0) -> list[RankRates]:
 
 def bad(each: list[Facts], *, offset: float = 0.0, slow: float = 1.0, bandwidth: float = 4e10) -> list[Finding]:
     offsets = [Offset(0.0, 0.0), Offset(offset, 1e-4)]
-    found = findings(each, PLACES, offsets, rates(slow), links(bandwidth), DISK)
+    found = findings(each, PLACES, offsets, rates(slow), links(bandwidth), [slow * 1e10, 1e10], DISK)
     return [one for one in found if one.status != "ok"]
 
 
@@ -73,16 +73,17 @@ def test_good_nodes_are_ok() -> None:
 def test_each_fault_is_found_with_its_place() -> None:
     tiny = replace(LIMITS, open_files=64, shared_memory=2**26, free_shared_memory=2**26)
     ill = replace(GOOD[2], limits=tiny, network=replace(GOOD[2].network, resolved=("127.0.1.1",)))
-    found = bad([*GOOD[:2], ill, ill], offset=20.0, slow=0.9, bandwidth=1e9)
+    found = bad([*GOOD[:2], ill, ill], offset=20.0, slow=0.4, bandwidth=1e9)
     assert [(one.name, one.status, one.where) for one in found] == [
         ("open files", "wrong", "gpu-2"),
         ("/dev/shm", "wrong", "gpu-2"),
         ("host name", "wrong", "gpu-2"),
         ("clocks", "warning", "gpu-2"),
-        ("matmul bfloat16", "warning", ""),
+        ("matmul bfloat16", "wrong", ""),
+        ("link of each node", "warning", ""),
         ("use of adapters", "wrong", ""),
     ]
-    assert "rank 3 on gpu-2 10 % under" in found[4].value
+    assert "rank 3 on gpu-2 60 % under" in found[4].value
 
 
 def test_ranks_with_other_versions_and_variables_are_named() -> None:
