@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +17,7 @@ from rich.text import Text
 from longctx.launch.arguments import check_json_file
 from longctx.launch.job_environment import RankOfJob, counted, find_job
 from longctx.launch.job_rank import refuse_nproc, run_as_rank
-from longctx.launch.local import run_ranks
+from longctx.launch.local import Limits, run_ranks
 from longctx.launch.terminal import echo
 from longctx.printable import printable
 
@@ -27,6 +29,7 @@ WIDTH = 132
 """Columns of the table, whatever the width of the terminal: a truncated table is unreadable."""
 ENTRY = "longctx.launch.doctor:run_rank"
 _STATUS = "status"
+_STOP_SECONDS = 10.0
 _STYLES = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
 
 
@@ -54,23 +57,40 @@ def doctor(*, nproc: int | None, out: Path, timeout: float, json_file: Path | No
         "json_file": None if json_file is None else str(json_file.absolute()),
         "logs": str(logs),
     }
-    status = run_ranks(ENTRY, arguments, ranks=ranks, logs=logs, node=node, title="examination")
-    if status:  # the last lines name files among the logs
+    status = run_ranks(
+        ENTRY,
+        arguments,
+        ranks=ranks,
+        logs=logs,
+        node=node,
+        title="examination",
+        limits=Limits(save=_STOP_SECONDS),
+        on_stop="stopping",
+    )
+    if status == 1:  # the last lines name files among the logs
         return status
-    found = int((logs / _STATUS).read_text(encoding="ascii"))
+    found = status or int((logs / _STATUS).read_text(encoding="ascii"))
     shutil.rmtree(logs)
     return found
 
 
-def run_rank(out: str, timeout: float, json_file: str | None, logs: str) -> None:
-    """Examine as a rank that the launcher has started, and leave it the exit status."""
-    status = _examine(Path(out), timeout, None if json_file is None else Path(json_file), Path(logs))
+def run_rank(out: str, timeout: float, json_file: str | None, logs: str) -> int:
+    """Examine as a rank that the launcher has started, and leave it the exit status; return 128 + a signal's number."""
+    try:
+        status = _examine(Path(out), timeout, None if json_file is None else Path(json_file), Path(logs))
+    except SystemExit as stop:
+        return int(str(stop.code))
     if os.environ["LOCAL_RANK"] == "0":
         (Path(logs) / _STATUS).write_text(str(status), encoding="ascii")
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _examine(out: Path, timeout: float, json_file: Path | None, logs: Path) -> int:
-    """Take part in the examination; return the exit status."""
+    """Take part in the examination; return the exit status. SIGTERM ends it, after what was written is removed."""
     from longctx.doctor.examine import examine
     from longctx.doctor.findings import worst
     from longctx.hardware_profile import save_profile
@@ -81,7 +101,11 @@ def _examine(out: Path, timeout: float, json_file: Path | None, logs: Path) -> i
             save_profile(report.profile, json_file)
             echo(f"hardware profile: {json_file}")
 
-    report = examine(out, timeout=timeout, stacks=logs, announce=lambda text: echo(f"{text} …"), finish=finish)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        report = examine(out, timeout=timeout, stacks=logs, announce=lambda text: echo(f"{text} …"), finish=finish)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 1 if worst(report.findings) == "wrong" else 0
 
 
@@ -95,12 +119,16 @@ def print_findings(findings: Sequence["Finding"], console: Console) -> None:
         status = Text(finding.status, style=_STYLES[finding.status])
         table.add_row(Text(finding.name), Text(printable(value)), status)
     console.print(table)
-    for finding in findings:
-        if finding.status != "ok":
-            where = f" on {finding.where}" if finding.where else ""
-            head = Text(f"\n{finding.status}: ", style=_STYLES[finding.status])
-            text = printable(f"{finding.name}{where}: {finding.value}\n  {finding.remedy}", lines=True)
-            console.print(head.append(text, style="not bold default"), soft_wrap=True)
+    faults = [finding for finding in findings if finding.status != "ok"]
+    for remedy in dict.fromkeys(finding.remedy for finding in faults):
+        console.print()
+        for finding in faults:
+            if finding.remedy == remedy:
+                where = f" on {finding.where}" if finding.where else ""
+                head = Text(f"{finding.status}: ", style=_STYLES[finding.status])
+                text = printable(f"{finding.name}{where}: {finding.value}")
+                console.print(head.append(text, style="not bold default"), soft_wrap=True)
+        console.print(Text(f"  {printable(remedy)}"), soft_wrap=True)
     wrong, warnings = (sum(one.status == status for one in findings) for status in ("wrong", "warning"))
     console.print(f"\n{counted(wrong, 'fault') if wrong else 'No fault'}, {counted(warnings, 'warning')}.")
 

@@ -116,6 +116,8 @@ class _Job:
     folder: Path
     limits: Limits
     node: NodeOfJob | None = None
+    on_stop: str = ""
+    """What ranks do when they are asked to stop, for a line."""
     ranks: list[_Rank] = field(default_factory=list)
     signals: list[signal.Signals] = field(default_factory=list)
     """Signals that the launcher received."""
@@ -166,7 +168,7 @@ class _Job:
 
     def _ask_to_stop(self, number: signal.Signals) -> None:
         again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
-        echo(f"{number.name}: saving and stopping, within {self.limits.save:g} s{again}")
+        echo(f"{number.name}: {self.on_stop}, within {self.limits.save:g} s{again}")
         for rank in self.running():
             rank.ask_to_stop()
 
@@ -185,14 +187,15 @@ def run_ranks(
     title: str = "",
     advice: str = "",
     limits: Limits | None = None,
+    on_stop: str = "saving and stopping",
 ) -> int:
     """Call `entry` (`module:function`) with `arguments` in `ranks` processes on this machine; return the exit status.
 
     `node`: this machine's place among those of a job, each of which has a launcher with as many ranks; None: the job is
     on this machine alone. `arguments` must be JSON-serialisable. `title`: what they do, for a line at the start; empty:
     no line. Rank 0 inherits this process's stdout and stderr; the output of other ranks goes to `logs/rank-N.log`.
-    `advice` is printed after a failure or a stop. Must be called in the main thread, which receives the signals. Raises
-    UserError if `logs` cannot be created.
+    `advice` is printed after a failure or a stop, `on_stop` when the ranks are asked to stop. Must be called in the
+    main thread, which receives the signals. Raises UserError if `logs` cannot be created.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -207,7 +210,7 @@ def run_ranks(
     with temporary_folder("job") as folder:
         content: Job = {"entry": entry, "arguments": dict(arguments)}
         (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
-        job = _Job(folder, limits or Limits(), node)
+        job = _Job(folder, limits or Limits(), node, on_stop)
         with _received_signals(job.signals):
             try:
                 for local in range(ranks):

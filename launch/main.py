@@ -153,7 +153,7 @@ def _doctor(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of runs, whose disk is measured.")] = Path("runs"),
-    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit per collective.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit per collective.")] = 120.0,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the hardware profile as JSON.")] = None,
 ) -> None:
     """Check the machines before a run, and measure them.

@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,9 @@ def test_a_table_has_everything_and_below_it_what_to_do() -> None:
     assert "warning: host name on vm: vm is 127.0.1.1\n  correct it\n" in text
     assert "wrong: /dev/shm: 64 MiB\n  --shm-size=8g\n" in text
     assert lines[-1] == "1 fault, 1 warning."
+    also = Finding("copy", "1 GB/s", "warning", "correct it")
+    together = "warning: host name on vm: vm is 127.0.1.1\nwarning: copy: 1 GB/s\n  correct it\n"
+    assert together in printed(WARNING, also), "what to do about both is said once"
     assert printed(Finding("torch", "2.13")).endswith("\nNo fault, 0 warnings.\n")
 
 
@@ -93,7 +98,7 @@ def test_the_launcher_returns_what_its_rank_found(monkeypatch: pytest.MonkeyPatc
     assert run("doctor", "--out", "there", "--timeout", "9")[0] == status
     ((arguments, options),) = started
     assert (arguments["out"], arguments["timeout"], arguments["json_file"]) == (str(tmp_path / "there"), 9, None)
-    assert (options["ranks"], options["node"]) == (8, None)
+    assert (options["ranks"], options["node"], options["on_stop"]) == (8, None, "stopping")
     assert not Path(arguments["logs"]).exists()
 
 
@@ -112,7 +117,30 @@ def test_a_node_of_a_job_starts_its_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(command, "run_ranks", lambda entry, arguments, **found: options.append(found) or 143)
     assert command.doctor(nproc=None, out=Path("runs"), timeout=9, json_file=None) == 143
     assert (options[0]["ranks"], options[0]["node"]) == (4, node)
-    options[0]["logs"].rmdir()
+    assert not options[0]["logs"].exists()
+
+
+def examination(monkeypatch: pytest.MonkeyPatch, examine: Callable[..., object]) -> None:
+    module = types.ModuleType("longctx.doctor.examine")
+    module.examine = examine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "longctx.doctor.examine", module)
+
+
+def test_sigterm_ends_a_rank_which_removes_what_it_wrote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    removed = []
+
+    def examine(directory: Path, **options: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            removed.append(directory)
+
+    before = signal.getsignal(signal.SIGTERM)
+    examination(monkeypatch, examine)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert command.run_rank(out="runs", timeout=9, json_file=None, logs=str(tmp_path)) == 128 + signal.SIGTERM
+    assert (removed, signal.getsignal(signal.SIGTERM)) == ([Path("runs")], before)
+    assert not (tmp_path / "status").exists()
 
 
 @pytest.mark.parametrize(("found", "status"), [(WARNING, 0), (WRONG, 1)])
@@ -127,13 +155,11 @@ def test_inside_a_job_this_process_is_the_rank(
         options["finish"](report)  # type: ignore[operator]
         return report
 
-    module = types.ModuleType("longctx.doctor.examine")
-    module.examine = examine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "longctx.doctor.examine", module)
+    examination(monkeypatch, examine)
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     assert run("doctor", "--json", "p.json")[0] == status
-    assert called == [(Path("runs"), 60.0, Path("runs/logs"))]
+    assert called == [(Path("runs"), 120.0, Path("runs/logs"))]
     assert load_profile(Path("p.json")) == PROFILE
 
 
