@@ -49,27 +49,28 @@ def _resolve(name: str) -> tuple[str, ...]:
 
 def check_network(network: Network, environment: Mapping[str, str], nodes: int) -> list[Finding]:
     """Check the addresses of a node, one of `nodes`, and the interfaces that its environment names."""
-    return [check_host_name(network, nodes), *_interfaces(network, environment, nodes)]
+    return [check_host_name(network, environment, nodes), *_interfaces(network, environment, nodes)]
 
 
-def check_host_name(network: Network, nodes: int) -> Finding:
+def check_host_name(network: Network, environment: Mapping[str, str], nodes: int) -> Finding:
     """Check that other nodes can reach this one by the address of its host name.
 
     torchrun's c10d rendezvous compares that address with the endpoint's to find out which agent is its server; at
-    127.0.1.1, Debian's entry in /etc/hosts, all become clients, and wait.
+    127.0.1.1, Debian's entry in /etc/hosts, all become clients, and wait. gloo listens at it, unless
+    GLOO_SOCKET_IFNAME names an interface.
     """
     name, value = "host name", f"{network.host_name} is {few(network.resolved) or 'not resolved'}"
     own = [address for addresses in network.interfaces.values() for address in addresses if _is_reachable(address)]
     suggestion = own[0] if own else "its address"
     change = f"give the line '{suggestion} {network.host_name}' to /etc/hosts, or correct the name in DNS"
-    rather = "or give torchrun --local-addr and a static --master-addr; srun does not need it"
-    status: Status = "wrong" if nodes > 1 else "warning"
+    rather = "or set GLOO_SOCKET_IFNAME, and give torchrun --local-addr"
+    status: Status = "wrong" if nodes > 1 and "GLOO_SOCKET_IFNAME" not in environment else "warning"
     if not any(_is_reachable(address) for address in network.resolved):
         return Finding(
             name,
             value,
             status,
-            f"other nodes cannot reach this one by it, as torchrun's rendezvous needs: {change}, {rather}",
+            f"other nodes cannot reach this one by it, which torchrun and gloo do: {change}, {rather}",
         )
     if not set(own) & set(network.resolved):
         return Finding(name, f"{value}, of none of its interfaces", "warning", f"{change}, {rather}")

@@ -23,7 +23,8 @@ def flops(number: float) -> str:
 def duration(seconds: float) -> str:
     """Write seconds, which may be negative: `23.4 us`, `1.5 s`."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if abs(seconds) * scale >= 1 or unit == "us":
+        # 999.6 us would be written 1e+03 us.
+        if abs(seconds) * scale >= 0.9995 or unit == "us":
             return f"{seconds * scale:.3g} {unit}"
     raise AssertionError("the last unit is for all numbers")
 

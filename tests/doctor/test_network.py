@@ -21,22 +21,23 @@ def test_an_unknown_name_resolves_to_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_address_of_the_node_is_ok() -> None:
-    assert check_host_name(GOOD, 2).status == "ok"
-    assert check_host_name(Network("a", ("fe80::1", "10.1.0.5"), GOOD.interfaces), 2).status == "ok"
+    assert check_host_name(GOOD, {}, 2).status == "ok"
+    assert check_host_name(Network("a", ("fe80::1", "10.1.0.5"), GOOD.interfaces), {}, 2).status == "ok"
 
 
 @pytest.mark.parametrize("addresses", [("127.0.1.1",), (), ("169.254.3.4", "::1")])
 def test_a_name_that_others_cannot_reach_is_wrong_between_nodes(addresses: tuple[str, ...]) -> None:
     network = Network("gpu-1", addresses, GOOD.interfaces)
-    found = check_host_name(network, 2)
+    found = check_host_name(network, {}, 2)
     assert found.status == "wrong"
     assert "'10.0.0.5 gpu-1' to /etc/hosts" in found.remedy
     assert found.value == f"gpu-1 is {', '.join(addresses) or 'not resolved'}"
-    assert check_host_name(network, 1).status == "warning", "for a later job of several nodes"
+    assert check_host_name(network, {}, 1).status == "warning", "for a later job of several nodes"
+    assert check_host_name(network, {"GLOO_SOCKET_IFNAME": "eth0"}, 2).status == "warning", "gloo does not use it"
 
 
 def test_an_address_of_another_machine_is_a_warning() -> None:
-    found = check_host_name(Network("gpu-1", ("10.9.9.9",), GOOD.interfaces), 2)
+    found = check_host_name(Network("gpu-1", ("10.9.9.9",), GOOD.interfaces), {}, 2)
     assert (found.value, found.status) == ("gpu-1 is 10.9.9.9, of none of its interfaces", "warning")
 
 

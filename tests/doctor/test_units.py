@@ -19,6 +19,7 @@ from longctx.doctor.units import duration, flops, rate, size
         (duration(-1.5), "-1.5 s"),
         (duration(0), "0 us"),
         (duration(2e-3), "2 ms"),
+        (duration(999.6e-6), "1 ms"),
     ],
 )
 def test_numbers_have_units(text: str, expected: str) -> None:
