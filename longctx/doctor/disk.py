@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longctx.doctor.findings import Finding, few
-from longctx.doctor.ranks import Places, gather
+from longctx.doctor.ranks import Places, gather, no_step
 from longctx.doctor.units import rate, size
 from longctx.hardware_profile import Disk
 
@@ -43,17 +43,23 @@ class DiskFacts:
 
 
 def measure_disk(
-    directory: Path, places: Places, rank: int, file_bytes: int = FILE_BYTES, patience: float = _PATIENCE
+    directory: Path,
+    places: Places,
+    rank: int,
+    file_bytes: int = FILE_BYTES,
+    patience: float = _PATIENCE,
+    step: Callable[[], None] = no_step,
 ) -> DiskFacts:
     """Measure the directory with all ranks, each of which writes a file of `file_bytes`, fewer if space is short.
 
     Rank 0 makes the directory if there is none, and removes everything that was made at the end. A rank waits
-    `patience` seconds for the files of others. Collective; every rank returns the same.
+    `patience` seconds for the files of others. `step` is called before each measurement. Collective; every rank returns
+    the same.
     """
     made: list[Path] = []
     trial = directory / f".longctx-doctor-{gather(secrets.token_hex(8))[0]}"
     try:
-        facts = _measure(directory, trial, made, places, rank, file_bytes, patience)
+        facts = _measure(directory, trial, made, places, rank, file_bytes, patience, step)
         gather(None)  # nobody reads any more
         return facts
     finally:
@@ -65,16 +71,24 @@ def measure_disk(
 
 
 def _measure(
-    directory: Path, trial: Path, made: list[Path], places: Places, rank: int, file_bytes: int, patience: float
+    directory: Path,
+    trial: Path,
+    made: list[Path],
+    places: Places,
+    rank: int,
+    file_bytes: int,
+    patience: float,
+    step: Callable[[], None],
 ) -> DiskFacts:
     errors: dict[int, str] = {}
 
-    def together(step: Callable[[], float]) -> list[float]:
-        """Do a step on all ranks; 0 where it fails. A rank that failed before does not take part."""
+    def together(act: Callable[[], float]) -> list[float]:
+        """Act on all ranks; 0 where it fails. A rank that failed before does not take part."""
+        step()
         value, error = 0.0, ""
         if rank not in errors:
             try:
-                value = step()
+                value = act()
             except OSError as caught:
                 error = f"{type(caught).__name__}: {caught.strerror or caught}"
         results = gather((value, error))

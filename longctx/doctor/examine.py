@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,18 +97,22 @@ class _Examination:
         self._announce = announce
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Name what the ranks do, for rank 0's terminal, the report of a hang, and errors of communication."""
-        self._monitor.enter(name, name)
+    def _phase(self, name: str) -> Iterator[Callable[[], None]]:
+        """Name what the ranks do, for rank 0's terminal, the report of a hang, and errors of communication.
+
+        Yields what is to be called before each measurement: the time in which ranks have to arrive begins anew.
+        """
+        step = partial(self._monitor.enter, name, name)
+        step()
         if self._rank == 0:
             self._announce(name)
         try:
-            yield
+            yield step
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise RankError(
-                f"{name}: rank {self._rank} failed: {reason}. If that is a timeout or a closed connection, the first "
-                "rank to fail, in its own log, has the cause; see docs/doctor.md for links that do not work."
+                f"{name}: rank {self._rank} failed: {reason}. If that is a timeout or a closed connection, the "
+                "rank that failed first has the cause in its log"
             ) from error
 
     def run(self, directory: Path, effort: Effort) -> DoctorReport:
@@ -117,13 +122,13 @@ class _Examination:
             places = Places.of([one.machine for one in facts])
         with self._phase("measuring clocks"):
             offsets = clocks.measure_offsets(places.leaders)
-        with self._phase("measuring matrix products and copies"):
-            rates = stragglers.measure_rates(self._device, effort.rounds, effort.most_rounds, effort.seconds)
-        with self._phase("measuring links"):
-            times = links.measure_links(places, self._device, self._timeout, effort.sizes)
-            of_nodes = node_links.measure_node_links(places.leaders, self._device, self._timeout)
-        with self._phase(f"measuring the disk of {directory}"):
-            stored = disk.measure_disk(directory.absolute(), places, self._rank, effort.file_bytes)
+        with self._phase("measuring matrix products and copies") as step:
+            rates = stragglers.measure_rates(self._device, effort.rounds, effort.most_rounds, effort.seconds, step)
+        with self._phase("measuring links") as step:
+            times = links.measure_links(places, self._device, self._timeout, effort.sizes, step)
+            of_nodes = node_links.measure_node_links(places.leaders, self._device, self._timeout, step=step)
+        with self._phase(f"measuring the disk of {directory}") as step:
+            stored = disk.measure_disk(directory.absolute(), places, self._rank, effort.file_bytes, step=step)
         return DoctorReport(
             findings(facts, places, offsets, rates, times, of_nodes, stored),
             profile(facts, places, offsets, rates, times, stored),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longctx.doctor.findings import Finding
-from longctx.doctor.ranks import Places, make_groups
+from longctx.doctor.ranks import Places, make_groups, no_step
 from longctx.doctor.units import duration, rate, size
 from longctx.hardware_profile import Collective, CollectiveTimes, Sample, Scope
 from longctx.parallel.collectives import all_gather, all_reduce, all_to_all_rows, exchange, reduce_scatter
@@ -29,18 +29,22 @@ _NAMES: dict[Scope, str] = {"node": "inside a node", "between": "between nodes",
 
 
 def measure_links(
-    places: Places, device: torch.device, timeout: float, sizes: tuple[int, ...] | None = None
+    places: Places,
+    device: torch.device,
+    timeout: float,
+    sizes: tuple[int, ...] | None = None,
+    step: Callable[[], None] = no_step,
 ) -> list[CollectiveTimes]:
     """Measure each collective in each scope that the ranks have (none for a single rank). Collective.
 
-    `timeout`: seconds per collective. `sizes`: bytes that each rank contributes, ascending; None: those of SIZES. All
-    ranks return the same times, those of the slowest rank.
+    `timeout`: seconds per collective. `sizes`: bytes that each rank contributes, ascending; None: those of SIZES.
+    `step` is called before each measurement. All ranks return the same times, those of the slowest rank.
     """
     found: list[CollectiveTimes] = []
     for scope, groups in places.groups().items():
         group, ranks = make_groups(groups, timeout), max(map(len, groups))
         measured = sizes or SIZES[device.type]
-        found += [_measure(name, scope, group, ranks, device, measured) for name in get_args(Collective)]
+        found += [_measure(name, scope, group, ranks, device, measured, step) for name in get_args(Collective)]
     return found
 
 
@@ -51,6 +55,7 @@ def _measure(
     ranks: int,
     device: torch.device,
     sizes: tuple[int, ...],
+    step: Callable[[], None],
 ) -> CollectiveTimes:
     """Measure one collective over the largest of the groups of a scope, while the others do the same."""
     samples = []
@@ -59,6 +64,7 @@ def _measure(
         elements = ranks * max(1, wanted // (_FLOAT * ranks))
         if name == "all_gather" and ranks * elements * _FLOAT > LARGEST_RESULT[device.type]:
             break
+        step()
         own = 0.0
         if group is not None:
             call = collective(name, elements, group, device)

@@ -1,7 +1,7 @@
 """Link of each node: messages of pairs of nodes, by which a node with a slow adapter or cable is found."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longctx.doctor.findings import Finding, few
-from longctx.doctor.ranks import gather, make_groups
+from longctx.doctor.ranks import gather, make_groups, no_step
 from longctx.doctor.units import rate
 from longctx.parallel.collectives import all_gather, exchange
 from longctx.parallel.link_speeds import median_seconds
@@ -24,17 +24,22 @@ _FEWEST = 3
 
 
 def measure_node_links(
-    leaders: Sequence[int], device: torch.device, timeout: float, size: int | None = None
+    leaders: Sequence[int],
+    device: torch.device,
+    timeout: float,
+    size: int | None = None,
+    step: Callable[[], None] = no_step,
 ) -> list[float]:
     """Return each node's bytes per second in each direction; empty for fewer than three nodes. Collective.
 
     Pairs of neighbours among `leaders`, one rank per node, exchange messages of `size` bytes, all pairs at once; then
     each node with its other neighbour. The faster one counts: the slower one is its neighbour's fault. `timeout`:
-    seconds per collective. Every rank returns the same.
+    seconds per collective. `step` is called before each measurement. Every rank returns the same.
     """
     if len(leaders) < _FEWEST:
         return []
     group, best = make_groups([tuple(leaders)], timeout), 0.0
+    step()
     if group is not None:
         own = dist.get_rank(group)
         elements = (size or BYTES[device.type]) // _FLOAT

@@ -16,6 +16,10 @@ from longctx.parallel.mesh import Axis
 T = TypeVar("T")
 
 
+def no_step() -> None:
+    """Do nothing before a measurement, which else tells the monitor of hangs that the one before has ended."""
+
+
 def gather(value: T) -> list[T]:
     """Return the values of all ranks in rank order: small host objects. Collective."""
     axis = Axis.from_group(dist.group.WORLD)

@@ -7,7 +7,7 @@ import torch
 
 from longctx.bench.rates import copy_rate
 from longctx.doctor.findings import Finding, few
-from longctx.doctor.ranks import gather
+from longctx.doctor.ranks import gather, no_step
 from longctx.hardware_profile import RankRates
 from longctx.system import matmul_rate
 
@@ -23,28 +23,36 @@ Rates = dict[str, list[float]]
 
 
 def measure_rates(
-    device: torch.device, rounds: int = ROUNDS, most_rounds: int = MOST_ROUNDS, seconds: float = SECONDS
+    device: torch.device,
+    rounds: int = ROUNDS,
+    most_rounds: int = MOST_ROUNDS,
+    seconds: float = SECONDS,
+    step: Callable[[], None] = no_step,
 ) -> list[RankRates]:
     """Measure the rates of all ranks at the same time, and return them in rank order, on each rank. Collective.
 
     The best of `rounds` counts, each of which takes about `seconds` per rate. As long as a rank is slow there are more
-    rounds, up to `most_rounds`: a disturbance passes, a throttled device does not recover.
+    rounds, up to `most_rounds`: a disturbance passes, a throttled device does not recover. `step` is called before
+    each measurement.
     """
     names: dict[str, Callable[[], float]] = {
         name: lambda name=name: matmul_rate(device, getattr(torch, name), seconds)  # type: ignore[misc]
         for name in DTYPES
     }
     names[_COPY] = lambda: copy_rate(device, torch.float32, seconds)
-    return to_profile(best_rates(names, rounds, most_rounds))
+    return to_profile(best_rates(names, rounds, most_rounds, step))
 
 
-def best_rates(measures: Mapping[str, Callable[[], float]], rounds: int, most_rounds: int) -> Rates:
+def best_rates(
+    measures: Mapping[str, Callable[[], float]], rounds: int, most_rounds: int, step: Callable[[], None] = no_step
+) -> Rates:
     """Return the best rates of all ranks, after `rounds`, and up to `most_rounds` while one is slow. Collective."""
     best: Rates = {}
     for number in range(most_rounds):
         if number >= rounds and not any(map(slow_ranks, best.values())):
             break
         for name, measure in measures.items():
+            step()
             # The gathers keep the ranks in step, so that they measure under the same load.
             now = gather(measure())
             best[name] = list(map(max, now, best.get(name, now)))

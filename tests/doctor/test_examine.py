@@ -1,6 +1,7 @@
 """The examination: findings and profile of bad nodes, and of ranks that examine this machine."""
 
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,24 @@ def test_ranks_examine_this_machine_and_agree(ranks: LocalRanks, tmp_path: Path)
         *names
     }
     assert (first.profile.ranks, first.profile.ranks_per_node, len(first.profile.links)) == (2, 2, 5)
+
+
+def phases(directory: str) -> Counter[str]:
+    """The phases that the monitor of hangs is told."""
+    entered: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "enter", lambda monitor, kind, name: entered.update([name]))
+        examined(directory)
+    return entered
+
+
+def test_the_time_for_ranks_to_arrive_begins_anew_with_each_measurement(ranks: LocalRanks, tmp_path: Path) -> None:
+    """Else a slow machine's many measurements would be taken for one that hangs."""
+    (first, second) = ranks.run(phases, str(tmp_path), size=2)
+    assert first == second
+    assert first["measuring matrix products and copies"] == 1 + 3
+    assert first["measuring links"] == 1 + 5
+    assert first[f"measuring the disk of {tmp_path}"] == 1 + 4
 
 
 def failing(directory: str) -> str:
