@@ -117,7 +117,9 @@ def _shared_memory(limits: ProcessLimits, local_ranks: int, kind: str) -> Findin
 
 
 def _threads(limits: ProcessLimits, local_ranks: int) -> Finding:
-    value = f"{limits.threads} per rank, {local_ranks} ranks on {limits.cores} cores"
+    value = (
+        f"{limits.threads} per rank, {local_ranks} {'rank' if local_ranks == 1 else 'ranks'} on {limits.cores} cores"
+    )
     fair = max(1, limits.cores // local_ranks)
     if limits.threads <= fair:
         return Finding("threads", value)

@@ -61,19 +61,18 @@ def check_host_name(network: Network, environment: Mapping[str, str], nodes: int
     """
     name, value = "host name", f"{network.host_name} is {few(network.resolved) or 'not resolved'}"
     own = [address for addresses in network.interfaces.values() for address in addresses if _is_reachable(address)]
-    suggestion = own[0] if own else "its address"
-    change = f"give the line '{suggestion} {network.host_name}' to /etc/hosts, or correct the name in DNS"
-    rather = "or set GLOO_SOCKET_IFNAME, and give torchrun --local-addr"
+    suggestion = f" (it has {own[0]})" if own else ""
+    # The same text on every node, so that the finding is one line.
+    change = (
+        "give the node a line 'ADDRESS NAME' in /etc/hosts, or correct the name in DNS, or set GLOO_SOCKET_IFNAME, and "
+        "give torchrun --local-addr"
+    )
     status: Status = "wrong" if nodes > 1 and "GLOO_SOCKET_IFNAME" not in environment else "warning"
     if not any(_is_reachable(address) for address in network.resolved):
-        return Finding(
-            name,
-            value,
-            status,
-            f"other nodes cannot reach this one by it, which torchrun and gloo do: {change}, {rather}",
-        )
+        remedy = f"other nodes cannot reach this one by it, which torchrun and gloo do: {change}"
+        return Finding(name, f"{value}{suggestion}", status, remedy)
     if not set(own) & set(network.resolved):
-        return Finding(name, f"{value}, of none of its interfaces", "warning", f"{change}, {rather}")
+        return Finding(name, f"{value}, of none of its interfaces{suggestion}", "warning", change)
     return Finding(name, value)
 
 

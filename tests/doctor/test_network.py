@@ -30,15 +30,20 @@ def test_a_name_that_others_cannot_reach_is_wrong_between_nodes(addresses: tuple
     network = Network("gpu-1", addresses, GOOD.interfaces)
     found = check_host_name(network, {}, 2)
     assert found.status == "wrong"
-    assert "'10.0.0.5 gpu-1' to /etc/hosts" in found.remedy
-    assert found.value == f"gpu-1 is {', '.join(addresses) or 'not resolved'}"
+    assert "/etc/hosts" in found.remedy
+    assert found.value == f"gpu-1 is {', '.join(addresses) or 'not resolved'} (it has 10.0.0.5)"
+    other = check_host_name(Network("gpu-2", (), {"eth0": ("10.0.0.6",)}), {}, 2)
+    assert other.remedy == found.remedy, "one line for many nodes"
     assert check_host_name(network, {}, 1).status == "warning", "for a later job of several nodes"
     assert check_host_name(network, {"GLOO_SOCKET_IFNAME": "eth0"}, 2).status == "warning", "gloo does not use it"
 
 
 def test_an_address_of_another_machine_is_a_warning() -> None:
     found = check_host_name(Network("gpu-1", ("10.9.9.9",), GOOD.interfaces), {}, 2)
-    assert (found.value, found.status) == ("gpu-1 is 10.9.9.9, of none of its interfaces", "warning")
+    assert (found.value, found.status) == (
+        "gpu-1 is 10.9.9.9, of none of its interfaces (it has 10.0.0.5)",
+        "warning",
+    )
 
 
 @pytest.mark.parametrize(
