@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from longctx.doctor.findings import Finding
+from longctx.doctor.findings import Finding, Status
 from longctx.kernels.native import library
 from longctx.train.agreement import differences, versions
 
+_NATIVE = "native kernels"
 _ALWAYS = ("longctx", "Python", "torch")
 
 
 def read_versions() -> dict[str, str]:
     """Return this process's versions by name, and the state of the C++ kernels; what is not there is left out."""
     found = {name: version for name, version in versions().items() if version is not None}
-    return found | {"native kernels": library.describe(), "backends": ", ".join(_backends())}
+    return found | {_NATIVE: library.describe(), "backends": ", ".join(_backends())}
 
 
 def _backends() -> list[str]:
@@ -27,19 +28,12 @@ def check_versions(ranks: Sequence[Mapping[str, str]], kind: str) -> list[Findin
     """Check the versions of all ranks, in rank order. `kind`: the devices' type, `cpu` or `cuda`."""
     first = ranks[0]
     found = [Finding(name, first[name]) for name in _ALWAYS]
-    others = [f"{name} {version}" for name, version in first.items() if name not in (*_ALWAYS, "native kernels")]
+    others = [f"{name} {version}" for name, version in first.items() if name not in (*_ALWAYS, _NATIVE)]
     found.append(Finding("other versions", ", ".join(others).replace("backends ", "backends: ")))
-    found.append(_native(first["native kernels"], kind))
-    found += [
-        Finding(
-            "versions differ",
-            difference,
-            "wrong",
-            "install the same on every node (one container image, or one environment on a shared file system): "
-            "longctx train refuses such a job",
-        )
-        for difference in differences(ranks)
-    ]
+    found.append(_native(first[_NATIVE], kind))
+    refused = "longctx train refuses such a job"
+    found += _differences([{name: one[name] for name in one if name != _NATIVE} for one in ranks], "wrong", refused)
+    found += _differences([{_NATIVE: one[_NATIVE]} for one in ranks], "warning", "the slowest rank sets the pace")
     needed = "nccl" if kind == "cuda" else "gloo"
     if needed not in first["backends"]:
         found.append(
@@ -53,11 +47,16 @@ def check_versions(ranks: Sequence[Mapping[str, str]], kind: str) -> list[Findin
     return found
 
 
+def _differences(ranks: Sequence[Mapping[str, str]], status: Status, effect: str) -> list[Finding]:
+    remedy = f"install the same on every node (one container image, or one shared environment): {effect}"
+    return [Finding("versions differ", difference, status, remedy) for difference in differences(ranks)]
+
+
 def _native(text: str, kind: str) -> Finding:
     if kind == "cuda" or "torch operators" not in text:
-        return Finding("native kernels", text)
+        return Finding(_NATIVE, text)
     return Finding(
-        "native kernels",
+        _NATIVE,
         text,
         "warning",
         "install a C++ compiler (g++): without, a CPU takes two to nine times as long",

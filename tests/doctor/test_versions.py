@@ -36,6 +36,12 @@ def test_versions_that_differ_are_wrong() -> None:
     assert bad([GOOD, GOOD, GOOD | {"torch": "2.12"}]) == [expected]
 
 
+def test_other_kernels_are_a_warning() -> None:
+    (found,) = bad([GOOD, GOOD | {"native kernels": "C++ kernels (a), g++ 13"}])
+    assert (found[0], found[2]) == ("versions differ", "warning")
+    assert "on rank 1" in found[1]
+
+
 def test_a_torch_without_the_backend_is_wrong() -> None:
     cpu_build = GOOD | {"backends": "gloo"}
     assert bad([cpu_build], "cpu") == []
