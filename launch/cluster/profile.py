@@ -150,7 +150,7 @@ class KubernetesProfile(Profile):
 
     executor: Literal["kubernetes"]
     kind: Literal["trainjob", "jobset"] = "trainjob"
-    """`trainjob`: Kubeflow Trainer 2.3 or later. `jobset`: JobSet alone."""
+    """`trainjob`: Kubeflow Trainer 2.3 or later. `jobset`: JobSet, without the trainer."""
     namespace: str = "default"
     """Namespace of the job."""
     image: str

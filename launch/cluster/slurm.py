@@ -70,9 +70,8 @@ class Slurm:
         run = f"{shlex.quote(str(job.out))}/$SLURM_ARRAY_TASK_ID" if job.is_sweep else shlex.quote(str(job.out))
         srun = ['srun --kill-on-bad-exit=1 --open-mode=append --output="$run/logs/rank-%t.log"']
         if profile.cpus is not None:
-            srun.append(
-                f"--cpus-per-task={profile.cpus}"
-            )  # srun does not take over that of sbatch, from Slurm 22.05 on
+            # From Slurm 22.05 on srun does not take over that of sbatch.
+            srun.append(f"--cpus-per-task={profile.cpus}")
         if profile.container is not None:
             mounts = ",".join([f"{job.directory}:{job.directory}", *profile.mounts])
             srun.append(f"--container-image={shlex.quote(profile.container)}")

@@ -39,6 +39,7 @@ from longctx.launch.cluster.ssh import Ssh
 from longctx.launch.job_environment import counted
 from longctx.launch.terminal import echo
 from longctx.launch.train import train
+from longctx.recipe import load
 
 RECORD = "job.json"
 _PREFIX = "cluster."
@@ -65,10 +66,13 @@ def launch(
     own = [text.removeprefix(_PREFIX) for text in overrides if text.startswith(_PREFIX)]
     overrides = [text for text in overrides if not text.startswith(_PREFIX)]
     chosen = load_profile(profile, profiles, own)
-    job = plan_job(source, overrides, sweep, chosen, out)
     if isinstance(chosen, LocalProfile):
-        return _run_here(source, overrides, job, chosen, dry_run)
-    return _print_or_submit(job, chosen, dry_run)
+        if sweep or chosen.setup or chosen.environment or chosen.directory:
+            raise UserError(
+                "the executor local runs longctx train here: it has no sweep, setup, environment or directory"
+            )
+        return _run_here(source, overrides, out, chosen, dry_run)
+    return _print_or_submit(plan_job(source, overrides, sweep, chosen, out), chosen, dry_run)
 
 
 def launch_doctor(
@@ -106,15 +110,15 @@ def _print_or_submit(job: ClusterJob, profile: AnyProfile, dry_run: bool) -> int
     return _submit(executor, job, submission, profile)
 
 
-def _run_here(source: str, overrides: Sequence[str], job: ClusterJob, profile: LocalProfile, dry_run: bool) -> int:
-    if job.is_sweep or profile.setup or profile.environment or profile.directory:
-        raise UserError("the executor local runs longctx train here: it has no sweep, setup, environment or directory")
+def _run_here(source: str, overrides: Sequence[str], out: Path | None, profile: LocalProfile, dry_run: bool) -> int:
+    """Train as `longctx train` does, which checks the recipe for the ranks that it takes."""
     ranks = profile.ranks or profile.gpus or None
+    out = out or Path("runs") / load(source, overrides).name
     if dry_run:
         count = [] if ranks is None else ["--nproc", str(ranks)]
-        sys.stdout.write(f"{shlex.join(['longctx', 'train', source, *overrides, '--out', str(job.out), *count])}\n")
+        sys.stdout.write(f"{shlex.join(['longctx', 'train', source, *overrides, '--out', str(out), *count])}\n")
         return 0
-    return train(source, overrides, nproc=ranks, out=job.out)
+    return train(source, overrides, nproc=ranks, out=out)
 
 
 def _executor(profile: AnyProfile) -> Executor:

@@ -105,13 +105,25 @@ def test_local_runs_it_here(workplace, monkeypatch):
     assert run("launch", "quickstart", "train.steps=500", "cluster.ranks=2", "--dry-run") == (0, printed)
 
 
+def test_local_takes_as_many_ranks_as_longctx_train(workplace, monkeypatch):
+    """Which depends on the machine: the profile has no number of its own."""
+    calls = []
+    monkeypatch.setattr(submit, "train", lambda *given, **options: calls.append(options) or 0)
+    assert run("launch", "quickstart") == (0, "")
+    assert calls[0]["nproc"] is None
+    assert run("launch", "quickstart", "--dry-run")[1] == "longctx train quickstart --out runs/quickstart\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["launch", "quickstart", "--profile", "gpu", "train.stpes=3"], "train.stpes: unknown key; did you mean"),
         (["launch", "quickstart", "--profile", "gpu", "cluster.nodse=3"], "command line: nodse: unknown key; did you"),
         (["launch", "quickstart", "--profile", "gpu"], "sbatch: there is no such command here"),
-        (["launch", "quickstart", "--sweep", "optimizer.lr=1,2", "cluster.ranks=2"], "the executor local runs"),
+        (
+            ["launch", "quickstart", "--sweep", "optimizer.lr=1,2", "cluster.ranks=2"],
+            "the executor local runs",
+        ),
         (["launch", "status", "nothing"], "nothing: no job was launched from here under this name"),
     ],
 )
