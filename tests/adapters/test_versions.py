@@ -27,7 +27,6 @@ def test_what_is_older_or_newer_is_refused(monkeypatch, version):
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(
-        UnsupportedVersionError, match=r"no-such-package is not installed: pip install 'longctx\[none\]'"
-    ):
+    message = r"no-such-package is not installed: pip install -e '\.\[none\]'"
+    with pytest.raises(UnsupportedVersionError, match=message):
         versions.TestedVersions("no-such-package", "no_such_module", oldest="1", newest="1", extra="none").check()
