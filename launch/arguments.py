@@ -17,6 +17,7 @@ RecipeArgument = Annotated[
         autocompletion=complete_recipe,
     ),
 ]
+TinyOption = Annotated[bool, typer.Option("--tiny", help="The recipe's tiny variant, its table [tiny].")]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(

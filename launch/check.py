@@ -17,29 +17,48 @@ from longctx.launch.job_environment import counted
 from longctx.model.decoder import count_parameters
 from longctx.printable import printable
 from longctx.recipe import Recipe, check
+from longctx.recipe.schema import Stage
 from longctx.train.display import human_count, human_position
 from longctx.train.resume_copy import find_copy
 from longctx.train.run_lock import RunLock
-from longctx.train.start import Start, local_start, start_warnings, verify_start
+from longctx.train.start import (
+    StageData,
+    Start,
+    is_complete,
+    local_start,
+    nothing_text,
+    open_data,
+    start_warnings,
+    verify_start,
+)
 
 
-def check_run(recipe: Recipe, out: Path, resume: str, ranks: int, *, shown: bool = True) -> int:
+def check_run(
+    recipe: Recipe, out: Path, resume: str, ranks: int, only_stage: str | None = None, *, shown: bool = True
+) -> int:
     """Check a run of `recipe` on `ranks` ranks and, if `shown`, print what would run; return the exit status, 0.
 
-    `out` and `resume` as for `longctx.launch.train.train`. Raises UserError if the run could not start.
+    `out`, `resume` and `only_stage` as for `longctx.launch.train.train`. Raises UserError if the run could not start.
     """
     check(recipe, ranks)
     _check_writable(out)
     RunLock(out).check_free()
     copy = _find_copy(recipe, out, resume)
-    start = local_start(recipe, out, resume)
-    unverified = verify_start(recipe, start)
+    start = local_start(recipe, out, resume, only_stage)
+    unverified = verify_start(start)
+    later = () if only_stage else recipe.stages[start.stage.number + 1 :]
     if not shown:
         return 0
     console = Console(highlight=False)
-    for name, text in _rows(recipe, out, ranks, start, copy):
+    rows = _run_rows(recipe, out, ranks, start, copy, only_stage)
+    for stage in (start.stage, *later):
+        rows += _stage_rows(stage, ranks, open_data(stage.recipe))
+    for name, text in rows:
         console.print(Text(f"{name:10}", style="bold").append(printable(text), style="not bold"), soft_wrap=True)
-    notes = start_warnings(recipe)
+    notes, begin = [], start.state.stage_start
+    for stage in (start.stage, *later):
+        notes += [f"{stage}: {note}" if stage.name else note for note in start_warnings(stage.recipe, begin)]
+        begin += stage.recipe.train.steps
     if unverified:
         notes.append("The files of its start have no checksums: an earlier version of longctx wrote them.")
     for note in notes:
@@ -66,27 +85,46 @@ def _find_copy(recipe: Recipe, out: Path, resume: str) -> str | None:
     return None if step is None else f"{copies.url}/{name_of(step)}"
 
 
-def _rows(recipe: Recipe, out: Path, ranks: int, start: Start, copy: str | None) -> list[tuple[str, str]]:
-    model, train, parallel, length = recipe.model, recipe.train, recipe.parallel, recipe.data.sequence_length
-    parameters = count_parameters(model, start.vocab_size)
-    corpus, total = start.stream.corpus, train.steps * recipe.tokens_per_step
-    epochs = total / corpus.tokens
-    heldout = "" if start.heldout is None else f"; {len(start.heldout)} held-out sequences"
-    shard = parallel.shard(ranks)
-    assert shard is not None  # checked
-    sizes = {name: getattr(parallel, name) for name in ("dp_replicate", "cp", "ep", "tp", "pp")} | {"dp_shard": shard}
-    split = f", {human_position(-(-length // parallel.cp))} per rank ({parallel.layout})" if parallel.cp > 1 else ""
-    axes = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    sequences, replicas = train.sequences_per_step, parallel.dp_replicate * shard
+def _run_rows(
+    recipe: Recipe, out: Path, ranks: int, start: Start, copy: str | None, only_stage: str | None
+) -> list[tuple[str, str]]:
+    model, precision = start.stage.recipe.model, start.stage.recipe.train.precision
+    parameters = count_parameters(model, start.data.vocab_size)
     return [
         ("run", f"{recipe.name}, in {out}"),
-        ("start", _start_text(recipe, start, copy)),
+        ("start", _start_text(recipe, start, copy, only_stage)),
         (
             "model",
             f"{human_count(parameters)} parameters ({parameters:,}), {model.pattern}, dim {model.dim}, vocabulary "
-            f"{start.vocab_size:,}, {train.precision}",
+            f"{start.data.vocab_size:,}, {precision}",
         ),
-        ("ranks", f"{counted(ranks, 'rank')}{f' ({axes})' if axes else ''}, engine {recipe.engine}"),
+        # Those of stages differ.
+        ("ranks", f"{counted(ranks, 'rank')}{'' if recipe.stage else _axes(recipe, ranks)}, engine {recipe.engine}"),
+    ]
+
+
+def _axes(recipe: Recipe, ranks: int) -> str:
+    """Return the sizes of the axes above 1, in brackets."""
+    parallel, shard = recipe.parallel, recipe.parallel.shard(ranks)
+    assert shard is not None  # checked
+    sizes = {name: getattr(parallel, name) for name in ("dp_replicate", "cp", "ep", "tp", "pp")} | {"dp_shard": shard}
+    text = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f" ({text})" if text else ""
+
+
+def _stage_rows(stage: Stage, ranks: int, data: StageData) -> list[tuple[str, str]]:
+    recipe = stage.recipe
+    train, parallel, length = recipe.train, recipe.parallel, recipe.data.sequence_length
+    corpus, total = data.stream.corpus, train.steps * recipe.tokens_per_step
+    epochs = total / corpus.tokens
+    heldout = "" if data.heldout is None else f"; {len(data.heldout)} held-out sequences"
+    shard = parallel.shard(ranks)
+    assert shard is not None  # checked
+    split = f", {human_position(-(-length // parallel.cp))} per rank ({parallel.layout})" if parallel.cp > 1 else ""
+    sequences, replicas = train.sequences_per_step, parallel.dp_replicate * shard
+    title = f"{stage.name}, {stage.number + 1} of {stage.count}{_axes(recipe, ranks)}"
+    return [
+        *([] if stage.name is None else [("stage", title)]),
         ("sequence", f"{human_position(length)} tokens{split}"),
         (
             "step",
@@ -101,14 +139,19 @@ def _rows(recipe: Recipe, out: Path, ranks: int, start: Start, copy: str | None)
     ]
 
 
-def _start_text(recipe: Recipe, start: Start, copy: str | None) -> str:
-    steps, step = recipe.train.steps, start.state.step
+def _start_text(recipe: Recipe, start: Start, copy: str | None, only_stage: str | None) -> str:
+    step, began = start.state.step, start.state.stage_start
+    of = "" if start.stage.name is None else f" of stage {start.stage.name}"
     if copy is not None:
         return f"resumes from {copy}, which is downloaded and checked then"
-    if start.source is not None and step >= steps:
-        return f"nothing to do: {start.source} is at step {step}, train.steps is {steps}"
+    if is_complete(start, only_stage):
+        return f"nothing to do: {nothing_text(start, only_stage)}"
+    changes = f"; {', '.join(start.position_changes)}" if start.position_changes else ""
+    if start.begins_stage:
+        return f"begins stage {start.stage.name} with {start.source}{changes}"
     if start.source is not None:
-        return f"resumes from {start.source}, after step {step} of {steps}"
+        return f"resumes from {start.source}, after step {step - began} of {start.stage.recipe.train.steps}{of}"
     if start.weights is not None:
-        return f"step 0, with the weights of {start.weights.path}"
-    return f"step 0, random parameters of seed {recipe.seed}"
+        states = " and optimizer states" if start.optimizer is not None else ""
+        return f"step 0{of}, with the weights{states} of {start.weights.path}{changes}"
+    return f"step 0{of}, random parameters of seed {recipe.seed}"

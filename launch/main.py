@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 import longctx
 from longctx.errors import UserError
 from longctx.files import path_errors
-from longctx.launch.arguments import OverridesArgument, RecipeArgument, at_least
+from longctx.launch.arguments import OverridesArgument, RecipeArgument, TinyOption, at_least
 from longctx.launch.commands import bench, checkpoint, convert, data, launch
 from longctx.launch.completion import complete_shipped
 from longctx.launch.distribution import foreign_distribution
@@ -87,6 +87,7 @@ def _options(
 def _train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    tiny: TinyOption = False,
     nproc: Annotated[
         int | None,
         typer.Option(
@@ -110,6 +111,10 @@ def _train(
             metavar="DIR", show_default="runs/<name>", help="Run directory: checkpoints, metrics, plots, logs."
         ),
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", show_default="all that are left", help="Train only this stage of a curriculum."),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -126,7 +131,17 @@ def _train(
     """
     from longctx.launch.train import train
 
-    raise typer.Exit(train(recipe, overrides or (), nproc=nproc, resume=resume, out=out, only_check=check))
+    status = train(
+        recipe,
+        overrides or (),
+        tiny=tiny,
+        nproc=nproc,
+        resume=resume,
+        out=out,
+        only_stage=stage,
+        only_check=check,
+    )
+    raise typer.Exit(status)
 
 
 @app.command("recipes")
@@ -171,6 +186,10 @@ def _doctor(
 def _verify(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    tiny: TinyOption = False,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default="the last", help="Stage of a curriculum to verify.")
+    ] = None,
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Use a narrow model with the same layer types and a short sequence.")
     ] = False,
@@ -185,7 +204,9 @@ def _verify(
     """
     from longctx.launch.verify import run
 
-    raise typer.Exit(run(recipe, overrides or (), shrunk=shrink, ranks=ranks, timeout=timeout))
+    raise typer.Exit(
+        run(recipe, overrides or (), tiny=tiny, stage_name=stage, shrunk=shrink, ranks=ranks, timeout=timeout)
+    )
 
 
 @app.command("generate")

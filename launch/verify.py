@@ -18,16 +18,28 @@ BYTE_VOCABULARY = 257
 """Vocabulary size without a corpus: that of the byte tokenizer."""
 
 
-def run(source: str, overrides: Sequence[str], *, shrunk: bool, ranks: int, timeout: float) -> int:
-    """Verify the recipe `source` on up to `ranks` local ranks; return the exit status, 1 if out of bounds."""
+def run(
+    source: str,
+    overrides: Sequence[str],
+    *,
+    tiny: bool = False,
+    stage_name: str | None = None,
+    shrunk: bool,
+    ranks: int,
+    timeout: float,
+) -> int:
+    """Verify the recipe `source`, or its tiny variant, on up to `ranks` local ranks; return the exit status, 1 if out
+    of bounds. `stage_name`: the stage of a curriculum; None: the last one."""
     console = Console(highlight=False)
-    recipe = load(source, overrides)
+    stage = load(source, overrides, tiny=tiny).find_stage(stage_name)
+    recipe = stage.recipe
     subject = subject_of(recipe, _vocabulary(recipe))
     if shrunk:
         subject = shrink(subject)
+    name = ", ".join(filter(None, (recipe.name, str(stage) if stage.name else "", "shrunk" if shrunk else "")))
     console.print(
-        f"{recipe.name}{', shrunk' if shrunk else ''}: {subject.model.pattern}, dim {subject.model.dim}, "
-        f"{subject.length} tokens, vocabulary {subject.vocab_size}; gloo on the CPU, up to {ranks} ranks.\n"
+        f"{name}: {subject.model.pattern}, dim {subject.model.dim}, {subject.length} tokens, "
+        f"vocabulary {subject.vocab_size}; gloo on the CPU, up to {ranks} ranks.\n"
         "Relative differences from one rank in float64. Bounds: 1e-10 in float64; in the recipe's precision\n"
         "what one rank's rounding in several draws exceeds once in a million times, at least 1e-5; 0 between\n"
         "virtual ranks on several processes and on one. 'The equations' are those of the model, in plain torch.\n"

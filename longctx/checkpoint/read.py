@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.checkpoint.checksums import find_changed, stored_checksums, unseal
+from longctx.checkpoint.compare_models import differences
 from longctx.checkpoint.restricted import METADATA
 from longctx.checkpoint.retention import HeldOut
 from longctx.checkpoint.storage import find_damage, read_tensors
@@ -174,15 +175,3 @@ def check_same_model(path: Path, state: TrainerState, model: dict[str, Any], adv
     found = differences(state.model, model)
     if found:
         raise UserError(f"checkpoint {path} is of another model: {'; '.join(found)}. {advice}")
-
-
-def differences(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Describe each key, dotted, in which two models' configurations differ."""
-    found = []
-    for key in sorted({*actual, *expected}):
-        one, other = actual.get(key), expected.get(key)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += [f"{key}.{inner}" for inner in differences(one, other)]
-        elif one != other:
-            found.append(f"{key}: {one!r}, expected {other!r}")
-    return found

@@ -13,7 +13,7 @@ class TrainerState:
 
     step: int
     sequences: int
-    """Sequences read so far, over all ranks."""
+    """Sequences read so far in the stage, over all ranks."""
     tokens: int
     """Tokens trained on so far."""
     data: str
@@ -31,6 +31,19 @@ class TrainerState:
     """Recent losses and gradient norms, so that a resumed run takes the same decisions."""
     heldout_loss: HeldOut | None = None
     """Held-out loss of exactly the parameters in the checkpoint; None if it was not measured."""
+    stages: dict[str, int] = field(default_factory=dict)
+    """The step after which each stage began, by name, in order; the last is that of the checkpoint. Empty if the recipe
+    has no stages."""
+
+    @property
+    def stage(self) -> str | None:
+        """Name of the stage; None if the recipe has no stages."""
+        return next(reversed(self.stages), None)
+
+    @property
+    def stage_start(self) -> int:
+        """The step after which the stage began."""
+        return next(reversed(self.stages.values()), 0)
 
 
 def parse_state(stored: dict[str, Any]) -> TrainerState:
@@ -40,4 +53,7 @@ def parse_state(stored: dict[str, Any]) -> TrainerState:
         content["spikes"] = SpikeState.parse(content["spikes"])
     if content.get("heldout_loss") is not None:
         content["heldout_loss"] = HeldOut.parse(content["heldout_loss"])
+    stages = content.get("stages", {})
+    if not isinstance(stages, dict) or not all(type(start) is int and start >= 0 for start in stages.values()):
+        raise ValueError(f"stages has {stages!r}, expected the step after which each stage began")
     return TrainerState(**content)

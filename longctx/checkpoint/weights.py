@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from longctx.checkpoint.checksums import checksum, find_changed, stored_checksums, unseal
+from longctx.checkpoint.compare_models import tensor_differences
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
 from longctx.checkpoint.read import (
     TRAINER,
     check_format,
-    differences,
     list_checkpoints,
     read_checksums,
     read_state,
@@ -104,8 +104,9 @@ class Weights:
         return config, config.vocab_size
 
     def check(self, config: ModelConfig, vocab_size: int) -> None:
-        """Raise UserError, naming every difference, unless the weights are of this model."""
-        found = differences(self.model, stored_config(config, vocab_size))
+        """Raise UserError, naming every difference, unless the weights are of this model. Positions and masks, which
+        have no tensors (`ModelConfig`'s `position_keys`), may differ."""
+        found = tensor_differences(self.model, stored_config(config, vocab_size))
         if not found:
             found = shape_differences(self.shapes, shapes_of(config, vocab_size))
         if found:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from longctx.checkpoint.compare_models import differences
 from longctx.checkpoint.lazy_tensors import LazyTensor, write_lazy
-from longctx.checkpoint.read import TRAINER, check_format, differences, list_checkpoints, read_state, verify_content
+from longctx.checkpoint.read import TRAINER, check_format, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.storage import Reader, RegionPlanner, read_tensors
 from longctx.checkpoint.weights import find_weights, parse_model, stored_config, with_defaults, write_weights
 from longctx.convert.megatron_table import (

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longctx.checkpoint.compare_models import differences
 from longctx.checkpoint.lazy_tensors import LazyTensor
-from longctx.checkpoint.read import differences
 from longctx.checkpoint.weights import (
     Weights,
     find_weights,

@@ -56,6 +56,11 @@ class RunInfo:
     """Tokens."""
     tokens_per_step: int = 0
     """Of an optimizer step, over all ranks."""
+    stage: str = ""
+    """Name of the stage; empty if the recipe has no stages."""
+    stage_number: int = 0
+    """From 0."""
+    stage_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,10 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     Raises UserError if the run has no checkpoint, the checkpoint is damaged or of another model, the tokenizer is
     missing, or another key is overridden.
     """
-    recipe = _recipe(run, overrides)
+    whole = _recipe(run, overrides)
     path = checkpoint or _latest_checkpoint(run)
     state = read_state(path, _HOW)
+    recipe = _of_stage(whole, path, state)
     check_format(
         path,
         state,
@@ -92,6 +93,18 @@ def _recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         if override.partition("=")[0].strip() not in _OVERRIDABLE:
             raise UserError(f"{override}: generation can override only {', '.join(_OVERRIDABLE)} of a run's recipe")
     return load(file, overrides)
+
+
+def _of_stage(recipe: Recipe, path: Path, state: TrainerState) -> Recipe:
+    """Return what a run trained in the stage of a checkpoint: its positions are those of the stage."""
+    found = next((stage.recipe for stage in recipe.stages if stage.name == state.stage), None)
+    if found is None:
+        stage = f"the stage {state.stage!r}" if state.stage is not None else "a run without stages"
+        raise UserError(
+            f"checkpoint {path} is of {stage}, which is not in the run's recipe.toml. Give a checkpoint of this run "
+            f"with {_OPTION}, or the run that the checkpoint belongs to"
+        )
+    return found
 
 
 def _latest_checkpoint(run: Path) -> Path:

@@ -21,6 +21,7 @@ class AttentionExpertsConfig(MixerConfig):
 
     name: ClassVar[str] = "attention_experts"
     letter: ClassVar[str] = "A"
+    positions: ClassVar[tuple[str, ...]] = ("rope_theta", "window")
 
     experts: Integer = Field(gt=0)
     """Number of experts, each a softmax attention with its own queries and output matrix; all are computed."""

@@ -100,6 +100,8 @@ class MixerConfig(Config, ABC):
     """Whether a router can reuse its attention weights (`Mixer.attention_channels`)."""
     same_in_all_layers: ClassVar[bool] = True
     """Whether the parameters are the same at every depth."""
+    positions: ClassVar[tuple[str, ...]] = ()
+    """Keys that change no tensor, only positions and masks: they may differ from those that the weights had."""
 
     @abstractmethod
     def build(self, dim: int, layer: int, depth: int, eps: float) -> Mixer:

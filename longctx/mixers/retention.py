@@ -31,6 +31,7 @@ class RetentionConfig(HeadsConfig):
 
     name: ClassVar[str] = "retention"
     letter: ClassVar[str] = "R"
+    positions: ClassVar[tuple[str, ...]] = ("rope_theta",)
 
     value_dim: Integer | None = Field(default=None, gt=0)
     """Value width per head. Default: `2 * head_dim`."""

@@ -36,6 +36,7 @@ class SoftmaxConfig(MixerConfig):
     name: ClassVar[str] = "softmax"
     letter: ClassVar[str] = "S"
     exposes_attention: ClassVar[bool] = True
+    positions: ClassVar[tuple[str, ...]] = ("rope_theta", "rope_scaling", "window")
 
     heads: Integer = Field(gt=0)
     """Number of query heads."""

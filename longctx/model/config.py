@@ -230,3 +230,8 @@ else:
     ModelConfig = create_model(
         "ModelConfig", __base__=_ModelConfig, __module__=__name__, __doc__=_ModelConfig.__doc__, **_TABLES
     )
+
+
+def position_keys() -> frozenset[str]:
+    """Return the keys of `[model]`, dotted, that change no tensor: positions and masks of the mixers."""
+    return frozenset(f"{kind.name}.{key}" for kind in MIXERS.values() for key in kind.positions)

@@ -41,14 +41,35 @@ def value_text(value: object) -> str:
 
 
 def _table(path: tuple[str, ...], table: Mapping[str, Any], lines: list[str]) -> None:
-    """Append `[path]`, its values, then its sub-tables: in TOML a value belongs to the header above it."""
-    tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    values = {key: value for key, value in table.items() if value is not None and key not in tables}
-    if path and (values or not tables):
-        lines += ["", f"[{'.'.join(_key(part) for part in path)}]"]
+    """Append `[path]`, then its content."""
+    inner = [value for value in table.values() if value is not None]
+    if path and (not inner or not all(isinstance(value, Mapping) or _is_array(value) for value in inner)):
+        lines += ["", f"[{_dotted(path)}]"]
+    _content(path, table, lines)
+
+
+def _content(path: tuple[str, ...], table: Mapping[str, Any], lines: list[str]) -> None:
+    """Append a table's values, then its sub-tables and arrays of tables: in TOML a value belongs to the header above
+    it."""
+    below = {key: value for key, value in table.items() if isinstance(value, Mapping) or _is_array(value)}
+    values = {key: value for key, value in table.items() if value is not None and key not in below}
     lines += [f"{_key(key)} = {value_text(value)}" for key, value in values.items()]
-    for key, value in tables.items():
-        _table((*path, key), value, lines)
+    for key, value in below.items():
+        if isinstance(value, Mapping):
+            _table((*path, key), value, lines)
+            continue
+        for each in value:
+            lines += ["", f"[[{_dotted((*path, key))}]]"]
+            _content((*path, key), each, lines)
+
+
+def _is_array(value: object) -> bool:
+    """Return whether a value is an array of tables, which have headers of their own."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
+def _dotted(path: tuple[str, ...]) -> str:
+    return ".".join(_key(part) for part in path)
 
 
 def _key(key: str) -> str:

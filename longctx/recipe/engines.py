@@ -36,6 +36,12 @@ def check_engine(tables: Mapping[str, Any]) -> Iterator[Mistake]:
         )
     if engine == "megatron":
         yield from _check_megatron(tables)
+        train: TrainConfig | None = tables.get("train")
+        if train is not None and train.init_optimizer:
+            yield Mistake(
+                ("train", "init_optimizer"),
+                "engine = 'megatron' reads optimizer states only of its own checkpoints, to resume: use stages",
+            )
         return
     if parallel is not None:
         for axis in ("tp", "pp"):

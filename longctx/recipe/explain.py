@@ -131,7 +131,9 @@ def _unknown(key: Key, root: type[BaseModel], data: Mapping[str, Any]) -> tuple[
         elsewhere = [path for path, leaf in everywhere.items() if leaf in leaves]
     if elsewhere:
         return set(elsewhere), f"unknown key; did you mean {_either([repr(dotted(path)) for path in elsewhere])}?"
-    where = f"[{dotted(table)}]" if table else "a recipe"
+    # An element of an array of tables is one of those tables.
+    shown = table[:-1] if table and isinstance(table[-1], int) else table
+    where = f"[{dotted(shown)}]" if table else "a recipe"
     return set(), f"unknown key; {where} has {', '.join(siblings)}" if siblings else "unknown key"
 
 

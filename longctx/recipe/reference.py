@@ -47,7 +47,7 @@ def _type(annotation: object) -> str:
     if origin is typing.Literal:
         return " or ".join(f'`"{a}"`' if isinstance(a, str) else f"`{a}`" for a in arguments)
     if origin is dict:
-        return f"a table of {_type(arguments[1])}"
+        return "a table" if arguments[1] is typing.Any else f"a table of {_type(arguments[1])}"
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list of {_type(arguments[0])}s"
     if origin is tuple:
@@ -61,6 +61,11 @@ def _table_of(field: FieldInfo) -> type[BaseModel] | None:
     return next((c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel)), None)
 
 
+def _is_array(field: FieldInfo) -> bool:
+    """Return whether a field is an array of tables."""
+    return typing.get_origin(field.annotation) is tuple
+
+
 def _default(field: FieldInfo) -> str:
     if field.default_factory is not None:
         return "none"
@@ -70,7 +75,7 @@ def _default(field: FieldInfo) -> str:
         return "unset"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
-    if field.default == ():
+    if field.default in ((), {}):
         return "none"
     if isinstance(field.default, tuple):
         return f"`{list(field.default)}`"
@@ -89,7 +94,8 @@ def _sections(name: str, table: type[BaseModel]) -> list[str]:
         if inner is None:
             plain[key] = field
         else:
-            sub_tables += _sections(f"{name}.{key}" if name else key, inner)
+            dotted = f"{name}.{key}" if name else key
+            sub_tables += _sections(f"[{dotted}]" if _is_array(field) else dotted, inner)
     lines += key_rows(plain)
     return [*lines, "", *sub_tables]
 
@@ -111,6 +117,8 @@ def keys(name: str = "", table: type[BaseModel] = Recipe) -> str:
     lines = []
     for key, field in table.model_fields.items():
         inner, dotted = _table_of(field), f"{name}.{key}" if name else key
+        if inner and _is_array(field):
+            continue  # its keys have the name of an element in them
         text = " ".join((field.description or "").split())
         brief = _type(field.annotation) if text.startswith("`") else _SENTENCE.split(text, maxsplit=1)[0]
         lines.append(keys(dotted, inner) if inner else f"{dotted}\t{brief.translate(_PLAIN)}\n")

@@ -5,10 +5,10 @@ import importlib.resources
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from longctx.config import parse_path
 from longctx.errors import UserError
@@ -76,17 +76,13 @@ def shipped_recipe(name: str) -> Path:
     return _shipped(name, "")
 
 
-def read_merged(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> MergedConfig:
-    """Read and merge the recipes that `source` extends, `source` itself (a path ending in `.toml`, or the name of a
-    shipped recipe) and the `key=value` overrides; later ones win, key by key.
+def read_merged(source: str | os.PathLike[str]) -> MergedConfig:
+    """Read and merge the recipes that `source` extends and `source` itself (a path ending in `.toml`, or the name of a
+    shipped recipe); later ones win, key by key.
 
-    Raises UserError if a file is missing, unreadable or not TOML, or if `extends` is circular. Malformed overrides are
-    added to `mistakes` instead, to be reported with the others.
+    Raises UserError if a file is missing, unreadable or not TOML, or if `extends` is circular.
     """
-    merged = _read_chain(_locate(os.fspath(source), Path(), ""), ())
-    for text in overrides:
-        override(merged, text)
-    return merged
+    return _read_chain(_locate(os.fspath(source), Path(), ""), ())
 
 
 def _locate(name: str, folder: Path, origin: str) -> Path:
@@ -148,8 +144,13 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> MergedConfig:
     if any(parent.samefile(child) for child in chain):
         circle = " → ".join(_displayed(file) for file in (*chain, parent))
         raise UserError(f"{origin}recipes extend each other in a cycle: {circle}")
-    base = _read_chain(parent, chain)
-    return MergedConfig(merge_tables(base.data, data), base.origins | origins)
+    return merge(_read_chain(parent, chain), data, origins)
+
+
+def merge(base: MergedConfig, data: dict[str, Any], origins: Mapping[Key, Origin]) -> MergedConfig:
+    """Return `data`, whose keys have these origins, merged over `base`."""
+    moved = {_merged_key(base.data, data, key): origin for key, origin in origins.items()}
+    return MergedConfig(merge_tables(base.data, data), base.origins | moved, base.mistakes)
 
 
 def _syntax(place: str, text: str, message: str) -> str:
@@ -163,16 +164,69 @@ def _syntax(place: str, text: str, message: str) -> str:
 
 
 def merge_tables(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Merge tables key by key; other values of `child` replace those of `base`."""
+    """Merge tables key by key, and arrays of tables with names by name; other values of `child` replace `base`'s."""
     merged = dict(base)
     for key, value in child.items():
-        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge_tables(merged[key], value) if both_tables else value
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge_tables(merged[key], value)
+        elif has_names(value) and has_names(merged.get(key)):
+            by_name = {table["name"]: table for table in merged[key]}
+            for table in value:
+                by_name[table["name"]] = merge_tables(by_name.get(table["name"], {}), table)
+            merged[key] = list(by_name.values())
+        else:
+            merged[key] = value
     return merged
+
+
+def has_names(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    """Return whether `value` is an array of tables that are told apart by their `name`."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        return False
+    names = [each.get("name") for each in value]
+    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+def _merged_key(base: object, child: object, key: Key) -> Key:
+    """Return where `merge_tables` puts the value at `key` of `child`."""
+    merged: Key = ()
+    for part in key:
+        if isinstance(part, int) and has_names(base) and has_names(child):
+            names = list(dict.fromkeys(table["name"] for table in (*base, *child)))
+            place = names.index(child[part]["name"])
+            base, child = base[place] if place < len(base) else None, child[part]
+            merged = (*merged, place)
+        else:
+            base, child = _item(base, part), _item(child, part)
+            merged = (*merged, part)
+    return merged
+
+
+def _item(value: object, part: str | int) -> object:
+    if isinstance(value, dict):
+        return value.get(part)
+    return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+
+
+@dataclass(frozen=True)
+class Override:
+    """`key.sub=value` on the command line."""
+
+    path: tuple[str, ...]
+    value: Any
+    inner_keys: list[Key]
+    """The paths of all values in `value`; `()` is its own."""
 
 
 def override(source: MergedConfig, assignment: str) -> None:
     """Merge `key.sub=value` into `source`, or add it to the mistakes if it is malformed."""
+    found = read_override(source, assignment)
+    if found is not None:
+        apply_override(source, found)
+
+
+def read_override(source: MergedConfig, assignment: str) -> Override | None:
+    """Parse `key.sub=value`; if it is malformed, add it to the mistakes and return None."""
     name, equals, text = assignment.partition("=")
     try:
         path = _path_of(tomllib.loads(f"{name} = 0"))
@@ -180,23 +234,33 @@ def override(source: MergedConfig, assignment: str) -> None:
         path = ()
     if not equals or not path:
         source.mistakes.append(f"command line: {shortened(assignment)!r} should be key=value, such as train.steps=100")
-        return
+        return None
     try:
         value, inner_keys = _override_value(text)
         if len(path) > _DEEPEST:
             raise ValueError(_TOO_DEEP)
     except ValueError as error:
         source.mistakes.append(f"command line: {shortened(assignment)!r}: {error}")
-        return
+        return None
+    return Override(path, value, inner_keys)
+
+
+def apply_override(source: MergedConfig, found: Override) -> None:
+    """Merge an override into `source`."""
     table: Any = source.data
-    for depth, part in enumerate(path[:-1], start=1):
+    for depth, part in enumerate(found.path[:-1], start=1):
         table = table.get(part) if isinstance(table, dict) else None
         if not isinstance(table, dict):  # this override creates the table
-            source.origins[path[:depth]] = COMMAND_LINE
-    source.origins |= {path + key: COMMAND_LINE for key in inner_keys}
+            source.origins[found.path[:depth]] = COMMAND_LINE
+    source.origins |= {found.path + key: COMMAND_LINE for key in found.inner_keys}
+    source.data = merge_tables(source.data, nested(found.path, found.value))
+
+
+def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return tables in which `value` is at `path`."""
     for part in reversed(path):
         value = {part: value}
-    source.data = merge_tables(source.data, value)
+    return dict(value)
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -14,9 +14,12 @@ class TrainConfig(Config):
     steps: Integer = Field(gt=0)
     """Optimizer steps."""
     init: PathText | None = None
-    """Initial weights instead of random ones, of the same model: a checkpoint, a run's directory (its latest
-    checkpoint), or the output of `longctx convert`. Step, data and optimizer state start fresh. Ignored when a run
-    resumes from a checkpoint of its own."""
+    """Initial weights instead of random ones, of a model with the same tensors: a checkpoint, a run's directory (its
+    latest checkpoint), or the output of `longctx convert`. Positions (`rope_theta`, `rope_scaling`, `window`) may
+    differ. Step, data and, without `init_optimizer`, optimizer state start fresh. Ignored when a run resumes from a
+    checkpoint of its own."""
+    init_optimizer: bool = False
+    """Also continue the optimizer states (AdamW's moments) of `init`, a checkpoint of the same engine."""
     sequences_per_step: Integer = Field(default=1, gt=0)
     """Sequences per optimizer step over all ranks (global batch size); a multiple of the data-parallel size. Larger
     values use gradient accumulation."""
@@ -37,6 +40,12 @@ class TrainConfig(Config):
     """Refuse operators without a deterministic implementation, so that a resumed run repeats the uninterrupted one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if every local rank has a GPU, else the CPU."""
+
+    @model_validator(mode="after")
+    def _init_optimizer_needs_init(self) -> "TrainConfig":
+        if self.init_optimizer and self.init is None:
+            raise ValueError("init_optimizer needs init, the checkpoint whose optimizer states continue")
+        return self
 
 
 class OptimizerConfig(Config):

@@ -273,7 +273,8 @@ def _model(info: RunInfo) -> str:
 
 def _lengths(info: RunInfo) -> str:
     sequence, step = human_position(info.sequence_length), human_position(info.tokens_per_step)
-    return f"sequences of {sequence} tokens, {step} tokens per step"
+    stage = f"stage {info.stage} ({info.stage_number + 1} of {info.stage_count}), " if info.stage else ""
+    return f"{stage}sequences of {sequence} tokens, {step} tokens per step"
 
 
 def _left(seconds: float, now: Callable[[], datetime] | None) -> str:

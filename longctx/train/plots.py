@@ -1,7 +1,9 @@
 """Plots of a run from its `metrics.jsonl`: the loss by step and by position, and router statistics."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,9 +34,10 @@ def draw(metrics_path: Path, out_dir: Path) -> list[Path]:
     if not metrics.steps:
         raise UserError(f"{metrics_path} has no steps to plot; train at least one step first")
     info = metrics.runs[-1] if metrics.runs else None
-    figures = {"loss.png": loss_figure(metrics.steps, metrics.evaluations, info)}
+    stages = stage_starts(metrics.runs)
+    figures = {"loss.png": loss_figure(metrics.steps, metrics.evaluations, info, stages)}
     if any(_known(evaluation.positions) for evaluation in metrics.evaluations):
-        figures["loss_by_position.png"] = position_figure(metrics.evaluations)
+        figures["loss_by_position.png"] = position_figure(metrics.evaluations, stages)
     if any(step.routers for step in metrics.steps):
         figures["routing.png"] = routing_figure(metrics.steps, metrics.evaluations)
     with writing(out_dir):
@@ -44,8 +47,25 @@ def draw(metrics_path: Path, out_dir: Path) -> list[Path]:
     return [out_dir / name for name in figures]
 
 
-def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], info: RunInfo | None) -> Figure:
-    """Plot training loss, held-out loss and the unigram baseline over steps, with a token axis at the top."""
+def stage_starts(runs: list[RunInfo]) -> dict[str, int]:
+    """Return the step after which each stage began, by name, in order; nothing if the recipe has no stages."""
+    starts: dict[str, int] = {}
+    for run in runs:
+        if run.stage:
+            starts.setdefault(run.stage, run.step)
+    return starts
+
+
+def loss_figure(
+    steps: list[StepMetrics],
+    evaluations: list[EvaluationMetrics],
+    info: RunInfo | None,
+    stages: Mapping[str, int] = MappingProxyType({}),
+) -> Figure:
+    """Plot training loss, held-out loss and the unigram baseline over steps, with a token axis at the top.
+
+    `stages`: the step after which each began, by name; each is marked.
+    """
     figure, axes = _figure()
     x = np.array([metrics.step for metrics in steps], dtype=np.float64)
     loss = np.array([metrics.loss for metrics in steps], dtype=np.float64)
@@ -57,8 +77,10 @@ def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], 
         axes.plot(x, np.where(finite, loss, np.nan), color=_TRAIN, alpha=0.25, linewidth=0.8)
         label = f"training, moving average of {window // 2 * 2 + 1} points"
         axes.plot(x, smooth(loss, window), color=_TRAIN, label=label)
-    heldout = [(e.step, e.loss) for e in evaluations if math.isfinite(e.loss)]
-    if heldout:
+    # The held-out sequences of a stage have its length: no line between two stages.
+    breaks = [(start + 0.5, math.nan) for start in stages.values()]
+    heldout = sorted([*((float(e.step), e.loss) for e in evaluations if math.isfinite(e.loss)), *breaks])
+    if len(heldout) > len(breaks):
         axes.plot(
             *zip(*heldout, strict=True), color=_HELDOUT, marker="o", markersize=5, clip_on=False, label="held-out"
         )
@@ -77,6 +99,19 @@ def loss_figure(steps: list[StepMetrics], evaluations: list[EvaluationMetrics], 
         )
     axes.set(xlim=(0, x[-1]), xlabel="step", ylabel="loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for name, start in stages.items():
+        if start:
+            axes.axvline(start, color=BASELINE, linewidth=0.8)
+        axes.annotate(
+            name,
+            (start, 1),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+            color=TEXT,
+            fontsize=9,
+        )
     _token_axis(axes, steps)
     _legend(figure)
     return figure
@@ -94,16 +129,23 @@ def _token_axis(axes: Axes, steps: list[StepMetrics]) -> None:
     tidy(upper, grid=False)
 
 
-def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
+def position_figure(evaluations: list[EvaluationMetrics], stages: Mapping[str, int] = MappingProxyType({})) -> Figure:
     """Plot held-out loss by position in the context: the last evaluation, and earlier ones faded.
 
-    At least one evaluation has a bucket with tokens. A bucket of fewer than `FEW_TOKENS` is a hollow marker off the
-    line, and is left out of earlier evaluations.
+    With several `stages`, which began after these steps, the earlier ones are the last of each stage. At least one
+    evaluation has a bucket with tokens. A bucket of fewer than `FEW_TOKENS` is a hollow marker off the line, and is
+    left out of earlier evaluations.
     """
     figure, axes = _figure()
     *earlier, last = [evaluation for evaluation in evaluations if _known(evaluation.positions)]
-    shown = _spread(earlier, _EARLIER)
-    label = f"steps {shown[0].step} to {shown[-1].step}" if len(shown) > 1 else "".join(f"step {e.step}" for e in shown)
+    if len(stages) > 1:
+        ends = {_stage_at(evaluation.step, stages): evaluation for evaluation in earlier}
+        labels = {e.step: f"{name}, step {e.step}" for name, e in ends.items() if name != _stage_at(last.step, stages)}
+        shown = [evaluation for evaluation in earlier if evaluation.step in labels]
+    else:
+        shown = _spread(earlier, _EARLIER)
+        steps = f"steps {shown[0].step} to " if len(shown) > 1 else "step "
+        labels = {shown[-1].step: f"{steps}{shown[-1].step}"} if shown else {}
     for number, evaluation in enumerate(shown):
         buckets = [bucket for bucket in _known(evaluation.positions) if bucket.tokens >= FEW_TOKENS]
         alpha = 0.15 + 0.35 * (number + 1) / len(shown)
@@ -113,8 +155,9 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
             color=_HELDOUT,
             alpha=alpha,
             linewidth=1.2,
-            label=label if number == len(shown) - 1 else None,
+            label=labels.get(evaluation.step),
         )
+    name_last = f"{_stage_at(last.step, stages)}, " if len(stages) > 1 else ""
     buckets = _known(last.positions)
     reliable = [bucket for bucket in buckets if bucket.tokens >= FEW_TOKENS]
     axes.plot(
@@ -124,7 +167,7 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
         linewidth=2,
         marker="o",
         markersize=5,
-        label=f"step {last.step}" if reliable else None,
+        label=f"{name_last}step {last.step}" if reliable else None,
     )
     few = [bucket for bucket in buckets if bucket.tokens < FEW_TOKENS]
     if few:
@@ -158,6 +201,11 @@ def position_figure(evaluations: list[EvaluationMetrics]) -> Figure:
     axes.set(xlabel="position in the context (tokens, log scale)", ylabel="held-out loss (nats per token)")
     _legend(figure)
     return figure
+
+
+def _stage_at(step: int, stages: Mapping[str, int]) -> str:
+    """Return the name of the stage in which a step was taken."""
+    return next(name for name, start in reversed(list(stages.items())) if start < step or not start)
 
 
 def _known(positions: tuple[PositionLoss, ...]) -> list[PositionLoss]:

@@ -110,12 +110,13 @@ def describe_start(
             "sha256": sha256(text.encode()).hexdigest(),
             "resolved": _without_passwords(recipe.model_dump(mode="json", exclude_none=True)),
         },
+        "stage": start.stage.name,
         "corpus": {
-            "path": str(absolute(recipe.data.path)),
-            "fingerprint": start.stream.corpus.fingerprint,
-            "heldout": start.heldout_fingerprint,
+            "path": str(absolute(start.stage.recipe.data.path)),
+            "fingerprint": start.data.stream.corpus.fingerprint,
+            "heldout": start.data.heldout_fingerprint,
         },
-        "parallel": {"ranks": len(each), **axes, "layout": recipe.parallel.layout},
+        "parallel": {"ranks": len(each), **axes, "layout": start.stage.recipe.parallel.layout},
         "resumed_from": None if start.source is None else {"checkpoint": str(start.source), "step": start.state.step},
         "initialised_from": None if start.weights is None else str(start.weights.path),
     }

@@ -11,12 +11,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -30,9 +29,6 @@ from longctx.data.loader import Sequence as Packed
 from longctx.engines.base import Batch
 from longctx.engines.metrics import (
     FILE_NAME,
-    EvaluationMetrics,
-    MetricsWriter,
-    Record,
     RunInfo,
     SpikeMetrics,
     StepMetrics,
@@ -49,22 +45,21 @@ from longctx.parallel.collectives import all_gather
 from longctx.parallel.link_speeds import ASSUMED, Speeds, measure_speeds
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe, check, dump
-from longctx.tracking.trackers import Trackers
 from longctx.train import spikes
 from longctx.train.agreement import check_agreement
 from longctx.train.batches import Cursor, Prefetcher, to_batch
 from longctx.train.build_engine import build_engine
-from longctx.train.display import Display, make_display
+from longctx.train.display import make_display
 from longctx.train.evaluate import evaluate, unigram_loss
 from longctx.train.kept_checkpoints import best_text, build_retention
 from longctx.train.lr_schedule import lr_factor
 from longctx.train.nonfinite import not_finite
 from longctx.train.outcome import clear_outcome, mark_stopped
 from longctx.train.process_group import collective_errors, device_type, process_group
-from longctx.train.recovery import find_last_step, recovery_text
+from longctx.train.reporter import Reporter
 from longctx.train.run_lock import locked
-from longctx.train.run_record import add_start, describe_start, read_record
-from longctx.train.start import find_start, start_warnings
+from longctx.train.run_record import describe_start
+from longctx.train.start import find_start, nothing_text, start_messages, start_warnings
 
 _DIVERGED = (
     "Training stopped without saving this step. Resume from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -74,11 +69,14 @@ _DIVERGED = (
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def train(recipe: Recipe, *, out: Path, resume: str, command: Sequence[str] | None = None) -> int:
+def train(
+    recipe: Recipe, *, out: Path, resume: str, command: Sequence[str] | None = None, only_stage: str | None = None
+) -> int:
     """Train `recipe` into the directory `out`; return the exit status. Collective: every rank of a job calls it.
 
     The status is 0 after the last step; 128 + the number of the signal, SIGTERM or SIGINT, if that stopped the run
-    earlier, after a save, on any rank.
+    earlier, after a save, on any rank. Each stage of a curriculum begins with the last checkpoint of the one before,
+    read from disk, as after a resume. `only_stage`: the name of the stage to train; None: all that are left.
     `resume`: `auto` (from the latest checkpoint in `out`, if there is one), `never`, or a checkpoint directory.
     `command`: what the user has started, as arguments, for `run.json`; None: this process.
     Raises UserError, on every rank, for errors that the user can fix.
@@ -95,132 +93,82 @@ def train(recipe: Recipe, *, out: Path, resume: str, command: Sequence[str] | No
     with process_group(kind, timeout), monitored(timeout, out / "logs") as monitor:
         check_agreement(recipe, out)
         check(recipe, dist.get_world_size())
-        with locked(out, make_display().message) as check_lock, ExitStack() as stack:
-            for number in _STOPPING:
-                # Last: the trainer's handler holds it, with the model and its process groups.
-                stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
-            trainer = _Trainer(recipe, out, resume, command or sys.orig_argv, kind, monitor, check_lock, stack)
-            trainer.run()
-            stack.close()
+        with locked(out, make_display().message) as check_lock:
+            place = _Place(out, command or sys.orig_argv, kind, monitor, check_lock)
+            outcome = _train_stage(recipe, resume, only_stage, place)
+            while outcome.next_resume is not None:
+                outcome = _train_stage(recipe, outcome.next_resume, only_stage, place)
             # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
             dist.barrier()
-            return 128 + trainer.stopped_by if trainer.done < recipe.train.steps else 0
+            return outcome.status
 
 
-class _Reporter:
-    """Metrics, trackers, display and `run.json` on rank 0; a no-op on other ranks."""
+@dataclass(frozen=True)
+class _Place:
+    """What all stages of a run have in common."""
 
-    def __init__(self, recipe: Recipe, out: Path, step: int, entry: Mapping[str, Any]) -> None:
-        self._out = out
-        self._trackers: Trackers | None = None
-        self._writer: MetricsWriter | None = None
-        self._display: Display | None = None
-        self._resumed_from, self._last = step, None
-        if dist.get_rank() == 0:
-            record = read_record(out)  # before metrics are replaced
-            self._last = find_last_step(out) if step else None
-            self._writer = MetricsWriter(out, after_step=step)
-            self._display = make_display()
-            if step < recipe.train.steps:
-                self._trackers = Trackers(recipe, out, step, record.trackers, self.message)
-                add_start(out, record, entry, self._trackers.ids)
+    out: Path
+    command: Sequence[str]
+    kind: str
+    monitor: Monitor
+    check_lock: Callable[[], None]
 
-    def start(self, info: RunInfo) -> None:
-        self._record(info)
-        if self._display:
-            self._display.start(info)
 
-    def step(self, metrics: StepMetrics) -> None:
-        self._record(metrics)
-        if self._display:
-            self._display.step(metrics)
-            if self._last is not None:
-                self.message(recovery_text(self._last, self._resumed_from, self._out))
-                self._last = None
+@dataclass(frozen=True)
+class _Outcome:
+    status: int
+    next_resume: str | None
+    """The checkpoint with which the next stage begins; None if the run ends here."""
 
-    def evaluation(self, metrics: EvaluationMetrics) -> None:
-        self._record(metrics)
-        if self._display:
-            self._display.evaluation(metrics)
 
-    def spike(self, metrics: SpikeMetrics) -> None:
-        text = spikes.message(metrics)
-        self._record(metrics)
-        if text is not None:
-            self.message(text)
-
-    def _record(self, record: Record) -> None:
-        if self._writer:
-            self._writer.write(record)
-        if self._trackers:
-            self._trackers.write(record)
-
-    def message(self, text: str) -> None:
-        if self._display:
-            self._display.message(text)
-
-    def end(self, text: str) -> None:
-        """Print the run's last line, below the panel and the last step."""
-        if self._display:
-            self._display.close()
-        self.message(text)
-
-    def plot(self) -> None:
-        if self._writer:
-            # Imported here: matplotlib takes a second, which every rank would spend at the start.
-            from longctx.train import plots
-
-            plots.draw(self._out / FILE_NAME, self._out / "pictures")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._trackers:
-            self._trackers.close(failed=kind is not None)
-        if self._writer and self._display:
-            self._display.close()
-            self._writer.close()
+def _train_stage(recipe: Recipe, resume: str, only_stage: str | None, place: _Place) -> _Outcome:
+    """Train the stage that comes next; its model and process groups are freed at the end."""
+    with ExitStack() as stack:
+        for number in _STOPPING:
+            # Last: the trainer's handler holds it, with the model and its process groups.
+            stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
+        trainer = _Trainer(recipe, resume, only_stage, place, stack)
+        trainer.run()
+        stage = trainer.start.stage
+        if not trainer.is_complete:
+            return _Outcome(128 + trainer.stopped_by, None)
+        if only_stage is not None or stage.number + 1 == stage.count:
+            return _Outcome(0, None)
+        return _Outcome(0, str(trainer.checkpoint))
 
 
 class _Trainer:
-    def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        resume: str,
-        command: Sequence[str],
-        kind: str,
-        monitor: Monitor,
-        check_lock: Callable[[], None],
-        stack: ExitStack,
-    ) -> None:
-        self.monitor = monitor
-        self.recipe, self.out = recipe, out
-        self.start = start = find_start(recipe, out, resume, make_display().message)
-        self.stream, self.heldout, state = start.stream, start.heldout, start.state
-        self.engine = build_engine(recipe, kind, start.vocab_size)
+    def __init__(self, whole: Recipe, resume: str, only_stage: str | None, place: _Place, stack: ExitStack) -> None:
+        out, kind = place.out, place.kind
+        self.monitor, self.out = place.monitor, out
+        self.start = start = find_start(whole, out, resume, make_display().message, only_stage)
+        self.recipe = recipe = start.stage.recipe
+        self.only_stage = only_stage
+        self.last_step = start.state.stage_start + recipe.train.steps
+        """The step after which the stage is complete; steps are counted over all stages."""
+        self.stream, self.heldout, state = start.data.stream, start.data.heldout, start.state
+        self.engine = build_engine(recipe, kind, start.data.vocab_size)
         stack.callback(self.engine.close)
         self.mesh, self.device = self.engine.mesh, self.engine.device
-        retention = build_retention(recipe.checkpoint, len(self.heldout) if self.heldout is not None else None)
+        retention = build_retention(
+            recipe.checkpoint, len(self.heldout) if self.heldout is not None else None, state.stages
+        )
         self.checkpointer = Checkpointer(
-            out / "checkpoints", retention, recipe.parallel.timeout, check_lock, start.copies
+            out / "checkpoints", retention, recipe.parallel.timeout, place.check_lock, start.copies
         )
         stack.callback(self._finish_saves)
-        if start.source is not None:
-            self.engine.load(start.source)
+        if start.optimizer is not None:
+            self.engine.load(start.optimizer)
         elif start.weights is not None:
             self.engine.load_weights(start.weights)
         self.done, self.cursor, self.tokens = state.step, Cursor(state.sequences), state.tokens
         # A run that is not evaluated for a while keeps it.
-        self.heldout_fingerprint = start.heldout_fingerprint or state.heldout
+        self.heldout_fingerprint = start.data.heldout_fingerprint or state.heldout
         self.speeds = None if state.speeds is None else Speeds(**state.speeds)
         self.spikes, self.measured = spikes.SpikeWatch(recipe.spikes, state.spikes, self.device), state.heldout_loss
         self.prefetcher = Prefetcher(self.stream, self._batch)
         stack.callback(self.prefetcher.close)
-        entry = describe_start(recipe, out, start, self.device, self._axes(), command)
+        entry = describe_start(whole, out, start, self.device, self._axes(), place.command)
         with raise_on_all_ranks():
             if dist.get_rank() == 0:
                 with writing(out / "recipe.toml"):
@@ -228,8 +176,8 @@ class _Trainer:
                     clear_outcome(out)
                     if kind == "cuda":
                         (out / "logs" / FOLDER).mkdir(parents=True, exist_ok=True)
-                    (out / "recipe.toml").write_text(dump(recipe), encoding="utf-8")
-            self.reporter = _Reporter(recipe, out, self.done, entry)
+                    (out / "recipe.toml").write_text(dump(whole), encoding="utf-8")
+            self.reporter = Reporter(whole, out, start, entry, active=not self.is_complete)
         stack.enter_context(self.reporter)
         self.routing_fluctuation = RoutingFluctuation()
         self.stopped_by = 0
@@ -254,6 +202,7 @@ class _Trainer:
                 heldout=self.heldout_fingerprint,
                 spikes=self.spikes.state,
                 heldout_loss=self.measured,
+                stages=self.start.state.stages,
             )
             self.engine.save(self.checkpointer, state)
             self.saved = self.done
@@ -304,7 +253,7 @@ class _Trainer:
         flops = float(self._gather(self._training_flops([sample])).sum()) / (self.mesh.dp.size * sample.layout.length)
         unigram = None
         if self.heldout is not None and dist.get_rank() == 0:
-            unigram = unigram_loss(self.stream, self.heldout, self.start.vocab_size)
+            unigram = unigram_loss(self.stream, self.heldout, self.start.data.vocab_size)
         info = RunInfo(
             parameters=self.engine.parameters,
             ranks=dist.get_world_size(),
@@ -321,19 +270,18 @@ class _Trainer:
             name=self.recipe.name,
             directory=str(self.out),
             sequence_length=self.recipe.data.sequence_length,
+            stage=self.start.stage.name or "",
+            stage_number=self.start.stage.number,
+            stage_count=self.start.stage.count,
             tokens_per_step=self.recipe.tokens_per_step,
         )
         self.reporter.start(info)
-        for message in (*self.engine.startup_messages, *start_warnings(self.recipe)):
+        for message in (*self.engine.startup_messages, *start_warnings(self.recipe, self.start.state.stage_start)):
             self.reporter.message(message)
         for layers, schedule in schedules.items():
             self.reporter.message(f"attention, {layers}: {schedule.brief}")
-        if self.start.source is not None:
-            self.reporter.message(f"Resumed from {self.start.source} after step {self.done}.")
-        if self.start.weights is not None:
-            self.reporter.message(f"Initialised from the weights in {self.start.weights.path}.")
-        if self.start.unverified:
-            self.reporter.message("Its files have no checksums: an earlier version of longctx wrote them.")
+        for message in start_messages(self.start):
+            self.reporter.message(message)
 
     def _axes(self) -> dict[str, int]:
         """Return the size of each mesh axis."""
@@ -357,10 +305,19 @@ class _Trainer:
         with collective_errors("saves in progress"):
             self.checkpointer.close()
 
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint of the last step so far."""
+        return self.checkpointer.folder / name_of(self.done)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to train, of the run or of the one stage that is to be trained."""
+        return self.done >= self.last_step or self.only_stage not in (None, self.start.stage.name)
+
     def run(self) -> None:
-        steps = self.recipe.train.steps
-        if self.done >= steps:
-            self.reporter.message(f"Nothing to do: {self.start.source} is at step {self.done}, train.steps is {steps}.")
+        if self.is_complete:
+            self.reporter.message(f"Nothing to do: {nothing_text(self.start, self.only_stage)}.")
             return
         for number in _STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -369,18 +326,18 @@ class _Trainer:
             self._start()
         self.monitor.waited()  # what the start waited is no step's
         average: float | None = None
-        while self.done < steps:
+        while self.done < self.last_step:
             step = self.done + 1
             self.monitor.enter("step", f"step {step}")
             with collective_errors(f"step {step}"):
                 metrics, spike, stop = self._step(step, average)
                 average = metrics.seconds if average is None else 0.9 * average + 0.1 * metrics.seconds
-                if step % self.recipe.logging.every == 0 or step == steps or stop:
+                if step % self.recipe.logging.every == 0 or step == self.last_step or stop:
                     self.reporter.step(metrics)
                 if spike is not None:
                     self._handle(spike)
                 evaluation = self.recipe.evaluation
-                if evaluation is not None and (step % evaluation.every == 0 or step == steps):
+                if evaluation is not None and (step % evaluation.every == 0 or step == self.last_step):
                     self.monitor.enter("evaluation", f"evaluation after step {step}")
                     self._evaluate()
                 if stop:
@@ -400,9 +357,10 @@ class _Trainer:
         recipe = self.recipe
         batches = self.prefetcher.take(self._numbers(self.cursor))
         next_cursor = self.cursor.after(recipe.train.sequences_per_step)
-        if step < recipe.train.steps:
+        if step < self.last_step:
             self.prefetcher.request(self._numbers(next_cursor))
-        lr = recipe.optimizer.lr * lr_factor(recipe.schedule, step, recipe.train.steps)
+        stage_step = step - self.start.state.stage_start
+        lr = recipe.optimizer.lr * lr_factor(recipe.schedule, stage_step, recipe.train.steps)
         try:
             result = self.spikes.step(self.engine, batches, lr)
         except NonFiniteLogitsError as error:
@@ -421,7 +379,7 @@ class _Trainer:
         seconds = time.perf_counter() - began
         metrics = StepMetrics(
             step=step,
-            steps=recipe.train.steps,
+            steps=self.last_step,
             loss=result.loss,
             lr=lr,
             grad_norm=result.grad_norm,
@@ -430,7 +388,7 @@ class _Trainer:
             utilisation=float(rows[:, 0].sum()) / seconds / self.matmul_rate,
             memory_bytes=int(rows[:, 1].max()),
             seconds=seconds,
-            seconds_left=(recipe.train.steps - step) * (average or seconds),
+            seconds_left=(self.last_step - step) * (average or seconds),
             routers={name: sums.metrics for name, sums in result.router_stats.layers.items()},
             waits=self._waits(rows[:, 3]),
         )
@@ -453,12 +411,13 @@ class _Trainer:
     def _evaluate(self) -> None:
         assert self.heldout is not None
         found = evaluate(self.engine, self.heldout, self._batch, self.done, self.routing_fluctuation)
-        self.measured = HeldOut(found.loss, len(self.heldout)) if math.isfinite(found.loss) else None
+        stage = self.start.stage.name
+        self.measured = HeldOut(found.loss, len(self.heldout), stage) if math.isfinite(found.loss) else None
         self.reporter.evaluation(found)
 
     def _finish(self) -> None:
-        checkpoint = self.checkpointer.folder / name_of(self.done)
-        if self.done < self.recipe.train.steps:
+        checkpoint = self.checkpoint
+        if self.done < self.last_step:
             if dist.get_rank() == 0:
                 mark_stopped(self.out, self.done)
             self._report_copies()
@@ -467,6 +426,11 @@ class _Trainer:
             )
             return
         self.reporter.plot()
+        stage = self.start.stage
+        if stage.number + 1 < stage.count:
+            self._report_copies()
+            self.reporter.end(f"Done with {stage}, after step {self.done}. Checkpoint: {checkpoint}")
+            return
         best = best_text(self.checkpointer.best()) if dist.get_rank() == 0 else ""
         self.reporter.end(
             f"Done. Checkpoint: {checkpoint}{best}\nMetrics: {self.out / FILE_NAME}\nPlots: {self.out / 'pictures'}"

@@ -77,7 +77,7 @@ def train_while_the_store_breaks(workplace: Path, out: Path, uri: str) -> list[s
     from longctx.train import trainer
 
     told: list[str] = []
-    message, write = trainer._Reporter.message, MlflowTracker.write
+    message, write = trainer.Reporter.message, MlflowTracker.write
     file = Path(uri.removeprefix("sqlite:///"))
 
     def kept(self: Any, text: str) -> None:
@@ -90,7 +90,7 @@ def train_while_the_store_breaks(workplace: Path, out: Path, uri: str) -> list[s
         write(self, points)
 
     overrides = [f"logging.mlflow.uri={uri}", "parallel.cp=1", "parallel.timeout=240s"]
-    with patch.object(MlflowTracker, "write", breaking), patch.object(trainer._Reporter, "message", kept):
+    with patch.object(MlflowTracker, "write", breaking), patch.object(trainer.Reporter, "message", kept):
         assert train(workplace, out, overrides) == 0
     return told
 

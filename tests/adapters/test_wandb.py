@@ -135,13 +135,13 @@ def train_while_wandb_dies(workplace: Path, out: Path) -> tuple[list[int], list[
 
     killed: list[int] = []
     told: list[str] = []
-    message = trainer._Reporter.message
+    message = trainer.Reporter.message
 
     def kept(self: Any, text: str) -> None:
         told.append(text)
         message(self, text)
 
-    with killing_at_the_third(killed), patch.object(trainer._Reporter, "message", kept):
+    with killing_at_the_third(killed), patch.object(trainer.Reporter, "message", kept):
         assert train(workplace, out, [*OFFLINE, "parallel.cp=1"]) == 0
     return killed, told
 

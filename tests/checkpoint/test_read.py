@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longctx.checkpoint.checksums import seal, unseal
-from longctx.checkpoint.read import check_same_model, differences, list_checkpoints, load_tensors, read_state
+from longctx.checkpoint.read import check_same_model, list_checkpoints, load_tensors, read_state
 from longctx.errors import UserError
 from tests.checkpoint.saving import MODEL, save, sharded, state
 
@@ -58,9 +58,10 @@ def test_a_key_of_a_newer_version_is_not_called_damage(damaged):
     assert "damaged" not in str(caught.value)
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_spikes_and_no_held_out_loss(damaged):
+def test_a_checkpoint_of_an_earlier_version_has_no_spikes_held_out_loss_or_stages(damaged):
     listing = unseal((damaged / "trainer.json").read_text())
-    del listing["state"]["spikes"], listing["state"]["heldout_loss"]
+    for key in ("spikes", "heldout_loss", "stages"):
+        del listing["state"][key]
     (damaged / "trainer.json").write_text(seal(listing))
     assert read_state(damaged) == state(2)
 
@@ -69,10 +70,11 @@ def test_a_checkpoint_of_an_earlier_version_has_no_spikes_and_no_held_out_loss(d
     ("key", "value"),
     [
         *(("spikes", value) for value in (None, {"losses": [2.0]}, [])),
-        *(("heldout_loss", value) for value in ({"loss": "low"}, 2.0)),
+        *(("heldout_loss", value) for value in ({"loss": "low"}, 2.0, {"loss": 2, "sequences": 8, "stage": 3})),
+        *(("stages", value) for value in (["a"], {"a": -1}, {"a": "0"}, {"a": True})),
     ],
 )
-def test_spikes_and_held_out_losses_that_are_none_are_damage(damaged, key, value):
+def test_spikes_held_out_losses_and_stages_that_are_none_are_damage(damaged, key, value):
     listing = unseal((damaged / "trainer.json").read_text())
     listing["state"][key] = value
     (damaged / "trainer.json").write_text(seal(listing))
@@ -111,13 +113,3 @@ def test_another_model_is_reported_by_every_difference(tmp_path):
     check_same_model(tmp_path, state(1), dict(MODEL))
     with pytest.raises(UserError, match=r"dim: 16, expected 32; heads: None, expected 2\. Train this model in"):
         check_same_model(tmp_path, state(1), {"dim": 32, "vocab_size": 320, "heads": 2})
-
-
-def test_within_a_table_only_the_keys_that_differ_are_named():
-    actual = {"softmax": {"heads": 4, "rope_theta": 1e4, "rope_scaling": {"kind": "yarn", "factor": 4}}, "moe": None}
-    expected = {"softmax": {"heads": 4, "rope_theta": 5e5, "rope_scaling": {"kind": "yarn", "factor": 8}}, "moe": {}}
-    assert differences(actual, expected) == [
-        "moe: None, expected {}",
-        "softmax.rope_scaling.factor: 4, expected 8",
-        "softmax.rope_theta: 10000.0, expected 500000.0",
-    ]

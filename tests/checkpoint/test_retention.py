@@ -51,6 +51,17 @@ def test_a_loss_over_other_sequences_is_not_compared():
     assert RetentionPolicy(1, sequences=4).best(losses) is None
 
 
+def test_a_loss_of_another_stage_is_not_compared():
+    losses = {10: HeldOut(1.0, 8, "short"), 20: HeldOut(2.0, 8, "long"), 30: HeldOut(1.5, 8)}
+    assert RetentionPolicy(1, sequences=8, stage="long").best(losses) == 20
+    assert RetentionPolicy(1, sequences=8, stage="short").best(losses) == 10
+    assert RetentionPolicy(1, sequences=8).best(losses) == 30
+
+
+def test_the_last_checkpoint_of_each_stage_is_kept():
+    assert kept(RetentionPolicy(2, stage_ends=frozenset({10, 30})), {}) == [10, 30, 50, 60]
+
+
 def test_no_best_without_a_loss_or_where_none_is_asked_for():
     assert RetentionPolicy(1, sequences=8).best({}) is None
     assert RetentionPolicy(1).best(heldout(_20=2.0)) is None
@@ -62,3 +73,4 @@ def test_a_stored_loss_that_is_none_is_refused(stored):
     with pytest.raises((ValueError, KeyError)):
         HeldOut.parse(stored)
     assert HeldOut.parse({"loss": 2, "sequences": 8}) == HeldOut(2.0, 8)
+    assert HeldOut.parse({"loss": 2, "sequences": 8, "stage": "4ki"}) == HeldOut(2.0, 8, "4ki")

@@ -64,11 +64,12 @@ def test_train_starts_ranks_with_the_whole_recipe(recipe, started, tmp_path, mon
 
     called = []
     trainer = types.ModuleType("longctx.train.trainer")
-    trainer.train = lambda recipe, out, resume, command: called.append((recipe, str(out), resume, command)) or 143
+    trainer.train = lambda recipe, out, **others: called.append((recipe, str(out), others)) or 143
     monkeypatch.setitem(sys.modules, "longctx.train.trainer", trainer)
     assert entry == "longctx.launch.train:run_rank"
     assert training.run_rank(**arguments) == 143
-    assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", "auto", sys.orig_argv)]
+    others = {"resume": "auto", "command": sys.orig_argv, "only_stage": None}
+    assert called == [(load(recipe, ["train.steps=5", "parallel.cp=2"]), "here", others)]
 
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_ranks_start(recipe, started, monkeypatch):
@@ -177,7 +178,7 @@ def test_a_jobs_environment_is_checked_before_the_rendezvous(recipe, started, mo
 
 
 def test_an_error_inside_a_job_is_left_for_torchrun(recipe, tmp_path, monkeypatch):
-    def fail(recipe, out, resume):
+    def fail(recipe, out, resume, only_stage):
         raise KeyError("the cause")
 
     trainer = types.ModuleType("longctx.train.trainer")
@@ -198,7 +199,7 @@ def test_an_error_inside_a_job_is_left_for_torchrun(recipe, tmp_path, monkeypatc
 
 
 def test_a_rank_that_lost_another_says_that_and_no_more(recipe, tmp_path, monkeypatch):
-    def fail(recipe, out, resume):
+    def fail(recipe, out, resume, only_stage):
         raise RankError("step 3: rank 0 lost contact with another rank")
 
     trainer = types.ModuleType("longctx.train.trainer")
@@ -208,3 +209,16 @@ def test_a_rank_that_lost_another_says_that_and_no_more(recipe, tmp_path, monkey
         monkeypatch.setenv(name, value)
     status, stderr = run("train", recipe)
     assert (status, stderr) == (1, f"{DESCRIBED}error: step 3: rank 0 lost contact with another rank\n")
+
+
+def test_one_stage_and_the_tiny_variant(recipe, started, tmp_path):
+    (tmp_path / recipe).write_text(
+        RECIPE + '[[stage]]\nname = "a"\n[[stage]]\nname = "b"\ntrain.steps = 9\n[tiny.model]\ndim = 8\n'
+    )
+    assert run("train", recipe, "--tiny", "--stage", "b", "--nproc", "1")[0] == 7
+    ((_, arguments, options),) = started
+    assert arguments["only_stage"] == "b"
+    assert arguments["recipe"]["model"]["dim"] == 8
+    assert options["title"] == "tiny-tiny, in runs/tiny-tiny"
+    status, stderr = run("train", recipe, "--stage", "c")
+    assert (status, stderr) == (2, "error: --stage c: the recipe has the stages a, b\n")

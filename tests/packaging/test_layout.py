@@ -18,6 +18,7 @@ WITHOUT = {
     "longctx/bench/layers.py": "measured over ranks: tests/launch/test_bench_parallel.py",
     "longctx/checkpoint/trainer_state.py": "read with a checkpoint: tests/checkpoint/test_read.py",
     "longctx/convert/megatron_table.py": "names of tensors both ways: tests/convert/test_megatron.py",
+    "longctx/train/reporter.py": "what a run prints and writes: tests/train/test_{trainer,display,plots,recovery}.py",
     "longctx/engines/base.py": "a protocol and its records: tests/engines/test_torch_engine.py",
     "longctx/tracking/base.py": "a protocol and its records: tests/tracking/test_trackers.py",
     "longctx/verify/equations/constant_decay.py": "of mixers: tests/mixers/test_{linear,lightning,retention}.py",

@@ -100,6 +100,10 @@ MISTAKES = {
         "megatron: this table is for engine = 'megatron', but engine = 'torch'; remove it",
     ),
     "tensor parallelism": (["engine=torch", "parallel.tp=2"], "parallel.tp: engine = 'torch' does not support tp"),
+    "optimizer states of another run": (
+        ["train.init=runs/first", "train.init_optimizer=true"],
+        "train.init_optimizer: engine = 'megatron' reads optimizer states only of its own checkpoints",
+    ),
     "spikes that are skipped": (
         ["spikes.policy=skip"],
         "spikes.policy: 'skip' needs engine = 'torch': with 'megatron' the gradient norm is known only after",

@@ -298,16 +298,3 @@ def test_a_malformed_override_is_named(write, override):
 
 
 # Between tables
-
-
-def test_tables_are_judged_together_with_the_line_of_the_key(write):
-    write("r.toml", "[train]\nsteps = 5\n[schedule]\nwarmup = 6\n")
-    assert mistakes("r.toml") == ["r.toml:4: schedule.warmup: warmup takes 6 steps, but train.steps is 5"]
-    assert mistakes("r.toml", "schedule.warmup=7") == [
-        "command line: schedule.warmup: warmup takes 7 steps, but train.steps is 5"
-    ]
-
-
-def test_tables_that_are_right_are_judged_together_though_another_is_wrong(write):
-    write("r.toml", "[train]\nsteps = 5\n[schedule]\nwarmup = 6\n[data]\nsequenc_length = 4\n")
-    assert [line.split(": ")[1] for line in mistakes("r.toml")] == ["schedule.warmup", "data.sequenc_length"]

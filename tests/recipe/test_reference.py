@@ -15,7 +15,9 @@ def test_the_page_is_what_the_code_makes():
 def test_the_keys_that_shells_complete_are_those_of_the_code():
     assert (ROOT / "recipes" / "keys.txt").read_text(encoding="utf-8") == keys(), "make docs"
     lines = [line.split("\t") for line in keys().splitlines()]
-    assert len(lines) == len([line for line in reference().splitlines() if line.startswith("| `")])
+    # Keys of an array of tables have the name of an element in them, which shells do not know.
+    sections = [section for section in reference().split("\n## ") if not section.startswith("`[[")]
+    assert len(lines) == len([line for line in "\n".join(sections).splitlines() if line.startswith("| `")])
     assert {len(line) for line in lines} == {2}
     assert dict(lines)["train.steps"] == "Optimizer steps."
 

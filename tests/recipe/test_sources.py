@@ -4,7 +4,7 @@ import pytest
 
 from longctx.errors import UserError
 from longctx.recipe import sources
-from longctx.recipe.sources import COMMAND_LINE, MergedConfig, Mistake, Origin, dotted, read_merged
+from longctx.recipe.sources import COMMAND_LINE, MergedConfig, Mistake, Origin, dotted, override, read_merged
 
 
 @pytest.fixture
@@ -18,6 +18,14 @@ def write(tmp_path, monkeypatch):
         return name
 
     return write
+
+
+def with_overrides(source, overrides):
+    """Read a recipe and merge overrides into it."""
+    merged = read_merged(source)
+    for text in overrides:
+        override(merged, text)
+    return merged
 
 
 @pytest.mark.parametrize(
@@ -75,13 +83,13 @@ def test_paths_are_relative_to_the_file_that_extends(write):
     ],
 )
 def test_an_override_is_a_toml_value_or_a_word(write, override, data):
-    merged = read_merged(write("r.toml", "[a]\nx = 1\ny = 'b'\n"), [override])
+    merged = with_overrides(write("r.toml", "[a]\nx = 1\ny = 'b'\n"), [override])
     assert merged.data == data
     assert merged.mistakes == []
 
 
 def test_keys_of_an_override_and_the_tables_that_it_creates_are_of_the_command_line(write):
-    merged = read_merged(write("r.toml", "[a]\nx = 1\n"), ["a.y={ z = 3 }", "b.c.d=1"])
+    merged = with_overrides(write("r.toml", "[a]\nx = 1\n"), ["a.y={ z = 3 }", "b.c.d=1"])
     of_command_line = [("a", "y"), ("a", "y", "z"), ("b",), ("b", "c"), ("b", "c", "d")]
     assert [merged.origin(key) for key in of_command_line] == [COMMAND_LINE] * 5
     assert str(merged.origin(("a",))) == "r.toml:1"
@@ -89,12 +97,12 @@ def test_keys_of_an_override_and_the_tables_that_it_creates_are_of_the_command_l
 
 
 def test_later_overrides_win(write):
-    assert read_merged(write("r.toml", "x = 1\n"), ["x=2", "x=3"]).data == {"x": 3}
+    assert with_overrides(write("r.toml", "x = 1\n"), ["x=2", "x=3"]).data == {"x": 3}
 
 
 @pytest.mark.parametrize("override", ["x", "=1", "a b=1", "[a]=1", ""])
 def test_malformed_overrides_are_mistakes_and_change_nothing(write, override):
-    merged = read_merged(write("r.toml", "x = 1\n"), [override])
+    merged = with_overrides(write("r.toml", "x = 1\n"), [override])
     assert merged.mistakes == [f"command line: {override!r} should be key=value, such as train.steps=100"]
     assert merged.data == {"x": 1}
 
@@ -156,7 +164,7 @@ def test_a_recipe_that_is_nested_too_deeply_is_named(write, text):
 
 @pytest.mark.parametrize("override", [text.replace(" = ", "=", 1) for text in DEEP.values() if "=" in text])
 def test_an_override_that_is_nested_too_deeply_is_a_short_mistake(write, override):
-    merged = read_merged(write("r.toml", "x = 1\n"), [override])
+    merged = with_overrides(write("r.toml", "x = 1\n"), [override])
     assert merged.data == {"x": 1}
     (mistake,) = merged.mistakes
     assert mistake.startswith(f"command line: {override[:80]!r}"[:-1])
@@ -168,7 +176,7 @@ def test_a_number_of_thousands_of_digits_is_a_mistake(write):
     number = "9" * 5000
     with pytest.raises(UserError, match=r"^r\.toml: a number has too many digits$"):
         read_merged(write("r.toml", f"a = {number}"))
-    (mistake,) = read_merged(write("r.toml", "x = 1\n"), [f"a={number}"]).mistakes
+    (mistake,) = with_overrides(write("r.toml", "x = 1\n"), [f"a={number}"]).mistakes
     assert mistake.endswith("(5,002 characters)': a number has too many digits")
 
 

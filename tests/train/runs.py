@@ -76,14 +76,14 @@ def train(
     resume: str = "auto",
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
     draws: bool = False,
+    only_stage: str | None = None,
 ) -> object:
     """On a rank: train `tiny.toml` of `workplace` into `out`, in the process group that the pool has made.
 
     `around`: what is entered meanwhile; what that gives is returned, or else the exit status.
     """
-    return train_recipe(
-        workplace / "tiny.toml", out, [f"data.path={workplace / 'corpus'}", *overrides], resume, around, draws
-    )
+    overrides = [f"data.path={workplace / 'corpus'}", *overrides]
+    return train_recipe(workplace / "tiny.toml", out, overrides, resume, around, draws, only_stage)
 
 
 def train_recipe(
@@ -93,16 +93,17 @@ def train_recipe(
     resume: str = "auto",
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
     draws: bool = False,
+    only_stage: str | None = None,
 ) -> object:
     """The same of any recipe. `draws`: with the pictures at the end, a quarter of the time of a short run."""
     recipe = load(source, overrides)
     with (
         patch.object(trainer, "process_group", lambda kind, timeout: nullcontext()),
         patch.object(machine, "matmul_rate", lambda device, dtype: 1e9),
-        nullcontext() if draws else patch.object(trainer._Reporter, "plot"),
+        nullcontext() if draws else patch.object(trainer.Reporter, "plot"),
         around() as entered,
     ):
-        status = trainer.train(recipe, out=out, resume=resume)
+        status = trainer.train(recipe, out=out, resume=resume, only_stage=only_stage)
     return entered if entered is not None else status
 
 

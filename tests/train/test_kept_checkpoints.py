@@ -31,7 +31,7 @@ def workplace(tmp_path_factory) -> Path:
 def messages() -> Iterator[list[str]]:
     """What the run says to its user."""
     told: list[str] = []
-    with patch.object(trainer._Reporter, "message", lambda self, text: told.append(text)):
+    with patch.object(trainer.Reporter, "message", lambda self, text: told.append(text)):
         yield told
 
 
@@ -39,11 +39,14 @@ def messages() -> Iterator[list[str]]:
 
 
 def test_the_best_is_kept_where_there_is_an_evaluation_unless_told_otherwise():
-    assert build_retention(CheckpointConfig(every=5), None) == RetentionPolicy(2)
-    assert build_retention(CheckpointConfig(every=5), 8) == RetentionPolicy(2, sequences=8)
-    assert build_retention(CheckpointConfig(every=5, keep_best=True), 8) == RetentionPolicy(2, sequences=8)
-    assert build_retention(CheckpointConfig(every=5, keep_best=False), 8) == RetentionPolicy(2)
-    assert build_retention(CheckpointConfig(every=5, keep=3, keep_every=10), None) == RetentionPolicy(3, every=10)
+    assert build_retention(CheckpointConfig(every=5), None, {}) == RetentionPolicy(2)
+    assert build_retention(CheckpointConfig(every=5), 8, {}) == RetentionPolicy(2, sequences=8)
+    assert build_retention(CheckpointConfig(every=5, keep_best=True), 8, {}) == RetentionPolicy(2, sequences=8)
+    assert build_retention(CheckpointConfig(every=5, keep_best=False), 8, {}) == RetentionPolicy(2)
+    assert build_retention(CheckpointConfig(every=5, keep=3, keep_every=10), None, {}) == RetentionPolicy(3, every=10)
+    stages = {"short": 0, "middle": 6, "long": 9}
+    expected = RetentionPolicy(2, sequences=8, stage="long", stage_ends=frozenset({6, 9}))
+    assert build_retention(CheckpointConfig(every=5), 8, stages) == expected
 
 
 @pytest.mark.parametrize(

@@ -96,14 +96,16 @@ def described(folder: Path, source: Path | None, secrets: dict[str, str]) -> dic
         patch.chdir(folder)
         for name, value in secrets.items():
             patch.setenv(name, value)
+        recipe = load("tiny.toml", ["checkpoint.copy_to=s3://me:hunter2@bucket/x"])
         start: Any = SimpleNamespace(
-            stream=SimpleNamespace(corpus=SimpleNamespace(fingerprint="c0")),
-            heldout_fingerprint="4e",
+            stage=recipe.find_stage(),
+            data=SimpleNamespace(
+                stream=SimpleNamespace(corpus=SimpleNamespace(fingerprint="c0")), heldout_fingerprint="4e"
+            ),
             source=source,
             weights=None,
             state=SimpleNamespace(step=10),
         )
-        recipe = load("tiny.toml", ["checkpoint.copy_to=s3://me:hunter2@bucket/x"])
         command = ["longctx", "train", "a b.toml", "checkpoint.copy_to=s3://me:hunter2@bucket/x"]
         return describe_start(recipe, Path("runs/a"), start, torch.device("cpu"), AXES, command)
 

@@ -247,7 +247,7 @@ def test_a_skipped_step_is_recorded_and_changes_nothing(skipping):
 
 
 def test_the_parameters_after_a_skipped_step_have_the_held_out_loss_of_those_before(skipping):
-    heldout = {each.step: {"loss": each.loss, "sequences": 8} for each in metrics(skipping).evaluations}
+    heldout = {each.step: {"loss": each.loss, "sequences": 8, "stage": None} for each in metrics(skipping).evaluations}
     assert list(heldout) == [5, 10, 14]
     assert trainer_state(skipping, 11)["heldout_loss"] == heldout[10]
     for step in (1, 5, 10, 12, 14):
