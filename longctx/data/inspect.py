@@ -10,11 +10,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from longctx.data.corpus import Corpus
+from longctx.data.corpus import Corpus, Index
 from longctx.data.manifest import ERRORS_FILE, Manifest, SplitEntry
 from longctx.errors import UserError
 from longctx.printable import printable
 
+_CONTEXTS = (2**12, 2**15, 2**17, 2**20)
+"""Lengths, in tokens, beyond which documents and tokens are counted."""
 _BAR = 40
 _LONGEST = 5
 _ERRORS = 5
@@ -22,7 +24,7 @@ _SAMPLE_TOKENS = 400
 
 
 def inspect(directory: Path | str, *, verify: bool = False) -> Group:
-    """Return the report as a rich Group: tokenizer, splits, document lengths, longest documents, skipped input, sample.
+    """Return the report as a rich Group: tokenizer, splits, document lengths, long documents, skipped input, sample.
 
     verify: read every shard and compare its SHA-256 with the manifest's.
 
@@ -37,6 +39,7 @@ def inspect(directory: Path | str, *, verify: bool = False) -> Group:
         if split.documents:
             parts += ["", _text(f"{name}: documents by length in tokens", style="bold"), _histogram(split)]
     corpus = Corpus(directory)
+    parts += ["", _text("long documents of train", style="bold"), _long_documents(corpus.lengths)]
     parts += ["", _text("longest documents of train", style="bold"), _longest(corpus)]
     if manifest.errors:
         parts += ["", _text("input skipped during preparation", style="bold"), *_errors(directory, manifest)]
@@ -86,6 +89,19 @@ def _histogram(split: SplitEntry) -> Table:
         # At least one mark: a few very long documents may be the point of the corpus.
         marks = -(-count * _BAR // most)
         table.add_row(f"{2**k:,} – {2 ** (k + 1) - 1:,}", _text("█" * marks), f"{count:,}")
+    return table
+
+
+def _long_documents(lengths: Index) -> Table:
+    """Tabulate, per length, the documents that are longer and the tokens that have more context than that."""
+    table = Table("longer than", box=None)
+    for column in ("documents", "of all tokens", "beyond this position"):
+        table.add_column(column, justify="right")
+    tokens = int(lengths.sum())
+    for bound in _CONTEXTS:
+        longer = lengths[lengths > bound]
+        inside, beyond = int(longer.sum()), int((longer - bound).sum())
+        table.add_row(f"{bound:,}", f"{len(longer):,}", f"{inside / tokens:.2%}", f"{beyond / tokens:.2%}")
     return table
 
 

@@ -46,6 +46,18 @@ def test_the_longest_documents_come_first(tmp_path):
     ]
 
 
+def test_documents_and_tokens_beyond_a_context_are_counted(tmp_path):
+    """4,096 tokens are not longer than 4Ki; of 8,192, half stand beyond it."""
+    text = shown(corpus_of(tmp_path / "corpus", [10] * 6 + [4096, 8192, 40_000], shard_tokens=2**20))
+    tokens = 60 + 4096 + 8192 + 40_000
+    table = text[text.index("long documents of train") : text.index("longest documents")].split("\n")
+    assert [line.split() for line in table[2:5]] == [
+        ["4,096", "2", f"{48_192 / tokens:.2%}", f"{(4096 + 35_904) / tokens:.2%}"],
+        ["32,768", "1", f"{40_000 / tokens:.2%}", f"{7232 / tokens:.2%}"],
+        ["131,072", "0", "0.00%", "0.00%"],
+    ]
+
+
 def test_the_histogram_marks_every_length(tmp_path):
     text = shown(corpus_of(tmp_path / "corpus", [2] * 400 + [5000]))
     lines = [line.split() for line in text.split("\n") if "–" in line]
