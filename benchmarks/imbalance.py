@@ -12,8 +12,8 @@ import statistics
 import sys
 from collections.abc import Sequence
 
+from longctx.data.blend import train_stream
 from longctx.data.config import DataConfig
-from longctx.data.loader import train_stream
 from longctx.parallel.attention.visibility import score_elements
 from longctx.parallel.layout import Layout
 

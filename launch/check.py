@@ -12,6 +12,7 @@ from rich.text import Text
 
 from longctx.checkpoint.copies import CheckpointCopies
 from longctx.checkpoint.read import name_of
+from longctx.data.blend import BlendSource, repetition_warnings
 from longctx.errors import UserError
 from longctx.launch.job_environment import counted
 from longctx.model.decoder import count_parameters
@@ -47,17 +48,20 @@ def check_run(
     start = local_start(recipe, out, resume, only_stage)
     unverified = verify_start(start)
     later = () if only_stage else recipe.stages[start.stage.number + 1 :]
+    stages = [(start.stage, start.data), *((stage, open_data(stage.recipe)) for stage in later)]
     if not shown:
         return 0
     console = Console(highlight=False)
     rows = _run_rows(recipe, out, ranks, start, copy, only_stage)
-    for stage in (start.stage, *later):
-        rows += _stage_rows(stage, ranks, open_data(stage.recipe))
+    for stage, data in stages:
+        rows += _stage_rows(stage, ranks, data)
     for name, text in rows:
         console.print(Text(f"{name:10}", style="bold").append(printable(text), style="not bold"), soft_wrap=True)
     notes, begin = [], start.state.stage_start
-    for stage in (start.stage, *later):
-        notes += [f"{stage}: {note}" if stage.name else note for note in start_warnings(stage.recipe, begin)]
+    for stage, data in stages:
+        repetitions = repetition_warnings(data.stream, stage.recipe.train.sequences)
+        warnings = [*start_warnings(stage.recipe, begin), *repetitions]
+        notes += [f"{stage}: {note}" if stage.name else note for note in warnings]
         begin += stage.recipe.train.steps
     if unverified:
         notes.append("The files of its start have no checksums: an earlier version of longctx wrote them.")
@@ -115,9 +119,7 @@ def _axes(recipe: Recipe, ranks: int) -> str:
 def _stage_rows(stage: Stage, ranks: int, data: StageData) -> list[tuple[str, str]]:
     recipe = stage.recipe
     train, parallel, length = recipe.train, recipe.parallel, recipe.data.sequence_length
-    corpus, total = data.stream.corpus, train.steps * recipe.tokens_per_step
-    epochs = total / corpus.tokens
-    heldout = "" if data.heldout is None else f"; {len(data.heldout)} held-out sequences"
+    total = human_count(train.steps * recipe.tokens_per_step)
     shard = parallel.shard(ranks)
     assert shard is not None  # checked
     split = f", {human_position(-(-length // parallel.cp))} per rank ({parallel.layout})" if parallel.cp > 1 else ""
@@ -131,12 +133,34 @@ def _stage_rows(stage: Stage, ranks: int, data: StageData) -> list[tuple[str, st
             f"{human_position(recipe.tokens_per_step)} tokens: {counted(sequences, 'sequence')}"
             + (f", {sequences // replicas} per data-parallel rank" if replicas > 1 else ""),
         ),
-        ("steps", f"{train.steps:,}: {human_count(total)} tokens, {epochs:,.{2 if epochs < 100 else 0}f} epochs"),
-        (
-            "corpus",
-            f"{recipe.data.path}: {human_count(corpus.tokens)} tokens in {corpus.documents:,} documents{heldout}",
-        ),
+        ("steps", f"{train.steps:,}: {total} tokens{'' if recipe.data.mix else f', {_epochs(recipe, data)[0]}'}"),
+        *_corpus_rows(recipe, data),
     ]
+
+
+def _epochs(recipe: Recipe, data: StageData) -> list[str]:
+    """Return how often the run or stage reads each source."""
+    found = data.stream.epochs(recipe.train.sequences)
+    return [f"{epochs:,.{2 if epochs < 100 else 0}f} epochs" for epochs in found]
+
+
+def _corpus_rows(recipe: Recipe, data: StageData) -> list[tuple[str, str]]:
+    """Return the row of the corpus, or of a mix a row per source and one of the held-out sequences."""
+    sources = data.stream.sources
+    heldout = [] if data.heldout is None else [counted(len(data.heldout), "held-out sequence")]
+    if not recipe.data.mix:
+        return [("corpus", "; ".join([f"{sources[0]}: {_size(sources[0])}", *heldout]))]
+    rows = [
+        f"{source.share:.1%} of tokens, {epochs}: {source}, {_size(source)}"
+        for source, epochs in zip(sources, _epochs(recipe, data), strict=True)
+    ]
+    rows += [f"{text} in the same shares" for text in heldout]
+    return [("" if number else "corpora", text) for number, text in enumerate(rows)]
+
+
+def _size(source: BlendSource) -> str:
+    documents = source.stream.documents
+    return f"{human_count(documents.tokens)} tokens in {len(documents):,} documents"
 
 
 def _start_text(recipe: Recipe, start: Start, copy: str | None, only_stage: str | None) -> str:

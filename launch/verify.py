@@ -85,7 +85,7 @@ def run(
 
 def _vocabulary(recipe: Recipe) -> int:
     try:
-        tokens = Manifest.load(recipe.data.path).tokenizer.vocab_size
+        tokens = Manifest.load(recipe.data.sources[0].path).tokenizer.vocab_size
     except UserError:
         tokens = BYTE_VOCABULARY
     return recipe.model.vocabulary_rows(tokens)

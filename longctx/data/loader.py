@@ -1,35 +1,44 @@
-"""Sequence packing: packed documents (`cu_seqlens`) in sequences of exactly T tokens, without padding.
+"""Sequence packing: packed documents (`cu_seqlens`) of a corpus in sequences of exactly T tokens, without padding.
 
 Documents of an epoch are concatenated in the epoch's order, epochs follow one another without a gap, and sequence i is
 tokens [i·T, (i+1)·T) of that endless stream. No token of an epoch is skipped or read twice, whatever T; a document
 that does not fit continues in the next sequence, and the end of an epoch shares its sequence with the next epoch.
 
-Sequence i is a function of (corpus, seed, shuffling, T, i): the data cursor of a checkpoint is the integer i, on any
-number of ranks. With another corpus, seed, shuffling or T, i means other tokens: compare `SequenceStream.fingerprint`
-on resume.
+Sequence i is a function of (corpus, range of lengths, seed, shuffling, T, i). `longctx.data.blend` blends the streams
+of several corpora.
 
 The order of an epoch is random but nearly sequential on disk: row groups are permuted, then documents are permuted
 within windows of `shuffle_window` tokens of those row groups. The random numbers are PCG64's raw output, which numpy
 keeps the same across versions and machines (unlike `Generator.permutation`).
 """
 
-import collections.abc
 import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from longctx.data.config import DataConfig
 from longctx.data.corpus import Corpus, Index
-from longctx.data.manifest import Manifest
+from longctx.data.documents import Documents
+from longctx.data.length_range import LengthRange
 from longctx.errors import UserError
 from longctx.kernels.loss import IGNORE
 
 SHUFFLE_WINDOW = 2**24
+ALL_LENGTHS = LengthRange()
+
+
+class Shuffling(NamedTuple):
+    """What the random order of a stream's documents depends on, beside the documents."""
+
+    seed: int
+    window: int
+    """Tokens."""
+    source: int = 0
+    """Number in a blend."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +74,29 @@ class SequenceStream:
         seed: int,
         shuffle: bool = True,
         shuffle_window: int = SHUFFLE_WINDOW,
+        lengths: LengthRange = ALL_LENGTHS,
+        source: int = 0,
     ) -> None:
         """Pack `corpus` into sequences of `sequence_length` tokens.
 
         seed: at least 0; without `shuffle`, documents keep their order, and seed and window have no effect.
-        shuffle_window: tokens within which documents are shuffled.
+        shuffle_window: tokens, of the row groups as stored, within which documents are shuffled.
+        lengths: the documents that are read.
+        source: number in a blend; with the same seed, each source has random numbers of its own.
 
-        Raises UserError if the corpus has fewer tokens than one sequence.
+        Raises UserError if these documents have fewer tokens than one sequence.
         """
         if sequence_length <= 0 or seed < 0 or shuffle_window <= 0:
             raise UserError(
                 f"sequence_length {sequence_length} and shuffle_window {shuffle_window} must be above 0, "
                 f"seed {seed} at least 0"
             )
-        self.corpus = corpus
+        self.documents = Documents(corpus, lengths)
         self.sequence_length = sequence_length
-        self._order = (seed, shuffle_window) if shuffle else None
-        self._tokens = corpus.tokens
+        self._order = Shuffling(seed, shuffle_window, source) if shuffle else None
+        self._tokens = self.documents.tokens
         if self._tokens < sequence_length:
-            raise UserError(
-                f"{corpus.directory}: the split {corpus.split!r} has {self._tokens} tokens, less than one sequence "
-                f"of {sequence_length}; prepare more text or use a shorter sequence_length"
-            )
+            raise _too_few_tokens(self.documents, sequence_length)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -98,7 +108,7 @@ class SequenceStream:
     @property
     def fingerprint(self) -> str:
         """SHA-256, hexadecimal, of everything that determines the tokens of sequence i."""
-        return _stream_fingerprint(self.corpus.fingerprint, self.sequence_length, self._order)
+        return stream_fingerprint(self.documents.fingerprint, self.sequence_length, self._order)
 
     def __getitem__(self, index: int) -> Sequence:
         """Return sequence `index`, any integer from 0.
@@ -119,7 +129,7 @@ class SequenceStream:
             while filled < length and slot < len(epoch.documents):
                 document = int(epoch.documents[slot])
                 start = position - int(epoch.starts[slot])
-                filled_to = min(length, filled + int(self.corpus.lengths[document]) - start)
+                filled_to = min(length, filled + int(self.documents.lengths[document]) - start)
                 self._copy(document, start, tokens[filled:filled_to], labels[filled:filled_to])
                 position += filled_to - filled
                 filled = filled_to
@@ -130,8 +140,8 @@ class SequenceStream:
     def _copy(self, document: int, start: int, tokens: torch.Tensor, labels: torch.Tensor) -> None:
         """Fill `tokens` [n] with a document's tokens from `start`, and `labels` [n] with those from `start + 1`."""
         count = len(tokens)
-        stop = min(start + count + 1, int(self.corpus.lengths[document]))
-        values = self.corpus.read(document, start, stop)
+        stop = min(start + count + 1, int(self.documents.lengths[document]))
+        values = self.documents.read(document, start, stop)
         tokens.numpy()[:] = values[:count]
         labels.numpy()[: stop - start - 1] = values[1:]
         labels.numpy()[stop - start - 1 :] = IGNORE
@@ -141,7 +151,7 @@ class SequenceStream:
             if number not in self._epochs:
                 documents = self._permutation(number)
                 starts = np.zeros(len(documents) + 1, dtype=np.int64)
-                np.cumsum(self.corpus.lengths[documents], out=starts[1:])
+                np.cumsum(self.documents.lengths[documents], out=starts[1:])
                 self._epochs[number] = _Epoch(documents, starts)
                 if len(self._epochs) > 2:  # a sequence may span two epochs
                     self._epochs.popitem(last=False)
@@ -150,67 +160,38 @@ class SequenceStream:
 
     def _permutation(self, epoch: int) -> Index:
         """Return the documents in an epoch's order, int64 [D]."""
-        groups = self.corpus.row_groups
+        count, groups = len(self.documents), self.documents.row_groups
         if self._order is None:
-            return np.arange(self.corpus.documents, dtype=np.int64)
-        seed, window = self._order
-        random = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+            return np.arange(count, dtype=np.int64)
+        seed, window, source = self._order
+        random = np.random.PCG64(np.random.SeedSequence([seed, epoch], spawn_key=(source,) if source else ()))
         by_group = np.argsort(random.random_raw(len(groups) - 1), kind="stable")
-        group_tokens = np.add.reduceat(self.corpus.lengths, groups[:-1])
+        # Of tokens as stored: windows of row groups that are mostly out of range would not fit the corpus's cache.
+        group_tokens = self.documents.stored_tokens
         before = np.cumsum(group_tokens[by_group]) - group_tokens[by_group]
         window_of_group = np.empty(len(by_group), dtype=np.int64)
         window_of_group[by_group] = before // window
         window_of_document = np.repeat(window_of_group, np.diff(groups))
-        return np.lexsort((random.random_raw(self.corpus.documents), window_of_document)).astype(np.int64, copy=False)
+        return np.lexsort((random.random_raw(count), window_of_document)).astype(np.int64, copy=False)
 
 
-class _First(collections.abc.Sequence[Sequence]):
-    """The first `count` sequences of a stream, read on access."""
-
-    def __init__(self, stream: SequenceStream, count: int) -> None:
-        self._stream = stream
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> Sequence: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sequence]: ...
-    def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
-        numbers = range(self._count)[index]
-        return self._stream[numbers] if isinstance(numbers, int) else [self._stream[number] for number in numbers]
+def stream_fingerprint(documents: str, sequence_length: int, order: Shuffling | None) -> str:
+    """Return the fingerprint of a stream, SHA-256, hexadecimal, from that of its documents; `order`: None: stored."""
+    stored = "stored"
+    if order is not None:
+        stored = f"seed {order.seed} window {order.window}" + (f" source {order.source}" if order.source else "")
+    return hashlib.sha256(f"{documents} sequences of {sequence_length}, order {stored}".encode()).hexdigest()
 
 
-def _stream_fingerprint(corpus: str, sequence_length: int, order: tuple[int, int] | None) -> str:
-    stored = "stored" if order is None else "seed {} window {}".format(*order)
-    return hashlib.sha256(f"{corpus} sequences of {sequence_length}, order {stored}".encode()).hexdigest()
-
-
-def train_fingerprint(manifest: Manifest, config: DataConfig, *, seed: int) -> str:
-    """Return `train_stream(config, seed=seed).fingerprint` from the corpus's manifest, without opening a shard."""
-    order = None if config.shuffle_window == "none" else (seed, config.shuffle_window)
-    return _stream_fingerprint(manifest.fingerprint("train"), config.sequence_length, order)
-
-
-def train_stream(config: DataConfig, *, seed: int) -> SequenceStream:
-    """Open the training stream of a recipe's `[data]`.
-
-    Raises UserError if the directory is not a complete corpus or has fewer tokens than one sequence.
-    """
-    if config.shuffle_window == "none":
-        return SequenceStream(Corpus(config.path), config.sequence_length, seed=seed, shuffle=False)
-    # Two windows: the current one and, at its end, the next.
-    corpus = Corpus(config.path, cache_tokens=2 * config.shuffle_window)
-    return SequenceStream(corpus, config.sequence_length, seed=seed, shuffle_window=config.shuffle_window)
-
-
-def heldout_sequences(corpus: Corpus, sequence_length: int, count: int) -> collections.abc.Sequence[Sequence]:
-    """Return `count` evaluation sequences of `corpus`, the same ones each time, read on access.
-
-    Documents are in a fixed random order, because neighbours in the stored order are often similar. A corpus with fewer
-    than `count` full sequences returns all of them (see `len`). Raises UserError if it has none.
-    """
-    stream = SequenceStream(corpus, sequence_length, seed=0)
-    return _First(stream, min(count, corpus.tokens // sequence_length))
+def _too_few_tokens(documents: Documents, sequence_length: int) -> UserError:
+    corpus, lengths = documents.corpus, documents.range
+    place, less = f"{corpus.directory}: the split {corpus.split!r}", f"less than one sequence of {sequence_length}"
+    if lengths.has_all:
+        return UserError(
+            f"{place} has {documents.tokens} tokens, {less}; prepare more text or use a shorter sequence_length"
+        )
+    return UserError(
+        f"{place} has {documents.tokens} tokens in {len(documents)} documents of {lengths}, {less}; its "
+        f"longest document has {corpus.lengths.max()} tokens. Change min_document or max_document, prepare more text, "
+        "or use a shorter sequence_length"
+    )

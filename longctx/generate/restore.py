@@ -17,7 +17,7 @@ from longctx.checkpoint.read import (
 )
 from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import stored_config, with_defaults
-from longctx.data.loader import train_fingerprint
+from longctx.data.blend import train_fingerprint
 from longctx.data.manifest import Manifest
 from longctx.data.tokenizer import Tokenizer
 from longctx.errors import UserError
@@ -46,9 +46,9 @@ class Restored:
 def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = None) -> Restored:
     """Restore the model of the directory `run` from its latest checkpoint, or from `checkpoint`.
 
-    Runs in one process, without a process group. `overrides` change the run's recipe, as for training: `data.path`,
-    `train.device`, `train.precision` and `checkpoint.verify`. In bf16, parameters that training keeps in float32 stay
-    float32. Only the manifest and the tokenizer file of the corpus are read.
+    Runs in one process, without a process group. `overrides` change the run's recipe, as for training: `data.path`
+    (which replaces a mix), `train.device`, `train.precision` and `checkpoint.verify`. In bf16, parameters that training
+    keeps in float32 stay float32. Only the manifests of the corpora and the tokenizer file of the first are read.
 
     Raises UserError if the run has no checkpoint, the checkpoint is damaged or of another model, the tokenizer is
     missing, or another key is overridden.
@@ -65,8 +65,8 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
         "a run of engine = 'torch' from the result (train.init)",
     )
     try:
-        manifest = Manifest.read(recipe.data.path)
-        tokenizer = manifest.open_tokenizer(recipe.data.path)
+        manifests = [Manifest.read(source.path) for source in recipe.data.sources]
+        tokenizer = manifests[0].open_tokenizer(recipe.data.sources[0].path)
     except UserError as error:
         raise UserError(
             f"the tokenizer of {run} is stored with its corpus: {error}. If the corpus has moved, add data.path=DIR"
@@ -78,7 +78,7 @@ def restore(run: Path, overrides: Sequence[str] = (), checkpoint: Path | None = 
     if recipe.checkpoint.verify == "full":
         verify_content(path, _HOW)
     decoder = _load_decoder(recipe, rows, path)
-    same_corpus = state.data == train_fingerprint(manifest, recipe.data, seed=recipe.seed)
+    same_corpus = state.data == train_fingerprint(recipe.data, manifests, seed=recipe.seed)
     return Restored(decoder, tokenizer, path, state, same_corpus)
 
 

@@ -15,6 +15,8 @@ from longctx.errors import UserError
 from longctx.files import shortened
 from longctx.recipe.lines import Key, key_lines
 
+ALTERNATIVES = {"path": "mix", "mix": "path"}
+"""Keys of a table, `[data]`, that has only one of them: the one that is set later replaces the other."""
 _DEEPEST = 20
 _TOO_DEEP = f"tables and arrays are nested more than {_DEEPEST} levels deep, which no key of a recipe is"
 
@@ -164,8 +166,9 @@ def _syntax(place: str, text: str, message: str) -> str:
 
 
 def merge_tables(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Merge tables key by key, and arrays of tables with names by name; other values of `child` replace `base`'s."""
-    merged = dict(base)
+    """Merge tables key by key, and arrays of tables with names by name; other values of `child` replace those of `base`
+    and their alternatives."""
+    merged = {key: value for key, value in base.items() if not child.get(ALTERNATIVES.get(key, ""))}
     for key, value in child.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = merge_tables(merged[key], value)

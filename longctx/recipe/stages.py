@@ -10,6 +10,7 @@ from longctx.config import Config, Integer, flattened
 from longctx.model.config import position_keys
 from longctx.recipe.lines import Key
 from longctx.recipe.sources import (
+    ALTERNATIVES,
     COMMAND_LINE,
     MergedConfig,
     Mistake,
@@ -169,6 +170,8 @@ def with_required(root: type[BaseModel], merged: MergedConfig, first: MergedConf
         if not isinstance(table, dict) or not isinstance(of_first, dict) or not _is_table(field.annotation):
             continue
         required = [key for key, inner in field.annotation.model_fields.items() if inner.is_required()]
+        if not ALTERNATIVES.keys() & table.keys():
+            required += [key for key in ALTERNATIVES if key in field.annotation.model_fields]
         missing = [key for key in required if key in of_first and key not in table]
         data[name] = {key: of_first[key] for key in missing} | table
         origins |= {(name, key): first.origin((name, key)) for key in missing}

@@ -41,6 +41,11 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if every local rank has a GPU, else the CPU."""
 
+    @property
+    def sequences(self) -> int:
+        """Sequences of all steps, over all ranks."""
+        return self.steps * self.sequences_per_step
+
     @model_validator(mode="after")
     def _init_optimizer_needs_init(self) -> "TrainConfig":
         if self.init_optimizer and self.init is None:

@@ -20,8 +20,8 @@ from longctx.errors import UserError
 from longctx.health.diagnosis import name_ranks
 from longctx.recipe import Recipe
 
-_BY_CONTENT = ("data.path", "train.init")
-"""Keys that may differ from machine to machine: the trainer compares what is there."""
+_BY_CONTENT = ("train.init",)
+"""Keys that may differ from machine to machine, as the paths of corpora may: the trainer compares what is there."""
 _NAMED = 8
 """Differences that are named; there may be more."""
 
@@ -46,7 +46,12 @@ def check_agreement(recipe: Recipe, out: Path) -> None:
 
 def described(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Return what all ranks must have in common, by name."""
-    keys = {key: value for key, value in flattened(recipe.model_dump(mode="json")) if key not in _BY_CONTENT}
+    tables = recipe.model_dump(mode="json")
+    for data in (tables["data"], *(stage["data"] for stage in tables["stage"])):
+        data.pop("path", None)
+        for source in data.get("mix", ()):
+            del source["path"]
+    keys = {key: value for key, value in flattened(tables) if key not in _BY_CONTENT}
     return keys | {f"the version of {name}": value for name, value in versions().items()} | {"--out": str(out)}
 
 

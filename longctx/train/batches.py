@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from longctx.data.loader import Sequence, SequenceStream
+from longctx.data.blend import BlendedStream
+from longctx.data.loader import Sequence
 from longctx.engines.base import Batch
 from longctx.kernels.device import to_device
 from longctx.kernels.loss import IGNORE
@@ -56,7 +57,7 @@ class Cursor:
 class Prefetcher:
     """Reads the sequences of the next step in a thread during the current step."""
 
-    def __init__(self, stream: SequenceStream, make: Callable[[Sequence], Batch]) -> None:
+    def __init__(self, stream: BlendedStream, make: Callable[[Sequence], Batch]) -> None:
         self._stream, self._make = stream, make
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._pending: dict[tuple[int, ...], Future[list[Sequence]]] = {}

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from longctx.data.blend import BlendedStream
 from longctx.data.loader import Sequence as Packed
-from longctx.data.loader import SequenceStream
 from longctx.engines.base import Batch, Engine
 from longctx.engines.metrics import EvaluationMetrics, PositionLoss
 from longctx.engines.router_stats import RoutingFluctuation
@@ -66,11 +66,11 @@ def evaluate(
     return EvaluationMetrics(step, sum(summed) / sum(counts) if sum(counts) else math.nan, positions, fluctuation)
 
 
-def unigram_loss(stream: SequenceStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:
+def unigram_loss(stream: BlendedStream, heldout: Sequence[Packed], vocab_size: int, *, tokens: int = 2**20) -> float:
     """Compute the held-out loss (nats per token) of a unigram model: a baseline that ignores the context.
 
-    Token frequencies are counted in the first `tokens` of the training stream, at most an epoch, with add-one
-    smoothing.
+    Token frequencies are counted in the first `tokens` of the training stream, at most an epoch (of a mix, of all its
+    corpora), with add-one smoothing.
     """
     counts = torch.ones(vocab_size, dtype=torch.float64)
     for number in range(max(1, min(tokens // stream.sequence_length, math.ceil(stream.sequences_per_epoch)))):

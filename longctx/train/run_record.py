@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 import longctx
 from longctx import system
 from longctx.config import without_password
+from longctx.data.blend import BlendedStream
 from longctx.errors import UserError
 from longctx.files import absolute, replace_file, writing
 from longctx.recipe import Recipe, dump
@@ -111,15 +112,29 @@ def describe_start(
             "resolved": _without_passwords(recipe.model_dump(mode="json", exclude_none=True)),
         },
         "stage": start.stage.name,
-        "corpus": {
-            "path": str(absolute(start.stage.recipe.data.path)),
-            "fingerprint": start.data.stream.corpus.fingerprint,
-            "heldout": start.data.heldout_fingerprint,
-        },
+        "corpus": _describe_corpora(start.stage.recipe, start.data.stream),
         "parallel": {"ranks": len(each), **axes, "layout": start.stage.recipe.parallel.layout},
         "resumed_from": None if start.source is None else {"checkpoint": str(start.source), "step": start.state.step},
         "initialised_from": None if start.weights is None else str(start.weights.path),
     }
+
+
+def _describe_corpora(recipe: Recipe, stream: BlendedStream) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the entry of the corpus, or of a mix one entry per source, with its share of the training tokens."""
+    entries = []
+    for source in stream.sources:
+        config, documents = source.config, source.stream.documents
+        manifest = documents.corpus.manifest
+        entry: dict[str, Any] = {
+            "path": str(absolute(config.path)),
+            "fingerprint": manifest.fingerprint("train"),
+            "heldout": None if recipe.evaluation is None else manifest.fingerprint("heldout"),
+        }
+        if recipe.data.mix:
+            entry |= {"share": source.share, "documents": len(documents), "tokens": documents.tokens}
+            entry |= {"min_document": config.min_document, "max_document": config.max_document}
+        entries.append(entry)
+    return entries if recipe.data.mix else entries[0]
 
 
 def _by_host(each: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

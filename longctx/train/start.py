@@ -12,9 +12,8 @@ from longctx.checkpoint.copies import CheckpointCopies
 from longctx.checkpoint.read import check_format, check_same_model, list_checkpoints, read_state, verify_content
 from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import Weights, find_weights, stored_config, with_defaults
-from longctx.data.corpus import Corpus
+from longctx.data.blend import BlendedStream, heldout_sequences, train_stream
 from longctx.data.loader import Sequence as Packed
-from longctx.data.loader import SequenceStream, heldout_sequences, train_stream
 from longctx.errors import UserError
 from longctx.parallel.rank_errors import raise_on_all_ranks
 from longctx.recipe import Recipe
@@ -29,7 +28,7 @@ from longctx.train.stages import find_stage
 class StageData:
     """What a stage is trained and evaluated on."""
 
-    stream: SequenceStream
+    stream: BlendedStream
     heldout: Sequence[Packed] | None
     """Sequences of evaluation; None without one."""
     heldout_fingerprint: str | None
@@ -121,7 +120,7 @@ def local_start(whole: Recipe, out: Path, resume: str, only_stage: str | None = 
         if stage.reset_optimizer:
             weights, optimizer = find_weights(source, "with --resume PATH"), None
     else:
-        state = _checked(source, saved, fresh, data.heldout_fingerprint, recipe.data.path)
+        state = _checked(source, saved, fresh, data.heldout_fingerprint, recipe.data.corpora)
     return Start(
         stage=stage,
         data=data,
@@ -186,7 +185,7 @@ def _check_later(stage: Stage, vocab_size: int) -> None:
         raise UserError(f"{stage}: {error}") from error
     if rows != vocab_size:
         raise UserError(
-            f"{stage}: {stage.recipe.data.path} has a vocabulary of {rows} rows, and the stage before one of "
+            f"{stage}: {stage.recipe.data.corpora} has a vocabulary of {rows} rows, and the stage before one of "
             f"{vocab_size}: prepare all corpora of a curriculum with one tokenizer"
         )
 
@@ -198,15 +197,15 @@ def is_complete(start: Start, only_stage: str | None) -> bool:
 
 
 def _open_heldout(recipe: Recipe) -> tuple[Sequence[Packed] | None, str | None]:
-    """Return the sequences of evaluation and the fingerprint of their corpus; None without evaluation."""
+    """Return the sequences of evaluation and the fingerprint of their corpora; None without evaluation."""
     if recipe.evaluation is None:
         return None, None
-    corpus = Corpus(recipe.data.path, "heldout")
-    return heldout_sequences(corpus, recipe.data.sequence_length, recipe.evaluation.sequences), corpus.fingerprint
+    heldout = heldout_sequences(recipe.data, recipe.evaluation.sequences)
+    return heldout, heldout.fingerprint
 
 
-def _vocabulary(recipe: Recipe, stream: SequenceStream) -> int:
-    tokens = stream.corpus.manifest.tokenizer.vocab_size
+def _vocabulary(recipe: Recipe, stream: BlendedStream) -> int:
+    tokens = stream.tokenizer.vocab_size
     rows = recipe.model.vocabulary_rows(tokens)
     if rows < tokens:
         raise UserError(f"model.vocab_size: {rows} is less than the {tokens} tokens of the corpus's tokenizer")
@@ -253,7 +252,7 @@ def _checked(path: Path, state: TrainerState, fresh: TrainerState, heldout: str 
     check_same_model(path, replace(state, model=with_defaults(state.model)), fresh.model)
     if state.data != fresh.data:
         raise UserError(
-            f"checkpoint {path} was trained on other data, or with another seed, shuffle_window or "
+            f"checkpoint {path} was trained on other data, or with another mix, seed, shuffle_window or "
             f"sequence_length: its data cursor is not valid for {corpus}. Restore these settings, "
             "or start a new run (--out)"
         )
@@ -301,7 +300,7 @@ def _check_same_start(corpus: str, state: TrainerState, weights: Weights | None,
     for rank, (data, step, digest) in enumerate(starts):
         if data != starts[0][0]:
             raise UserError(
-                f"data.path: rank {rank} sees a different corpus than rank 0; copy the same corpus to every machine"
+                f"data: rank {rank} sees a different corpus than rank 0; copy the same corpora to every machine"
             )
         if step != starts[0][1]:
             raise UserError(

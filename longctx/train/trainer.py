@@ -25,6 +25,7 @@ from longctx.checkpoint.read import list_checkpoints, name_of
 from longctx.checkpoint.retention import HeldOut
 from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.trainer_state import TrainerState
+from longctx.data.blend import repetition_warnings
 from longctx.data.loader import Sequence as Packed
 from longctx.engines.base import Batch
 from longctx.engines.metrics import (
@@ -276,7 +277,9 @@ class _Trainer:
             tokens_per_step=self.recipe.tokens_per_step,
         )
         self.reporter.start(info)
-        for message in (*self.engine.startup_messages, *start_warnings(self.recipe, self.start.state.stage_start)):
+        warnings = start_warnings(self.recipe, self.start.state.stage_start)
+        repetitions = repetition_warnings(self.stream, self.recipe.train.sequences)
+        for message in (*self.engine.startup_messages, *warnings, *repetitions):
             self.reporter.message(message)
         for layers, schedule in schedules.items():
             self.reporter.message(f"attention, {layers}: {schedule.brief}")

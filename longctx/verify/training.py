@@ -19,9 +19,9 @@ from longctx.checkpoint.retention import RetentionPolicy
 from longctx.checkpoint.save import Checkpointer
 from longctx.checkpoint.trainer_state import TrainerState
 from longctx.checkpoint.weights import stored_config
+from longctx.data.blend import BlendedStream, train_stream
 from longctx.data.config import DataConfig
 from longctx.data.loader import Sequence as Packed
-from longctx.data.loader import SequenceStream, train_stream
 from longctx.data.prepare import prepare
 from longctx.data.tokenizer import ByteTokenizer
 from longctx.engines.torch_engine import TorchEngine
@@ -91,7 +91,7 @@ def write_corpus(folder: Path, length: int, seed: int) -> list[bytes]:
     return [text.encode() for text in texts]
 
 
-def open_stream(subject: Subject, folder: Path) -> SequenceStream:
+def open_stream(subject: Subject, folder: Path) -> BlendedStream:
     """Open the corpus of `write_corpus` as training does."""
     data = DataConfig(path=str(folder / "corpus"), sequence_length=subject.length)
     return train_stream(data, seed=subject.seed)

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from longctx.data.config import DataConfig
 from longctx.data.corpus import Corpus
-from longctx.data.loader import SequenceStream, heldout_sequences, train_fingerprint, train_stream
+from longctx.data.length_range import LengthRange
+from longctx.data.loader import SequenceStream
 from longctx.errors import UserError
 from tests.data.cases import END, corpus_of, document_of
 
@@ -143,15 +142,6 @@ def test_each_row_group_is_read_once_an_epoch(fresh, monkeypatch):
     assert sorted(decoded) == list(range(40))
 
 
-@pytest.mark.parametrize("window", ["none", 16, 2**24])
-def test_the_fingerprint_needs_the_manifest_alone(fresh, window):
-    corpus = fresh([5, 9, 30])
-    config = DataConfig(path=str(corpus.directory), sequence_length=8, shuffle_window=window)
-    want = train_stream(config, seed=3).fingerprint
-    assert train_fingerprint(corpus.manifest, config, seed=3) == want
-    assert (train_fingerprint(corpus.manifest, config, seed=4) == want) == (window == "none")
-
-
 def test_the_fingerprint_names_all_that_the_cursor_depends_on(fresh):
     corpus, other = fresh([8] * 10), fresh([8] * 11)
     streams = [
@@ -161,44 +151,73 @@ def test_the_fingerprint_names_all_that_the_cursor_depends_on(fresh):
         SequenceStream(corpus, 8, seed=2),
         SequenceStream(corpus, 8, seed=1, shuffle_window=4),
         SequenceStream(corpus, 8, seed=1, shuffle=False),
+        SequenceStream(corpus, 8, seed=1, lengths=LengthRange(2)),
+        SequenceStream(corpus, 8, seed=1, lengths=LengthRange(1, 9)),
     ]
-    assert len({stream.fingerprint for stream in streams}) == 6
+    assert len({stream.fingerprint for stream in streams}) == 8
     assert SequenceStream(Corpus(corpus.directory), 8, seed=1).fingerprint == streams[0].fingerprint
     assert SequenceStream(corpus, 8, seed=2, shuffle=False).fingerprint == streams[5].fingerprint
 
 
-def test_heldout_sequences_are_the_same_each_time(tmp_path):
-    corpus = Corpus(corpus_of(tmp_path / "corpus", [10, 3, 30], split="heldout"), "heldout")
-    few, again = heldout_sequences(corpus, 8, 2), heldout_sequences(corpus, 8, 2)
-    assert len(few) == 2
-    assert [sequence.tokens.tolist() for sequence in few] == [sequence.tokens.tolist() for sequence in again]
-    whole = torch.cat([sequence.tokens for sequence in heldout_sequences(corpus, 43, 1)]).tolist()
-    assert sorted(whole) == sorted(
-        token for n, size in enumerate((10, 3, 30)) for token in document_of(n, size).tolist()
+# Documents in a range of lengths
+
+
+def documents_read(stream, epochs=1):
+    """The documents of the first epochs, each as its tokens."""
+    total = stream.documents.tokens * epochs
+    sequences = [stream[index].tokens for index in range(-(-total // stream.sequence_length))]
+    tokens = torch.cat(sequences).numpy()[:total]
+    return [found.tolist() for found in np.split(tokens, np.flatnonzero(tokens == END) + 1)[:-1]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    bounds=st.tuples(st.integers(1, 40), st.integers(1, 40)).map(sorted),
+    window=st.integers(1, 200),
+    shuffle=st.booleans(),
+)
+def test_documents_out_of_range_are_left_out(fresh, lengths, bounds, window, shuffle):
+    corpus, (shortest, longest) = fresh(lengths), bounds
+    options = {"seed": 1, "shuffle": shuffle, "shuffle_window": window, "lengths": LengthRange(shortest, longest)}
+    expected = [document_of(n, size).tolist() for n, size in enumerate(lengths) if shortest <= size <= longest]
+    if not expected:
+        with pytest.raises(UserError, match="has 0 tokens in 0 documents of"):
+            SequenceStream(corpus, 1, **options)
+        return
+    found = documents_read(SequenceStream(corpus, 1, **options))
+    assert sorted(found) == sorted(expected)
+    assert shuffle or found == expected
+
+
+def test_a_range_without_enough_tokens_is_named_with_what_there_is(fresh):
+    corpus = fresh([10, 30, 12, 3])
+    with pytest.raises(UserError) as caught:
+        SequenceStream(corpus, 64, seed=1, lengths=LengthRange(10, 20))
+    assert str(caught.value).startswith(
+        f"{corpus.directory}: the split 'train' has 22 tokens in 2 documents of 10 to 20 tokens"
     )
-    assert torch.equal(few[-1].tokens, few[1].tokens)
-    assert [sequence.index for sequence in heldout_sequences(corpus, 8, 99)] == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="'heldout' has 43 tokens, less than one sequence of 44"):
-        heldout_sequences(corpus, 44, 1)
+    assert ", less than one sequence of 64; its longest document has 30 tokens. Change min_document or" in str(
+        caught.value
+    )
 
 
-def test_the_recipe_asks_for_a_stream(fresh):
-    path = str(fresh([8] * 100).directory)
-    shuffled = train_stream(DataConfig(path=path, sequence_length="16"), seed=4)
-    assert shuffled.fingerprint == SequenceStream(Corpus(path), 16, seed=4).fingerprint
-    stored = train_stream(DataConfig(path=path, sequence_length=16, shuffle_window="none"), seed=4)
-    assert order(stored) == list(range(100))
-    assert order(shuffled) != order(stored)
-    small = train_stream(DataConfig(path=path, sequence_length=16, shuffle_window="1Ki"), seed=4)
-    assert small.fingerprint != shuffled.fingerprint
-    with pytest.raises(ValidationError, match="greater than 0"):
-        DataConfig(path=path, sequence_length=16, shuffle_window=0)
-    with pytest.raises(UserError, match="does not exist"):
-        train_stream(DataConfig(path=path + "-missing", sequence_length=16), seed=4)
+def test_windows_are_of_stored_tokens_so_that_each_row_group_is_read_once_an_epoch(fresh, monkeypatch):
+    """A window of the documents in range alone would span all row groups, and the corpus's cache holds a few."""
+    corpus = fresh([60, 8, 8, 4] * 40, row_group_tokens=80, shard_tokens=1000)
+    stream = SequenceStream(corpus, 4, seed=5, shuffle_window=320, lengths=LengthRange(1, 4))
+    corpus._cache_tokens = 2 * 320
+    decoded = []
+    decode = corpus._decode
+    monkeypatch.setattr(corpus, "_decode", lambda group: decoded.append(group) or decode(group))
+    for index in range(40):
+        stream[index]
+    assert sorted(decoded) == list(range(40))
 
 
-def test_bad_numbers_are_refused(fresh):
-    corpus = fresh([8])
-    for length, seed, window in ((0, 1, 1), (1, -1, 1), (1, 1, 0)):
-        with pytest.raises(UserError, match="must be above 0"):
-            SequenceStream(corpus, length, seed=seed, shuffle_window=window)
+def test_each_source_of_a_blend_has_an_order_of_its_own(fresh):
+    corpus = fresh([8] * 100)
+    streams = [SequenceStream(corpus, 8, seed=1, source=source) for source in range(3)]
+    assert len({tuple(order(stream)) for stream in streams}) == 3
+    assert len({stream.fingerprint for stream in streams}) == 3
+    assert order(streams[0]) == order(SequenceStream(corpus, 8, seed=1))

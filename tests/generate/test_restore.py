@@ -108,6 +108,14 @@ def test_another_corpus_is_noticed(trained, tmp_path):
     assert not restore(trained, [f"data.path={tmp_path / 'corpus'}"]).same_corpus
 
 
+def test_a_run_with_a_mix_has_the_tokenizer_of_its_corpora_or_of_another_one(ranks, workplace, tmp_path):
+    sources = [f'{{path="{workplace / "corpus"}",weight={weight}}}' for weight in (1, 2)]
+    overrides = ("parallel.cp=1", "train.steps=2", f"data.mix=[{','.join(sources)}]")
+    ranks.run(train, workplace, tmp_path / "run", overrides, size=1)
+    assert restore(tmp_path / "run").same_corpus
+    assert not restore(tmp_path / "run", [f"data.path={workplace / 'corpus'}"]).same_corpus
+
+
 def test_a_corpus_that_is_not_there_is_reported_with_what_to_do(trained):
     with pytest.raises(UserError) as caught:
         restore(trained, ["data.path=gone"])

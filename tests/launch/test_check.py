@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longctx.checkpoint.copies import CheckpointCopies
+from longctx.data.corpus import Corpus
 from longctx.launch import train as training
 from longctx.train.run_lock import FILE_NAME, this_process
 from tests.launch.test_main import run
@@ -50,7 +51,9 @@ def rows(*arguments: str) -> dict[str, str]:
 
 def test_what_would_run(place):
     found = rows("--nproc", "4", "train.sequences_per_step=4", "data.sequence_length=1Ki", "train.steps=1000")
-    assert list(found) == ["run", "start", "model", "ranks", "sequence", "step", "steps", "corpus"]
+    *names, warning = found
+    assert names == ["run", "start", "model", "ranks", "sequence", "step", "steps", "corpus"]
+    assert warning == "corpus is", "read more than 4 times"
     assert found["run"] == "tiny, in runs/tiny"
     assert found["start"] == "step 0, random parameters of seed 3"
     (trained,) = metrics(place / "out").runs
@@ -61,6 +64,23 @@ def test_what_would_run(place):
     tokens = json.loads((place / "corpus/manifest.json").read_text())["splits"]["train"]["tokens"]
     assert found["steps"] == f"1,000: 4.1M tokens, {1000 * 4096 / tokens:,.0f} epochs"
     assert found["corpus"].endswith("k tokens in 28 documents")
+
+
+def test_a_mix_has_a_row_per_source_and_repetition_is_warned_of(place):
+    mix = 'data.mix=[{path="corpus",weight=3,max_document=500},{path="corpus",weight=1,min_document=501}]'
+    status, text = check("evaluation.every=4", "evaluation.sequences=3", "train.steps=1000", mix)
+    lines = {line[:10].strip() or line[10:20]: line[10:] for line in text.splitlines()}
+    assert status == 0
+    assert lines["steps"] == "1,000: 128k tokens"
+    documents = Corpus("corpus").lengths
+    short, long = documents[documents <= 500], documents[documents > 500]
+    assert lines["corpora"] == (
+        f"75.0% of tokens, {96_000 / short.sum():.2f} epochs: corpus (documents of at most 500 tokens), "
+        f"{short.sum() / 1000:.1f}k tokens in {len(short)} documents"
+    )
+    assert f"25.0% of tokens, {32_000 / long.sum():.2f} epochs: corpus (documents of at least 501 tokens), " in text
+    assert "          3 held-out sequences in the same shares\n" in text
+    assert f"500 tokens) is read {96_000 / short.sum():.1f} times in 2,000 sequences: beyond about 4 epochs" in text
 
 
 def test_what_it_would_start_from(place):

@@ -4,6 +4,7 @@ import pytest
 
 from longctx.errors import UserError
 from longctx.recipe import sources
+from longctx.recipe.loading import read_recipe
 from longctx.recipe.sources import COMMAND_LINE, MergedConfig, Mistake, Origin, dotted, override, read_merged
 
 
@@ -56,6 +57,18 @@ def test_tables_are_merged_key_by_key_and_the_extending_file_wins(write):
     assert merged.data == {"a": {"x": 1, "y": [3], "c": {"z": 1, "v": 2}}, "b": 5}
     keys = {"a.x": "base.toml:2", "a.y": "r.toml:4", "a.c.z": "base.toml:5", "a.c.v": "r.toml:6", "b": "r.toml:2"}
     assert {key: str(merged.origin(tuple(key.split(".")))) for key in keys} == keys
+
+
+def test_a_corpus_and_a_mix_replace_each_other(write):
+    """Else neither could be changed by a recipe that extends, or on the command line: [data] has one of them."""
+    mix = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+    one = write("one.toml", '[data]\npath = "corpus"\nsequence_length = 16\n')
+    several = write("several.toml", 'extends = "one.toml"\n[[data.mix]]\npath = "a"\nweight = 1\n')
+    assert read_merged(several).data == {"data": {"sequence_length": 16, "mix": mix[:1]}}
+    assert read_recipe(several, ["data.path=c"]).data == {"data": {"sequence_length": 16, "path": "c"}}
+    override = 'data.mix=[{path="a",weight=1},{path="b",weight=2}]'
+    assert read_recipe(one, [override]).data == {"data": {"sequence_length": 16, "mix": mix}}
+    assert read_recipe(one, ["data.mix=[]"]).data["data"]["path"] == "corpus"
 
 
 def test_paths_are_relative_to_the_file_that_extends(write):

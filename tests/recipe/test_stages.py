@@ -2,8 +2,9 @@
 
 import pytest
 
+from longctx.recipe import Recipe
 from longctx.recipe.sources import COMMAND_LINE, MergedConfig, Origin
-from longctx.recipe.stages import check_stages, override_recipe, split_stages, stage_tables
+from longctx.recipe.stages import check_stages, override_recipe, split_stages, stage_tables, with_required
 
 FILE = Origin("r.toml", 1)
 
@@ -118,3 +119,18 @@ def test_positions_are_a_stages():
 def test_two_stages_of_one_name():
     (mistake,) = check_stages([{"name": "a"}, {"name": "a"}])
     assert (mistake.key, mistake.text) == (("stage", 1, "name"), "'a' is the name of an earlier stage")
+
+
+def test_a_stage_replaces_a_corpus_by_a_mix_and_a_mix_by_a_corpus():
+    mix = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+    to_mix, to_path = {"name": "a", "data": {"mix": mix}}, {"name": "a", "data": {"path": "c"}}
+    assert stage_tables({"data": {"path": "c", "mix": []}}, to_mix) == {"data": {"mix": mix}}
+    assert stage_tables({"data": {"path": None, "mix": mix}}, to_path) == {"data": {"path": "c"}}
+
+
+@pytest.mark.parametrize("own", [{}, {"data": {"sequence_length": 16}}])
+def test_stages_may_set_the_corpora_that_the_recipe_leaves_out(own):
+    mix = [{"path": "a", "weight": 1}]
+    source = merged(**own, stage=[{"name": "a", "data": {"sequence_length": 32, "mix": mix}}])
+    found = with_required(Recipe, source, split_stages(source)[0]).data["data"]
+    assert found == {"sequence_length": own["data"]["sequence_length"] if own else 32, "mix": mix}

@@ -29,6 +29,8 @@ def test_every_key_of_the_recipe_is_compared_but_what_is_compared_by_content(rec
         "train.steps",
     } < found.keys()
     assert not {"data.path", "train.init"} & found.keys()
+    assert found["data.mix"] == []
+    assert found["stage"] == []
     assert found["--out"] == "runs/a"
     assert found["the version of torch"] == torch.__version__
 
@@ -54,6 +56,27 @@ def on_rank(source, keys):
 def test_equal_ranks_agree(ranks, recipe, tmp_path, size):
     assert ranks.run(on_rank, tmp_path / "tiny.toml", [], size=size) == ["agreed"] * size
     assert ranks.run(on_rank, tmp_path / "tiny.toml", [("data.path", "'elsewhere'")], size=size) == ["agreed"] * size
+
+
+def test_corpora_of_a_mix_may_be_elsewhere_and_their_weights_may_not_differ(ranks, tmp_path):
+    mix = '[[data.mix]]\npath = "a"\nweight = 1.0\n[[data.mix]]\npath = "b"\nweight = 2.0\n'
+    (tmp_path / "tiny.toml").write_text(RECIPE.replace('path = "corpus"\n', "") + mix)
+    elsewhere = '[{path="there",weight=1.0},{path="too",weight=2.0}]'
+    assert ranks.run(on_rank, tmp_path / "tiny.toml", [("data.mix", elsewhere)], size=2) == ["agreed"] * 2
+    told = ranks.run(on_rank, tmp_path / "tiny.toml", [("data.mix", elsewhere.replace("2.0", "3.0"))], size=2)
+    assert "data.mix: " in told[0]
+    assert '"weight": 3.0' in told[1]
+
+
+def test_corpora_of_a_stage_may_be_elsewhere(tmp_path):
+    found = []
+    for path in ("a", "b"):
+        stages = f'[[stage]]\nname = "one"\ndata.path = "{path}"\n[[stage]]\nname = "two"\n'
+        mix = f'[[stage.data.mix]]\npath = "{path}"\nweight = 1.0\n'
+        (tmp_path / "tiny.toml").write_text(RECIPE + stages + mix)
+        found.append(described(load(tmp_path / "tiny.toml"), Path("out")))
+    assert found[0] == found[1]
+    assert found[0]["stage"][1]["data"] == {"mix": [{"weight": 1.0}]}
 
 
 def test_all_ranks_hear_of_the_first_differences(ranks, recipe, tmp_path):

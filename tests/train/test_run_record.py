@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from longctx.data.blend import train_stream
+from longctx.data.manifest import Manifest
 from longctx.errors import UserError
 from longctx.recipe import load
 from longctx.train import run_record
 from longctx.train.run_record import RunRecord, add_start, describe_start, git_state, read_record
+from tests.data.cases import corpus_of
 from tests.train.runs import RECIPE
 
 AXES = {"dp_shard": 1, "cp": 2}
@@ -90,18 +93,18 @@ def test_a_full_disk_leaves_the_record_before(tmp_path, monkeypatch) -> None:
 # What it says
 
 
-def described(folder: Path, source: Path | None, secrets: dict[str, str]) -> dict[str, Any]:
+def described(
+    folder: Path, source: Path | None, secrets: dict[str, str], overrides: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """On a rank: the entry of a start in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, value in secrets.items():
             patch.setenv(name, value)
-        recipe = load("tiny.toml", ["checkpoint.copy_to=s3://me:hunter2@bucket/x"])
+        recipe = load("tiny.toml", ["checkpoint.copy_to=s3://me:hunter2@bucket/x", *overrides])
         start: Any = SimpleNamespace(
             stage=recipe.find_stage(),
-            data=SimpleNamespace(
-                stream=SimpleNamespace(corpus=SimpleNamespace(fingerprint="c0")), heldout_fingerprint="4e"
-            ),
+            data=SimpleNamespace(stream=train_stream(recipe.data, seed=1)),
             source=source,
             weights=None,
             state=SimpleNamespace(step=10),
@@ -113,6 +116,7 @@ def described(folder: Path, source: Path | None, secrets: dict[str, str]) -> dic
 @pytest.fixture
 def folder(tmp_path) -> Path:
     (tmp_path / "tiny.toml").write_text(RECIPE)
+    corpus_of(tmp_path / "corpus", [100, 20, 30])
     return tmp_path
 
 
@@ -124,13 +128,26 @@ def test_an_entry_says_what_a_person_asks(ranks, folder) -> None:
     assert found["resumed_from"] == {"checkpoint": "there/step-00000010", "step": 10}
     assert found["recipe"]["path"] == str(folder / "runs/a/recipe.toml")
     assert found["recipe"]["resolved"]["optimizer"]["lr"] == 3e-3
-    assert found["corpus"] == {"path": str(folder / "corpus"), "fingerprint": "c0", "heldout": "4e"}
+    fingerprint = Manifest.read(folder / "corpus").fingerprint("train")
+    assert found["corpus"] == {"path": str(folder / "corpus"), "fingerprint": fingerprint, "heldout": None}
     assert found["parallel"] == {"ranks": 2, "dp_shard": 1, "cp": 2, "layout": "zigzag"}
     assert [host["ranks"] for host in found["hosts"]] == [[0, 1]]
     assert len(found["hosts"][0]["devices"]) == 1, "each name once"
     assert found["versions"]["torch"] == torch.__version__
     assert found["longctx"]["version"] == found["versions"]["longctx"]
     json.dumps(found)
+
+
+def test_an_entry_has_each_source_of_a_mix(ranks, folder) -> None:
+    mix = 'data.mix=[{path="corpus",weight=3,min_document=50},{path="corpus",weight=1}]'
+    (found,) = ranks.run(described, folder, None, {}, (mix, "evaluation.every=2"), size=1)
+    manifest = Manifest.read(folder / "corpus")
+    corpus = {"path": str(folder / "corpus"), "fingerprint": manifest.fingerprint("train")}
+    corpus["heldout"] = manifest.fingerprint("heldout")
+    assert found["corpus"] == [
+        corpus | {"share": 0.75, "documents": 1, "tokens": 100, "min_document": 50, "max_document": None},
+        corpus | {"share": 0.25, "documents": 3, "tokens": 150, "min_document": 1, "max_document": None},
+    ]
 
 
 def test_an_entry_has_no_secrets(ranks, folder) -> None:

@@ -110,8 +110,8 @@ def test_a_shard_cut_short(ranks, workplace, tmp_path):
             "auto",
             ["layers: 'LS', expected 'SL'; vocab_size: 320, expected"],
         ),
-        (["seed=4"], "auto", ["was trained on other data, or with another seed"]),
-        (["data.sequence_length=32"], "auto", ["was trained on other data, or with another seed"]),
+        (["seed=4"], "auto", ["was trained on other data, or with another mix, seed"]),
+        (["data.sequence_length=32"], "auto", ["was trained on other data, or with another mix, seed"]),
         ([], "never", ["contains checkpoints of an earlier run, the latest", "--resume auto", "--out"]),
         (
             [],

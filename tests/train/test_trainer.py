@@ -262,6 +262,24 @@ def sequences_read() -> Iterator[list[int]]:
         yield numbers
 
 
+def test_a_mix_resumes_with_the_sequences_that_follow_on_any_ranks(ranks, workplace, tmp_path):
+    corpus = workplace / "corpus"
+    mix = f'[{{path="{corpus}",weight=3,max_document=500}},{{path="{corpus}",weight=1,min_document=501}}]'
+    overrides = (f"data.mix={mix}", "train.steps=4", "evaluation.every=4", "evaluation.sequences=3")
+    ranks.run(train, workplace, tmp_path / "whole", (*overrides, "parallel.cp=1"), size=1)
+    for size in (2, 1):
+        out = interrupted_copy(tmp_path / "whole", tmp_path / f"resumed-{size}", 2)
+        ranks.run(train, workplace, out, (*overrides, f"parallel.cp={size}"), size=size)
+        exact = {"rel": 0, "abs": 0} if size == 1 else {"rel": 1e-5}
+        assert losses(out) == pytest.approx(losses(tmp_path / "whole"), **exact)
+        found, expected = metrics(out), metrics(tmp_path / "whole")
+        assert found.evaluations[-1].loss == pytest.approx(expected.evaluations[-1].loss, **exact)
+        assert found.runs[0].unigram_loss == expected.runs[0].unigram_loss
+    other = f"data.mix={mix.replace('weight=3', 'weight=2')}"
+    (told,) = ranks.run(mistake, workplace, out, [*overrides, other, "parallel.cp=1"], size=1)
+    assert "was trained on other data, or with another mix, seed, shuffle_window or sequence_length" in told
+
+
 def test_going_back_to_an_earlier_checkpoint_gives_up_the_later_ones(ranks, uninterrupted, workplace, tmp_path):
     """Else the next start would take a checkpoint of the attempt that was given up for the newest."""
     out = shutil.copytree(uninterrupted, tmp_path / "out")
