@@ -31,7 +31,7 @@ OTHERS = (
 )
 
 
-def run(engine: Engine, recipe: Path | str, out: Path, overrides: Sequence[str]) -> None:
+def run(engine: Engine, recipe: Path | str, out: Path, overrides: Sequence[str], resume: str = "never") -> None:
     """On a rank: train a recipe."""
     around: AbstractContextManager[None] = nullcontext()
     if "engine=megatron" in engine.overrides:
@@ -41,7 +41,7 @@ def run(engine: Engine, recipe: Path | str, out: Path, overrides: Sequence[str])
         around = _megatron()
     elif "engine=deepspeed" in engine.overrides:
         around = _deepspeed()
-    train_recipe(recipe, out, [*overrides, *engine.overrides], "never", lambda: around)
+    train_recipe(recipe, out, [*overrides, *engine.overrides], resume, lambda: around)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from longctx.adapters.megatron.checkpoints import mixer_sharded_state_dict
 from longctx.adapters.megatron.layouts import Groups, LayoutPackedSeqParams, attention_schedule, batch_layout
 from longctx.adapters.megatron.losses import attach_auxiliary_loss, auxiliary_loss_scale
-from longctx.adapters.megatron.optimizers import fix_mixed_dtype_groups
+from longctx.adapters.megatron.optimizers import fix_bucket_padding, fix_mixed_dtype_groups
 from longctx.layers.basic import Linear
 from longctx.layers.output import Output
 from longctx.mixers import MIXERS, Cache, Mixer, MixerConfig
@@ -80,6 +80,7 @@ class TokenMixer(MegatronModule):  # type: ignore[misc]
         """
         del attn_mask_type, newer  # every mixer is causal
         super().__init__(config=config)
+        fix_bucket_padding()
         self.groups, self.layer_number = Groups.from_collection(config, pg_collection), layer_number
         table = default_mixer(mixer, config) if isinstance(mixer, str) else mixer
         self.schedule = attention_schedule(cp_comm_type)

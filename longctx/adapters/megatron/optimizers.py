@@ -4,12 +4,16 @@ Two dtypes in one parameter group: the distributed optimizer (0.16 to 0.20) puts
 them as if it had not, so checkpoints would have one parameter's moments under another's name. The other half-precision
 optimizer has the same fault in several places; there, saving is refused.
 
+Padding between buckets: a checkpoint of the format `fully_reshardable` reads parameters at their offsets in the padded
+buffer from tensors without the padding at the end of each bucket (seen in 0.16.1). With several buckets, as the first
+and the last pipeline stage have where embedding and head share a matrix, parameters would be saved shifted.
+
 Torch's Adam, which Megatron uses without Apex and TransformerEngine: it creates its state at the first step and has a
 step count per parameter. Megatron reads the state before the first step; its distributed optimizer does not expect the
 step count among the state that it fills, and shares one count tensor among all parameters, which each would increment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -48,6 +52,35 @@ def fix_mixed_dtype_groups() -> None:
         return save(self, *args, **kwargs)
 
     Float16OptimizerWithFloat16Params.sharded_state_dict = save_one_dtype
+
+
+def fix_bucket_padding() -> None:
+    """Patch Megatron: the distributed optimizer's reshardable checkpoints have the padding of buckets where offsets of
+    parameters count it. The checkpoints have none: they are per parameter."""
+    collect = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(collect, "__wrapped__"):
+        return
+
+    @wraps(collect)
+    def collect_with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _padding_counted(self.buffers):
+            return collect(self, *args, **kwargs)
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = collect_with_padding
+
+
+@contextmanager
+def _padding_counted(buffers: Sequence[Any]) -> Iterator[None]:
+    """Make the unpadded sizes of buffers and buckets the padded ones inside the block."""
+    sizes = [(each, each.grad_data.numel()) for buffer in buffers for each in (buffer, *buffer.buckets)]
+    unpadded = [each.numel_unpadded for each, _ in sizes]
+    try:
+        for each, numel in sizes:
+            each.numel_unpadded = numel
+        yield
+    finally:
+        for (each, _), numel in zip(sizes, unpadded, strict=True):
+            each.numel_unpadded = numel
 
 
 def _with_torch_adam(optimizer: Any) -> Iterator[Any]:
