@@ -23,6 +23,7 @@ _FIRST_PORT, _PORTS = 15_000, 15_000
 _OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 """Variables of rank, size, local rank and local size."""
+_SLURM_STEP = "Slurm step"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class RankOfJob:
     local_size: int
     """Ranks of its node."""
     meeting: Meeting
+
+    @property
+    def is_slurm_task(self) -> bool:
+        """Whether srun has started it."""
+        return self.found.startswith(_SLURM_STEP)
 
     def variables(self) -> dict[str, str]:
         """Return torchrun's variables of this rank."""
@@ -208,7 +214,7 @@ def _slurm_step(variables: _Variables, nproc: int | None) -> RankOfJob | NodeOfJ
         return None
     nodes = variables.number("SLURM_STEP_NUM_NODES", by=by)
     step = f"{variables.text('SLURM_JOB_ID', by)}.{variables.text('SLURM_STEP_ID', by)}"
-    found = f"Slurm step {step}"
+    found = f"{_SLURM_STEP} {step}"
     node = variables.number("SLURM_NODEID", by=by)
     address = variables.get("MASTER_ADDR") or _first_host(variables, nodes)
     port = variables.port("MASTER_PORT", by) if "MASTER_PORT" in variables else _derived_port(f"slurm {step}")

@@ -45,6 +45,7 @@ from longctx.launch.rank import Job, RankReport
 from longctx.launch.rank_settings import rank_settings
 from longctx.launch.terminal import echo, echo_error, show_cursor
 from longctx.parallel.one_machine import LOOPBACK, STORE
+from longctx.train.stop_signal import listen
 
 _POLL = 0.05
 _WATCH = 0.5
@@ -213,7 +214,8 @@ def run_ranks(
         job = _Job(folder, limits or Limits(), node, on_stop)
         with _received_signals(job.signals):
             try:
-                for local in range(ranks):
+                # A signal that came while this process started has stopped the job already.
+                for local in range(0 if job.signals else ranks):
                     number = local if node is None else node.node * ranks + local
                     process = _start(number, _environment(local, ranks, folder, node), folder, logs)
                     job.ranks.append(_Rank(number, process))
@@ -252,20 +254,23 @@ def _start(number: int, environment: Mapping[str, str], folder: Path, logs: Path
 
 @contextlib.contextmanager
 def _received_signals(received: list[signal.Signals]) -> Iterator[None]:
-    """Append stop signals to `received` instead of stopping; a signal that is ignored stays ignored (nohup)."""
+    """Append stop signals to `received` instead of stopping; a signal that is ignored stays ignored (nohup).
+
+    One that was noted before (`longctx.train.stop_signal`) is the first.
+    """
 
     def record(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in handled:
-        signal.signal(number, record)
+    for number in _STOP_SIGNALS:
+        if noted := listen(number, record):
+            received.insert(0, signal.Signals(noted))
     try:
         yield
     finally:
-        for number in handled:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _conclude(job: _Job, logs: Path, advice: str) -> int:

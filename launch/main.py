@@ -18,6 +18,7 @@ from longctx.launch.arguments import OverridesArgument, RecipeArgument, TinyOpti
 from longctx.launch.commands import bench, checkpoint, convert, data, launch
 from longctx.launch.completion import complete_shipped
 from longctx.launch.distribution import foreign_distribution
+from longctx.launch.early_stop import hold_early_stop, note_early_stop
 from longctx.launch.rank_settings import exec_with_settings
 from longctx.launch.terminal import echo_error
 
@@ -259,12 +260,15 @@ def _generate(
 
 def main() -> None:
     """Run the console script. Exit status: 1 for a failure, 2 for a user error, 128 + the signal that stopped a run."""
+    arguments = sys.argv[1:]
+    hold_early_stop(arguments)
     other = foreign_distribution()
     if other is not None:
         echo_error(other)
         sys.exit(2)
-    if sys.argv[1:2] in (["train"], ["doctor"]):
-        exec_with_settings(sys.argv[1:])
+    if arguments[:1] in (["train"], ["doctor"]):
+        exec_with_settings(arguments)
+    note_early_stop(arguments)
     try:
         app(prog_name="longctx")
     except SystemExit as end:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +16,9 @@ from longctx.launch.job_rank import refuse_nproc, run_as_rank
 from longctx.launch.local import run_ranks
 from longctx.recipe import Recipe, check, load
 from longctx.tracking.trackers import check_installed
+from longctx.train.outcome import STOPPED, mark_stopped
 
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
 _ADVICE = "--resume auto continues from the last complete checkpoint."
 
 
@@ -68,7 +71,10 @@ def train(
         "only_stage": only_stage,
     }
     entry, title = "longctx.launch.train:run_rank", f"{recipe.name}, in {out}"
-    return run_ranks(entry, arguments, ranks=ranks, logs=out / "logs", node=node, title=title, advice=_ADVICE)
+    status = run_ranks(entry, arguments, ranks=ranks, logs=out / "logs", node=node, title=title, advice=_ADVICE)
+    if node is None and status in _STOPPED and not (out / STOPPED).exists():
+        mark_stopped(out, "before it could save")
+    return status
 
 
 def _check(recipe: Recipe, out: Path, resume: str, only_stage: str | None, ranks: int, *, shown: bool) -> int:

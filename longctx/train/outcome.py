@@ -1,4 +1,4 @@
-"""Outcome of a run, for the script of its job: a file says that a signal stopped it, after a save.
+"""Outcome of a run, for the script of its job: a file says that a signal stopped it, and that it can go on.
 
 The exit status of a job of many ranks does not: schedulers kill the others when one fails, so that a job whose first
 rank failed may end with the status of a signal.
@@ -15,6 +15,6 @@ def clear_outcome(out: Path) -> None:
     (out / STOPPED).unlink(missing_ok=True)
 
 
-def mark_stopped(out: Path, step: int) -> None:
-    """Say that a signal stopped the run after `step`, whose checkpoint is complete."""
-    (out / STOPPED).write_text(f"after step {step}\n", encoding="utf-8")
+def mark_stopped(out: Path, when: str) -> None:
+    """Say that a signal stopped the run, and when: `after step 12`. The checkpoints in `out` are complete."""
+    (out / STOPPED).write_text(f"{when}\n", encoding="utf-8")

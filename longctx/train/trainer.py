@@ -61,6 +61,7 @@ from longctx.train.reporter import Reporter
 from longctx.train.run_lock import locked
 from longctx.train.run_record import describe_start
 from longctx.train.start import find_start, nothing_text, start_messages, start_warnings
+from longctx.train.stop_signal import listen
 
 _DIVERGED = (
     "Training stopped without saving this step. Resume from an earlier checkpoint with a lower optimizer.lr, a longer "
@@ -98,7 +99,7 @@ def train(
             place = _Place(out, command or sys.orig_argv, kind, monitor, check_lock)
             outcome = _train_stage(recipe, resume, only_stage, place)
             while outcome.next_resume is not None:
-                outcome = _train_stage(recipe, outcome.next_resume, only_stage, place)
+                outcome = _train_stage(recipe, outcome.next_resume, only_stage, place, outcome.stopped_by)
             # All ranks destroy their groups together: one that exits earlier would look like a crashed rank.
             dist.barrier()
             return outcome.status
@@ -120,22 +121,28 @@ class _Outcome:
     status: int
     next_resume: str | None
     """The checkpoint with which the next stage begins; None if the run ends here."""
+    stopped_by: int = 0
+    """A signal that came too late for this stage, as during its last save: it stops the next one; 0 if none did."""
 
 
-def _train_stage(recipe: Recipe, resume: str, only_stage: str | None, place: _Place) -> _Outcome:
-    """Train the stage that comes next; its model and process groups are freed at the end."""
+def _train_stage(recipe: Recipe, resume: str, only_stage: str | None, place: _Place, stopped_by: int = 0) -> _Outcome:
+    """Train the stage that comes next; its model and process groups are freed at the end.
+
+    `stopped_by`: a signal that this rank got before, which stops the stage before its first step.
+    """
     with ExitStack() as stack:
         for number in _STOPPING:
             # Last: the trainer's handler holds it, with the model and its process groups.
             stack.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
         trainer = _Trainer(recipe, resume, only_stage, place, stack)
+        trainer.stopped_by = stopped_by
         trainer.run()
         stage = trainer.start.stage
         if not trainer.is_complete:
             return _Outcome(128 + trainer.stopped_by, None)
         if only_stage is not None or stage.number + 1 == stage.count:
             return _Outcome(0, None)
-        return _Outcome(0, str(trainer.checkpoint))
+        return _Outcome(0, str(trainer.checkpoint), trainer.stopped_by)
 
 
 class _Trainer:
@@ -323,13 +330,13 @@ class _Trainer:
             self.reporter.message(f"Nothing to do: {nothing_text(self.start, self.only_stage)}.")
             return
         for number in _STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._stop)
+            self.stopped_by = listen(number, self._stop) or self.stopped_by
         with collective_errors("at the start"):
             self._start()
+            stop = self._agree_to_stop(self._gather(float(self.stopped_by)))
         self.monitor.waited()  # what the start waited is no step's
         average: float | None = None
-        while self.done < self.last_step:
+        while self.done < self.last_step and not stop:
             step = self.done + 1
             self.monitor.enter("step", f"step {step}")
             with collective_errors(f"step {step}"):
@@ -350,7 +357,8 @@ class _Trainer:
                     self._save()
         self.monitor.enter("end", "at the end")
         with collective_errors("at the end"):
-            self._save()
+            if self.done:  # else a signal stopped it before its first step, and there is nothing to save
+                self._save()
             self.checkpointer.wait()
             self._finish()
 
@@ -395,8 +403,14 @@ class _Trainer:
             routers={name: sums.metrics for name, sums in result.router_stats.layers.items()},
             waits=self._waits(rows[:, 3]),
         )
-        self.stopped_by = int(rows[:, 2].max())
-        return metrics, spike, self.stopped_by > 0
+        return metrics, spike, self._agree_to_stop(rows[:, 2])
+
+    def _agree_to_stop(self, signals: torch.Tensor) -> bool:
+        """Return whether any rank had got a stop signal when `signals`, that of each rank, were gathered."""
+        stop = int(signals.max())
+        # One that has come since then counts at the end of the next step.
+        self.stopped_by = stop or self.stopped_by
+        return stop > 0
 
     def _handle(self, spike: SpikeMetrics) -> None:
         """Report a spike; raise UserError, with nothing saved, if the run is to stop at it."""
@@ -421,12 +435,12 @@ class _Trainer:
     def _finish(self) -> None:
         checkpoint = self.checkpoint
         if self.done < self.last_step:
+            when = f"after step {self.done}" if self.done else "before the first step"
             if dist.get_rank() == 0:
-                mark_stopped(self.out, self.done)
+                mark_stopped(self.out, when)
             self._report_copies()
-            self.reporter.end(
-                f"Stopped by a signal after step {self.done}. Checkpoint: {checkpoint}; rerun the command to resume."
-            )
+            saved = f"Checkpoint: {checkpoint}; rerun the command to resume" if self.done else "Rerun the command"
+            self.reporter.end(f"Stopped by a signal {when}. {saved}.")
             return
         self.reporter.plot()
         stage = self.start.stage

@@ -96,6 +96,33 @@ def test_a_preempted_job_saves_and_continues(slurm: Slurm, workplace: Path, whol
     expect_completed(slurm.wait(job, "COMPLETED", "FAILED", restarts=1), workplace, whole, [0, HELD])
 
 
+def launch_importing(slurm: Slurm, workplace: Path) -> int:
+    """Launch the job and wait until both ranks import torch, where they wait for the file `go`."""
+    job = launch(slurm, workplace, module="tests.e2e.held_import")
+    files = [workplace / f"importing-{rank}" for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() for file in files), 60, lambda: f"{slurm.log(job)}{said(workplace)}")
+    return job
+
+
+def test_a_job_that_is_stopped_while_its_ranks_import_is_queued_again(
+    slurm: Slurm, workplace: Path, whole: Path
+) -> None:
+    job = launch_importing(slurm, workplace)
+    slurm.run("scancel", "--signal=TERM", str(job))
+    (workplace / "go").touch()
+    expect_completed(slurm.wait(job, "COMPLETED", "FAILED", restarts=1), workplace, whole, [0])
+
+
+def test_a_job_one_of_whose_ranks_fails_at_its_start_is_not_queued_again(slurm: Slurm, workplace: Path) -> None:
+    """srun sends SIGTERM to the other rank, and reports 143, as if the job had been stopped."""
+    job = launch_importing(slurm, workplace)
+    (workplace / "fail").touch()
+    (workplace / "go").touch()
+    shown = slurm.wait(job, "COMPLETED", "FAILED")
+    assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0")
+    assert not (workplace / "out" / "stopped").exists()
+
+
 def test_a_job_at_its_time_limit_saves_before_it_and_continues(slurm: Slurm, workplace: Path, whole: Path) -> None:
     job = launch_held(slurm, workplace, "cluster.time=600s", "cluster.stop_before=30s")
     slurm.shorten(job, 45)

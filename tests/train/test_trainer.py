@@ -27,6 +27,8 @@ from longctx.parallel.rank_errors import RankError
 from longctx.recipe import load
 from longctx.train.display import PlainDisplay
 from longctx.train.run_record import read_record
+from longctx.train.start import find_start
+from longctx.train.stop_signal import note_stop
 from longctx.train.trainer import _Trainer
 from tests.train.runs import (
     checkpoints,
@@ -332,6 +334,77 @@ def sigterm_on_rank_1_in_step_3() -> Iterator[None]:
         *_, step_line, last = shown.getvalue().splitlines()
         assert step_line.startswith("step 3/8 ")
         assert last.startswith("Stopped by a signal after step 3. Checkpoint: ")
+
+
+def test_a_run_that_is_stopped_before_its_first_step_says_that_it_can_go_on(ranks, workplace, tmp_path):
+    out = tmp_path / "out"
+    ranks.run(train, workplace, out, [], "auto", sigterm_on_rank_1_at_its_start, size=2)
+    assert (out / "stopped").read_text() == "before the first step\n"
+    assert not (out / "checkpoints").exists()
+
+
+@contextmanager
+def sigterm_on_rank_1_at_its_start() -> Iterator[None]:
+    """It comes while the data are opened, where only a launcher that notes it keeps the rank alive."""
+    start, shown = find_start, io.StringIO()
+    display = PlainDisplay(Console(file=shown))
+
+    def signalled(*arguments):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    note_stop()
+    display_made = patch("longctx.train.reporter.make_display", lambda: display)
+    with patch("longctx.train.trainer.find_start", signalled), display_made:
+        yield
+    signal.signal(signal.SIGTERM, before)
+    if dist.get_rank() == 0:
+        assert shown.getvalue().splitlines()[-1] == "Stopped by a signal before the first step. Rerun the command."
+
+
+def test_a_signal_that_comes_while_a_step_ends_counts_at_the_end_of_the_next(ranks, workplace, tmp_path):
+    out = tmp_path / "out"
+    ranks.run(train, workplace, out, [], "auto", sigterm_on_rank_1_after_its_row_of_step_3, size=2)
+    assert (out / "stopped").read_text() == "after step 4\n"
+
+
+@contextmanager
+def sigterm_on_rank_1_after_its_row_of_step_3() -> Iterator[None]:
+    """Rank 1 has said that it got no signal, and waits for what the others say."""
+    gather_of = _Trainer._gather
+
+    def gather(self, *values):
+        rows = gather_of(self, *values)
+        if self.done == 3 and dist.get_rank() == 1 and len(values) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows
+
+    with patch.object(_Trainer, "_gather", gather):
+        yield
+
+
+STAGES = 'stage=[{ name = "a", train = { steps = 3 } }, { name = "b", train = { steps = 2 } }]'
+
+
+def test_a_signal_that_comes_in_the_last_save_of_a_stage_stops_the_run_before_the_next(ranks, workplace, tmp_path):
+    out = tmp_path / "out"
+    ranks.run(train, workplace, out, [STAGES], "auto", sigterm_on_rank_1_in_the_save_after_step_3, size=2)
+    assert (out / "stopped").read_text() == "after step 3\n"
+
+
+@contextmanager
+def sigterm_on_rank_1_in_the_save_after_step_3() -> Iterator[None]:
+    save_of = _Trainer._save
+
+    def save(self):
+        if self.done == 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_of(self)
+
+    with patch.object(_Trainer, "_save", save):
+        yield
 
 
 # Experts
