@@ -15,11 +15,14 @@ from longctx.recipe import Recipe, check, dump, load
 FOLDER = "job"
 """Folder, in the run directory, of the job's files."""
 RECIPE = "recipe.toml"
+RECORD = "job.json"
+"""File in this folder: the record of the job."""
 HARDWARE = "hardware.json"
 """File of the hardware profile, in the run directory of an examination."""
 CANCELLED = "cancelled"
 """File in this folder: the job is to end, and not to be queued again."""
 MEETING_PORT = 29500
+_FAILED = """failed() { echo "error: line $1 of this script, which is of the profile's setup, failed" >&2; exit 2; }"""
 _EXAMINATION = 600.0
 """Time in seconds within which an examination ends."""
 
@@ -103,7 +106,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Record:
-    """A submitted job, as its folder keeps it (`job.json`)."""
+    """A submitted job, as its folder keeps it (RECORD)."""
 
     name: str
     executor: str
@@ -111,16 +114,18 @@ class Record:
     """What the executor calls it: Slurm's job id, a resource's name."""
     namespace: str = ""
     """Of the identity, where the executor has such."""
+    is_examination: bool = False
+    """Whether it examines the nodes and has no run."""
 
 
 class Executor(Protocol):
-    """What submits and follows jobs."""
+    """What submits jobs."""
 
     def prepare(self, job: ClusterJob) -> Submission:
         """Return what submits a job. Raises UserError if it cannot be run so."""
 
-    def submit(self, job: ClusterJob, submission: Submission) -> str | int:
-        """Submit it, its files written: return its identity, or the exit status of a job that ran to its end."""
+    def submit(self, job: ClusterJob, submission: Submission) -> Record | int:
+        """Submit it, its files written: return its record, or the exit status of a job that ran to its end."""
 
 
 def plan_job(
@@ -158,8 +163,20 @@ def _choices(text: str) -> list[str]:
     return [f"{key}={value}" for value in found]
 
 
+def refuse_now(record: Record, *, now: bool) -> None:
+    """Raise UserError for `now` (`--now`) where an executor has one way to end a job."""
+    if now:
+        raise UserError(f"--now: {record.executor} has one way to end a job; omit --now")
+
+
+def rank_log(folder: Path, rank: int) -> Path:
+    """Return the log of a rank, in a run directory on a file system that its nodes share."""
+    return folder / "logs" / f"rank-{rank}.log"
+
+
 def prologue(profile: Profile) -> list[str]:
     """Return the lines of a script before longctx starts: the profile's setup and environment."""
-    lines = list(profile.setup)
+    lines = [f"{line} || failed $LINENO" for line in profile.setup]
+    lines = [_FAILED, *lines] if lines else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     return [*lines, ""] if lines else []

@@ -6,10 +6,11 @@ trainer or, in a JobSet, from the manifest, whose pods are an indexed job's.
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from longctx.errors import UserError
-from longctx.launch.cluster.job import MEETING_PORT, ClusterJob, Record, Submission, prologue
+from longctx.launch.cluster.job import MEETING_PORT, ClusterJob, Record, Submission, prologue, refuse_now
 from longctx.launch.cluster.profile import KubernetesProfile
 from longctx.launch.cluster.tools import run_tool, to_yaml
 
@@ -33,10 +34,11 @@ class Kubernetes:
         text = "# Written by longctx launch.\n" + to_yaml(manifest)
         return Submission({script: text}, script, ("kubectl", "apply", "--filename", str(script)))
 
-    def submit(self, job: ClusterJob, submission: Submission) -> str:
+    def submit(self, job: ClusterJob, submission: Submission) -> Record:
         """Submit it: see Executor."""
         run_tool(submission.command)
-        return f"{self._profile.kind}/{resource_name(job.name)}"
+        identity, namespace = f"{self._profile.kind}/{resource_name(job.name)}", self._profile.namespace
+        return Record(job.name, "kubernetes", identity, namespace, is_examination=not job.recipes)
 
     def _metadata(self, name: str) -> dict[str, object]:
         labels = {"kueue.x-k8s.io/queue-name": self._profile.queue}
@@ -149,13 +151,14 @@ def status(record: Record) -> str:
     return f"{job}{pods}".rstrip("\n")
 
 
-def cancel(record: Record) -> str:
-    """Delete a job: its pods get SIGTERM, and save; return what was done."""
+def cancel(record: Record, *, now: bool) -> str:
+    """Delete a job, whose pods get SIGTERM, and save: see Follower."""
+    refuse_now(record, now=now)
     return run_tool(("kubectl", "delete", *resource(record), "--wait=false")).rstrip("\n")
 
 
-def follow_command(record: Record, node: int, *, follow: bool) -> tuple[str, ...]:
-    """Return the command that prints the log of a node."""
+def log_command(record: Record, folder: Path, rank: int, *, follow: bool) -> tuple[str, ...]:
+    """Return the command that prints the log of the node `rank`: see Follower."""
     _, name, *space = resource(record)
-    selector = f"jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index={node}"
+    selector = f"jobset.sigs.k8s.io/jobset-name={name},batch.kubernetes.io/job-completion-index={rank}"
     return ("kubectl", "logs", "--selector", selector, "--tail=-1", *space, *(["--follow"] if follow else []))

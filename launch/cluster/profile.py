@@ -33,7 +33,8 @@ class Profile(Config):
     """Working directory of the job, on a file system that all nodes share; default: the one in which `longctx launch`
     runs. Relative paths of the recipe and `runs/` are in it."""
     setup: tuple[str, ...] = ()
-    """Lines of the job's script before longctx starts: modules, environments."""
+    """Lines of the job's script before longctx starts: modules, environments. Each is a command of its own; one that
+    fails ends the job, unless `|| true` is behind it."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every rank."""
     program: str = Field(default="longctx", min_length=1)

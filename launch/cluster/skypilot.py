@@ -1,8 +1,9 @@
 """SkyPilot: a task whose nodes each start their ranks, and the command sky."""
 
 import shlex
+from pathlib import Path
 
-from longctx.launch.cluster.job import MEETING_PORT, ClusterJob, Record, Submission, prologue
+from longctx.launch.cluster.job import MEETING_PORT, ClusterJob, Record, Submission, prologue, refuse_now
 from longctx.launch.cluster.profile import SkyPilotProfile
 from longctx.launch.cluster.tools import run_tool, to_yaml
 
@@ -27,10 +28,11 @@ class SkyPilot:
         cluster = ("sky", "launch", "--cluster", name, "--detach-run", "--yes", str(script))
         return Submission({script: text}, script, managed if self._profile.managed else cluster)
 
-    def submit(self, job: ClusterJob, submission: Submission) -> str:
+    def submit(self, job: ClusterJob, submission: Submission) -> Record:
         """Submit it: see Executor."""
         run_tool(submission.command)
-        return f"{MANAGED if self._profile.managed else CLUSTER}/{job.name}"
+        identity = f"{MANAGED if self._profile.managed else CLUSTER}/{job.name}"
+        return Record(job.name, "skypilot", identity, is_examination=not job.recipes)
 
     def _task(self, job: ClusterJob) -> dict[str, object]:
         profile = self._profile
@@ -68,15 +70,16 @@ def status(record: Record) -> str:
     return "\n".join(line for line in lines if name in line.split() or line.startswith("ID"))
 
 
-def cancel(record: Record) -> str:
-    """End a task; return what sky says."""
+def cancel(record: Record, *, now: bool) -> str:
+    """End a task: see Follower."""
+    refuse_now(record, now=now)
     kind, _, name = record.identity.partition("/")
     managed, cluster = ("sky", "jobs", "cancel", "--name", name, "--yes"), ("sky", "cancel", name, "--all", "--yes")
     return run_tool(managed if kind == MANAGED else cluster).rstrip("\n")
 
 
-def follow_command(record: Record, *, follow: bool) -> tuple[str, ...]:
-    """Return the command that prints the log of a task."""
+def log_command(record: Record, folder: Path, rank: int, *, follow: bool) -> tuple[str, ...]:
+    """Return the command that prints the log of a task, that of all its nodes: see Follower."""
     kind, _, name = record.identity.partition("/")
     end = () if follow else ("--no-follow",)
     return ("sky", "jobs", "logs", "--name", name, *end) if kind == MANAGED else ("sky", "logs", name, *end)

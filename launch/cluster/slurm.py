@@ -1,19 +1,38 @@
-"""Slurm: the script of a batch job whose tasks are the ranks, and sbatch, scontrol and scancel.
+"""Slurm: the script of a batch job whose tasks are the ranks, and sbatch, scontrol, squeue and scancel.
 
 `srun` starts one task per rank, and each finds its place by Slurm's variables (`longctx.launch.job_environment`). A run
-that a signal has stopped, before its time limit or by a preemption, has saved and left the file `stopped`; the script
-then queues the job again, and it goes on from that checkpoint. A run that failed leaves none: it is not started again.
+that a signal has stopped, before its time limit or by a preemption, has saved, if it has come to a step, and left the
+file `stopped`; the script then queues the job again, and it goes on from that checkpoint. A run that failed leaves
+none: it is not started again.
 """
 
 import shlex
+import time
+from pathlib import Path
 
 from longctx.errors import UserError
-from longctx.launch.cluster.job import CANCELLED, FOLDER, RECIPE, ClusterJob, Record, Submission, prologue
+from longctx.launch.cluster.job import CANCELLED, FOLDER, RECIPE, ClusterJob, Record, Submission, prologue, rank_log
 from longctx.launch.cluster.profile import SlurmProfile
 from longctx.launch.cluster.tools import run_tool
+from longctx.launch.job_environment import counted
+from longctx.launch.terminal import echo
 from longctx.train.outcome import STOPPED
 
 SCRIPT = "job.sbatch"
+_POLL = 2.0
+"""Seconds between looks at a job whose log is waited for."""
+_REASONS = {
+    "Resources": " (enough of its nodes are not free yet)",
+    "Priority": " (jobs before it in the queue wait too)",
+    "BeginTime": " (it starts again in a moment)",
+    "Dependency": " (it waits for another job)",
+    "QOSMaxJobsPerUserLimit": " (you have as many jobs as the QOS allows)",
+    "AssocGrpGRES": " (your account has as many GPUs as it may)",
+    "PartitionTimeLimit": " (longer than the partition allows: shorten cluster.time)",
+    "PartitionNodeLimit": " (more nodes than the partition allows: see cluster.nodes)",
+    "ReqNodeNotAvail": " (its nodes are down, or reserved)",
+}
+"""What Slurm's usual reasons mean."""
 
 
 class Slurm:
@@ -28,12 +47,13 @@ class Slurm:
         files = {script: "\n".join([*self._directives(job), "", *self._body(job)]) + "\n"} | job.recipe_files()
         return Submission(files, script, ("sbatch", "--parsable", str(script)))
 
-    def submit(self, job: ClusterJob, submission: Submission) -> str:
+    def submit(self, job: ClusterJob, submission: Submission) -> Record:
         """Submit it: see Executor."""
         for run in job.runs:
             (job.directory / run / "logs").mkdir(parents=True, exist_ok=True)
             (job.directory / run / FOLDER / CANCELLED).unlink(missing_ok=True)
-        return run_tool(submission.command).strip().partition(";")[0]
+        identity = run_tool(submission.command).strip().partition(";")[0]
+        return Record(job.name, "slurm", identity, is_examination=not job.recipes)
 
     def _directives(self, job: ClusterJob) -> list[str]:
         profile = self._profile
@@ -82,7 +102,7 @@ class Slurm:
         lines = [*prologue(profile), f"run={run}", f'rm -f "$run/{STOPPED}"', " \\\n    ".join(srun), "status=$?", ""]
         if profile.requeue:
             lines += [
-                "# A signal stopped the run after a save: it goes on when this job starts again.",
+                "# A signal stopped the run, and what it has done is saved: it goes on when this job starts again.",
                 f'if [ -e "$run/{STOPPED}" ] && [ ! -e "$run/{FOLDER}/{CANCELLED}" ]; then',
                 '    scontrol requeue "$SLURM_JOB_ID"',
                 "fi",
@@ -110,34 +130,70 @@ def status(record: Record) -> str:
     return "\n".join(_described(fields) for fields in states)
 
 
+def is_active(record: Record) -> bool:
+    """Return whether a job waits or runs: it has not ended, and is not about to."""
+    try:
+        states = run_tool(("squeue", "--noheader", "--format=%T", f"--jobs={record.identity}")).split()
+    except UserError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return False
+    return bool({*states} - {"COMPLETING"})
+
+
 def _fields(line: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in line.split() if "=" in part)
 
 
 def _described(fields: dict[str, str]) -> str:
-    number = fields["JobId"]
+    number, state = fields["JobId"], fields["JobState"]
     if fields.get("ArrayTaskId"):
         number = f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"
-    parts = [f"Slurm job {number}: {fields['JobState'].lower()}"]
-    if fields.get("Reason", "None") != "None":
-        parts.append(f"because of {fields['Reason']}")
-    if fields.get("NodeList", "(null)") != "(null)":
+    parts = [f"Slurm job {number}: {state.lower()}"]
+    reason = fields.get("Reason", "None")
+    if reason != "None" and state == "PENDING":
+        parts.append(f"because of {reason}{_REASONS.get(reason, '')}")
+    if state == "PENDING" and fields.get("StartTime", "Unknown") != "Unknown":
+        parts.append(f"expected to start at {fields['StartTime'].replace('T', ' ')}")
+    if fields.get("NodeList", "(null)") not in ("(null)", ""):
         parts.append(f"on {fields['NodeList']}")
     if fields.get("Restarts", "0") != "0":
-        parts.append(f"after {fields['Restarts']} restarts")
-    if fields["JobState"] == "RUNNING":
+        parts.append(f"after {counted(int(fields['Restarts']), 'restart')}")
+    if state == "RUNNING":
         parts.append(f"for {fields['RunTime']} of {fields['TimeLimit']}")
+    if state == "FAILED":
+        parts.append(f"exit status {fields['ExitCode'].partition(':')[0]}: see {fields['StdOut']}")
     return ", ".join(parts)
 
 
+def log_command(record: Record, folder: Path, rank: int, *, follow: bool) -> tuple[str, ...]:
+    """Return the command that prints a rank's log: see Follower. `follow` waits for the log of a job that waits."""
+    file, told = rank_log(folder, rank), ""
+    while not file.is_file():
+        state = status(record)
+        if not (follow and is_active(record)):
+            logs = ", ".join(map(str, sorted(folder.glob("logs/*.log")))) or "none"
+            raise UserError(f"{file}: there is no such log (there are: {logs}). {state}")
+        if state != told:
+            echo(f"Waiting for {file}. {state}")
+        told = state
+        time.sleep(_POLL)
+    return ("tail", "--lines=+1", *(["--follow=name"] if follow else []), str(file))
+
+
 def cancel(record: Record, *, now: bool) -> str:
-    """End a job: `now`, or after its ranks have saved; return what was done."""
+    """End a job: see Follower."""
     if now:
         run_tool(("scancel", record.identity))
         return f"Slurm job {record.identity} is cancelled."
-    pending = run_tool(("squeue", "--noheader", "--format=%T", f"--jobs={record.identity}")).split()
-    if "RUNNING" in pending:
-        run_tool(("scancel", "--signal=TERM", record.identity))
-    if "PENDING" in pending:
+    if not is_active(record):
+        return f"{status(record)}: there is nothing to cancel"
+    states = run_tool(("squeue", "--noheader", "--format=%T", f"--jobs={record.identity}")).split()
+    done = []
+    if "PENDING" in states:
         run_tool(("scancel", "--state=PENDING", record.identity))
-    return f"Slurm job {record.identity}: its ranks save and end; follow it with longctx launch status {record.name}"
+        done.append("it does not start")
+    if "RUNNING" in states:
+        run_tool(("scancel", "--signal=TERM", record.identity))
+        done.append(f"its ranks save and end; follow it with longctx launch status {record.name}")
+    return f"Slurm job {record.identity}: {'; '.join(done)}"

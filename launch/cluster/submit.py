@@ -1,47 +1,22 @@
-"""`longctx launch`: submits a recipe as a job by a profile, or prints what it would submit; status, logs and cancel."""
+"""`longctx launch`: submits a recipe as a job by a profile, or prints what it would submit."""
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from longctx.checkpoint.read import list_checkpoints
-from longctx.engines.metrics import FILE_NAME
 from longctx.errors import UserError
 from longctx.files import writing
-from longctx.launch.cluster import kubernetes, skypilot, slurm
-from longctx.launch.cluster.job import (
-    CANCELLED,
-    FOLDER,
-    ClusterJob,
-    Executor,
-    Record,
-    Submission,
-    plan_examination,
-    plan_job,
-)
-from longctx.launch.cluster.kubernetes import Kubernetes
-from longctx.launch.cluster.profile import (
-    AnyProfile,
-    KubernetesProfile,
-    LocalProfile,
-    SkyPilotProfile,
-    SlurmProfile,
-    SshProfile,
-    load_profile,
-)
-from longctx.launch.cluster.skypilot import SkyPilot
-from longctx.launch.cluster.slurm import Slurm
-from longctx.launch.cluster.ssh import Ssh
+from longctx.launch.cluster.executors import EXECUTORS
+from longctx.launch.cluster.job import RECORD, ClusterJob, Executor, Record, Submission, plan_examination, plan_job
+from longctx.launch.cluster.profile import AnyProfile, LocalProfile, load_profile
 from longctx.launch.job_environment import counted
 from longctx.launch.terminal import echo
 from longctx.launch.train import train
 from longctx.recipe import load
 
-RECORD = "job.json"
 _PREFIX = "cluster."
 
 
@@ -93,7 +68,7 @@ def launch_doctor(
 
 
 def _print_or_submit(job: ClusterJob, profile: AnyProfile, dry_run: bool) -> int:
-    executor = _executor(profile)
+    executor = EXECUTORS[profile.executor].of_profile(profile)
     submission = executor.prepare(job)
     if dry_run:
         sys.stdout.write(submission.files[submission.script])
@@ -103,11 +78,12 @@ def _print_or_submit(job: ClusterJob, profile: AnyProfile, dry_run: bool) -> int
             + f"# submitted by: {shlex.join(submission.command)}"
         )
         return 0
+    _check_place(job, submission)
     for path, text in submission.files.items():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    return _submit(executor, job, submission, profile)
+    return _submit(executor, job, submission)
 
 
 def _run_here(source: str, overrides: Sequence[str], out: Path | None, profile: LocalProfile, dry_run: bool) -> int:
@@ -121,103 +97,41 @@ def _run_here(source: str, overrides: Sequence[str], out: Path | None, profile: 
     return train(source, overrides, nproc=ranks, out=out)
 
 
-def _executor(profile: AnyProfile) -> Executor:
-    match profile:
-        case SlurmProfile():
-            return Slurm(profile)
-        case SshProfile():
-            return Ssh(profile)
-        case KubernetesProfile():
-            return Kubernetes(profile)
-        case SkyPilotProfile():
-            return SkyPilot(profile)
-    raise AssertionError(profile)
+def _check_place(job: ClusterJob, submission: Submission) -> None:
+    """Raise UserError if the job's files cannot be written where its nodes read them, or an earlier job reads them."""
+    if submission.script.is_absolute() and not job.directory.is_dir():
+        raise UserError(
+            f"directory: {job.directory}: there is no such directory here; give one on a file system that this machine "
+            "shares with the nodes"
+        )
+    path = submission.script.with_name(RECORD)
+    if not path.is_file():
+        return
+    record = Record(**json.loads(path.read_text(encoding="utf-8")))
+    is_active = EXECUTORS[record.executor].is_active
+    if is_active is not None and is_active(record):
+        run = _shown(path.parent.parent)
+        raise UserError(
+            f"{run}: its job {record.identity} has not ended (longctx launch status {run}), and reads the files that "
+            f"this one would replace: wait for its end, end it with longctx launch cancel {run}, or give another --out"
+        )
 
 
-def _submit(executor: Executor, job: ClusterJob, submission: Submission, profile: AnyProfile) -> int:
+def _shown(run: Path) -> str:
+    """Return a run directory as an argument of longctx launch, from here."""
+    here = Path.cwd()
+    return shlex.quote(str(run.relative_to(here) if run.is_relative_to(here) else run))
+
+
+def _submit(executor: Executor, job: ClusterJob, submission: Submission) -> int:
     ranks, nodes = counted(job.nodes * job.ranks, "rank"), counted(job.nodes, "node")
     echo(f"Submitting {job.name}, {ranks} on {nodes}: {submission.script}")
     result = executor.submit(job, submission)
     if isinstance(result, int):
         return result
-    namespace = profile.namespace if isinstance(profile, KubernetesProfile) else ""
-    record = Record(job.name, profile.executor, result, namespace)
     path = submission.script.with_name(RECORD)
-    path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
-    echo(f"Submitted as {result}. To follow it:")
-    echo(f"  longctx launch status {job.out}\n  longctx launch logs {job.out} --follow")
-    return 0
-
-
-def read_record(name: str) -> tuple[Path, Record]:
-    """Return the run directory and the record of the job `name`: a directory, or the name of one in `runs`.
-
-    Raises UserError if there is none.
-    """
-    for folder in (Path(name), Path("runs") / name):
-        path = folder / FOLDER / RECORD
-        if path.is_file():
-            return folder, Record(**json.loads(path.read_text(encoding="utf-8")))
-    raise UserError(f"{name}: no job was launched from here under this name ({Path('runs') / name / FOLDER / RECORD})")
-
-
-def print_status(name: str) -> int:
-    """Print the state of a job and the progress of its runs; return the exit status."""
-    folder, record = read_record(name)
-    state = {"slurm": slurm.status, "kubernetes": kubernetes.status, "skypilot": skypilot.status}[record.executor]
-    sys.stdout.write(f"{state(record)}\n")
-    for run in _runs(folder):
-        sys.stdout.write(f"{run}: {_progress(run)}\n")
-    return 0
-
-
-def _runs(folder: Path) -> list[Path]:
-    """Return the run directories of a job: its own, or the numbered ones of a sweep."""
-    numbered = [path.parent for path in folder.glob(f"[0-9]*/{FOLDER}")]
-    return sorted(numbered, key=lambda path: int(path.name)) or [folder]
-
-
-def _progress(run: Path) -> str:
-    metrics = run / FILE_NAME
-    if not metrics.is_file():
-        return "no metrics here yet"
-    steps = [line for line in metrics.read_text(encoding="utf-8").splitlines() if '"grad_norm"' in line]
-    if not steps:
-        return "before its first step"
-    last = json.loads(steps[-1])
-    checkpoints = list_checkpoints(run / "checkpoints")
-    saved = f", latest checkpoint {checkpoints[-1].name}" if checkpoints else ""
-    return f"step {last['step']}, loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s{saved}"
-
-
-def print_logs(name: str, *, rank: int, follow: bool) -> int:
-    """Print the log of a rank (of its node, where the cluster keeps one per node); return the exit status."""
-    folder, record = read_record(name)
-    if record.executor == "kubernetes":
-        command = kubernetes.follow_command(record, rank, follow=follow)
-    elif record.executor == "skypilot":
-        command = skypilot.follow_command(record, follow=follow)
-    else:
-        file = folder / "logs" / f"rank-{rank}.log"
-        if not file.is_file():
-            jobs = ", ".join(map(str, sorted(folder.glob("logs/*.log")))) or "none"
-            raise UserError(f"{file}: there is no such log yet (there are: {jobs})")
-        command = ("tail", "--lines=+1", *(["--follow=name"] if follow else []), str(file))
-    try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
-
-
-def cancel(name: str, *, now: bool) -> int:
-    """End a job after its ranks have saved, or `now`; return the exit status."""
-    folder, record = read_record(name)
-    for run in _runs(folder):
-        (run / FOLDER / CANCELLED).touch()
-    if record.executor == "slurm":
-        echo(slurm.cancel(record, now=now))
-    else:
-        if now:
-            raise UserError(f"--now: {record.executor} has one way to end a job; omit --now")
-        echo(kubernetes.cancel(record) if record.executor == "kubernetes" else skypilot.cancel(record))
+    path.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    run = _shown(path.parent.parent)
+    echo(f"Submitted as {result.identity}. To follow it:")
+    echo(f"  longctx launch status {run}\n  longctx launch logs {run} --follow")
     return 0

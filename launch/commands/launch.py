@@ -33,6 +33,9 @@ ProfilesOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option(metavar="DIR", show_default="runs/<name>", help="Run directory.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the job instead of submitting it.")]
+PlaceOption = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="Profile in whose directory the run is.")
+]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the run, or its directory.")]
 
 
@@ -85,31 +88,42 @@ def _doctor(
 
 
 @app.command("status")
-def _status(name: NameArgument) -> None:
+def _status(name: NameArgument, profile: PlaceOption = None, profiles: ProfilesOption = None) -> None:
     """Show the state of a job and how far its run is."""
-    from longctx.launch.cluster.submit import print_status
+    from longctx.launch.cluster.follow import print_status
 
-    raise typer.Exit(print_status(name))
+    raise typer.Exit(print_status(name, _directory(profile, profiles)))
 
 
 @app.command("logs")
 def _logs(
     name: NameArgument,
     rank: Annotated[int, typer.Option(min=0, metavar="N", help="Rank; on Kubernetes, node.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for it, and go on as it grows.")] = False,
+    profile: PlaceOption = None,
+    profiles: ProfilesOption = None,
 ) -> None:
     """Print the log of a rank of a job."""
-    from longctx.launch.cluster.submit import print_logs
+    from longctx.launch.cluster.follow import print_logs
 
-    raise typer.Exit(print_logs(name, rank=rank, follow=follow))
+    raise typer.Exit(print_logs(name, _directory(profile, profiles), rank=rank, follow=follow))
 
 
 @app.command("cancel")
 def _cancel(
     name: NameArgument,
     now: Annotated[bool, typer.Option("--now", help="Without saving a checkpoint first.")] = False,
+    profile: PlaceOption = None,
+    profiles: ProfilesOption = None,
 ) -> None:
     """End a job after its ranks have saved a checkpoint."""
-    from longctx.launch.cluster.submit import cancel
+    from longctx.launch.cluster.follow import cancel
 
-    raise typer.Exit(cancel(name, now=now))
+    raise typer.Exit(cancel(name, _directory(profile, profiles), now=now))
+
+
+def _directory(profile: str | None, profiles: Path | None) -> str | None:
+    """Return the working directory of a profile's jobs; None: this one."""
+    from longctx.launch.cluster.profile import load_profile
+
+    return None if profile is None else load_profile(profile, profiles).directory

@@ -53,7 +53,9 @@ def test_the_directory_is_absolute(workplace):
 
 def test_values_of_the_environment_are_quoted():
     profile = LocalProfile(executor="local", setup=("module load x",), environment={"A": "1 2"})
-    assert prologue(profile) == ["module load x", "export A='1 2'", ""]
+    failed, *lines = prologue(profile)
+    assert failed.startswith("failed() { ")
+    assert lines == ["module load x || failed $LINENO", "export A='1 2'", ""]
     assert prologue(LocalProfile(executor="local")) == []
 
 

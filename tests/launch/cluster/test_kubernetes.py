@@ -1,5 +1,7 @@
 """Kubernetes: what a manifest says, and what is asked of kubectl. `tests/adapters` compares them with the schemas."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -68,13 +70,16 @@ def test_what_kubectl_is_asked(workplace, tools):
     tools.add("kubectl", "said")
     profile = KubernetesProfile(executor="kubernetes", image="i", ranks=2)
     executor, job = Kubernetes(profile), plan_job("quickstart", [], [], profile, None)
-    assert executor.submit(job, executor.prepare(job)) == "trainjob/quickstart"
+    record = executor.submit(job, executor.prepare(job))
+    assert (record.identity, record.namespace) == ("trainjob/quickstart", "default")
     assert kubernetes.status(RECORD) == "said\nsaid"
-    kubernetes.cancel(RECORD)
+    kubernetes.cancel(RECORD, now=False)
+    with pytest.raises(UserError, match="--now: kubernetes has one way to end a job"):
+        kubernetes.cancel(RECORD, now=True)
     assert tools.calls() == [
         "kubectl apply --filename runs/quickstart/job/job.yaml",
         "kubectl get trainjob quickstart --namespace research",
         "kubectl get pods --selector jobset.sigs.k8s.io/jobset-name=quickstart --namespace research",
         "kubectl delete trainjob quickstart --namespace research --wait=false",
     ]
-    assert kubernetes.follow_command(RECORD, 1, follow=True)[-3:] == ("--namespace", "research", "--follow")
+    assert kubernetes.log_command(RECORD, Path(), 1, follow=True)[-3:] == ("--namespace", "research", "--follow")

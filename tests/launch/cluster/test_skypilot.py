@@ -1,9 +1,11 @@
 """SkyPilot: the task, and what is asked of sky."""
 
+from pathlib import Path
+
 import yaml
 
 from longctx.launch.cluster import skypilot
-from longctx.launch.cluster.job import Record, plan_job
+from longctx.launch.cluster.job import plan_job
 from longctx.launch.cluster.profile import SkyPilotProfile
 from longctx.launch.cluster.skypilot import SkyPilot
 
@@ -25,16 +27,16 @@ def test_the_nodes_of_a_task_find_the_first_one(workplace):
 def test_what_sky_is_asked_of_a_managed_job(workplace, tools):
     tools.add("sky", "ID  NAME\n1  other\n2  quickstart")
     executor, job, submission = prepared()
-    record = Record("quickstart", "skypilot", executor.submit(job, submission))
+    record = executor.submit(job, submission)
     assert record.identity == "managed/quickstart"
     assert skypilot.status(record) == "ID  NAME\n2  quickstart"
-    skypilot.cancel(record)
+    skypilot.cancel(record, now=False)
     assert tools.calls() == [
         "sky jobs launch --name quickstart --detach-run --yes runs/quickstart/job/job.yaml",
         "sky jobs queue --all",
         "sky jobs cancel --name quickstart --yes",
     ]
-    assert skypilot.follow_command(record, follow=False) == (
+    assert skypilot.log_command(record, Path(), 0, follow=False) == (
         "sky",
         "jobs",
         "logs",
@@ -47,12 +49,12 @@ def test_what_sky_is_asked_of_a_managed_job(workplace, tools):
 def test_what_sky_is_asked_of_a_cluster(workplace, tools):
     tools.add("sky", "said")
     executor, job, submission = prepared(managed=False)
-    record = Record("quickstart", "skypilot", executor.submit(job, submission))
+    record = executor.submit(job, submission)
     assert skypilot.status(record) == "said"
-    skypilot.cancel(record)
+    skypilot.cancel(record, now=False)
     assert tools.calls() == [
         "sky launch --cluster quickstart --detach-run --yes runs/quickstart/job/job.yaml",
         "sky status quickstart",
         "sky cancel quickstart --all --yes",
     ]
-    assert skypilot.follow_command(record, follow=True) == ("sky", "logs", "quickstart")
+    assert skypilot.log_command(record, Path(), 0, follow=True) == ("sky", "logs", "quickstart")

@@ -1,7 +1,5 @@
 """`longctx launch`: what it prints, writes, submits, and says of a job afterwards."""
 
-import json
-
 import pytest
 
 from longctx.launch.cluster import submit
@@ -30,7 +28,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(workplace, profiles, to
     assert (tools.calls(), [path.name for path in workplace.iterdir()]) == ([], ["clusters.toml"])
 
 
-def test_a_job_is_submitted_with_the_resolved_recipe_and_found_by_its_name(workplace, profiles, tools):
+def test_a_job_is_submitted_with_the_resolved_recipe(workplace, profiles, tools):
     profiles(SLURM)
     tools.add("sbatch", "12")
     status, stderr = run("launch", "quickstart", "train.steps=500", "cluster.partition=long", "--profile", "gpu")
@@ -42,31 +40,33 @@ def test_a_job_is_submitted_with_the_resolved_recipe_and_found_by_its_name(workp
     assert load(folder / "recipe.toml").train.steps == 500
     assert "#SBATCH --partition=long\n" in (folder / "job.sbatch").read_text()
 
-    tools.add("scontrol", "JobId=12 JobState=RUNNING RunTime=00:01:00 TimeLimit=UNLIMITED")
-    running = "Slurm job 12: running, for 00:01:00 of UNLIMITED\nruns/quickstart: "
-    assert run("launch", "status", "quickstart") == (0, f"{running}no metrics here yet\n")
-    step = {"step": 7, "loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 12345.6}
-    (workplace / "runs/quickstart/metrics.jsonl").write_text(f"{json.dumps(step)}\n")
-    assert run("launch", "status", "runs/quickstart")[1] == f"{running}step 7, loss 2.5000, 12,346 tokens/s\n"
 
-    tools.add("scancel")
-    tools.add("squeue", "RUNNING")
-    assert run("launch", "cancel", "quickstart")[0] == 0
-    assert (folder / "cancelled").exists()
-    assert tools.calls()[-1] == "scancel --signal=TERM 12"
-
-
-def test_the_runs_of_a_sweep_are_each_followed(workplace, profiles, tools):
+def test_a_job_is_not_submitted_over_one_that_has_not_ended(workplace, profiles, tools):
+    """It would replace the recipe that the other is about to read, and its record."""
     profiles(SLURM)
     tools.add("sbatch", "12")
-    tools.add("scontrol", "JobId=12 JobState=PENDING")
-    tools.add("scancel")
     tools.add("squeue", "PENDING")
-    assert run("launch", "quickstart", "--sweep", "optimizer.lr=1e-3,3e-4", "--profile", "gpu")[0] == 0
-    said = run("launch", "status", "quickstart")[1].splitlines()
-    assert said[1:] == [f"runs/quickstart/{number}: no metrics here yet" for number in (0, 1)]
-    run("launch", "cancel", "quickstart")
-    assert all((workplace / f"runs/quickstart/{number}/job/cancelled").exists() for number in (0, 1))
+    launch = ("launch", "quickstart", "--profile", "gpu")
+    assert run(*launch)[0] == 0
+    status, stderr = run(*launch, "train.steps=500")
+    assert status == 2
+    assert "runs/quickstart: its job 12 has not ended (longctx launch status runs/quickstart), and reads" in stderr
+    assert load(workplace / "runs/quickstart/job/recipe.toml").train.steps == 400
+    assert run(*launch, "train.steps=500", "--out", "runs/other")[0] == 0
+    tools.add("squeue", "")
+    assert run(*launch, "train.steps=500")[0] == 0
+
+
+def test_a_directory_that_is_not_here_is_refused_and_one_elsewhere_is_shown_whole(workplace, tmp_path, profiles, tools):
+    profiles(SLURM)
+    tools.add("sbatch", "12")
+    place = tmp_path / "shared"
+    launch = ("launch", "quickstart", "--profile", "gpu", f"cluster.directory={place}")
+    status, stderr = run(*launch)
+    assert (status, place.exists()) == (2, False)
+    assert f"directory: {place}: there is no such directory here; give one on a file system that" in stderr
+    place.mkdir()
+    assert f"longctx launch status {place}/runs/quickstart\n" in run(*launch)[1]
 
 
 def test_the_nodes_of_a_profile_are_examined_by_a_job(workplace, profiles, tools):
@@ -79,19 +79,6 @@ def test_the_nodes_of_a_profile_are_examined_by_a_job(workplace, profiles, tools
     assert script.count('longctx doctor --out "$run" --json "$run"/hardware.json\n') == 1
     assert "an examination has no recipe" in run("launch", "doctor", "train.steps=3", "--profile", "gpu")[1]
     assert "the executor local is this machine: longctx doctor examines it" in run("launch", "doctor")[1]
-
-
-def test_the_log_of_a_rank_is_printed(workplace, profiles, tools, capfd):
-    profiles(SLURM)
-    tools.add("sbatch", "12")
-    run("launch", "quickstart", "--profile", "gpu")
-    logs = workplace / "runs/quickstart/logs"
-    status, stderr = run("launch", "logs", "quickstart", "--rank", "1")
-    assert status == 2
-    assert "runs/quickstart/logs/rank-1.log: there is no such log yet (there are: none)" in stderr
-    (logs / "rank-1.log").write_text("step 1\n")
-    assert run("launch", "logs", "quickstart", "--rank", "1")[0] == 0
-    assert capfd.readouterr().out == "step 1\n"
 
 
 def test_local_runs_it_here(workplace, monkeypatch):
@@ -124,7 +111,6 @@ def test_local_takes_as_many_ranks_as_longctx_train(workplace, monkeypatch):
             ["launch", "quickstart", "--sweep", "optimizer.lr=1,2", "cluster.ranks=2"],
             "the executor local runs",
         ),
-        (["launch", "status", "nothing"], "nothing: no job was launched from here under this name"),
     ],
 )
 def test_what_cannot_be_is_said(workplace, profiles, tools, arguments, said):
