@@ -52,6 +52,10 @@ _WATCH = 0.5
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOPPED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 """The signal that stopped a rank which saved and returned, by the rank's exit status."""
+_ERROR = "error: "
+"""Begins the line of a rank that ends itself, as one that hangs (`longctx.health.monitor`), which leaves no report."""
+_TAIL = 65536
+"""Bytes of a log, from its end, that are read for it."""
 _RANK_ERROR = re.compile(r"longctx\.parallel\.rank_errors\.RankError")
 _SECONDHAND = re.compile(rf"{_RANK_ERROR.pattern}|torch\.distributed\.Dist\w*Error|/gloo/transport/")
 """Matches the class or message of an error that a rank raises because another one failed."""
@@ -73,6 +77,10 @@ class Limits:
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
+    log: Path | None
+    """File of its output; None: that of this process."""
+    log_start: int
+    """Bytes that the file held before."""
     status: int | None = None
     """Exit status, or minus the signal that killed it; None while it runs."""
     ended: float = 0.0
@@ -217,8 +225,7 @@ def run_ranks(
                 # A signal that came while this process started has stopped the job already.
                 for local in range(0 if job.signals else ranks):
                     number = local if node is None else node.node * ranks + local
-                    process = _start(number, _environment(local, ranks, folder, node), folder, logs)
-                    job.ranks.append(_Rank(number, process))
+                    job.ranks.append(_start(number, _environment(local, ranks, folder, node), folder, logs))
                 job.watch()
             finally:
                 job.kill()
@@ -240,16 +247,20 @@ def _environment(local: int, ranks: int, folder: Path, node: NodeOfJob | None) -
     return {**settings, **os.environ, **place, **among, **meeting}
 
 
-def _start(number: int, environment: Mapping[str, str], folder: Path, logs: Path) -> subprocess.Popen[bytes]:
+def _start(number: int, environment: Mapping[str, str], folder: Path, logs: Path) -> _Rank:
     # -P: a file in the working directory does not take the place of a module of the same name.
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", "longctx.launch.rank", str(folder), str(os.getpid())]
     # In a new session the rank does not get the terminal's Ctrl-C: signals reach it once, from the launcher.
     if number == 0:
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    with (logs / f"rank-{number}.log").open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        return _Rank(number, process, None, 0)
+    path = logs / f"rank-{number}.log"
+    with path.open("ab") as log:
+        before = log.tell()
+        process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+    return _Rank(number, process, path, before)
 
 
 @contextlib.contextmanager
@@ -321,8 +332,8 @@ def _report_failure(failures: list[_Rank], job: _Job, logs: Path, advice: str) -
             how = f"was killed by {signal.Signals(-cause.status).name}"
         if cause.status == -signal.SIGKILL:
             how += " (by the kernel if memory ran out; see dmesg)"
-        log = f" Its output: {logs / f'rank-{cause.number}.log'}." if cause.number else ""
-        echo_error(f"{name} {how}{others}.{log} {advice}".rstrip())
+        log = "" if cause.log is None else f" Its output: {cause.log}."
+        echo_error(f"{name} {how}{others}{_last_error(cause)}.{log} {advice}".rstrip())
         return 1
     if cause.report["is_user_error"]:
         # All ranks that agree on an error raise it; print that of the lowest.
@@ -338,6 +349,17 @@ def _report_failure(failures: list[_Rank], job: _Job, logs: Path, advice: str) -
     echo(cause.report["trace"].rstrip("\n"))
     echo_error(f"{name} failed with the error above{others}. {advice}".rstrip())
     return 1
+
+
+def _last_error(rank: _Rank) -> str:
+    """Return the last error message in a rank's log, for a line; empty if there is none."""
+    if rank.log is None:
+        return ""
+    with rank.log.open("rb") as log:
+        log.seek(max(rank.log_start, rank.log.stat().st_size - _TAIL))
+        lines = log.read().decode(errors="replace").splitlines()
+    said = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    return f"; it says: {said[-1].rstrip('.')}" if said else ""
 
 
 def _names(ranks: list[_Rank]) -> str:

@@ -12,10 +12,13 @@ import torch.distributed as dist
 from longctx.errors import UserError
 from longctx.parallel.rank_errors import RankError
 from longctx.recipe.tables import TrainConfig
+from longctx.train.machines import Machine, gather_machines, name_peers
 from longctx.train.rendezvous import init_alone, init_job, single_rank_environment
 
 _PEER = re.compile(r"\[([\da-f.:]+)\]:\d+")
 """Address in an error of gloo's: `Connection closed by peer [10.0.0.7]:41664`."""
+_machines: tuple[Machine, ...] = ()
+"""Of each rank of the default process group, where that is over several machines; for messages."""
 
 
 def device_type(config: TrainConfig) -> str:
@@ -46,9 +49,22 @@ def process_group(kind: str, timeout: float) -> Iterator[None]:
         # two backends (pytorch issue 159200), instead of by new_group.
         (init_alone if alone else init_job)(backend, timeout)
         try:
-            yield
+            with _known_machines():
+                yield
         finally:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _known_machines() -> Iterator[None]:
+    """Know the machines of all ranks in the block. Collective."""
+    global _machines  # as the default process group is, whose errors it names
+    with collective_errors("at the start"):
+        _machines = gather_machines()
+    try:
+        yield
+    finally:
+        _machines = ()
 
 
 def _local_rank() -> int:
@@ -72,6 +88,8 @@ def collective_errors(phase: str) -> Iterator[None]:
 
 
 def _peer(error: RuntimeError) -> str:
-    """Return the rank with which contact is lost, by the address of its machine if that is another one and known."""
+    """Return the rank with which contact is lost, by its machine if that is another one and known."""
     match = _PEER.search(str(error))
-    return "another rank" if match is None or ip_address(match[1]).is_loopback else f"a rank at {match[1]}"
+    if match is None or ip_address(match[1]).is_loopback:
+        return "another rank"
+    return name_peers(match[1], _machines)

@@ -75,6 +75,15 @@ def crash_on_both(folder: str) -> None:
     raise KeyError("the cause")
 
 
+def end_itself_on_1(folder: str) -> None:
+    """Rank 1 says why and ends its process, as the monitor of a rank does."""
+    if RANK == 1:
+        sys.stderr.write("error: step 3: it has waited for 9 s.\nmore\n")
+        sys.stderr.flush()
+        os._exit(1)
+    time.sleep(LONG)
+
+
 def exit_3_on_1(folder: str) -> None:
     if RANK == 1:
         sys.exit(3)

@@ -122,6 +122,17 @@ def test_an_error_is_shown_once_with_the_traceback_of_its_cause(start, tmp_path,
     assert launcher.seconds() < 10
 
 
+def test_what_a_rank_said_before_it_ended_itself_is_in_the_last_line(start, tmp_path):
+    """And not what it said at an earlier start: logs are appended to."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-1.log").write_text("error: of before\n")
+    *_, last = start("end_itself_on_1", settle=0.2).wait()[2].splitlines()
+    assert last.startswith("error: rank 1 exited with status 1; the other ranks were stopped; it says: step 3: it has")
+    assert "waited for 9 s. Its output: " in last
+    (tmp_path / "logs" / "rank-1.log").write_text("error: of before\n")
+    assert "it says" not in start("exit_3_on_1", settle=0.2).wait()[2]
+
+
 def test_a_rank_that_exits_without_an_error_is_named_with_its_log(start, tmp_path):
     status, _, stderr = start("exit_3_on_1", settle=0.2).wait()
     assert status == 1

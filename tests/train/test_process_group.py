@@ -11,6 +11,8 @@ import torch.distributed as dist
 from longctx.errors import UserError
 from longctx.parallel.rank_errors import RankError
 from longctx.recipe.tables import TrainConfig
+from longctx.train import process_group as process_groups
+from longctx.train.machines import Machine
 from longctx.train.process_group import collective_errors, device_type, process_group
 
 
@@ -49,6 +51,7 @@ def test_groups_of_two_backends_are_not_split(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
     monkeypatch.setattr(dist, "rendezvous", lambda *args, **keywords: iter([(dist.HashStore(), 3, 8)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **keywords: calls.append((*args, keywords)))
+    monkeypatch.setattr(process_groups, "gather_machines", tuple)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
     with process_group("cuda", 5.0):
         pass
@@ -92,7 +95,7 @@ def test_a_peer_that_is_gone_is_reported_with_what_was_under_way(ranks):
     [
         (
             "[/gloo/tcp/pair.cc:553] Connection closed by peer [10.213.0.2]:48354. This is typically",
-            "a rank at 10.213.0.2",
+            r"rank 1 on node1 \(10.213.0.2\)",
         ),
         ("[/gloo/tcp/pair.cc:537] Read error [fe80::1]:22739: Connection reset by peer", "a rank at fe80::1"),
         ("[/gloo/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:48354", "another rank"),
@@ -101,6 +104,8 @@ def test_a_peer_that_is_gone_is_reported_with_what_was_under_way(ranks):
 )
 def test_the_machine_of_a_lost_peer_is_named(monkeypatch, text, peer):
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    machines = (Machine("node0", frozenset()), Machine("node1", frozenset({"10.213.0.2"})))
+    monkeypatch.setattr(process_groups, "_machines", machines)
     with pytest.raises(RankError, match=f"lost contact with {peer}, which died"), collective_errors("step 3"):
         raise RuntimeError(text)
 
