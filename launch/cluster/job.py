@@ -12,6 +12,8 @@ from longctx.errors import UserError
 from longctx.launch.cluster.profile import Profile
 from longctx.recipe import Recipe, check, dump, load
 
+PREVIOUS = "PREVIOUS"
+"""In a command, the identity of the job before."""
 FOLDER = "job"
 """Folder, in the run directory, of the job's files."""
 RECIPE = "recipe.toml"
@@ -52,6 +54,11 @@ class ClusterJob:
     def runs(self) -> list[Path]:
         """Run directories, relative to `directory` or absolute, one per recipe."""
         return [self.out / str(number) for number in range(len(self.recipes))] if self.is_sweep else [self.out]
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages of a curriculum, one job each; none for a sweep, whose jobs are runs."""
+        return [] if self.is_sweep or not self.recipes else [stage.name for stage in self.recipes[0].stage]
 
     @property
     def folder(self) -> Path:
@@ -102,6 +109,8 @@ class Submission:
     script: Path
     """The one of `files` that a person reads."""
     command: tuple[str, ...]
+    then: tuple[tuple[str, ...], ...] = ()
+    """Commands that submit jobs which wait for the one before, whose identity takes the place of `PREVIOUS`."""
 
 
 @dataclass(frozen=True)

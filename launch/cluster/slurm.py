@@ -3,7 +3,7 @@
 `srun` starts one task per rank, and each finds its place by Slurm's variables (`longctx.launch.job_environment`). A run
 that a signal has stopped, before its time limit or by a preemption, has saved, if it has come to a step, and left the
 file `stopped`; the script then queues the job again, and it goes on from that checkpoint. A run that failed leaves
-none: it is not started again.
+none: it is not started again. A curriculum is one job per stage, each of which waits for the end of the one before.
 """
 
 import shlex
@@ -11,7 +11,17 @@ import time
 from pathlib import Path
 
 from longctx.errors import UserError
-from longctx.launch.cluster.job import CANCELLED, FOLDER, RECIPE, ClusterJob, Record, Submission, prologue, rank_log
+from longctx.launch.cluster.job import (
+    CANCELLED,
+    FOLDER,
+    PREVIOUS,
+    RECIPE,
+    ClusterJob,
+    Record,
+    Submission,
+    prologue,
+    rank_log,
+)
 from longctx.launch.cluster.profile import SlurmProfile
 from longctx.launch.cluster.tools import run_tool
 from longctx.launch.job_environment import counted
@@ -45,15 +55,23 @@ class Slurm:
         """Return the script and the command that submits it: see Executor."""
         script = job.folder / SCRIPT
         files = {script: "\n".join([*self._directives(job), "", *self._body(job)]) + "\n"} | job.recipe_files()
-        return Submission(files, script, ("sbatch", "--parsable", str(script)))
+        command = ("sbatch", "--parsable")
+        if not job.stages:
+            return Submission(files, script, (*command, str(script)))
+        after = (f"--dependency=afterok:{PREVIOUS}", "--kill-on-invalid-dep=yes")
+        first, *others = ((f"--job-name={job.name}-{stage}", str(script), stage) for stage in job.stages)
+        return Submission(files, script, (*command, *first), tuple((*command, *after, *other) for other in others))
 
     def submit(self, job: ClusterJob, submission: Submission) -> Record:
         """Submit it: see Executor."""
         for run in job.runs:
             (job.directory / run / "logs").mkdir(parents=True, exist_ok=True)
             (job.directory / run / FOLDER / CANCELLED).unlink(missing_ok=True)
-        identity = run_tool(submission.command).strip().partition(";")[0]
-        return Record(job.name, "slurm", identity, is_examination=not job.recipes)
+        identities: list[str] = []
+        for command in (submission.command, *submission.then):
+            words = [word.replace(PREVIOUS, identities[-1]) if identities else word for word in command]
+            identities.append(run_tool(tuple(words)).strip().partition(";")[0])
+        return Record(job.name, "slurm", ",".join(identities), is_examination=not job.recipes)
 
     def _directives(self, job: ClusterJob) -> list[str]:
         profile = self._profile
@@ -98,7 +116,8 @@ class Slurm:
             srun.append(
                 f"--container-mounts={shlex.quote(mounts)} --container-workdir={shlex.quote(str(job.directory))}"
             )
-        srun.append(job.command(profile, f'"$run/{FOLDER}/{RECIPE}"', '"$run"'))
+        stage = ' --stage "$1"' if job.stages else ""
+        srun.append(job.command(profile, f'"$run/{FOLDER}/{RECIPE}"', '"$run"') + stage)
         lines = [*prologue(profile), f"run={run}", f'rm -f "$run/{STOPPED}"', " \\\n    ".join(srun), "status=$?", ""]
         if profile.requeue:
             lines += [
@@ -120,12 +139,16 @@ def time_limit(seconds: float) -> str:
 
 def status(record: Record) -> str:
     """Return the state of a job, with its reason or node list."""
+    return "\n".join(_status(identity) for identity in record.identity.split(","))
+
+
+def _status(identity: str) -> str:
     try:
-        output = run_tool(("scontrol", "--oneliner", "show", "job", record.identity))
+        output = run_tool(("scontrol", "--oneliner", "show", "job", identity))
     except UserError as error:
         if "Invalid job id" not in str(error):
             raise
-        return f"Slurm job {record.identity}: not known to Slurm any more"
+        return f"Slurm job {identity}: not known to Slurm any more"
     states = [_fields(line) for line in output.splitlines() if line.strip()]
     return "\n".join(_described(fields) for fields in states)
 
@@ -183,17 +206,18 @@ def log_command(record: Record, folder: Path, rank: int, *, follow: bool) -> tup
 
 def cancel(record: Record, *, now: bool) -> str:
     """End a job: see Follower."""
+    identities = record.identity.split(",")
     if now:
-        run_tool(("scancel", record.identity))
+        run_tool(("scancel", *identities))
         return f"Slurm job {record.identity} is cancelled."
     if not is_active(record):
         return f"{status(record)}: there is nothing to cancel"
     states = run_tool(("squeue", "--noheader", "--format=%T", f"--jobs={record.identity}")).split()
     done = []
     if "PENDING" in states:
-        run_tool(("scancel", "--state=PENDING", record.identity))
+        run_tool(("scancel", "--state=PENDING", *identities))
         done.append("it does not start")
     if "RUNNING" in states:
-        run_tool(("scancel", "--signal=TERM", record.identity))
+        run_tool(("scancel", "--signal=TERM", *identities))
         done.append(f"its ranks save and end; follow it with longctx launch status {record.name}")
     return f"Slurm job {record.identity}: {'; '.join(done)}"

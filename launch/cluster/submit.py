@@ -75,7 +75,13 @@ def _print_or_submit(job: ClusterJob, profile: AnyProfile, dry_run: bool) -> int
         others = [str(path) for path in submission.files if path != submission.script]
         echo(
             "".join(f"# also written: {path}\n" for path in others)
-            + f"# submitted by: {shlex.join(submission.command)}"
+            + "".join(
+                f"# {word}: {shlex.join(command)}\n"
+                for word, command in [
+                    ("submitted by", submission.command),
+                    *(("then", each) for each in submission.then),
+                ]
+            ).rstrip()
         )
         return 0
     _check_place(job, submission)

@@ -53,7 +53,12 @@ def launch(slurm: Slurm, workplace: Path, *overrides: str, module: str = "longct
     (workplace / "program").chmod(0o755)
     command = ["launch", "tiny.toml", "--profile", "here", "--out", "out", *STEPS, "parallel.timeout=120s", *overrides]
     slurm.run(sys.executable, "-m", "longctx", *command, cwd=workplace)
-    return int(json.loads((workplace / "out" / "job" / "job.json").read_text())["identity"])
+    return int(identity(workplace).partition(",")[0])
+
+
+def identity(workplace: Path) -> str:
+    """What Slurm calls the launched job, or its jobs."""
+    return str(json.loads((workplace / "out" / "job" / "job.json").read_text())["identity"])
 
 
 def launch_held(slurm: Slurm, workplace: Path, *overrides: str) -> int:
@@ -151,3 +156,22 @@ def test_a_killed_rank_ends_its_job_and_is_named(slurm: Slurm, workplace: Path) 
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0")
     assert "srun: error: node1: task 1: Killed" in slurm.log(job).splitlines()[-4:]
     assert "Traceback" not in said(workplace, 0)
+
+
+CURRICULUM = 'stage=[{ name = "one", train = { steps = 7 } }, { name = "two", train = { steps = 5 } }]'
+
+
+def test_a_curriculum_is_a_job_per_stage_and_each_waits_for_the_one_before(slurm: Slurm, workplace: Path) -> None:
+    """The first one is stopped, and queued again before the second one starts."""
+    first = launch_held(slurm, workplace, CURRICULUM)
+    second = int(identity(workplace).partition(",")[2])
+    assert slurm.show(second)["Reason"] == "Dependency"
+    slurm.run("scancel", "--signal=TERM", str(first))
+    shown = [slurm.wait(first, "COMPLETED", "FAILED", restarts=1), slurm.wait(second, "COMPLETED", "FAILED")]
+    assert [(job["JobName"], job["JobState"]) for job in shown] == [
+        ("tiny-one", "COMPLETED"),
+        ("tiny-two", "COMPLETED"),
+    ], said(workplace)
+    found = metrics(workplace / "out")
+    assert [(run.stage, run.step) for run in found.runs] == [("one", 0), ("one", HELD), ("two", 7)]
+    assert [step.step for step in found.steps] == list(range(1, 13))

@@ -97,6 +97,31 @@ def test_it_is_submitted_with_its_folders(workplace, tools):
     assert not (workplace / "runs/quickstart/job/cancelled").exists()
 
 
+def test_a_curriculum_is_a_job_per_stage(workplace, tools):
+    tools.add("sbatch", "12;cluster")
+    curriculum = ['stage=[{ name = "4ki" }, { name = "32ki" }, { name = "1mi" }]']
+    profile = SlurmProfile(executor="slurm", ranks=2)
+    executor, job = Slurm(profile), plan_job("quickstart", curriculum, [], profile, None)
+    submission = executor.prepare(job)
+    assert executor.submit(job, submission).identity == "12,12,12"
+    path = f"{workplace}/runs/quickstart/job/job.sbatch"
+    after = "--dependency=afterok:12 --kill-on-invalid-dep=yes"
+    assert tools.calls() == [
+        f"sbatch --parsable --job-name=quickstart-4ki {path} 4ki",
+        f"sbatch --parsable {after} --job-name=quickstart-32ki {path} 32ki",
+        f"sbatch --parsable {after} --job-name=quickstart-1mi {path} 1mi",
+    ]
+    assert '--out "$run" --stage "$1"\n' in submission.files[submission.script]
+
+
+def test_runs_of_a_sweep_train_all_their_stages(workplace):
+    curriculum = ['stage=[{ name = "4ki" }, { name = "32ki" }]']
+    profile = SlurmProfile(executor="slurm", ranks=2)
+    submission = Slurm(profile).prepare(plan_job("quickstart", curriculum, ["seed=1,2"], profile, None))
+    assert not submission.then
+    assert "--stage" not in submission.files[submission.script]
+
+
 def test_what_sbatch_refuses_is_said(workplace, tools):
     tools.add("sbatch", "sbatch: error: invalid partition specified: gpu", status=1)
     profile = SlurmProfile(executor="slurm", ranks=2)
@@ -205,6 +230,18 @@ def test_a_job_is_cancelled_after_a_save_or_now(tools):
     ]
     slurm.cancel(RECORD, now=True)
     assert tools.calls()[-1] == "scancel 12"
+
+
+def test_the_jobs_of_stages_are_followed_and_cancelled_together(tools):
+    record = Record("mine", "slurm", "12,13")
+    tools.add("scontrol", body='echo "JobId=$4 JobState=PENDING Reason=Dependency"\n')
+    assert [line.partition(",")[0] for line in slurm.status(record).splitlines()] == [
+        "Slurm job 12: pending",
+        "Slurm job 13: pending",
+    ]
+    tools.add("scancel")
+    slurm.cancel(record, now=True)
+    assert tools.calls()[-1] == "scancel 12 13"
 
 
 def test_a_job_that_has_ended_is_not_cancelled(tools):
