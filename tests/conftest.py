@@ -26,8 +26,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     compute_types_once()
     multiply_bfloat16()
 
-# Most tests' functions need these on a rank.
-local_ranks.PRELOADED += ["pytest", "hypothesis", "longctx.train.trainer"]
+# Most tests' functions need these on a rank; torch's compiler, every optimizer and FSDP.
+local_ranks.PRELOADED += ["pytest", "hypothesis", "longctx.train.trainer", "torch._dynamo"]
 
 # No deadlines: on a busy machine they fail tests that hold.
 hypothesis.settings.register_profile("longctx", deadline=None, max_examples=50)

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from longctx.config import Integer
@@ -209,6 +208,9 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Compute this rank's experts for rows `[N, D]` sorted by expert; `ends` is the row after each one's last."""
+        # Here, so that reading a recipe does not import it: a second of every command that does.
+        from torch.distributed.tensor import DTensor
+
         gate_up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (self.gate_up, self.down))
         with torch.autocast(rows.device.type, enabled=False):
             return grouped_swiglu(rows, ends, gate_up.to(rows.dtype), down.to(rows.dtype), self.tile)

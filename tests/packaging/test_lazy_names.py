@@ -46,3 +46,13 @@ def test_the_import_is_light() -> None:
         "assert not {'torch', 'numpy', 'pydantic'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reading_a_recipe_imports_neither_torchs_compiler_nor_its_sharded_tensors() -> None:
+    """They take a process two seconds, and most commands read a recipe without training."""
+    code = (
+        "import sys, longctx.recipe\n"
+        "found = {'torch._dynamo', 'torch.distributed.tensor'} & sys.modules.keys()\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
