@@ -1,4 +1,4 @@
-"""Combinations of parameters: all of them, or a few in which every pair occurs."""
+"""Combinations of parameters: all of them, those in which every pair occurs, or fewer."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, product
@@ -17,6 +17,16 @@ def pairs(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
         missing.difference_update(combinations(enumerate(best), 2))
         chosen.append(best)
     return [tuple(row[n] for row, n in zip(rows, numbers, strict=True)) for numbers in sorted(chosen)]
+
+
+def few(*rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Fewer than `pairs`: each value of the longest row, and any two values of two of the other rows."""
+    longest = max(range(len(rows)), key=lambda number: len(rows[number]))
+    rest = [*rows[:longest], *rows[longest + 1 :]]
+    others = pairs(*rest) if len(rest) > 1 else everything(*rest)
+    count = max(len(rows[longest]), len(others))
+    chosen = [(rows[longest][n % len(rows[longest])], others[n % len(others)]) for n in range(count)]
+    return [(*other[:longest], value, *other[longest:]) for value, other in chosen]
 
 
 def everything(*rows: Iterable[Any]) -> list[tuple[Any, ...]]:

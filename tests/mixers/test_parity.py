@@ -1,7 +1,7 @@
 """Parity of every mixer over ranks with one rank: each schedule, layout and packing.
 
 All combinations are slow; by default every `STRIDE`th is run: each schedule, order and packing, and most pairs of them,
-of all mixers on 4 ranks, and on fewer of those of each kind.
+of all mixers on 2 ranks in float64, and on 4 in float32 of softmax attention and of the richest linear recurrence.
 """
 
 import itertools
@@ -77,7 +77,7 @@ each_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=["float64", "float32"]
     ("size", "dtype", "letter"),
     mostly_slow_rows(
         [(*row, x) for row in ((1, torch.float32), (2, torch.float64), (4, torch.float32)) for x in MIXERS],
-        lambda size, dtype, letter: letter in {1: "K", 2: "".join(MIXERS), 4: "SMKAL"}[size],
+        lambda size, dtype, letter: letter in {1: "K", 2: "".join(MIXERS), 4: "SK"}[size],
     ),
 )
 def test_some_combinations_equal_one_rank(ranks, letter, size, dtype):
