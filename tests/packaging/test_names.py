@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,10 +39,15 @@ RETIRED = (
 )
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for file in FILES}
+
+
 def classes() -> dict[str, list[str]]:
     found = defaultdict(list)
-    for file in FILES:
-        for node in ast.parse(file.read_text()).body:
+    for file, tree in trees().items():
+        for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].append(str(file.relative_to(ROOT)))
     return found
@@ -55,8 +61,8 @@ def test_a_public_class_has_one_definition() -> None:
 def test_retired_names_are_gone() -> None:
     """No class, function or import has one; a local variable may."""
     found = []
-    for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
+    for file, tree in trees().items():
+        for node in ast.walk(tree):
             match node:
                 case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.alias(name=name):
                     found += [f"{file.relative_to(ROOT)}:{node.lineno} {name}"] if name in RETIRED else []
@@ -65,8 +71,8 @@ def test_retired_names_are_gone() -> None:
 
 def test_every_module_says_what_it_is_in_its_first_line() -> None:
     """A docstring whose first line fits in a list (`head -1` of each file) and does not begin with a pronoun."""
-    for file in FILES:
-        text = ast.get_docstring(ast.parse(file.read_text()))
+    for file, tree in trees().items():
+        text = ast.get_docstring(tree)
         if text is None:
             assert not file.read_text().strip(), f"{file.relative_to(ROOT)} has no docstring"
             continue

@@ -131,7 +131,7 @@ def test_bfloat16_factors_are_rounded_once(kind, bound, heads):
 @each_kind
 def test_the_error_of_bfloat16_does_not_grow_with_the_length(kind):
     """Even where little decays but by what keys overwrite: the state and its sums are float32."""
-    length = 1 << 14
+    length = 1 << 13
     case = draw(kind, length, 1, (1, 1, 1, 1), 32, 32)
     gates = (case.gates[0], *(1e-3 * gate for gate in case.gates[1:]))
     check_bfloat16(replace(case, gates=gates), [Segment(0, length)], 1e-2)
