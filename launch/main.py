@@ -15,8 +15,7 @@ import longctx
 from longctx.errors import UserError
 from longctx.files import path_errors
 from longctx.launch.arguments import OverridesArgument, RecipeArgument, TinyOption, at_least
-from longctx.launch.commands import bench, checkpoint, convert, data, launch
-from longctx.launch.completion import complete_shipped
+from longctx.launch.commands import bench, checkpoint, convert, data, launch, recipes
 from longctx.launch.distribution import foreign_distribution
 from longctx.launch.early_stop import hold_early_stop, note_early_stop
 from longctx.launch.rank_settings import exec_with_settings
@@ -60,6 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for name, commands in (
+    ("recipes", recipes),
     ("launch", launch),
     ("data", data),
     ("bench", bench),
@@ -143,21 +143,6 @@ def _train(
         only_check=check,
     )
     raise typer.Exit(status)
-
-
-@app.command("recipes")
-def _recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this recipe.", autocompletion=complete_shipped)
-    ] = None,
-) -> None:
-    """List the bundled recipes, or print one."""
-    from longctx.launch.recipes import list_recipes, show_recipe
-
-    if name is None:
-        list_recipes()
-    else:
-        show_recipe(name)
 
 
 @app.command("doctor")

@@ -50,6 +50,8 @@ def test_bash_completes_commands_recipes_keys_and_options():
     assert in_bash("train", "quick") == ["quick.toml", "quickstart"]
     assert in_bash("verify", "quickstart", "train.st") == ["train.steps="]
     assert in_bash("train", "--ch") == ["--check"]
+    assert in_bash("recipes", "copy", "quick") == ["quickstart"]
+    assert in_bash("recipes", "show", "quick") == ["quick.toml", "quickstart"]
 
 
 def test_zsh_shows_explanations():
