@@ -23,6 +23,10 @@ def test_every_shipped_recipe_is_listed_with_its_size_and_a_sentence():
     assert all(sentence.endswith((".", "?")) for _, sentence in listed.values())
     assert listed["million"][0] == "960k parameters, sequences of 1Mi tokens, 2 ranks"
     assert 959_500 < count_parameters(load("million").model, 320) < 960_500
+    assert listed["minimax-01-shape"] == (
+        "456G parameters, sequences of 4Ki, 32Ki, 128Ki and 1Mi tokens, 256 ranks",
+        "MiniMax-Text-01's shape: seven lightning layers to one of softmax, 32 experts in each, grown to 1Mi tokens.",
+    )
 
 
 def test_the_list_ends_with_what_to_do_next():
@@ -35,13 +39,13 @@ def test_the_list_ends_with_what_to_do_next():
             load(name, tiny=True)
 
 
-@pytest.mark.parametrize("arguments", [(), ("optimizer.lr=1e-5",)])
+@pytest.mark.parametrize("arguments", [(), ("--tiny",), ("optimizer.lr=1e-5",)])
 def test_what_is_shown_is_the_recipe(tmp_path, arguments):
-    status, text = run("recipes", "show", "routed", *arguments)
+    status, text = run("recipes", "show", "linear-llama3-1b-hybrid", *arguments)
     assert status == 0
     (tmp_path / "shown.toml").write_text(text)
     overrides = [argument for argument in arguments if "=" in argument]
-    assert load(tmp_path / "shown.toml") == load("routed", overrides, tiny="--tiny" in arguments), (
+    assert load(tmp_path / "shown.toml") == load("linear-llama3-1b-hybrid", overrides, tiny="--tiny" in arguments), (
         "what it extends, the overrides and the defaults are in the text"
     )
 
@@ -63,9 +67,9 @@ def test_a_copy_is_the_text_and_is_not_overwritten(tmp_path, monkeypatch):
 
 
 def test_a_copy_in_another_file_has_that_files_name(tmp_path):
-    assert run("recipes", "copy", "routed", tmp_path / "mine.toml")[0] == 0
-    mine, shipped = load(tmp_path / "mine.toml"), load("routed")
-    assert mine.name == "mine"
+    assert run("recipes", "copy", "bam-upcycle", tmp_path / "mine.toml")[0] == 0
+    mine, shipped = load(tmp_path / "mine.toml"), load("bam-upcycle")
+    assert (mine.name, mine.stages[0].name) == ("mine", "short")
     assert mine.model_copy(update={"name": shipped.name}) == shipped
 
 

@@ -54,7 +54,8 @@ def test_every_reason_is_that_of_a_module_without_a_test_file() -> None:
 
 
 def test_folders_of_tests_mirror_those_of_modules() -> None:
-    own = {f"tests/{name}" for name in ("adapters", "benchmarks", "compare", "e2e", "faults", "packaging")} | {"tests"}
+    names = ("adapters", "benchmarks", "compare", "e2e", "faults", "packaging", "recipes")
+    own = {f"tests/{name}" for name in names} | {"tests"}
     mirrored = {str(place_of_tests(module).parent) for module in modules()}
     folders = {str(file.parent.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")}
     assert folders <= own | mirrored, "these have no folder of modules"
