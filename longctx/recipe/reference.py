@@ -20,7 +20,7 @@ A recipe is a TOML file with everything that determines the result of a run. `ex
 a shipped recipe) inherits from another recipe: tables are merged, and the extending file wins. `key.sub=value` on the
 command line overrides a key: `longctx train quickstart train.steps=50 data.sequence_length=16Ki`. Unknown keys, wrong
 types, and options that the chosen engine or layer does not support are errors. The resolved recipe is written to the
-run's directory as `recipe.toml`.
+run's directory as `recipe.toml`. Complete recipes of published models: [model-recipes.md](model-recipes.md).
 
 Integers may have units: `"4Ki"` is 4096, `"4k"` is 4000, `"1Mi"` is 1,048,576. So may durations: `"90s"`, `"10m"`,
 `"1h"`.
