@@ -1,6 +1,7 @@
 """`longctx recipes`: the bundled recipes in two lines each, what one resolves to, and a copy to edit."""
 
 import re
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def copy_recipe(name: str, file: Path | None) -> None:
     except FileExistsError:
         raise UserError(f"{file} exists: name another file, longctx recipes copy {name} FILE.toml") from None
     typer.echo(f"Wrote {file}. Edit it, then: longctx train {file} --check")
+    if (base := tomllib.loads(text).get("extends")) is not None:
+        typer.echo(f"It extends {base!r}, where the other keys are: longctx recipes show {file} prints all of them.")
 
 
 def description(text: str) -> str:

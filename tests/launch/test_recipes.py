@@ -54,7 +54,8 @@ def test_a_copy_is_the_text_and_is_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("recipes", "copy", "routed") == (
         0,
-        "Wrote routed.toml. Edit it, then: longctx train routed.toml --check\n",
+        "Wrote routed.toml. Edit it, then: longctx train routed.toml --check\n"
+        "It extends 'quickstart', where the other keys are: longctx recipes show routed.toml prints all of them.\n",
     )
     assert (tmp_path / "routed.toml").read_text() == (shipped_folder() / "routed.toml").read_text()
     (tmp_path / "routed.toml").write_text("mine")

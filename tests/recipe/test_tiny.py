@@ -36,6 +36,13 @@ def test_stages_are_merged_by_name():
     assert tiny.data["stage"] == [{"name": "a", "steps": 3, "length": 4096}, {"name": "b", "steps": 2}]
 
 
+@pytest.mark.parametrize("stages", [{}, {"stage": [{"name": "a"}]}])
+def test_a_stage_that_the_recipe_has_not_is_refused(stages):
+    # It would be trained after the others: what remains when a stage is taken out of the recipe and not out of [tiny].
+    with pytest.raises(UserError, match=r"^r\.toml:5: tiny\.stage: the recipe has no stage 'b'; remove it there too$"):
+        split_tiny(recipe(**stages, tiny={"stage": [{"name": "b", "steps": 2}]}), tiny=True)
+
+
 @pytest.mark.parametrize("tables", [{}, {"tiny": 3}])
 def test_a_recipe_without_one_says_so(tables):
     with pytest.raises(UserError, match=r"^r\.toml: --tiny: the recipe has no table \[tiny\]$"):

@@ -53,7 +53,9 @@ def corpus(tmp_path_factory) -> Path:
 
 def written(name: str, corpus: Path, folder: Path, *overrides: str) -> Path:
     """The tiny variant of a recipe as a file, as `longctx recipes show` prints it."""
-    recipe = load(name, [f"data.path={corpus}", "logging.tensorboard=false", *overrides], tiny=True)
+    # "auto" chooses by link speeds, which every new run measures: another schedule sums in another order.
+    fixed = [f"data.path={corpus}", "logging.tensorboard=false", "parallel.attention=all-gather"]
+    recipe = load(name, [*fixed, *overrides], tiny=True)
     path = folder / f"{name}.toml"
     path.write_text(dump(recipe), encoding="utf-8")
     return path
@@ -73,7 +75,7 @@ def test_a_run_killed_in_its_second_stage_resumes_to_the_same_losses(ranks, corp
     assert ranks.run(train_recipe, source, tmp_path / "killed", size=2) == [0, 0]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == sum(steps)
-    assert [run.stage for run in metrics(tmp_path / "whole").runs] == [stage.name for stage in stages]
+    assert [run.stage for run in metrics(tmp_path / "whole").runs] == [stage.name or "" for stage in stages]
 
 
 @pytest.mark.slow
