@@ -3,7 +3,11 @@
 import pytest
 
 from longctx.launch.cluster import submit
+from longctx.launch.cluster.executors import EXECUTORS
+from longctx.launch.cluster.job import plan_job
+from longctx.launch.cluster.profile import load_profile
 from longctx.recipe import load
+from longctx.recipe.sources import shipped_folder
 from tests.launch.cluster import golden_jobs
 from tests.launch.test_main import run
 
@@ -12,11 +16,28 @@ SLURM = '[gpu]\nexecutor = "slurm"\nranks = 2\n'
 
 @pytest.mark.parametrize("profile", golden_jobs.SUFFIXES)
 @pytest.mark.parametrize("recipe", golden_jobs.RECIPES)
-def test_every_recipe_is_printed_for_every_executor(profile, recipe):
+def test_jobs_are_printed_as_they_were_when_they_were_read(profile, recipe):
     written = golden_jobs.golden_file(profile, recipe).read_text()
     assert golden_jobs.printed(profile, recipe) == written, (
         "python -m tests.launch.cluster.golden_jobs writes them anew"
     )
+
+
+OTHERS = sorted({path.stem for path in shipped_folder().glob("*.toml")} - {*golden_jobs.RECIPES})
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_every_other_recipe_is_a_job_of_every_executor_on_the_ranks_that_it_is_laid_out_for(recipe):
+    ranks = load(recipe).fewest_ranks
+    for name in golden_jobs.SUFFIXES:
+        hosts = ", ".join(f'"me@node{number}"' for number in range(ranks // 8))
+        nodes = f"hosts=[{hosts}]" if name == "ssh" else f"nodes={ranks // 8}"
+        profile = load_profile(name, golden_jobs.PROFILES, [nodes])
+        job = plan_job(recipe, [], [], profile, None)
+        submission = EXECUTORS[profile.executor].of_profile(profile).prepare(job)
+        assert job.nodes * job.ranks == ranks
+        assert submission.files[submission.script]
+        assert len(submission.then) == (max(len(job.stages) - 1, 0) if profile.executor == "slurm" else 0)
 
 
 def test_a_dry_run_writes_nothing_and_says_what_would_be(workplace, profiles, tools):
