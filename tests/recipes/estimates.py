@@ -14,7 +14,9 @@ from longctx.recipe import Recipe, load
 from longctx.recipe.sources import shipped_folder
 
 CLUSTER = sorted(
-    path.stem for path in shipped_folder().glob("*.toml") if path.stem not in ("million", "quickstart", "routed")
+    path.stem
+    for path in shipped_folder().glob("*.toml")
+    if path.stem not in ("curriculum", "million", "quickstart", "routed")
 )
 """Recipes of published models, for GPUs; the others are for two CPU ranks."""
 ADAMW_BYTES = 16
