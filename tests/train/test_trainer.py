@@ -30,6 +30,7 @@ from longctx.train.run_record import read_record
 from longctx.train.start import find_start
 from longctx.train.stop_signal import note_stop
 from longctx.train.trainer import _Trainer
+from tests.combinations import mostly_slow
 from tests.train.runs import (
     checkpoints,
     interrupted_copy,
@@ -144,7 +145,7 @@ def test_the_last_checkpoint_of_each_stage_is_kept(ranks, workplace, tmp_path):
     assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in (3, 7, 8, 10)]
 
 
-@pytest.mark.parametrize("step", [2, 3, 6, 7, 8])
+@pytest.mark.parametrize("step", mostly_slow([2, 3, 6, 7, 8], 6, 7))
 def test_a_curriculum_that_is_killed_in_any_stage_ends_with_the_same_checkpoint(
     ranks, curriculum, workplace, tmp_path, step
 ):
