@@ -104,11 +104,11 @@ def loss_figure(
             axes.axvline(start, color=BASELINE, linewidth=0.8)
         axes.annotate(
             name,
-            (start, 1),
+            (start, 0),
             xycoords=axes.get_xaxis_transform(),
-            xytext=(4, -4),
+            xytext=(4, 4),
             textcoords="offset points",
-            va="top",
+            va="bottom",
             color=TEXT,
             fontsize=9,
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 
 from longctx.engines.metrics import EvaluationMetrics, MetricsWriter, PositionLoss, RunInfo, StepMetrics
 from longctx.errors import UserError
@@ -150,3 +151,23 @@ def test_earlier_evaluations_are_faint_and_few() -> None:
     strengths = [line.get_alpha() or 1.0 for line in earlier]
     assert strengths == sorted(strengths)
     assert strengths[-1] <= 0.5
+
+
+STAGES = {"short": 0, "long": 20}
+
+
+def test_the_loss_figure_marks_where_a_stage_begins_and_joins_no_held_out_losses_of_two() -> None:
+    evaluations = [evaluation(number, 500) for number in (10, 20, 30)]
+    axes = loss_figure(falling(30), evaluations, None, STAGES).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["short", "long"]
+    assert [text.xy[0] for text in axes.texts if isinstance(text, Annotation)] == [0, 20]
+    assert [xs(line) for line in axes.get_lines() if set(xs(line)) == {20}] == [[20, 20]], "a line at the second only"
+    heldout = lines(axes.get_lines())["held-out"]
+    np.testing.assert_allclose(ys(heldout), [math.nan, 2.5, 2.5, math.nan, 2.5])
+
+
+def test_the_last_evaluation_of_each_stage_is_beside_that_of_the_last() -> None:
+    evaluations = [evaluation(number, 500, 500, 500) for number in (10, 20, 30, 40)]
+    *earlier, last = position_figure(evaluations, STAGES).axes[0].get_lines()
+    assert [line.get_label() for line in earlier] == ["short, step 20"]
+    assert last.get_label() == "long, step 40"
