@@ -149,7 +149,7 @@ def start_messages(start: Start) -> list[str]:
     step = start.state.step
     if start.begins_stage:
         states = " and new optimizer states" if start.optimizer is None else ""
-        messages.append(f"{str(start.stage).capitalize()} begins after step {step} with {start.source}{states}.")
+        messages.append(f"After step {step}, {start.stage} begins with {start.source}{states}.")
     elif start.source is not None:
         messages.append(f"Resumed from {start.source} after step {step}.")
     elif start.weights is not None:

@@ -27,7 +27,7 @@ from longctx.parallel.rank_errors import RankError
 from longctx.recipe import load
 from longctx.train.display import PlainDisplay
 from longctx.train.run_record import read_record
-from longctx.train.start import find_start
+from longctx.train.start import find_start, local_start, start_messages
 from longctx.train.stop_signal import note_stop
 from longctx.train.trainer import _Trainer
 from tests.combinations import mostly_slow
@@ -143,6 +143,18 @@ def test_stages_are_one_run(curriculum):
 def test_the_last_checkpoint_of_each_stage_is_kept(ranks, workplace, tmp_path):
     ranks.run(train, workplace, tmp_path, [*OPTIONS, "evaluation.sequences=2"], size=2)
     assert checkpoints(tmp_path) == [f"step-{step:08d}" for step in (3, 7, 8, 10)]
+
+
+def test_a_start_says_what_it_begins_with_and_what_it_changes(workplace, curriculum):
+    recipe = load(workplace / "tiny.toml", [f"data.path={workplace / 'corpus'}", *OPTIONS])
+    saved = curriculum / "checkpoints" / "step-00000003"
+    assert start_messages(local_start(recipe, workplace / "none", str(saved)))[:2] == [
+        f"After step 3, stage middle (2 of 3) begins with {saved}.",
+        "Changed: model.softmax.rope_theta: 10000 → 20000",
+    ]
+    saved = curriculum / "checkpoints" / "step-00000007"
+    begins = start_messages(local_start(recipe, workplace / "none", str(saved)))[0]
+    assert begins == f"After step 7, stage long (3 of 3) begins with {saved} and new optimizer states."
 
 
 @pytest.mark.parametrize("step", mostly_slow([2, 3, 6, 7, 8], 6, 7))
