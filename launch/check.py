@@ -28,7 +28,7 @@ from longctx.train.start import (
     is_complete,
     local_start,
     nothing_text,
-    open_data,
+    open_later,
     start_warnings,
     verify_start,
 )
@@ -47,8 +47,9 @@ def check_run(
     copy = _find_copy(recipe, out, resume)
     start = local_start(recipe, out, resume, only_stage)
     unverified = verify_start(start)
-    later = () if only_stage else recipe.stages[start.stage.number + 1 :]
-    stages = [(start.stage, start.data), *((stage, open_data(stage.recipe)) for stage in later)]
+    stages = [(start.stage, start.data), *open_later(recipe, start)]
+    if only_stage is not None:
+        del stages[1:]
     if not shown:
         return 0
     console = Console(highlight=False)

@@ -1,6 +1,6 @@
 """Start of a run: its data, and the checkpoint or the weights that it starts from, checked before anything is built."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def find_start(
     copies = None if url is None else open_copies(url, out, resume, say)
     with raise_on_all_ranks():
         start = local_start(recipe, out, resume, only_stage)
+        for _ in open_later(recipe, start):
+            pass  # opened to be checked
     _check_same_start(
         f"{start.data.stream.fingerprint} {start.data.heldout_fingerprint}", start.state, start.weights, out
     )
@@ -97,8 +99,6 @@ def local_start(whole: Recipe, out: Path, resume: str, only_stage: str | None = 
     stage, begins = find_stage(whole, source, saved, only_stage)
     recipe = stage.recipe
     data = open_data(recipe)
-    for later in whole.stages[stage.number + 1 :]:
-        _check_later(later, data.vocab_size)
     model = stored_config(recipe.model, data.vocab_size)
     fresh = TrainerState(
         0,
@@ -177,17 +177,22 @@ def open_data(recipe: Recipe) -> StageData:
     return StageData(stream, heldout, fingerprint, _vocabulary(recipe, stream))
 
 
-def _check_later(stage: Stage, vocab_size: int) -> None:
-    """Raise UserError if the data of a later stage are missing or of another vocabulary: now, not weeks later."""
-    try:
-        rows = open_data(stage.recipe).vocab_size
-    except UserError as error:
-        raise UserError(f"{stage}: {error}") from error
-    if rows != vocab_size:
-        raise UserError(
-            f"{stage}: {stage.recipe.data.corpora} has a vocabulary of {rows} rows, and the stage before one of "
-            f"{vocab_size}: prepare all corpora of a curriculum with one tokenizer"
-        )
+def open_later(whole: Recipe, start: Start) -> Iterator[tuple[Stage, StageData]]:
+    """Open the data of the stages after that of a start, one after the other.
+
+    Raises UserError if those of a stage are missing or of another vocabulary: now, not weeks later.
+    """
+    for stage in whole.stages[start.stage.number + 1 :]:
+        try:
+            data = open_data(stage.recipe)
+        except UserError as error:
+            raise UserError(f"{stage}: {error}") from error
+        if data.vocab_size != start.data.vocab_size:
+            raise UserError(
+                f"{stage}: {stage.recipe.data.corpora} has a vocabulary of {data.vocab_size} rows, and the stage "
+                f"before one of {start.data.vocab_size}: prepare all corpora of a curriculum with one tokenizer"
+            )
+        yield stage, data
 
 
 def is_complete(start: Start, only_stage: str | None) -> bool:

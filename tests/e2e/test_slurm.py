@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.slurm import Slurm, needs_slurm, running_slurm
-from tests.e2e.two_hosts import wait_until
-from tests.train.runs import checkpoints, losses, metrics, train, write_workplace
+from tests.e2e.two_hosts import STEPS, wait_until
+from tests.train.runs import checkpoints, losses, metrics
 
 pytestmark = [pytest.mark.slow, needs_slurm]
 
-STEPS = ("train.steps=12", "train.sequences_per_step=1", "checkpoint.every=3", "checkpoint.keep=4")
 PROFILE = """
 [here]
 executor = "slurm"
@@ -31,19 +30,6 @@ HELD = 5
 def slurm() -> Iterator[Slurm]:
     with running_slurm() as slurm:
         yield slurm
-
-
-@pytest.fixture(scope="module")
-def whole(ranks, tmp_path_factory) -> Path:
-    """The run that two ranks of this machine compute, which nothing interrupts."""
-    workplace = write_workplace(tmp_path_factory.mktemp("whole"))
-    ranks.run(train, workplace, workplace / "out", list(STEPS), size=2)
-    return workplace / "out"
-
-
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    return write_workplace(tmp_path)
 
 
 def launch(slurm: Slurm, workplace: Path, *overrides: str, module: str = "longctx") -> int:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.two_hosts import NAMES, Host, needs_hosts, two_hosts, wait_until
-from tests.train.runs import checkpoints, losses, metrics, train, write_workplace
+from tests.e2e.two_hosts import NAMES, STEPS, Host, needs_hosts, two_hosts, wait_until
+from tests.train.runs import checkpoints, losses, metrics
 
 pytestmark = [pytest.mark.slow, needs_hosts]
 
-STEPS = ("train.steps=12", "train.sequences_per_step=1", "checkpoint.every=3", "checkpoint.keep=4")
 ENDLESS = ("train.steps=100000", "checkpoint.every=100000")
 HELD = 5
 """Step in which rank 1 waits for a signal, in `tests.e2e.held`."""
@@ -53,19 +52,6 @@ Launcher = Callable[[int], Start]
 def hosts() -> Iterator[tuple[Host, Host]]:
     with two_hosts() as hosts:
         yield hosts
-
-
-@pytest.fixture(scope="module")
-def whole(ranks, tmp_path_factory) -> Path:
-    """The run that two ranks of this machine compute, which nothing interrupts."""
-    workplace = write_workplace(tmp_path_factory.mktemp("whole"))
-    ranks.run(train, workplace, workplace / "out", list(STEPS), size=2)
-    return workplace / "out"
-
-
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    return write_workplace(tmp_path)
 
 
 def start(

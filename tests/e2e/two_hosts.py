@@ -23,6 +23,8 @@ from tests.e2e.jobs import ROOT
 
 NAMES = ("node0", "node1")
 GBIT = 1.0
+STEPS = ("train.steps=12", "train.sequences_per_step=1", "checkpoint.every=3", "checkpoint.keep=4")
+"""Of the run that two ranks compute, on hosts or on Slurm's nodes."""
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv", "mount", "hostname")
 _SPACES = ("--mount", "--uts", "--pid")
 
