@@ -70,7 +70,7 @@ def _of(run: Path) -> str:
 def print_logs(name: str, directory: str | None = None, *, rank: int, follow: bool) -> int:
     """Print the log of a rank (of its node, where the cluster keeps one per node); return the exit status.
 
-    `follow`: wait for it, and go on as it grows. Raises UserError if there is none.
+    `follow`: wait for it, and print it as it grows. Raises UserError if there is none.
     """
     folder, record = read_record(name, directory)
     try:

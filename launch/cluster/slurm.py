@@ -2,7 +2,7 @@
 
 `srun` starts one task per rank, and each finds its place by Slurm's variables (`longctx.launch.job_environment`). A run
 that a signal has stopped, before its time limit or by a preemption, has saved, if it has come to a step, and left the
-file `stopped`; the script then queues the job again, and it goes on from that checkpoint. A run that failed leaves
+file `stopped`; the script then queues the job again, and it resumes from that checkpoint. A run that failed leaves
 none: it is not started again. A curriculum is one job per stage, each of which waits for the end of the one before.
 """
 
@@ -121,7 +121,7 @@ class Slurm:
         lines = [*prologue(profile), f"run={run}", f'rm -f "$run/{STOPPED}"', " \\\n    ".join(srun), "status=$?", ""]
         if profile.requeue:
             lines += [
-                "# A signal stopped the run, and what it has done is saved: it goes on when this job starts again.",
+                "# A signal stopped the run, and what it has done is saved: it resumes when this job starts again.",
                 f'if [ -e "$run/{STOPPED}" ] && [ ! -e "$run/{FOLDER}/{CANCELLED}" ]; then',
                 '    scontrol requeue "$SLURM_JOB_ID"',
                 "fi",

@@ -99,7 +99,7 @@ def _status(name: NameArgument, profile: PlaceOption = None, profiles: ProfilesO
 def _logs(
     name: NameArgument,
     rank: Annotated[int, typer.Option(min=0, metavar="N", help="Rank; on Kubernetes, node.")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for it, and go on as it grows.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for it, and print it as it grows.")] = False,
     profile: PlaceOption = None,
     profiles: ProfilesOption = None,
 ) -> None:
